@@ -1,0 +1,7 @@
+"""Fused affine coupling blocks for normalizing flows: a drop-in AllInOneBlock for anomalib and FrEIA models."""
+
+from fastflow_kernels.modules import AllInOneBlock, InvertibleModule
+from fastflow_kernels.patch import Report, accelerate, restore
+
+__version__ = "0.1.0"
+__all__ = ["AllInOneBlock", "InvertibleModule", "Report", "__version__", "accelerate", "restore"]

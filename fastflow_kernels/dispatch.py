@@ -1,0 +1,108 @@
+"""The one place that picks who does the work: the Triton kernels, the eager functions, or plain differentiable operations."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels import eager
+
+BACKENDS = ("auto", "eager", "triton")
+ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
+
+
+def validated(backend: str, where: str = "backend") -> str:
+    """Return ``backend``, or raise ValueError (TypeError) if it is none of "auto", "eager", "triton"."""
+    if not isinstance(backend, str):
+        raise TypeError(f"{where} must be a string, one of {', '.join(BACKENDS)}; got {type(backend).__name__}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def default_backend() -> str:
+    """What "auto" stands for: the value of FASTFLOW_KERNELS_BACKEND, or "auto"."""
+    value = os.environ.get(ENVIRONMENT_VARIABLE)
+    return validated(value, ENVIRONMENT_VARIABLE) if value else "auto"
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used in this process at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        importlib.import_module("fastflow_kernels.kernels.coupling")
+    except Exception as error:  # a broken or too old Triton must not break the eager path
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is switched on, which runs kernels on CPU tensors (slowly, for tests)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not_triton(x: Tensor, indexed: bool = True) -> str | None:
+    """Why the Triton kernels do not take this input, in words, or None if they do.
+
+    Args:
+        x: The block's input, (B, C, *S).
+        indexed: Whether the permutation is an index (hard).
+    """
+    if not x.is_cuda and not interpreted():
+        return f"the input is on {x.device}, and Triton runs on a GPU"
+    if missing := triton_missing():
+        return missing
+    if not indexed:
+        return "soft and Householder permutations run on the eager path"
+    return _kernels().uncovered(x)
+
+
+def pick(x: Tensor, indexed: bool, backend: str) -> ModuleType | None:
+    """The module whose ``coupling_*`` functions take this input, or None for plain differentiable operations.
+
+    Args:
+        x: The block's input, (B, C, *S).
+        indexed: Whether the permutation is an index (hard).
+        backend: "auto", "eager" or "triton".
+
+    Raises:
+        RuntimeError: If the backend is "triton" and it cannot be honoured; the message says why.
+    """
+    if backend == "auto":
+        backend = default_backend()
+    if needs_composite(x) or not x.numel():
+        reason = "the call is being traced, transformed or compiled" if x.numel() else "the input is empty"
+        choice = None
+    elif backend == "eager" or (backend == "auto" and not x.is_cuda):
+        return eager
+    else:
+        reason = why_not_triton(x, indexed)
+        choice = eager
+        if reason is None:
+            return _kernels()
+    if backend == "triton" and x.numel():
+        raise RuntimeError(f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is available.")
+    return choice
+
+
+def needs_composite(x: Tensor) -> bool:
+    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, tensor subclasses."""
+    return (
+        (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+@cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("fastflow_kernels.kernels.coupling")

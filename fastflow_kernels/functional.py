@@ -1,0 +1,291 @@
+"""The block as a function: input checks, and how gradients flow through the coupling, its subnet and the permutation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastflow_kernels import dispatch, eager
+from fastflow_kernels.permutations import IndexPermutation, Permutation, gather_channels
+from fastflow_kernels.spec import CouplingSpec
+
+# --- checks ------------------------------------------------------------------------------------------------------------------------
+
+
+def single_input(x: Sequence[Tensor], channels: int, rank: int, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Check a block's input before any work and return its one tensor.
+
+    Args:
+        x: A list or tuple with one tensor (B, C, *S).
+        channels: C.
+        rank: Number of spatial dimensions, 0 to 3.
+        shape: (C, *S) if it is fixed, else None.
+
+    Raises:
+        TypeError: Not a list or tuple of tensors, or not of a floating dtype.
+        ValueError: Not exactly one tensor, or one of another shape.
+    """
+    if isinstance(x, Tensor):
+        raise TypeError(f"expected a list with one tensor, got a tensor of shape {tuple(x.shape)}: call block([x])")
+    if not isinstance(x, (list, tuple)):
+        raise TypeError(f"expected a list with one tensor, got {type(x).__name__}")
+    if len(x) != 1:
+        raise ValueError(f"expected exactly one input tensor, got {len(x)}")
+    x = x[0]
+    _check_floating(x, "the input")
+    if x.dim() != rank + 2 or x.shape[1] != channels:
+        spatial = "".join(f", S{i + 1}" for i in range(rank))
+        raise ValueError(f"expected an input of shape (B, {channels}{spatial}), got {tuple(x.shape)}")
+    if shape is not None and tuple(x.shape[1:]) != shape:
+        raise ValueError(f"expected an input of shape (B, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
+    return x
+
+
+def check_conditions(c: Sequence[Tensor] | None, channels: Sequence[int], x: Tensor) -> Sequence[Tensor]:
+    """Check a block's conditions before any work and return them.
+
+    Args:
+        c: A list of tensors (B, C_k, *S), or None for none.
+        channels: The declared C_k.
+        x: The block's input, (B, C, *S).
+
+    Raises:
+        TypeError: Not a list or tuple of floating-point tensors.
+        ValueError: Another number of conditions than declared, or one of another shape.
+    """
+    c = () if c is None else c
+    if isinstance(c, Tensor) or not isinstance(c, (list, tuple)):
+        raise TypeError(f"expected the conditions as a list of tensors, got {type(c).__name__}")
+    if len(c) != len(channels):
+        raise ValueError(f"expected {len(channels)} condition(s), got {len(c)}")
+    for k, (condition, width) in enumerate(zip(c, channels, strict=True)):
+        _check_floating(condition, f"condition {k}")
+        expected = (x.shape[0], width, *x.shape[2:])
+        if tuple(condition.shape) != expected:
+            raise ValueError(f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}")
+    return c
+
+
+def _check_floating(t: Any, what: str) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"expected {what} to be a tensor, got {type(t).__name__}")
+    if not t.is_floating_point():
+        raise TypeError(f"expected {what} in a floating-point dtype, got {t.dtype}")
+
+
+def _coefficients(subnet: Callable[[Tensor], Tensor], x1: Tensor, conditions: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Run the subnet on the passive half and the conditions and check what comes back."""
+    version = None if x1.is_inference() else x1._version
+    a = subnet(torch.cat((x1, *conditions), 1) if conditions else x1)
+    _check_floating(a, "the subnet's output")
+    expected = (x.shape[0], x.shape[1] // 2 * 2, *x.shape[2:])
+    if tuple(a.shape) != expected:
+        raise ValueError(f"expected the subnet to return shape {expected}, got {tuple(a.shape)}")
+    if version is not None and x1._version != version:
+        raise RuntimeError("the subnet changed its input in place; use out-of-place operations at its start (such as ReLU(inplace=False))")
+    return a
+
+
+# --- the block ---------------------------------------------------------------------------------------------------------------------
+
+
+def all_in_one_block(
+    x: Tensor,
+    subnet: Callable[[Tensor], Tensor],
+    global_scale: Tensor,
+    global_offset: Tensor,
+    permutation: Permutation,
+    spec: CouplingSpec,
+    conditions: Sequence[Tensor] = (),
+    *,
+    rev: bool = False,
+    jac: bool = True,
+    reverse_permutation: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One affine coupling block: split, coupling, global affine, permutation, with its log-determinant; or the inverse.
+
+    Args:
+        x: (B, C, *S), floating point; the output of the forward direction if ``rev``.
+        subnet: Maps cat(x1, *conditions) (B, C - C//2 + sum C_k, *S) to the coefficients (B, 2 * (C//2), *S).
+        global_scale: C elements, before its activation.
+        global_offset: C elements.
+        permutation: See :mod:`fastflow_kernels.permutations`.
+        spec: The coupling's constants.
+        conditions: Tensors (B, C_k, *S).
+        rev: Compute the inverse.
+        jac: Compute the log-determinant; zeros are returned in its place otherwise.
+        reverse_permutation: Undo the permutation before the coupling (Putzky & Welling 2019).
+        backend: "auto", "eager" or "triton".
+
+    Returns:
+        The output (B, C, *S) in the promoted dtype of x, the coefficients and the parameters, and the log-determinant (B,) in nats per
+        sample, float64 for a float64 output and float32 otherwise.
+
+    Raises:
+        RuntimeError: ``backend="triton"`` cannot be honoured, or the subnet writes to its input.
+        TypeError, ValueError: The subnet returns another shape, or no floating-point tensor.
+    """
+    direction = _inverse if rev else _forward
+    if not rev and reverse_permutation:
+        x = permutation.unpermute(x)
+    out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, backend)
+    if rev and reverse_permutation:
+        out = permutation.permute(out)
+    if logdet is None:
+        logdet = torch.zeros(out.shape[0], dtype=torch.float64 if out.dtype is torch.float64 else torch.float32, device=out.device)
+    return out, logdet
+
+
+def _forward(
+    x: Tensor,
+    subnet: Callable[[Tensor], Tensor],
+    g: Tensor,
+    offset: Tensor,
+    permutation: Permutation,
+    spec: CouplingSpec,
+    conditions: Sequence[Tensor],
+    jac: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    indexed = isinstance(permutation, IndexPermutation)
+    operations = dispatch.pick(x, indexed, backend)
+    c1 = x.shape[1] - x.shape[1] // 2
+    if operations is None or not (x.requires_grad and torch.is_grad_enabled()):
+        x1 = x.narrow(1, 0, c1)
+    else:
+        x1, x = _Fork.apply(x, c1)
+    a = _coefficients(subnet, x1, conditions, x)
+    if operations is None:
+        v, logdet = eager.composite_fwd(x, a, g, offset, spec, jac)
+        return permutation.permute(v), logdet
+    perm, inv = permutation if indexed else (None, None)
+    with _autocast_off(x):
+        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or g.requires_grad or offset.requires_grad):
+            v, logdet = _Coupling.apply(x, a, g, offset, perm, inv, spec, jac, operations)
+        else:
+            v, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
+    return (v if indexed else permutation.permute(v)), logdet
+
+
+def _inverse(
+    y: Tensor,
+    subnet: Callable[[Tensor], Tensor],
+    g: Tensor,
+    offset: Tensor,
+    permutation: Permutation,
+    spec: CouplingSpec,
+    conditions: Sequence[Tensor],
+    jac: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    indexed = isinstance(permutation, IndexPermutation)
+    operations = dispatch.pick(y, indexed, backend)
+    c1 = y.shape[1] - y.shape[1] // 2
+    if operations is None or torch.is_grad_enabled():
+        if operations is not None and backend == "triton":
+            raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
+        v = permutation.unpermute(y)
+        u = eager.composite_inv_affine(v, g, offset, spec)
+        dtype = eager.promoted(v, g)
+        a = _coefficients(subnet, u.narrow(1, 0, c1).to(dtype), conditions, y)
+        x, logdet = eager.composite_inv_coupling(u, a, g, spec, jac)
+        return x.to(eager.promoted(v, g, a)), logdet
+    perm, inv = permutation if indexed else (None, None)
+    v = y if indexed else permutation.unpermute(y)
+    with _autocast_off(v):
+        x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
+    a = _coefficients(subnet, x.narrow(1, 0, c1), conditions, y)
+    with _autocast_off(v):
+        if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
+            u = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
+            return eager.composite_inv_coupling(u, a, g, spec, jac)
+        return x, operations.coupling_inv_active(v, x, a, g, offset, perm, inv, spec, jac)
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    """The coupling picks its own precision; autocast would lower or raise single operations of it."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Fork(Function):
+    """x -> (its passive half for the subnet, x itself for the coupling).
+
+    Autograd's own slicing would turn the subnet's gradient into a zero-padded copy of x and add two full tensors (5 N of traffic); here it
+    is added into the passive rows of the coupling's gradient, which nobody else holds (1.5 N).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c1: int) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.c1, ctx.c2 = c1, x.shape[1] - c1
+        return x.narrow(1, 0, c1), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:
+        if dx1 is None:  # the subnet does not depend on its input
+            return dx, None
+        if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx):
+            padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
+            return (padded if dx is None else dx + padded), None
+        dx.narrow(1, 0, ctx.c1).add_(dx1)
+        return dx, None
+
+
+class _Coupling(Function):
+    """The fused coupling with its hand-derived backward; keeps x, a and the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        g: Tensor,
+        offset: Tensor,
+        perm: Tensor | None,
+        inv: Tensor | None,
+        spec: CouplingSpec,
+        jac: bool,
+        operations: ModuleType,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a, g, offset, perm, inv)
+        ctx.spec, ctx.operations = spec, operations
+        return operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, a, g, offset, perm, inv = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros(x.shape, dtype=eager.promoted(x, a, g), device=x.device)
+        if torch.is_grad_enabled() or dispatch.needs_composite(dy):
+            return *_composite_backward(ctx, dy, dlogdet), *[None] * 5
+        with _autocast_off(x):
+            need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+            grads = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
+        return *grads, *[None] * 5
+
+
+def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Tensor | None]:
+    """The backward through plain operations, itself differentiable."""
+    *sources, perm, inv = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), _autocast_off(dy):
+        wanted = ctx.needs_input_grad[:4]
+        leaves = [t if create_graph or not need else t.detach().requires_grad_() for t, need in zip(sources, wanted, strict=True)]
+        v, logdet = eager.composite_fwd(*leaves, ctx.spec, dlogdet is not None)
+        y = v if perm is None else gather_channels(v, perm, inv)
+        outputs, gradients = ([y], [dy]) if dlogdet is None else ([y, logdet], [dy, dlogdet])
+        inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in wanted]

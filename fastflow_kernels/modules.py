@@ -1,0 +1,473 @@
+"""``InvertibleModule`` and ``AllInOneBlock``: the drop-in classes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import dispatch, eager
+from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
+from fastflow_kernels.permutations import (
+    HouseholderPermutation,
+    IndexPermutation,
+    MatrixPermutation,
+    Permutation,
+    multiply_channels,
+    one_hot,
+    random_rotation,
+)
+from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+
+
+class InvertibleModule(nn.Module):
+    """Base class of invertible modules, with FrEIA's interface.
+
+    ``module([x], c, rev=False, jac=True)`` returns ``((z,), logdet)`` with ``logdet = log |det dz/dx|`` (B,) in nats per sample, and
+    ``module([z], c, rev=True)`` returns ``((x,), -logdet)``. Where FrEIA is imported, instances pass
+    ``isinstance(module, FrEIA.modules.InvertibleModule)``.
+
+    Args:
+        dims_in: One shape per input, without the batch dimension: ``[(C, *S)]``.
+        dims_c: One shape per condition.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> InvertibleModule:
+        _adopt_freia()
+        return super().__new__(cls)
+
+    def __init__(self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None) -> None:
+        nn.Module.__init__(self)  # by name: FrEIA's base, where adopted, would ask for dims_in
+        self.dims_in = list(dims_in)
+        self.dims_c = list(dims_c) if dims_c is not None else []
+
+    def forward(
+        self, x_or_z: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Compute the outputs and the log-determinant; to be implemented by subclasses.
+
+        Args:
+            x_or_z: Inputs, one tensor (B, *dims_in[k]) each.
+            c: Conditions, one tensor (B, *dims_c[k]) each.
+            rev: Compute the inverse.
+            jac: Whether the log-determinant is wanted.
+
+        Raises:
+            NotImplementedError: Always, here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not provide forward(...)")
+
+    def log_jacobian(self, *args: Any, **kwargs: Any) -> None:
+        """Deprecated; ``forward`` returns the log-determinant.
+
+        Raises:
+            DeprecationWarning: Always.
+        """
+        raise DeprecationWarning("log_jacobian is deprecated: forward(..., jac=True) returns (outputs, log-determinant)")
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The outputs' shapes for inputs of shapes ``input_dims``; to be implemented by subclasses.
+
+        Raises:
+            NotImplementedError: Always, here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not provide output_dims(...)")
+
+
+def _adopt_freia() -> None:
+    """Make FrEIA's base class a base of ours once FrEIA is imported, so that its containers recognise our modules.
+
+    Importing FrEIA ourselves would cost every user its SciPy import.
+    """
+    if InvertibleModule.__bases__ == (nn.Module,) and (freia := sys.modules.get("FrEIA.modules.base")):
+        base = getattr(freia, "InvertibleModule", None)
+        if isinstance(base, type) and issubclass(base, nn.Module):
+            InvertibleModule.__bases__ = (base,)
+
+
+class AllInOneBlock(InvertibleModule):
+    r"""Affine coupling with soft clamping, global affine ("ActNorm") and channel permutation, fused.
+
+    A drop-in for ``anomalib.models.components.flow.AllInOneBlock`` (``dialect="anomalib"``, also FrEIA 0.2) and for the block of FrEIA's main
+    branch (``dialect="freia"``): same arguments, parameters, checkpoints and results. With x = (x1, x2) split after C - C//2 channels and
+    (a_s, a_t) = subnet(cat(x1, *c)):
+
+    .. math::
+        s &= \alpha \tanh(0.1\, a_s) \quad\text{("anomalib")},\qquad s = \alpha \tanh(0.1\, a_s / \alpha) \quad\text{("freia")} \\
+        u &= \mathrm{cat}(x_1,\; x_2 \odot e^{s} + 0.1\, a_t) \\
+        y &= R\,(\Psi(g) \odot u + t), \qquad \log\det = \sum s + P \sum \log \Psi(g)
+
+    Args:
+        dims_in: ``[(C, *S)]`` with 0 to 3 spatial dimensions. Dialect "anomalib" takes any spatial size, "freia" only the declared one.
+        dims_c: Shapes of the conditions, ``[(C_k, *S), ...]``.
+        subnet_constructor: Called as ``f(channels_in, channels_out)``, returns the module that predicts the coefficients.
+        affine_clamping: Bound of the log-factors s. 0 is an additive coupling in dialect "anomalib" and an error in "freia".
+        gin_block: Volume-preserving coupling (Sorrenson, Rother & Koethe 2020): the mean of s is removed, scale is 1.
+        global_affine_init: Initial global scale, in the range of its activation: (0, 10) for SIGMOID, else above 0.
+        global_affine_type: ``"SIGMOID"``, ``"SOFTPLUS"`` or ``"EXP"``.
+        permute_soft: A fixed rotation from SO(C) instead of a permutation. Drawn by torch; the stock blocks ask NumPy.
+        learned_householder_permutation: Number of learned Householder reflections (Tomczak & Welling 2016) after the permutation; 0 for none.
+        reverse_permutation: Undo the permutation before the coupling (Putzky & Welling 2019).
+        dialect: ``"anomalib"`` or ``"freia"``: the clamp formula, the state dict's layout of ``w_perm``, the shape check.
+        backend: ``"auto"``, ``"eager"`` or ``"triton"``; "auto" follows FASTFLOW_KERNELS_BACKEND where that is set.
+
+    Shape:
+        ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample (float32, or float64 for float64 data;
+        zeros without ``jac``). y has the promoted dtype of x, the coefficients and the parameters.
+
+    Raises:
+        ValueError, TypeError: An option or shape that makes no sense; nothing is drawn or built then.
+
+    Source: Ardizzone et al., FrEIA (2018-2022); Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP); Kingma & Dhariwal 2018 (Glow).
+
+    Example:
+        >>> import torch
+        >>> from fastflow_kernels import AllInOneBlock
+        >>> block = AllInOneBlock([(4, 8, 8)], subnet_constructor=lambda i, o: torch.nn.Conv2d(i, o, 3, padding=1))
+        >>> (y,), logdet = block([torch.randn(2, 4, 8, 8)])
+        >>> y.shape, logdet.shape
+        (torch.Size([2, 4, 8, 8]), torch.Size([2]))
+    """
+
+    def __init__(
+        self,
+        dims_in: Sequence[Sequence[int]],
+        dims_c: Sequence[Sequence[int]] | None = None,
+        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
+        affine_clamping: float = 2.0,
+        gin_block: bool = False,
+        global_affine_init: float = 1.0,
+        global_affine_type: str = "SOFTPLUS",
+        permute_soft: bool = False,
+        learned_householder_permutation: int = 0,
+        reverse_permutation: bool = False,
+        *,
+        dialect: str = "anomalib",
+        backend: str = "auto",
+    ) -> None:
+        dims_in, dims_c = _checked_dims(dims_in, dims_c)
+        _check_options(subnet_constructor, affine_clamping, learned_householder_permutation, dialect)
+        backend = dispatch.validated(backend)
+        initial = _initial_global_scale(global_affine_type, global_affine_init, dialect)
+        super().__init__(dims_in, dims_c)
+
+        channels, *spatial = dims_in[0]
+        self.in_channels = channels
+        self.input_rank = len(spatial)
+        self.sum_dims = tuple(range(1, 2 + self.input_rank))
+        self.splits = [channels - channels // 2, channels // 2]
+        self.conditional = bool(dims_c)
+        self.condition_channels = sum(shape[0] for shape in dims_c)
+        self.clamp = affine_clamping
+        self.GIN = gin_block
+        self.householder = learned_householder_permutation
+        self.reverse_pre_permute = reverse_permutation
+        self.permute_soft = permute_soft
+        self.global_affine_type = global_affine_type
+        self.dialect = dialect
+        self.backend = backend
+
+        ones = (1,) * self.input_rank
+        self.global_scale = nn.Parameter(torch.ones(1, channels, *ones) * initial)
+        self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
+        # the order of draws is the stock block's: permutation, reflections, subnet
+        w = random_rotation(channels) if permute_soft else torch.randperm(channels)
+        if self.householder:
+            self.vk_householder = nn.Parameter(0.2 * torch.randn(self.householder, channels))
+            self.w_0 = nn.Parameter(w, requires_grad=False)
+        else:
+            w_inv = w.T.contiguous() if permute_soft else torch.argsort(w)
+            shape = (channels, channels, *ones) if permute_soft else (channels,)
+            self.w_perm = nn.Parameter(w.reshape(shape), requires_grad=False)
+            self.w_perm_inv = nn.Parameter(w_inv.reshape(shape), requires_grad=False)
+        self.subnet = subnet_constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
+
+    # --- evaluation ---
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Evaluate the block or its inverse.
+
+        Args:
+            x: ``[x]`` with x (B, C, *S), floating point.
+            c: Conditions, one (B, C_k, *S) each.
+            rev: Compute the inverse.
+            jac: Compute the log-determinant; zeros are returned in its place otherwise.
+
+        Returns:
+            ``((y,), logdet)``, see the class.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: Before any work, saying what was expected and what came.
+        """
+        shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
+        x = single_input(x, self.in_channels, self.input_rank, shape)
+        c = check_conditions(c, [shape[0] for shape in self.dims_c], x)
+        if x.device != self.global_scale.device:
+            raise ValueError(f"expected the input on {self.global_scale.device}, where the block is; got {x.device}")
+        if self._overridden():
+            y, logdet = self._composed(x, c, rev, jac)
+        else:
+            y, logdet = all_in_one_block(
+                x,
+                self._checked_subnet,
+                self.global_scale,
+                self.global_offset,
+                self._permutation(),
+                self._spec(),
+                c,
+                rev=rev,
+                jac=jac,
+                reverse_permutation=self.reverse_pre_permute,
+                backend=self.backend,
+            )
+        return (y,), logdet
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The output's shape: the input's.
+
+        Args:
+            input_dims: ``[(C, *S)]``.
+
+        Returns:
+            The same list.
+        """
+        return input_dims
+
+    def global_scale_activation(self, g: Tensor) -> Tensor:
+        """The activation of the global scale, elementwise: 10*sigmoid(g - 2), 0.1*softplus(g, beta=0.5) or exp(g)."""
+        return eager.scale_of(g, self.global_affine_type)
+
+    def _spec(self) -> CouplingSpec:
+        return CouplingSpec.of(self.clamp, self.dialect, self.global_affine_type, self.GIN)
+
+    def _permutation(self) -> Permutation:
+        first, second = (self.w_0, self.w_0) if self.householder else (self.w_perm, self.w_perm_inv)
+        if self.permute_soft:
+            w = first.view(self.in_channels, -1)
+            base = MatrixPermutation(w, w.T if self.householder else second.view(self.in_channels, -1))
+        else:
+            base = IndexPermutation(first, torch.argsort(first) if self.householder else second)
+        return HouseholderPermutation(base, self.vk_householder) if self.householder else base
+
+    def _checked_subnet(self, x: Tensor) -> Tensor:
+        a = self.subnet(x)
+        if isinstance(a, Tensor) and a.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"expected the subnet to return {x.dtype}, its input's dtype; got {a.dtype}")
+        return a
+
+    # --- the documented methods that subclasses override ---
+
+    def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        """The coupling alone.
+
+        Args:
+            x: The active half, (B, C2, *S).
+            a: The subnet's output, (B, 2*C2, *S); it is not written to.
+            rev: Compute the inverse.
+
+        Returns:
+            The transformed active half and the sum of its log-factors (B,), negated in reverse.
+        """
+        return eager.composite_affine(x, a, self._spec(), rev)
+
+    def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
+        """Global affine and permutation, or their inverse.
+
+        Args:
+            x: (B, C, *S).
+            rev: Compute the inverse.
+
+        Returns:
+            The transformed tensor and sum(log(scale)) (0.0 for GIN), of the forward direction in both cases.
+        """
+        scale = 1.0 if self.GIN else self.global_scale_activation(self.global_scale)
+        log_scale = 0.0 if self.GIN else scale.log().sum()
+        permutation = self._overridable_permutation()
+        if rev:
+            return (permutation.unpermute(x) - self.global_offset) / scale, log_scale
+        return permutation.permute(x * scale + self.global_offset), log_scale
+
+    def _pre_permute(self, x: Tensor, rev: bool = False) -> Tensor:
+        """The permutation undone before the coupling, or redone after its inverse; only used with ``reverse_permutation``.
+
+        Args:
+            x: (B, C, *S).
+            rev: Redo it.
+        """
+        permutation = self._overridable_permutation()
+        return permutation.permute(x) if rev else permutation.unpermute(x)
+
+    def _construct_householder_permutation(self) -> Tensor:
+        """The matrix w_0 H_1 ... H_K, (C, C, 1, ...) with as many ones as spatial dimensions."""
+        w = self._permutation().matrix(self.vk_householder)
+        return w.view(*w.shape, *[1] * self.input_rank)
+
+    def _overridden(self) -> bool:
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(AllInOneBlock, name)
+            for name in ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
+        )
+
+    def _overridable_permutation(self) -> Permutation:
+        if self.householder and self._construct_householder_permutation.__func__ is not AllInOneBlock._construct_householder_permutation:
+            w = self._construct_householder_permutation().view(self.in_channels, -1)
+            return MatrixPermutation(w, w.T)
+        return self._permutation()
+
+    def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[Tensor, Tensor]:
+        """The block in the stock block's steps, through the methods that a subclass has overridden."""
+        if self.backend == "triton":
+            raise RuntimeError(f"backend 'triton' cannot be used here: {type(self).__name__} overrides a step of the block")
+        log_scale: Tensor | float = 0.0
+        if rev:
+            x, log_scale = self._permute(x, rev=True)
+        elif self.reverse_pre_permute:
+            x = self._pre_permute(x, rev=False)
+        x1, x2 = x.split(self.splits, 1)
+        x2, logdet = self._affine(x2, self._checked_subnet(torch.cat((x1, *c), 1) if c else x1), rev=rev)
+        x = torch.cat((x1, x2), 1)
+        if not rev:
+            x, log_scale = self._permute(x, rev=False)
+        elif self.reverse_pre_permute:
+            x = self._pre_permute(x, rev=True)
+        pixels = math.prod(x.shape[2:])
+        return x, logdet + (-pixels if rev else pixels) * log_scale if jac else torch.zeros_like(logdet)
+
+    # --- checkpoints: the permutation is held as an index and stored in the dialect's layout ---
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.permute_soft:
+            return
+        for name in ("w_0",) if self.householder else ("w_perm", "w_perm_inv") if self.dialect == "anomalib" else ():
+            w = one_hot(getattr(self, name).detach(), self.global_scale.dtype)
+            destination[prefix + name] = w if name == "w_0" else w.view(*w.shape, *[1] * self.input_rank)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        names = ("w_0",) if self.householder else ("w_perm", "w_perm_inv")
+        found = {name: state_dict[prefix + name] for name in names if isinstance(state_dict.get(prefix + name), Tensor)}
+        read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
+        if len(read) == 2:
+            self._check_inverse(prefix, *read.values())
+        replaced = {prefix + name: w for name, w in read.items()}
+        super()._load_from_state_dict({**state_dict, **replaced}, prefix, *args, **kwargs)
+        if len(read) == 1 and not self.householder:  # with strict=False: the other one must not stay behind
+            given, other = (self.w_perm, self.w_perm_inv) if "w_perm" in read else (self.w_perm_inv, self.w_perm)
+            with torch.no_grad():
+                other.copy_(given.transpose(0, 1) if self.permute_soft else torch.argsort(given))
+
+    def _read_permutation(self, key: str, w: Tensor) -> Tensor:
+        """A stored permutation, index or matrix, in the form this block holds; ValueError if it is none."""
+        channels = self.in_channels
+        if w.dim() == 1:
+            if w.numel() != channels or w.is_floating_point() or not torch.equal(w.sort().values, torch.arange(channels, device=w.device)):
+                raise ValueError(f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; nothing was loaded into this block")
+            index = w.long()
+            return one_hot(index, self.global_scale.dtype).view(self._matrix_shape()) if self.permute_soft else index
+        if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
+            raise ValueError(f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); nothing was loaded into this block")
+        matrix = w.reshape(channels, channels)
+        if self.permute_soft:
+            return w.reshape(self._matrix_shape())
+        index = matrix.argmax(1)
+        if not torch.equal(matrix, one_hot(index, matrix.dtype)) or index.unique().numel() != channels:
+            raise ValueError(
+                f"{key} is not a permutation matrix; nothing was loaded into this block. For a rotation build the block with permute_soft=True."
+            )
+        return index
+
+    def _matrix_shape(self) -> tuple[int, ...]:
+        return (self.in_channels, self.in_channels, *[1] * (0 if self.householder else self.input_rank))
+
+    def _check_inverse(self, prefix: str, w: Tensor, w_inv: Tensor) -> None:
+        if self.permute_soft:
+            square = (self.in_channels, self.in_channels)
+            agree = torch.allclose(w.view(square).T.float(), w_inv.view(square).float(), atol=1e-5)
+        else:
+            agree = torch.equal(torch.argsort(w), w_inv)
+        if not agree:
+            raise ValueError(f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm; nothing was loaded into this block")
+
+    def extra_repr(self) -> str:
+        kind = "soft" if self.permute_soft else "hard"
+        more = f", householder={self.householder}" if self.householder else ""
+        return f"{self.in_channels} channels, rank {self.input_rank}, {kind}{more}, dialect={self.dialect!r}, backend={self.backend!r}"
+
+
+# --- options -----------------------------------------------------------------------------------------------------------------------
+
+
+def _checked_dims(
+    dims_in: Sequence[Sequence[int]], dims_c: Sequence[Sequence[int]] | None
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    dims_in = _shapes("dims_in", dims_in)
+    dims_c = _shapes("dims_c", dims_c if dims_c is not None else [])
+    if len(dims_in) != 1:
+        raise ValueError(f"expected dims_in with one shape (C, *S), got {len(dims_in)}: {dims_in}")
+    if len(dims_in[0]) > 4:
+        raise ValueError(f"expected data of rank 0 to 3 (1 to 4 dimensions without the batch), got dims_in {dims_in}")
+    if dims_in[0][0] < 1:
+        raise ValueError(f"expected at least one channel, got dims_in {dims_in}")
+    for shape in dims_c:
+        if shape[1:] != dims_in[0][1:]:
+            raise ValueError(f"expected conditions of the input's spatial shape {dims_in[0][1:]}, got dims_c {dims_c}")
+    return dims_in, dims_c
+
+
+def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
+    try:
+        shapes = [tuple(int(n) for n in shape) for shape in value]
+    except TypeError:
+        raise TypeError(f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}") from None
+    if any(not shape for shape in shapes):
+        raise ValueError(f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}")
+    return shapes
+
+
+def _check_options(subnet_constructor: Any, clamp: Any, householder: Any, dialect: Any) -> None:
+    if subnet_constructor is None:
+        raise ValueError("expected a subnet_constructor, called as f(channels_in, channels_out); got None")
+    if not callable(subnet_constructor):
+        raise TypeError(f"expected subnet_constructor to be callable, got {type(subnet_constructor).__name__}")
+    if dialect not in DIALECTS:
+        raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
+    if not math.isfinite(_number("affine_clamping", clamp)):
+        raise ValueError(f"expected a finite affine_clamping, got {clamp}")
+    if clamp == 0 and dialect == "freia":
+        raise ValueError("affine_clamping=0 divides by zero in dialect 'freia'; dialect 'anomalib' makes it an additive coupling")
+    if isinstance(householder, float) or int(householder) < 0:
+        raise ValueError(f"expected a number of reflections of 0 or more as learned_householder_permutation, got {householder!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"expected {name} to be a number, got {value!r}") from None
+
+
+def _initial_global_scale(activation: str, init: float, dialect: str) -> float:
+    """The g with activation(g) = init, computed in the stock block's precision so that the first bits agree too."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"expected global_affine_type to be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    init = _number("global_affine_init", init)
+    upper = 10.0 if activation == "SIGMOID" else math.inf
+    if not 0.0 < init < upper:
+        raise ValueError(f"expected global_affine_init in (0, {upper:g}), the range of {activation}; got {init}")
+    start = {"SIGMOID": 10.0 / init - 1.0, "SOFTPLUS": 0.5 * 10.0 * init, "EXP": init}[activation]
+    t = torch.tensor(start, dtype=None if dialect == "anomalib" else torch.float64, device="cpu")
+    if activation == "SIGMOID":
+        g = 2.0 - torch.log(t)
+    elif activation == "SOFTPLUS":
+        g = 2.0 * torch.log(torch.exp(t) - 1)
+        if not g.isfinite():  # exp overflowed, or rounded to 1
+            g = 2.0 * (t + torch.log(-torch.expm1(-t)))
+    else:
+        g = torch.log(t)
+    return g.item()

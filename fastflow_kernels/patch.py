@@ -1,0 +1,389 @@
+"""``accelerate(model)`` and ``restore(model)``: the fused block inside models that hold FrEIA's or anomalib's.
+
+A stock block stays the object it is, with its parameters, hooks and state-dict keys; only its class is exchanged for a subclass of its own
+whose ``forward`` is the fused one. Containers that keep references of their own (GraphINN's nodes) and optimizers notice nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import dispatch, eager, modules
+from fastflow_kernels.functional import all_in_one_block, single_input
+from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutation, MatrixPermutation, Permutation
+from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+
+_STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
+
+
+# --- what was done -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One block that was looked at.
+
+    Attributes:
+        name: Its name in the model, as ``named_modules`` gives it ("" for the model itself).
+        kind: Its class, with the module that defines it.
+        changed: Whether it was changed.
+        reason: How it was recognised, or why it was left as it is.
+    """
+
+    name: str
+    kind: str
+    changed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`accelerate` or :func:`restore` did; ``print`` it.
+
+    Attributes:
+        action: "accelerated" or "restored".
+        entries: One per block found, in the model's order.
+    """
+
+    action: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def changed(self) -> tuple[Entry, ...]:
+        """The blocks that were changed."""
+        return tuple(entry for entry in self.entries if entry.changed)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """The blocks that were left as they are."""
+        return tuple(entry for entry in self.entries if not entry.changed)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} of {len(self.entries)} blocks {self.action}"]
+        if not self.entries:
+            lines = ["no AllInOneBlock found in the model"]
+        for entry in self.entries:
+            lines.append(f"  {self.action if entry.changed else 'left':<11} {entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}")
+        return "\n".join(lines)
+
+
+class _Left(Exception):
+    """A block must be left alone; the message says why."""
+
+
+# --- the two functions -------------------------------------------------------------------------------------------------------------
+
+
+def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
+    """Make every AllInOneBlock of FrEIA or anomalib in ``model`` run fused, in place.
+
+    Parameters and their identity, hooks, state-dict keys and values stay what they are. Each block is asked, by running a copy of it on a
+    small input with random parameters, which maths it computes; a block that computes something else than expected, or whose class
+    overrides a step of it, is left alone.
+
+    Args:
+        model: Any module; a block itself will do.
+        backend: "auto", "eager" or "triton", for the changed blocks.
+
+    Returns:
+        What was changed and what was left, with reasons.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+        ValueError: An unknown backend.
+
+    Example:
+        >>> import torch
+        >>> from fastflow_kernels import accelerate
+        >>> print(accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2))))
+        no AllInOneBlock found in the model
+    """
+    dispatch.validated(backend)
+    entries = []
+    for name, block in _modules_of(model):
+        kind = _kind(type(block))
+        if isinstance(block, modules.AllInOneBlock):
+            entries.append(Entry(name, kind, False, "is fused already"))
+        elif isinstance(block, _Accelerated):
+            block._fastflow.backend = backend
+            entries.append(Entry(name, kind, False, f"is accelerated already; backend is {backend!r} now"))
+        elif (stock := _stock_class(type(block))) is not None:
+            try:
+                dialect, activation = _identify(block, stock)
+            except _Left as reason:
+                entries.append(Entry(name, kind, False, str(reason)))
+                continue
+            _exchange(block, dialect, activation, backend)
+            entries.append(Entry(name, kind, True, f"computes dialect {dialect!r}, {activation}"))
+    return Report("accelerated", tuple(entries))
+
+
+def restore(model: nn.Module) -> Report:
+    """Give every block that :func:`accelerate` changed its own class back, in place.
+
+    Args:
+        model: The model given to :func:`accelerate`, a copy of it, or a part.
+
+    Returns:
+        What was restored.
+
+    Raises:
+        TypeError: ``model`` is no ``torch.nn.Module``.
+    """
+    entries = []
+    for name, block in _modules_of(model):
+        if isinstance(block, _Accelerated):
+            del block.__dict__["_fastflow"]
+            block.__class__ = block._fastflow_stock
+            entries.append(Entry(name, _kind(type(block)), True, "has its own class again"))
+    return Report("restored", tuple(entries))
+
+
+def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _kind(cls: type) -> str:
+    cls = getattr(cls, "_fastflow_stock", cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+# --- which class, which maths ------------------------------------------------------------------------------------------------------
+
+
+def _stock_class(cls: type) -> type | None:
+    """The AllInOneBlock that ``cls`` is or derives from, by name and methods: models also carry vendored copies of it."""
+    for base in cls.__mro__:
+        if base.__name__ == "AllInOneBlock" and {"forward", "_affine", "_permute"} <= vars(base).keys():
+            return base
+    return None
+
+
+def _identify(block: nn.Module, stock: type) -> tuple[str, str]:
+    """Dialect and activation of a stock block, found by asking it; _Left if it computes anything else."""
+    for step in _STEPS:
+        if step in vars(block) or getattr(type(block), step, None) is not getattr(stock, step, None):
+            raise _Left(f"{type(block).__name__} overrides {step}")
+    try:
+        if block.global_scale.is_meta:
+            raise _Left("its parameters are on the meta device; accelerate it once they hold values")
+        with torch.no_grad(), torch.autocast(block.global_scale.device.type, enabled=False):
+            return _compare(_Probe(block, stock))
+    except _Left:
+        raise
+    except Exception as error:
+        raise _Left(f"it could not be asked: {type(error).__name__}: {error}") from error
+
+
+class _Fixed(nn.Module):
+    """A subnet that returns the same coefficients whatever it is given."""
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.a = a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a.clone()  # the stock block writes to what it gets
+
+
+class _Probe:
+    """A shallow copy of a block with random global affine and a fixed subnet: the block itself is not touched."""
+
+    def __init__(self, block: nn.Module, stock: type) -> None:
+        self.stock, self.generator = stock, torch.Generator().manual_seed(0)
+        self.block = copy.copy(block)
+        like = block.global_scale
+        self.scale, self.offset = self._random(like.shape, like), self._random(like.shape, like)
+        self.block.__dict__["_parameters"] = {
+            **block._parameters,
+            "global_scale": nn.Parameter(self.scale),
+            "global_offset": nn.Parameter(self.offset),
+        }
+        self.block.__dict__["_modules"] = dict(block._modules)
+
+    def _random(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(like)
+
+    def ask(self, spatial: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """The input, the coefficients and the stock block's answers, forward and in reverse."""
+        channels, passive = self.block.in_channels, sum(self.block.splits[1:])
+        x = self._random((2, channels, *spatial), self.scale)
+        a = 10.0 * self._random((2, 2 * passive, *spatial), self.scale)
+        self.block._modules["subnet"] = _Fixed(a)
+        c = [x.new_zeros(2, self.block.condition_channels, *spatial)] if self.block.conditional else []
+        answers = []
+        for rev in (False, True):
+            (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
+            answers.append((y, logdet))
+        return x, a, answers
+
+
+def _compare(probe: _Probe) -> tuple[str, str]:
+    block = probe.block
+    rank = block.input_rank
+    try:
+        x, a, answers = probe.ask((2,) * rank)
+    except RuntimeError:  # FrEIA's main branch takes the declared size only
+        x, a, answers = probe.ask(tuple(block.dims_in[0][1:]))
+    samples = torch.linspace(-3.0, 60.0, 64).to(x)
+    activations = [name for name in ACTIVATIONS if _alike(block.global_scale_activation(samples), eager.scale_of(samples, name))]
+    if not activations:
+        raise _Left("its global_scale_activation is none of SIGMOID, SOFTPLUS, EXP")
+    for dialect in DIALECTS:
+        if block.clamp == 0 and dialect == "freia":
+            continue
+        spec = CouplingSpec.of(block.clamp, dialect, activations[0], block.GIN)
+        arguments = (_Fixed(a), probe.scale, probe.offset, _Held().permutation(block), spec)
+        ours = [
+            all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager") for rev in (False, True)
+        ]
+        if all(_alike(theirs, mine) for pair in zip(answers, ours, strict=True) for theirs, mine in zip(*pair, strict=True)):
+            return dialect, activations[0]
+    raise _Left("it computes something else than either known form of the block")
+
+
+def _alike(theirs: Tensor, ours: Tensor) -> bool:
+    # Two formulas differ by a sizeable fraction here, two ways of rounding by the precision of the products: TF32's 2^-10, a half type's 2^-8.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(theirs.dtype, 1e-1)
+    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0))
+
+
+# --- the accelerated block ---------------------------------------------------------------------------------------------------------
+
+
+class _Accelerated:
+    """What the class of an accelerated block adds to its own."""
+
+    _fastflow: _Held
+    _fastflow_stock: type
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """The fused form of the stock block's forward; see :class:`fastflow_kernels.AllInOneBlock`."""
+        held = self._fastflow
+        y, logdet = all_in_one_block(
+            single_input(x, self.in_channels, self.input_rank),
+            self.subnet,
+            self.global_scale,
+            self.global_offset,
+            held.permutation(self),
+            CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
+            c if c and self.conditional else (),  # like the stock block, which ignores what it did not declare
+            rev=rev,
+            jac=jac,
+            reverse_permutation=self.reverse_pre_permute,
+            backend=held.backend,
+        )
+        return (y,), logdet
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        state = self.__dict__.copy()
+        activation = state.get("global_scale_activation")
+        if "<lambda>" in getattr(activation, "__qualname__", ""):  # FrEIA 0.2 holds lambdas, which no pickle takes
+            state["global_scale_activation"] = _Activation(self._fastflow.activation)
+        if "<lambda>" in getattr(state.get("permute_function"), "__qualname__", ""):
+            state["permute_function"] = _take_channels
+        return _new_accelerated, (self._fastflow_stock,), state
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """A global_scale_activation that can be pickled."""
+
+    name: str
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return eager.scale_of(g, self.name)
+
+
+def _take_channels(x: Tensor, index: Tensor) -> Tensor:
+    """The permute_function of FrEIA's main branch for an index."""
+    return x[:, index]
+
+
+@cache
+def _accelerated_class(cls: type) -> type:
+    return type(f"Accelerated{cls.__name__}", (_Accelerated, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls})
+
+
+def _new_accelerated(cls: type) -> nn.Module:
+    accelerated = _accelerated_class(cls)
+    return accelerated.__new__(accelerated)
+
+
+def _exchange(block: nn.Module, dialect: str, activation: str, backend: str) -> None:
+    if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
+        block.w_perm = block.w_perm_inv = None
+    block.__dict__["_fastflow"] = _Held(dialect, activation, backend)
+    block.__class__ = _accelerated_class(type(block))
+
+
+@dataclass
+class _Held:
+    """What an accelerated block knows beside its own attributes."""
+
+    dialect: str = "anomalib"
+    activation: str = "SOFTPLUS"
+    backend: str = "auto"
+    _key: tuple[Any, ...] | None = field(default=None, repr=False)
+    _index: tuple[IndexPermutation, Tensor] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dialect": self.dialect, "activation": self.activation, "backend": self.backend, "_key": None, "_index": None}
+
+    def permutation(self, block: nn.Module) -> Permutation:
+        """The block's permutation: an index wherever its matrix is one."""
+        if block.householder:
+            index = self._as_index(block.w_0, None)
+            return HouseholderPermutation(index or MatrixPermutation(block.w_0, block.w_0.T), block.vk_householder)
+        w, w_inv = block.w_perm, block.w_perm_inv
+        if w.dim() == 1:
+            return IndexPermutation(w, w_inv)
+        square = w.shape[:2]
+        return self._as_index(w, w_inv) or MatrixPermutation(w.view(square), w_inv.view(square))
+
+    def _as_index(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
+        """The index of a one-hot matrix (whose inverse, if given, is its transpose), read once and kept while the matrix stays."""
+        if w.requires_grad:
+            return None
+        if torch.compiler.is_compiling() and self._key is not None:
+            return self._index and self._index[0]
+        key = tuple((t.data_ptr(), None if t.is_inference() else t._version, t.device) for t in (w, w_inv) if t is not None)
+        if key != self._key or not self._still(w):
+            self._key, self._index = key, _read_index(w, w_inv)
+        return self._index and self._index[0]
+
+    def _still(self, w: Tensor) -> bool:
+        """Whether the matrix still has its ones where the index says; writes through ``.data`` do not show in the key.
+
+        Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
+        """
+        if self._index is None or w.device.type != "cpu":
+            return True
+        positions = self._index[1]
+        return bool((w.detach().view(-1).index_select(0, positions) == 1).all())
+
+
+def _read_index(w: Tensor, w_inv: Tensor | None) -> tuple[IndexPermutation, Tensor] | None:
+    with torch.no_grad():
+        channels = w.shape[0]
+        matrix = w.detach().view(channels, channels)
+        perm = matrix.argmax(1)
+        inv = torch.argsort(perm)
+        positions = torch.arange(channels, device=w.device) * channels + perm
+        rebuilt = torch.zeros_like(matrix).view(-1).index_fill_(0, positions, 1.0).view_as(matrix)
+        if not torch.equal(rebuilt, matrix) or not torch.equal(perm[inv], torch.arange(channels, device=w.device)):
+            return None
+        if w_inv is not None and not torch.equal(w_inv.detach().view(channels, channels), rebuilt.T):
+            return None
+        return IndexPermutation(perm, inv), positions

@@ -1,0 +1,174 @@
+"""The channel permutations of a block: a fixed index, a fixed matrix, or a matrix followed by learned Householder reflections.
+
+Each has the same two methods, ``permute`` and ``unpermute``, differentiable and acting on dimension 1 of a (B, C, *S) tensor. An index is
+the case that the fused kernels take along for nothing; the others are products on the coupling's output.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from fastflow_kernels import dispatch
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class IndexPermutation(NamedTuple):
+    """y[:, j] = v[:, perm[j]] ("hard").
+
+    Attributes:
+        perm: int64 (C,).
+        inv: argsort(perm), int64 (C,).
+    """
+
+    perm: Tensor
+    inv: Tensor
+
+    def permute(self, v: Tensor) -> Tensor:
+        return gather_channels(v, self.perm, self.inv)
+
+    def unpermute(self, y: Tensor) -> Tensor:
+        return gather_channels(y, self.inv, self.perm)
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """The one-hot (C, C) matrix w with w @ v = v[perm], in the dtype of ``like``."""
+        return one_hot(self.perm, like.dtype)
+
+
+class MatrixPermutation(NamedTuple):
+    """y = w v ("soft": w from SO(C)).
+
+    Attributes:
+        w: (C, C).
+        w_inv: Its inverse, (C, C).
+    """
+
+    w: Tensor
+    w_inv: Tensor
+
+    def permute(self, v: Tensor) -> Tensor:
+        return multiply_channels(v, self.w)
+
+    def unpermute(self, y: Tensor) -> Tensor:
+        return multiply_channels(y, self.w_inv)
+
+    def matrix(self, like: Tensor) -> Tensor:
+        return self.w
+
+
+class HouseholderPermutation(NamedTuple):
+    r"""y = w_0 H_1 ... H_K v with the reflections H_k = I - 2 v_k v_k^T / (v_k^T v_k).
+
+    The product of the reflections is applied in its compact WY form I - V^T T V (Schreiber & Van Loan 1989), with V the (K, C) matrix of
+    the vectors and T^-1 = triu(V V^T, 1) + diag(V V^T) / 2: two thin products instead of K of C x C matrices.
+
+    Attributes:
+        base: w_0, an :class:`IndexPermutation` or :class:`MatrixPermutation`.
+        vectors: V, (K, C).
+    """
+
+    base: IndexPermutation | MatrixPermutation
+    vectors: Tensor
+
+    def _solved(self) -> Tensor:
+        """T V, (K, C)."""
+        gram = self.vectors @ self.vectors.T
+        return torch.linalg.solve_triangular(torch.triu(gram, 1) + torch.diag(gram.diagonal() / 2), self.vectors, upper=True)
+
+    def permute(self, v: Tensor) -> Tensor:
+        return self.base.permute(_reflect(v, self._solved(), self.vectors))
+
+    def unpermute(self, y: Tensor) -> Tensor:
+        # the transpose: I - V^T T^T V = I - (T V)^T V
+        return _reflect(self.base.unpermute(y), self.vectors, self._solved())
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """The (C, C) matrix w_0 H_1 ... H_K."""
+        w = self.base.matrix(self.vectors)
+        return w - (w @ self.vectors.T) @ self._solved()
+
+
+Permutation = IndexPermutation | MatrixPermutation | HouseholderPermutation
+
+
+def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (C, C) matrix w with w @ v = v[perm]."""
+    return F.one_hot(perm, perm.numel()).to(dtype)
+
+
+def random_rotation(channels: int) -> Tensor:
+    """A matrix drawn uniformly (Haar measure) from SO(C), float32, reproducible from torch's seed.
+
+    It is drawn from a generator of its own, seeded by torch's but without advancing it: whatever is drawn next, a subnet's weights for one,
+    is what the stock block would draw, which takes its rotation from NumPy.
+
+    Args:
+        channels: C.
+
+    Returns:
+        (C, C), orthogonal with determinant +1. Source: Mezzadri 2007, "How to generate random matrices from the classical compact groups".
+    """
+    peek = torch.Generator()
+    peek.set_state(torch.get_rng_state())
+    own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=peek, device="cpu")))
+    q, r = torch.linalg.qr(torch.randn(channels, channels, generator=own, dtype=torch.float64, device="cpu"))
+    q = q * torch.sign(torch.diagonal(r))
+    q[:, 0] *= torch.linalg.det(q).sign()
+    return q.to(torch.get_default_dtype())
+
+
+def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """x[:, index], with a gather for its gradient too (index_select's own scatters with additions).
+
+    Args:
+        x: (B, C, *S).
+        index: int64 (C,), a permutation.
+        inverse: argsort(index).
+
+    Returns:
+        A new (B, C, *S).
+    """
+    if dispatch.needs_composite(x) or not (x.requires_grad and torch.is_grad_enabled()):
+        return x.index_select(1, index)
+    return _Gather.apply(x, index, inverse)
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return gather_channels(dy, inverse, index), None, None
+
+
+def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
+    """w applied to dimension 1 of x, by the same operation as the stock block's (so TF32 and autocast treat it alike).
+
+    Args:
+        x: (B, C, *S) of rank 0 to 3.
+        w: (C, C).
+
+    Returns:
+        (B, C, *S).
+    """
+    rank = x.dim() - 2
+    if rank == 0:
+        return F.linear(x, w)
+    return _CONVOLUTIONS[rank](x, w.view(*w.shape, *[1] * rank))
+
+
+def _reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """v - outer^T (inner v) on dimension 1, keeping v's shape."""
+    if v.dim() == 2:
+        return torch.addmm(v, v @ inner.T, outer, alpha=-1.0) if not torch.is_autocast_enabled(v.device.type) else v - (v @ inner.T) @ outer
+    flat = v.flatten(2)
+    return (flat - outer.T @ (inner @ flat)).view(v.shape)

@@ -1,0 +1,35 @@
+"""What one coupling computes, apart from its tensors: the few numbers and flags every layer below the module needs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+DIALECTS = ("anomalib", "freia")
+ACTIVATIONS = ("SIGMOID", "SOFTPLUS", "EXP")
+
+
+class CouplingSpec(NamedTuple):
+    """The constants of a coupling.
+
+    With ``a = subnet(x1)`` split into halves ``(a_s, a_t)``::
+
+        s = clamp * tanh(tanh_scale * a_s)          (minus its mean per sample if gin)
+        u = cat(x1, x2 * exp(s) + 0.1 * a_t)
+        v = u * scale + offset                      scale = activation(global_scale); 1 if gin
+
+    Attributes:
+        clamp: Bound of ``|s|``; 0 makes the coupling additive.
+        tanh_scale: Factor on ``a_s`` inside the tanh: 0.1 (dialect "anomalib") or 0.1 / clamp (dialect "freia").
+        activation: ``"SIGMOID"`` (10 * sigmoid(g - 2)), ``"SOFTPLUS"`` (0.1 * softplus(g, beta=0.5)) or ``"EXP"``.
+        gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
+    """
+
+    clamp: float
+    tanh_scale: float
+    activation: str
+    gin: bool
+
+    @classmethod
+    def of(cls, clamp: float, dialect: str, activation: str, gin: bool) -> CouplingSpec:
+        """Build a spec from the block's options (already validated)."""
+        return cls(float(clamp), 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
