@@ -17,6 +17,9 @@ expm1(2z) / (expm1(2z) + 2) where its sum is asked for, which keeps small argume
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from fastflow_kernels.spec import CouplingSpec
 
 _LOG2E = math.log2(math.e)
 _CHUNK_BYTES = 1 << 20  # per thread: what stays in a core's second-level cache beside its operands
+_SCRATCH_BYTES = 16 << 20  # per thread and dtype: the most that is kept between calls
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
@@ -40,16 +44,16 @@ def scale_of(g: Tensor, activation: str) -> Tensor:
     return torch.exp(g)
 
 
-def _scale_slope(g: Tensor, scale: Tensor, activation: str) -> Tensor:
-    """d scale / d g."""
+def _scale_slope(scale: Tensor, activation: str) -> Tensor:
+    """d scale / d g, from the scale."""
     if activation == "SIGMOID":
         return scale * (1.0 - 0.1 * scale)
     if activation == "SOFTPLUS":
-        return torch.where(g > 40.0, 0.1, 0.1 * torch.sigmoid(0.5 * g))  # 40: torch's softplus is the identity there
+        return torch.mul(scale, -5.0).expm1_().mul_(-0.1)  # 0.1 * sigmoid(g / 2), by way of the scale
     return scale
 
 
-# --- chunks ------------------------------------------------------------------------------------------------------------------------
+# --- chunks, scratch and constants -------------------------------------------------------------------------------------------------
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -74,8 +78,81 @@ def _chunks(x: Tensor, acc: torch.dtype, whole_samples: bool) -> tuple[int, int]
     return 1, max(1, min(pairs, budget // pixels))
 
 
+def _walk(dim: int, step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in pieces of ``step`` along ``dim``; themselves if one piece holds all."""
+    size = tensors[0].shape[dim]
+    if step >= size:
+        yield tensors
+        return
+    for start in range(0, size, step):
+        yield tuple(t.narrow(dim, start, min(step, size - start)) for t in tensors)
+
+
+class _Scratch(threading.local):
+    """Buffers of a thread that are kept between calls: fresh pages cost more than the arithmetic done in them."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+        self.views: dict[tuple[torch.dtype, tuple[tuple[int, ...], ...]], list[Tensor]] = {}
+
+    def take(self, like: Tensor, acc: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+        """Uninitialised tensors of these shapes, valid until this thread's next call."""
+        cpu = like.device.type == "cpu"
+        if cpu and (views := self.views.get((acc, shapes))):
+            return views
+        sizes = [math.prod(shape) for shape in shapes]
+        total = sum(sizes)
+        keep = cpu and total * acc.itemsize <= _SCRATCH_BYTES
+        buffer = self.buffers.get(acc) if keep else None
+        with torch.inference_mode(False):  # else the buffer could not be written to outside of inference mode
+            if buffer is None or buffer.numel() < total:
+                buffer = torch.empty(total, dtype=acc, device=like.device)
+                self._forget(acc)
+            views = [piece.view(shape) for piece, shape in zip(buffer[:total].split(sizes), shapes, strict=True)]
+        if keep:
+            if len(self.views) >= 64:
+                self._forget(acc)
+            self.buffers[acc] = buffer
+            self.views[acc, shapes] = views
+        return views
+
+    def _forget(self, acc: torch.dtype) -> None:
+        """Drop the views of a buffer that is replaced."""
+        self.views = {key: views for key, views in self.views.items() if key[0] is not acc}
+
+
+_scratch = _Scratch()
+
+
+@cache
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-dimensional tensor: as an operand it is 1.5 us cheaper than a Python number, which is wrapped anew by every call."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype)
+
+
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def promoted(*tensors: Tensor) -> torch.dtype:
+    """The dtype that ordinary operations on these tensors would give."""
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        if t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _channelwise_constants(g: Tensor, offset: Tensor, spec: CouplingSpec, acc: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """scale and offset as (1, C, 1) in the accumulator's dtype; scale is None for GIN."""
+    scale = None if spec.gin else scale_of(_as(g, acc).view(1, -1, 1), spec.activation)
+    return scale, _as(offset, acc).view(1, -1, 1)
+
+
+def _halves(t: Tensor, c1: int, c2: int) -> list[Tensor]:
+    """The first c1 and the last c2 channels."""
+    return torch.split_with_sizes(t, (c1, c2), 1)  # Tensor.split is a Python function five times slower
 
 
 # --- s = clamp * tanh(tanh_scale * a_s), in units of log2 for exp2 -------------------------------------------------------------------
@@ -83,23 +160,24 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _exact_tanh(a_s: Tensor, spec: CouplingSpec, out: Tensor, scratch: Tensor) -> Tensor:
     """tanh(tanh_scale * a_s) to 2 ulp at every magnitude, into out."""
-    torch.mul(a_s, 2.0 * spec.tanh_scale, out=out)
+    dtype = out.dtype
+    torch.mul(a_s, _constant(2.0 * spec.tanh_scale, dtype), out=out)
     out.clamp_max_(40.0).expm1_()  # tanh(20) rounds to 1 in float64; expm1 would overflow to inf / inf further up
-    return out.div_(torch.add(out, 2.0, out=scratch))
+    return out.div_(torch.add(out, _constant(2.0, dtype), out=scratch))
 
 
 def _sigmoid(a_s: Tensor, spec: CouplingSpec, out: Tensor) -> Tensor:
     """sigmoid(2 * tanh_scale * a_s), that is (1 + tanh(tanh_scale * a_s)) / 2, into out."""
-    return torch.mul(a_s, 2.0 * spec.tanh_scale, out=out).sigmoid_()
+    return torch.mul(a_s, _constant(2.0 * spec.tanh_scale, out.dtype), out=out).sigmoid_()
 
 
 def _log2_factor(sigma: Tensor, spec: CouplingSpec, out: Tensor) -> Tensor:
     """s / ln 2 from sigma, into out; for GIN less its mean per sample."""
     k = spec.clamp * _LOG2E
-    torch.mul(sigma, 2.0 * k, out=out)
     if spec.gin:
+        torch.mul(sigma, _constant(2.0 * k, out.dtype), out=out)
         return out.sub_(out.mean((1, 2), keepdim=True))  # the constant -k cancels
-    return out.sub_(k)
+    return torch.add(_constant(-k, out.dtype), sigma, alpha=2.0 * k, out=out)
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -126,58 +204,45 @@ def coupling_fwd(
     """
     y = torch.empty(x.shape, dtype=promoted(x, a, g), device=x.device)
     acc = _accumulator(y.dtype)
-    scale, offset = _columns(g, offset, spec, acc)
+    scale, offset = _channelwise_constants(g, offset, spec, acc)
     x, a, out = _flat(x), _flat(a), _flat(y)
     batch, channels, pixels = x.shape
     c2 = channels // 2
     c1 = channels - c2
     samples, pairs = _chunks(x, acc, spec.gin)
-    sum_tanh = x.new_zeros(batch, dtype=acc) if jac and not spec.gin else None
     in_place = perm is None and y.dtype is acc  # nothing moves: work where the result belongs
-    factors = x.new_empty(samples * pairs * pixels, dtype=acc)
-    moved = None if in_place else x.new_empty((samples, channels, pixels), dtype=acc)
-    for b in range(0, batch, samples):
-        rows = slice(b, min(batch, b + samples))
-        xb, ab = _as(x[rows], acc), _as(a[rows], acc)
-        n = xb.shape[0]
-        v = out[rows] if moved is None else moved[:n]
-        for j in range(0, c2, pairs):
-            m = min(pairs, c2 - j)
-            active = slice(c1 + j, c1 + j + m)
-            s, v2 = factors[: n * m * pixels].view(n, m, pixels), v[:, active]
-            if sum_tanh is not None:
-                _exact_tanh(ab[:, j : j + m], spec, s, v2)
-                sum_tanh[rows] += s.sum((1, 2))
-                s.mul_(spec.clamp * _LOG2E)
+    s, t, *moved = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2, *[] if in_place else [(samples, channels, pixels)])
+    scale1, scale2 = (None, None) if scale is None else _halves(scale, c1, c2)
+    tenth = _constant(0.1, acc).expand(1, c2, 1) if scale2 is None else scale2 * 0.1
+    sums = []
+    for xb, ab, yb in _walk(0, samples, x, a, out):
+        xb, ab, v = _as(xb, acc), _as(ab, acc), yb if in_place else _fit(moved[0], xb)
+        (x1, x2), (v1, v2), (a_s, a_t) = _halves(xb, c1, c2), _halves(v, c1, c2), _halves(ab, c2, c2)
+        total = None
+        for x2i, v2i, a_si, a_ti, tenth_i in _walk(1, pairs, x2, v2, a_s, a_t, tenth):
+            si, ti = _fit(s, a_si), _fit(t, a_si)
+            if jac and not spec.gin:
+                _exact_tanh(a_si, spec, si, ti)
+                total = _plus(total, si.sum((1, 2)))
+                si.mul_(_constant(spec.clamp * _LOG2E, acc))
             else:
-                _log2_factor(_sigmoid(ab[:, j : j + m], spec, s), spec, s)
-            s.exp2_()
-            # 10 * (x2 * e + 0.1 * a_t): addcmul has no factor on its first term
-            torch.addcmul(ab[:, c2 + j : c2 + j + m], xb[:, active], s, value=10.0, out=v2)
-            v2.mul_(0.1 if scale is None else 0.1 * scale[active])
-        if scale is None:
-            v[:, :c1].copy_(xb[:, :c1])
+                _log2_factor(_sigmoid(a_si, spec, ti), spec, si)
+            # 10 * (x2 * exp(s) + 0.1 * a_t): addcmul has no factor on its first term
+            torch.addcmul(a_ti, x2i, si.exp2_(), value=10.0, out=v2i).mul_(tenth_i)
+        if scale1 is None:
+            v1.copy_(x1)
         else:
-            torch.mul(xb[:, :c1], scale[:c1], out=v[:, :c1])
+            torch.mul(x1, scale1, out=v1)
         v.add_(offset)
-        if moved is not None:
-            _store_permuted(v, perm, out[rows])
-    return y, _logdet(sum_tanh, scale, batch, pixels, spec, 1.0, x.device, acc) if jac else None
+        if not in_place:
+            _store_permuted(v, perm, yb)
+        sums.append(total)
+    return y, _logdet(sums, scale, batch, pixels, spec, 1.0, x.device, acc) if jac else None
 
 
-def promoted(*tensors: Tensor) -> torch.dtype:
-    """The dtype that ordinary operations on these tensors would give."""
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        if t.dtype is not dtype:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
-
-
-def _columns(g: Tensor, offset: Tensor, spec: CouplingSpec, acc: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """scale and offset as (C, 1) in the accumulator's dtype; scale is None for GIN."""
-    scale = None if spec.gin else scale_of(_as(g, acc), spec.activation).view(-1, 1)
-    return scale, _as(offset, acc).view(-1, 1)
+def _fit(scratch: Tensor, like: Tensor) -> Tensor:
+    """The scratch in the shape of ``like``, which is smaller in the last chunk."""
+    return scratch if scratch.shape == like.shape else scratch.view(-1)[: like.numel()].view(like.shape)
 
 
 def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
@@ -188,11 +253,19 @@ def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
 
 
 def _logdet(
-    sum_tanh: Tensor | None, scale: Tensor | None, batch: int, pixels: int, spec: CouplingSpec, sign: float, device: torch.device, acc: torch.dtype
+    sums: list[Tensor | None],
+    scale: Tensor | None,
+    batch: int,
+    pixels: int,
+    spec: CouplingSpec,
+    sign: float,
+    device: torch.device,
+    acc: torch.dtype,
 ) -> Tensor:
-    """sign * (clamp * sum tanh + P * sum log scale); zeros for GIN."""
-    if sum_tanh is None or scale is None:
+    """sign * (clamp * sum tanh + P * sum log scale) from the chunks' sums of tanh; zeros for GIN."""
+    if scale is None:
         return torch.zeros(batch, dtype=acc, device=device)
+    sum_tanh = sums[0] if len(sums) == 1 else torch.cat(sums)
     return sum_tanh.mul_(sign * spec.clamp).add_(scale.log().sum(), alpha=sign * pixels)
 
 
@@ -224,58 +297,57 @@ def coupling_bwd(
     """
     dx, da = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(a.shape, dtype=a.dtype, device=a.device)
     acc = _accumulator(promoted(x, a, g))
-    scale, _ = _columns(g, offset, spec, acc)
-    x, a, dy, dx_, da_ = _flat(x), _flat(a), _flat(dy), _flat(dx), _flat(da)
+    scale, _ = _channelwise_constants(g, offset, spec, acc)
+    x, a, dy = _flat(x), _flat(a), _flat(dy)
     batch, channels, pixels = x.shape
     c2 = channels // 2
     c1 = channels - c2
     samples, pairs = _chunks(x, acc, spec.gin)
-    dscale = x.new_zeros(channels, dtype=acc) if need_params and scale is not None else None
-    doffset = x.new_zeros(channels, dtype=acc) if need_params else None
     slope = 4.0 * spec.clamp * spec.tanh_scale  # d s / d a_s = slope * sigma * (1 - sigma)
     direct = None if dlogdet is None or spec.gin else (_as(dlogdet, acc) * slope).view(-1, 1, 1)
-    scratch = x.new_empty((2, samples * pairs * pixels), dtype=acc)
-    for b in range(0, batch, samples):
-        rows = slice(b, min(batch, b + samples))
-        xb, ab = _as(x[rows], acc), _as(a[rows], acc)
-        n = xb.shape[0]
-        dv = _gathered(dy[rows], inv, dx_[rows], acc)
-        dab = da_[rows] if da.dtype is acc else torch.empty_like(ab)
-        if doffset is not None:
-            doffset += dv.sum((0, 2))
-        for j in range(0, c2, pairs):
-            m = min(pairs, c2 - j)
-            active = slice(c1 + j, c1 + j + m)
-            sigma, e = (scratch[i, : n * m * pixels].view(n, m, pixels) for i in (0, 1))
-            d2, ds, dt = dv[:, active], dab[:, j : j + m], dab[:, c2 + j : c2 + j + m]
-            _log2_factor(_sigmoid(ab[:, j : j + m], spec, sigma), spec, e).exp2_()
-            if dscale is not None:
-                torch.mul(d2, ab[:, c2 + j : c2 + j + m], out=dt)
-                dscale[active] += dt.sum((0, 2)).mul_(0.1)
-            torch.mul(d2, 0.1 if scale is None else 0.1 * scale[active], out=dt)
-            d2.mul_(e)
-            torch.mul(d2, xb[:, active], out=ds)
-            if dscale is not None:
-                dscale[active] += ds.sum((0, 2))
-            if scale is not None:
-                d2.mul_(scale[active])
-            ds.mul_(slope if scale is None else slope * scale[active])
-            if spec.gin:
-                ds.sub_(ds.mean((1, 2), keepdim=True))
-            elif direct is not None:
-                ds.add_(direct[rows])
-            _sigmoid_backward(ds, sigma, grad_input=ds)
-        if dscale is not None:
-            dscale[:c1] += (dv[:, :c1] * xb[:, :c1]).sum((0, 2))
+    sigma, e = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2)
+    need_scale = need_params and scale is not None
+    doffset: Tensor | None = None
+    products: Tensor | None = None  # per channel, the sum of d(scale * u) * u, for the gradient of scale
+    for xb, ab, dyb, dxb, dab, *direct_b in _walk(0, samples, x, a, dy, _flat(dx), _flat(da), *[] if direct is None else [direct]):
+        xb, ab = _as(xb, acc), _as(ab, acc)
+        du = _gathered(dyb, inv, dxb, acc)
+        dab_acc = dab if dab.dtype is acc else torch.empty_like(ab)
+        if need_params:
+            doffset = _plus(doffset, du.sum((0, 2)))
         if scale is not None:
-            dv[:, :c1].mul_(scale[:c1])
+            du.mul_(scale)
+        (x1, x2), (du1, du2), (a_s, a_t), (ds, dt) = _halves(xb, c1, c2), _halves(du, c1, c2), _halves(ab, c2, c2), _halves(dab_acc, c2, c2)
+        parts = [(du1 * x1).sum((0, 2))] if need_scale else []
+        for x2i, du2i, a_si, a_ti, dsi, dti in _walk(1, pairs, x2, du2, a_s, a_t, ds, dt):
+            sigma_i, e_i = _fit(sigma, a_si), _fit(e, a_si)
+            _log2_factor(_sigmoid(a_si, spec, sigma_i), spec, e_i).exp2_()
+            if need_scale:
+                part = torch.mul(du2i, a_ti, out=dti).sum((0, 2))
+            torch.mul(du2i, _constant(0.1, acc), out=dti)
+            torch.mul(du2i.mul_(e_i), x2i, out=dsi)
+            if need_scale:
+                parts.append(torch.add(dsi.sum((0, 2)), part, alpha=0.1))
+            if spec.gin:
+                dsi.sub_(dsi.mean((1, 2), keepdim=True)).mul_(_constant(slope, acc))
+            elif direct_b:
+                torch.add(direct_b[0], dsi, alpha=slope, out=dsi)
+            else:
+                dsi.mul_(_constant(slope, acc))
+            _sigmoid_backward(dsi, sigma_i, grad_input=dsi)
+        if need_scale:
+            products = _plus(products, torch.cat(parts))
         if dx.dtype is not acc:
-            dx_[rows].copy_(dv)
+            dxb.copy_(du)
         if da.dtype is not acc:
-            da_[rows].copy_(dab)
+            dab.copy_(dab_acc)
     if doffset is not None:
         doffset = _as(doffset, offset.dtype).view(offset.shape)
-    return dx, da, _scale_gradient(dscale, dlogdet, g, scale, pixels, spec, acc), doffset
+    return dx, da, _scale_gradient(products, dlogdet, g, scale, pixels, spec, acc), doffset
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, acc: torch.dtype) -> Tensor:
@@ -286,14 +358,15 @@ def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, acc: torch.dtype) -> 
 
 
 def _scale_gradient(
-    dscale: Tensor | None, dlogdet: Tensor | None, g: Tensor, scale: Tensor | None, pixels: int, spec: CouplingSpec, acc: torch.dtype
+    products: Tensor | None, dlogdet: Tensor | None, g: Tensor, scale: Tensor | None, pixels: int, spec: CouplingSpec, acc: torch.dtype
 ) -> Tensor | None:
-    if dscale is None or scale is None:
+    """The gradient of g from sum d(scale * u) * u = scale * d scale and that of the log-determinant, P / scale."""
+    if products is None or scale is None:
         return None
-    flat, scale = _as(g, acc).view(-1), scale.view(-1)
     if dlogdet is not None:
-        dscale = dscale.add_(_as(dlogdet, acc).sum() * pixels / scale)
-    return _as(dscale.mul_(_scale_slope(flat, scale, spec.activation)), g.dtype).view(g.shape)
+        products = products.add_(_as(dlogdet, acc).sum(), alpha=pixels)
+    scale = scale.view(-1)
+    return _as(products.div_(scale).mul_(_scale_slope(scale, spec.activation)), g.dtype).view(g.shape)
 
 
 # --- inverse -----------------------------------------------------------------------------------------------------------------------
@@ -311,18 +384,17 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
     """
     x = torch.empty(y.shape, dtype=promoted(y, g), device=y.device)
     acc = _accumulator(x.dtype)
-    scale, offset = _columns(g, offset, spec, acc)
+    scale, offset = _channelwise_constants(g, offset, spec, acc)
     y, out = _flat(y), _flat(x)
     c1 = y.shape[1] - y.shape[1] // 2
     samples, _ = _chunks(y, acc, True)
-    for b in range(0, y.shape[0], samples):
-        rows = slice(b, b + samples)
-        # the active rows are taken along in float32 and float64, where they need no second rounding; else each half on its own
-        u = _gathered(y[rows], inv, out[rows], acc).sub_(offset)
+    for yb, xb in _walk(0, samples, y, out):
+        # all channels at once; in half precision only the passive ones are kept, for a second rounding would hurt the others
+        u = _gathered(yb, inv, xb, acc).sub_(offset)
         if scale is not None:
             u.div_(scale)
         if x.dtype is not acc:
-            out[rows, :c1].copy_(u[:, :c1])
+            xb[:, :c1].copy_(u[:, :c1])
     return x
 
 
@@ -342,38 +414,38 @@ def coupling_inv_active(
         The log-determinant of the inverse (B,) in nats, or None.
     """
     acc = _accumulator(x.dtype)
-    scale, offset = _columns(g, offset, spec, acc)
+    scale, offset = _channelwise_constants(g, offset, spec, acc)
     y, a, out = _flat(y), _flat(a), _flat(x)
     batch, channels, pixels = out.shape
     c2 = channels // 2
-    c1 = channels - c2
     samples, pairs = _chunks(out, acc, spec.gin)
-    sum_tanh = x.new_zeros(batch, dtype=acc) if jac and not spec.gin else None
-    scratch = x.new_empty((2, samples * pairs * pixels), dtype=acc)
-    for b in range(0, batch, samples):
-        rows = slice(b, min(batch, b + samples))
-        ab = _as(a[rows], acc)
-        n = ab.shape[0]
-        u = out[rows, c1:] if out.dtype is acc else _active_of(y[rows], scale, offset, inv, c1, acc)
-        for j in range(0, c2, pairs):
-            m = min(pairs, c2 - j)
-            s, t = (scratch[i, : n * m * pixels].view(n, m, pixels) for i in (0, 1))
-            if sum_tanh is not None:
-                _exact_tanh(ab[:, j : j + m], spec, s, t)
-                sum_tanh[rows] += s.sum((1, 2))
-                s.mul_(-spec.clamp * _LOG2E)
+    s, t = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2)
+    sums = []
+    for yb, ab, xb in _walk(0, samples, y, a, out):
+        (a_s, a_t), x2 = _halves(_as(ab, acc), c2, c2), xb.narrow(1, channels - c2, c2)
+        u2 = x2 if x2.dtype is acc else _active_of(yb, scale, offset, inv, c2, acc)
+        total = None
+        for u2i, a_si, a_ti in _walk(1, pairs, u2, a_s, a_t):
+            si, ti = _fit(s, a_si), _fit(t, a_si)
+            if jac and not spec.gin:
+                _exact_tanh(a_si, spec, si, ti)
+                total = _plus(total, si.sum((1, 2)))
+                si.mul_(_constant(-spec.clamp * _LOG2E, acc))
             else:
-                _log2_factor(_sigmoid(ab[:, j : j + m], spec, s), spec, s).neg_()
-            u[:, j : j + m].sub_(ab[:, c2 + j : c2 + j + m], alpha=0.1).mul_(s.exp2_())
-        if out.dtype is not acc:
-            out[rows, c1:].copy_(u)
-    return _logdet(sum_tanh, scale, batch, pixels, spec, -1.0, x.device, acc) if jac else None
+                _log2_factor(_sigmoid(a_si, spec, ti), spec, si).neg_()
+            u2i.sub_(a_ti, alpha=0.1).mul_(si.exp2_())
+        if u2 is not x2:
+            x2.copy_(u2)
+        sums.append(total)
+    return _logdet(sums, scale, batch, pixels, spec, -1.0, x.device, acc) if jac else None
 
 
-def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | None, c1: int, acc: torch.dtype) -> Tensor:
+def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | None, c2: int, acc: torch.dtype) -> Tensor:
+    """(y[:, inv] - offset) / scale of the active channels, in the accumulator's dtype."""
+    c1 = y.shape[1] - c2
     u = y[:, c1:].to(acc, copy=True) if inv is None else _as(y.index_select(1, inv[c1:]), acc)
-    u = u.sub_(offset[c1:])
-    return u if scale is None else u.div_(scale[c1:])
+    u = u.sub_(offset[:, c1:])
+    return u if scale is None else u.div_(scale[:, c1:])
 
 
 # --- the same maths as differentiable operations -----------------------------------------------------------------------------------

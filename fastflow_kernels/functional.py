@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -166,11 +165,10 @@ def _forward(
         v, logdet = eager.composite_fwd(x, a, g, offset, spec, jac)
         return permutation.permute(v), logdet
     perm, inv = permutation if indexed else (None, None)
-    with _autocast_off(x):
-        if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or g.requires_grad or offset.requires_grad):
-            v, logdet = _Coupling.apply(x, a, g, offset, perm, inv, spec, jac, operations)
-        else:
-            v, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
+    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or g.requires_grad or offset.requires_grad):
+        v, logdet = _Coupling.apply(x, a, g, offset, perm, inv, spec, jac, operations)
+    else:
+        v, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
     return (v if indexed else permutation.permute(v)), logdet
 
 
@@ -199,20 +197,12 @@ def _inverse(
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
     v = y if indexed else permutation.unpermute(y)
-    with _autocast_off(v):
-        x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
+    x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
     a = _coefficients(subnet, x.narrow(1, 0, c1), conditions, y)
-    with _autocast_off(v):
-        if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
-            u = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
-            return eager.composite_inv_coupling(u, a, g, spec, jac)
-        return x, operations.coupling_inv_active(v, x, a, g, offset, perm, inv, spec, jac)
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    """The coupling picks its own precision; autocast would lower or raise single operations of it."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
+        u = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
+        return eager.composite_inv_coupling(u, a, g, spec, jac)
+    return x, operations.coupling_inv_active(v, x, a, g, offset, perm, inv, spec, jac)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------------------
@@ -270,9 +260,8 @@ class _Coupling(Function):
             dy = torch.zeros(x.shape, dtype=eager.promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or dispatch.needs_composite(dy):
             return *_composite_backward(ctx, dy, dlogdet), *[None] * 5
-        with _autocast_off(x):
-            need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            grads = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
+        need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        grads = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
         return *grads, *[None] * 5
 
 
@@ -280,7 +269,7 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
     """The backward through plain operations, itself differentiable."""
     *sources, perm, inv = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), _autocast_off(dy):
+    with torch.enable_grad():
         wanted = ctx.needs_input_grad[:4]
         leaves = [t if create_graph or not need else t.detach().requires_grad_() for t, need in zip(sources, wanted, strict=True)]
         v, logdet = eager.composite_fwd(*leaves, ctx.spec, dlogdet is not None)

@@ -1,0 +1,502 @@
+"""The coupling on a GPU: split, soft-clamped affine coupling, global affine and permutation in one pass over memory.
+
+The launchers ``coupling_*`` have twins of the same signature in ``fastflow_kernels.eager``. Notation, as in
+:class:`~fastflow_kernels.spec.CouplingSpec`: x (B, C, *S), C1 = C - C//2 passive and C2 = C//2 active channels, a (B, 2*C2, *S) the
+halves (a_s, a_t), P = prod(S), y[:, j] = v[:, perm[j]], inv = argsort(perm).
+
+Every kernel walks channel pairs (c, C1 + c) and finds the permuted channel of each through ``inv``, except the forward on rows: there
+scattered stores of single values would be slow, and values are gathered through ``perm`` instead.
+
+Constants are constexpr: a Python float that arrives as an argument is float32 on the device and would spoil float64.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflow_kernels.kernels.launch import alignment, by_rows, plan, uncovered
+from fastflow_kernels.kernels.math import exp_of_bounded, tanh
+from fastflow_kernels.kernels.reduce import ACCUMULATORS, finish_logdet, finish_params, gin_sums
+from fastflow_kernels.kernels.tiles import columns, index, load, log_scale_sum, scale, total
+from fastflow_kernels.spec import CouplingSpec
+
+__all__ = ["coupling_bwd", "coupling_fwd", "coupling_inv_active", "coupling_inv_passive", "uncovered"]
+
+# A program's channel constants (index, scale, offset: up to 16 bytes a channel) and partial sums are small against 3 and 5 values a
+# column from these many columns on.
+_COLUMNS = 32
+_COLUMNS_BWD = 64
+
+
+@triton.jit
+def _coupling_fwd_kernel(
+    x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr, B, P, stride_xb, stride_ab,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
+    MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y[:, inv] = u * scale + offset, u = cat(x1, x2 * exp(s) + 0.1 * a_t), s = clamp * tanh(tanh_scale * a_s).
+
+    Program: one tile of channel pairs by pixels of one sample. P and the strides come divided by MUL.
+
+    x_ptr: (B, C, P), stride_xb between samples.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (B, PARTS), partial sums of s per sample, whose mean is taken off s (GIN); or None.
+    y_ptr: (B, C, P) contiguous, out.
+    part_ptr: (B, programs per sample) sums of s, out; or None.
+    """
+    P = P * MUL
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    b, p, exists = columns(program // TILES, B, P, BLOCK_P, False)
+    c = (program % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    passive = c < C1
+    active = c < C2
+    x_ptr += b * (stride_xb * MUL)
+    a_ptr += b * (stride_ab * MUL)
+    y_ptr += b * C * P
+    at = c * P + p
+
+    a_s = load(a_ptr + at, active & exists, ACC)
+    a_t = load(a_ptr + C2 * P + at, active & exists, ACC)
+    x2 = load(x_ptr + C1 * P + at, active & exists, ACC)
+    x1 = load(x_ptr + at, passive & exists, ACC)
+    y1 = x1 * scale(g_ptr, c, passive, ACT, ACC) + load(offset_ptr + c, passive, ACC)
+    tl.store(y_ptr + (index(inv_ptr, c, passive) * P + p), y1, mask=passive & exists)
+    s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
+    if part_ptr is not None:
+        tl.store(part_ptr + program, tl.sum(s))
+    if sums_ptr is not None:
+        s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
+    u2 = x2 * exp_of_bounded(s) + 0.1 * a_t
+    y2 = u2 * scale(g_ptr, C1 + c, active, ACT, ACC) + load(offset_ptr + C1 + c, active, ACC)
+    tl.store(y_ptr + (index(inv_ptr, C1 + c, active) * P + p), y2, mask=active & exists)
+
+
+@triton.jit
+def _coupling_rows_fwd_kernel(
+    x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr, B, stride_xb, stride_ab,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr,
+    MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The same for one pixel, P = 1, gathering each output channel's input through perm; with the log-determinant.
+
+    Program: LOOPS tiles of all channels by BLOCK_B samples. The strides come divided by MUL.
+
+    x_ptr: (B, C), stride_xb between samples.
+    a_ptr: (B, 2*C2), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    perm_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (B,), sum of s per sample, whose mean is taken off s (GIN); or None.
+    y_ptr: (B, C) contiguous, out.
+    logdet_ptr: (B,), out; or None.
+    """
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    j = tl.arange(0, BLOCK_C)[:, None]
+    channel = j < C
+    c = index(perm_ptr, j, channel)
+    active = channel & (c >= C1)
+    factor = scale(g_ptr, c, channel, ACT, ACC)
+    offset = load(offset_ptr + c, channel, ACC)
+    if logdet_ptr is not None:
+        log_scale = log_scale_sum(g_ptr, c, channel, ACT, ACC)
+    for i in range(LOOPS):
+        b, _, exists = columns(tl.program_id(0) * LOOPS + i, B, 1, BLOCK_B, True)
+        a_at = a_ptr + b * (stride_ab * MUL) + (c - C1)
+        a_s = load(a_at, active & exists, ACC)
+        a_t = load(a_at + C2, active & exists, ACC)
+        x = load(x_ptr + b * (stride_xb * MUL) + c, channel & exists, ACC)
+        s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 for passive channels, so that u = x there
+        if logdet_ptr is not None:
+            tl.store(logdet_ptr + b, tl.sum(s, axis=0, keep_dims=True) + log_scale, mask=exists)
+        if sums_ptr is not None:
+            s = tl.where(active, s - total(sums_ptr, b, B, 1) / C2, 0.0)
+        y = (x * exp_of_bounded(s) + 0.1 * a_t) * factor + offset
+        tl.store(y_ptr + b * C + j, y, mask=channel & exists)
+
+
+@triton.jit
+def _coupling_bwd_kernel(
+    dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, inv_ptr, sums_ptr, dx_ptr, da_ptr, part_ptr, B, P, stride_xb, stride_ab, stride_l,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, MUL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """With dv = dy[:, inv] and du = dv * scale, and s, u computed again:
+
+        dx = cat(du1, du2 * exp(s)),  da_t = 0.1 * du2,  da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * tanh_scale * (1 - tanh**2)
+
+    and per channel the sums of dv (for offset) and dv * u (for scale). GIN: no dlogdet; du2 * x2 * exp(s) less its mean per sample.
+
+    Program: one tile of channel pairs, LOOPS tiles of columns. P (unless ROWS) and the strides come divided by MUL.
+
+    dy_ptr: (B, C, P) contiguous.
+    dlogdet_ptr: (B,) with stride_l, or None.
+    x_ptr: (B, C, P), stride_xb between samples.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (2, B, PARTS), partial sums of s and of dv2 * x2 * exp(s) before the mean is taken off s (GIN); or None.
+    dx_ptr: (B, C, P) contiguous, out.
+    da_ptr: (B, 2*C2, P) contiguous, out.
+    part_ptr: (2, groups, C), out: sums of dv and of dv * u, the latter not for ACT = None (GIN); or None.
+    """
+    if not ROWS:
+        P = P * MUL
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    group = tl.program_id(0) // TILES
+    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    passive = c < C1
+    active = c < C2
+    j1 = index(inv_ptr, c, passive)
+    j2 = index(inv_ptr, C1 + c, active)
+    scale1 = scale(g_ptr, c, passive, ACT, ACC)
+    scale2 = scale(g_ptr, C1 + c, active, ACT, ACC)
+    doffset1 = tl.zeros((BLOCK_C, 1), ACC)
+    doffset2 = tl.zeros((BLOCK_C, 1), ACC)
+    dscale1 = tl.zeros((BLOCK_C, 1), ACC)
+    dscale2 = tl.zeros((BLOCK_C, 1), ACC)
+    for i in range(LOOPS):
+        b, p, exists = columns(group * LOOPS + i, B, P, BLOCK_Q, ROWS)
+        at = c * P + p
+        dy_at = dy_ptr + b * C * P
+        x_at = x_ptr + b * (stride_xb * MUL) + at
+        a_at = a_ptr + b * (stride_ab * MUL) + at
+        dx_at = dx_ptr + b * C * P + at
+        da_at = da_ptr + b * (2 * C2) * P + at
+
+        a_s = load(a_at, active & exists, ACC)
+        x2 = load(x_at + C1 * P, active & exists, ACC)
+        dv2 = load(dy_at + (j2 * P + p), active & exists, ACC)
+        dv1 = load(dy_at + (j1 * P + p), passive & exists, ACC)
+        tl.store(dx_at, dv1 * scale1, mask=passive & exists)
+        t = tanh(TANH_SCALE * a_s)
+        s = CLAMP * t
+        if sums_ptr is not None:
+            mean = total(sums_ptr, b, B, PARTS) / (C2 * P)
+            s -= mean
+        e = exp_of_bounded(s)
+        du2 = dv2 * scale2
+        dx2 = du2 * e
+        tl.store(dx_at + C1 * P, dx2, mask=active & exists)
+        tl.store(da_at + C2 * P, 0.1 * du2, mask=active & exists)
+        ds = dx2 * x2
+        if sums_ptr is not None:
+            # the sum was taken with exp(s + mean)
+            ds -= total(sums_ptr + B * PARTS, b, B, PARTS) * exp_of_bounded(-mean) / (C2 * P)
+        if dlogdet_ptr is not None:
+            ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)
+        tl.store(da_at, ds * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active & exists)
+        if part_ptr is not None:
+            doffset1 += tl.sum(dv1, axis=1, keep_dims=True)
+            doffset2 += tl.sum(dv2, axis=1, keep_dims=True)
+            if ACT is not None:
+                x1 = load(x_at, passive & exists, ACC)
+                a_t = load(a_at + C2 * P, active & exists, ACC)
+                dscale1 += tl.sum(dv1 * x1, axis=1, keep_dims=True)
+                dscale2 += tl.sum(dv2 * (x2 * e + 0.1 * a_t), axis=1, keep_dims=True)
+    if part_ptr is not None:
+        groups = tl.num_programs(0) // TILES
+        part_at = part_ptr + group.to(tl.int64) * C + c
+        tl.store(part_at, doffset1, mask=passive)
+        tl.store(part_at + C1, doffset2, mask=active)
+        if ACT is not None:
+            part_at += groups.to(tl.int64) * C
+            tl.store(part_at, dscale1, mask=passive)
+            tl.store(part_at + C1, dscale2, mask=active)
+
+
+@triton.jit
+def _coupling_inv_passive_kernel(
+    y_ptr, g_ptr, offset_ptr, inv_ptr, x_ptr, B, P, stride_yb,
+    C: tl.constexpr, ACT: tl.constexpr, MUL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale.
+
+    Program: one tile of passive channels, LOOPS tiles of columns. P (unless ROWS) and the stride come divided by MUL.
+
+    y_ptr: (B, C, P), stride_yb between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    x_ptr: (B, C, P) contiguous, out.
+    """
+    if not ROWS:
+        P = P * MUL
+    C1: tl.constexpr = C - C // 2
+    TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    passive = c < C1
+    j = index(inv_ptr, c, passive)
+    factor = 1.0 / scale(g_ptr, c, passive, ACT, ACC)
+    offset = load(offset_ptr + c, passive, ACC)
+    for i in range(LOOPS):
+        b, p, exists = columns(tl.program_id(0) // TILES * LOOPS + i, B, P, BLOCK_Q, ROWS)
+        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), passive & exists, ACC)
+        tl.store(x_ptr + b * C * P + (c * P + p), (y - offset) * factor, mask=passive & exists)
+
+
+@triton.jit
+def _coupling_inv_active_kernel(
+    y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr, B, P, stride_yb, stride_ab,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, MUL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward.
+
+    Program: one tile of active channels, LOOPS tiles of columns. P (unless ROWS) and the strides come divided by MUL.
+
+    y_ptr: (B, C, P), stride_yb between samples.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (B, PARTS), partial sums of s per sample, whose mean is taken off s (GIN); or None.
+    x_ptr: (B, C, P) contiguous, out.
+    logdet_ptr: out. ROWS: (B,), the log-determinant -(sum of s + sum of log(scale)). Else (B, programs per sample), sums of s. Or None.
+    """
+    if not ROWS:
+        P = P * MUL
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    TILES: tl.constexpr = max(1, (C2 + BLOCK_C - 1) // BLOCK_C)
+    group = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    active = c < C2
+    j = index(inv_ptr, C1 + c, active)
+    factor = 1.0 / scale(g_ptr, C1 + c, active, ACT, ACC)
+    offset = load(offset_ptr + C1 + c, active, ACC)
+    if ROWS and logdet_ptr is not None:
+        # one more passive channel than active ones where C is odd: the last
+        log_scale = log_scale_sum(g_ptr, c, active, ACT, ACC) + log_scale_sum(g_ptr, C2 + c, c < C1, ACT, ACC)
+    for i in range(LOOPS):
+        block = group * LOOPS + i
+        b, p, exists = columns(block, B, P, BLOCK_Q, ROWS)
+        at = c * P + p
+        a_at = a_ptr + b * (stride_ab * MUL) + at
+        a_s = load(a_at, active & exists, ACC)
+        a_t = load(a_at + C2 * P, active & exists, ACC)
+        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), active & exists, ACC)
+        s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
+        if logdet_ptr is not None:
+            if ROWS:
+                tl.store(logdet_ptr + b, -(tl.sum(s, axis=0, keep_dims=True) + log_scale), mask=exists)
+            else:
+                tl.store(logdet_ptr + (block * TILES + tile), tl.sum(s), mask=b < B)
+        if sums_ptr is not None:
+            s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
+        x = ((y - offset) * factor - 0.1 * a_t) * exp_of_bounded(-s)
+        tl.store(x_ptr + b * C * P + (C1 * P + at), x, mask=active & exists)
+
+
+def _on_its_device(launcher: Callable) -> Callable:
+    """Run a launcher on the device of its first argument: Triton launches on the current one."""
+
+    @wraps(launcher)
+    def launch(x: Tensor, *args):
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.get_device()):
+                return launcher(x, *args)
+        return launcher(x, *args)
+
+    return launch
+
+
+def _promoted(x: Tensor, *others: Tensor) -> torch.dtype:
+    dtype = x.dtype
+    for t in others:
+        if t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _pixels(x: Tensor) -> int:
+    return x.numel() // (x.shape[0] * x.shape[1])
+
+
+def _activation(spec: CouplingSpec) -> str | None:
+    return None if spec.gin else spec.activation
+
+
+@_on_its_device
+def coupling_fwd(
+    x: Tensor, a: Tensor, g: Tensor, offset: Tensor, perm: Tensor | None, inv: Tensor | None, spec: CouplingSpec, jac: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Coupling, global affine and permutation.
+
+    Args:
+        x: (B, C, *S), float64, float32, bfloat16 or float16; see :func:`uncovered` for its layout.
+        a: (B, 2*C2, *S), the subnet's output, likewise.
+        g: ``global_scale``, C elements, contiguous.
+        offset: ``global_offset``, likewise.
+        perm: int64 (C,), or None for the identity.
+        inv: argsort(perm), or None.
+        spec: The coupling's constants.
+        jac: Whether the log-determinant is wanted.
+
+    Returns:
+        y (B, C, *S), contiguous, in the promoted dtype of x, a and g, and the log-determinant (B,) in nats (float64 if y is, else
+        float32; zeros for GIN), or None without ``jac``.
+    """
+    batch, channels = x.shape[:2]
+    pixels = _pixels(x)
+    y = torch.empty(x.shape, dtype=_promoted(x, a, g), device=x.device)
+    acc = _accumulator(y.dtype)
+    sums = gin_sums(a, pixels, spec, acc) if spec.gin and channels > 1 else None
+    parts = 1 if sums is None else sums.shape[2]
+    wants_sum = jac and not spec.gin
+    logdet = torch.zeros(batch, dtype=acc, device=x.device) if jac and spec.gin else None
+    stride_xb, stride_ab = x.stride(0), a.stride(0)
+    if by_rows(channels, pixels):
+        cut = plan(channels, batch, 1, y.itemsize, True, _COLUMNS)
+        if wants_sum:
+            logdet = torch.empty(batch, dtype=acc, device=x.device)
+        mul = alignment(stride_xb, stride_ab)
+        _coupling_rows_fwd_kernel[(cut.programs,)](
+            x, a, g, offset, perm, sums, y, logdet if wants_sum else None, batch, stride_xb // mul, stride_ab // mul,
+            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec),
+            MUL=mul, BLOCK_C=cut.block_c, BLOCK_B=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+            num_warps=cut.warps, enable_fp_fusion=True,
+        )  # fmt: skip
+        return y, logdet
+    cut = plan(channels - channels // 2, batch, pixels, y.itemsize, False)
+    part = torch.empty((batch, cut.programs // batch), dtype=acc, device=x.device) if wants_sum else None
+    mul = alignment(pixels, stride_xb, stride_ab)
+    _coupling_fwd_kernel[(cut.programs,)](
+        x, a, g, offset, inv, sums, y, part, batch, pixels // mul, stride_xb // mul, stride_ab // mul,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=parts,
+        MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc],
+        num_warps=cut.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    if wants_sum:
+        logdet = finish_logdet(part, g, pixels, spec, 1.0)
+    return y, logdet
+
+
+@_on_its_device
+def coupling_bwd(
+    dy: Tensor,
+    dlogdet: Tensor | None,
+    x: Tensor,
+    a: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    perm: Tensor | None,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of :func:`coupling_fwd`; tanh and exp are computed again rather than kept.
+
+    Args:
+        dy: Gradient of y, (B, C, *S), in any layout.
+        dlogdet: Gradient of the log-determinant, (B,), or None.
+        x, a, g, offset, perm, inv, spec: As given to the forward.
+        need_params: Whether the gradients of g and offset are wanted.
+
+    Returns:
+        (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN.
+    """
+    batch, channels = x.shape[:2]
+    pixels = _pixels(x)
+    dy = dy.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    acc = _accumulator(_promoted(x, a, g))
+    dlogdet = None if spec.gin else dlogdet
+    sums = gin_sums(a, pixels, spec, acc, inv, dy, x) if spec.gin and channels > 1 else None
+    parts = 1 if sums is None else sums.shape[2]
+    rows = by_rows(channels, pixels)
+    itemsize = max(dy.itemsize, x.itemsize, a.itemsize)
+    cut = plan(channels - channels // 2, batch, pixels, itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    part = torch.empty((1 if spec.gin else 2, cut.groups, channels), dtype=acc, device=x.device) if need_params else None
+    mul = alignment(0 if rows else pixels, x.stride(0), a.stride(0))
+    _coupling_bwd_kernel[(cut.programs,)](
+        dy, dlogdet, x, a, g, inv, sums, dx, da, part, batch, pixels if rows else pixels // mul, x.stride(0) // mul,
+        a.stride(0) // mul, 0 if dlogdet is None else dlogdet.stride(0),
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=parts, MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+        num_warps=cut.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    if part is None:
+        return dx, da, None, None
+    return dx, da, *finish_params(part, dlogdet, g, offset, batch, pixels, spec)
+
+
+@_on_its_device
+def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | None, inv: Tensor | None, spec: CouplingSpec) -> Tensor:
+    """First half of the inverse: the passive channels, which the subnet needs.
+
+    Args:
+        y: (B, C, *S); see :func:`uncovered` for its layout.
+        g, offset, perm, inv, spec: As given to the forward.
+
+    Returns:
+        A new, contiguous x (B, C, *S) in the promoted dtype of y and g; x[:, :C1] is final, x[:, C1:] is for
+        :func:`coupling_inv_active`.
+    """
+    batch, channels = y.shape[:2]
+    pixels = _pixels(y)
+    x = torch.empty(y.shape, dtype=_promoted(y, g), device=y.device)
+    rows = by_rows(channels, pixels)
+    cut = plan(channels - channels // 2, batch, pixels, x.itemsize, rows, _COLUMNS)
+    mul = alignment(0 if rows else pixels, y.stride(0))
+    _coupling_inv_passive_kernel[(cut.programs,)](
+        y, g, offset, inv, x, batch, pixels if rows else pixels // mul, y.stride(0) // mul,
+        C=channels, ACT=_activation(spec), MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[_accumulator(x.dtype)],
+        num_warps=cut.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return x
+
+
+@_on_its_device
+def coupling_inv_active(
+    y: Tensor, x: Tensor, a: Tensor, g: Tensor, offset: Tensor, perm: Tensor | None, inv: Tensor | None, spec: CouplingSpec, jac: bool
+) -> Tensor | None:
+    """Second half of the inverse: writes x[:, C1:] in place.
+
+    Args:
+        y: As given to :func:`coupling_inv_passive`.
+        x: What that returned.
+        a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
+        g, offset, perm, inv, spec: As given to the forward.
+        jac: Whether the log-determinant is wanted.
+
+    Returns:
+        The log-determinant of the inverse (B,) in nats (float64 if x is, else float32; zeros for GIN), or None without ``jac``.
+    """
+    batch, channels = y.shape[:2]
+    pixels = _pixels(y)
+    acc = _accumulator(x.dtype)
+    sums = gin_sums(a, pixels, spec, acc) if spec.gin and channels > 1 else None
+    parts = 1 if sums is None else sums.shape[2]
+    wants_sum = jac and not spec.gin
+    rows = by_rows(channels, pixels)
+    # rows: a tile of all passive channels, for the sum of log(scale) runs over them too
+    cut = plan(channels - channels // 2 if rows else max(1, channels // 2), batch, pixels, x.itemsize, rows, _COLUMNS)
+    mul = alignment(0 if rows else pixels, y.stride(0), a.stride(0))
+    logdet = torch.zeros(batch, dtype=acc, device=x.device) if jac and spec.gin else None
+    if wants_sum:
+        logdet = torch.empty(batch if rows else (batch, cut.tiles * cut.blocks // batch), dtype=acc, device=x.device)
+    _coupling_inv_active_kernel[(cut.programs,)](
+        y, a, g, offset, inv, sums, x, logdet if wants_sum else None, batch, pixels if rows else pixels // mul,
+        y.stride(0) // mul, a.stride(0) // mul,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=parts, MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+        num_warps=cut.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return finish_logdet(logdet, g, pixels, spec, -1.0) if wants_sum and not rows else logdet

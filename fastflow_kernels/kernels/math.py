@@ -1,0 +1,87 @@
+"""Elementary functions for kernels, in float32 and float64. Plain Triton, so that the interpreter runs them too."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693359375)  # few digits: its product with an integer below 2**11 is exact in float32
+LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 less that
+
+
+@triton.jit
+def exp(x):
+    """exp(x) to 2 ulp everywhere."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    t = x * LOG2E
+    n = tl.floor(t + 0.5)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    # |t| < 126 keeps exp2(n) finite and normal; beyond it (and for inf and nan) the plain form does
+    return tl.where(tl.abs(t) < 126.0, tl.exp2(r * LOG2E) * tl.exp2(n), tl.exp2(t))
+
+
+@triton.jit
+def exp_of_bounded(x):
+    """exp(x) in fewer instructions; in float32 the relative error grows as |x| * 2**-24, no faster than that of a rounded x."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def log1p_of_unit(x):
+    """log(1 + x) for x in [0, 1], accurate for small x: the rounding of 1 + x cancels in log(w) / (w - 1)."""
+    w = 1.0 + x
+    d = tl.where(w == 1.0, 1.0, w - 1.0)
+    return tl.where(w == 1.0, x, tl.log(w) * (x / d))
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) to a few ulp at every magnitude; tanh(inf) = 1, tanh(nan) = nan.
+
+    Near 0 Cephes' polynomial (float32) and rational form (float64); 1 - 2 / (exp(2x) + 1) from 0.625 on, where nothing cancels.
+    """
+    z = x * x
+    if x.dtype == tl.float64:
+        p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+        q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+        p = p / q
+    else:
+        p = -5.70498872745e-3 * z + 2.06390887954e-2
+        p = p * z - 5.37397155531e-2
+        p = p * z + 1.33314422036e-1
+        p = p * z - 3.33332819422e-1
+    near_zero = x + x * z * p
+    elsewhere = 1.0 - 2.0 / (exp_of_bounded(2.0 * x) + 1.0)  # exp overflows to inf: 1; underflows to 0: -1
+    return tl.where(tl.abs(x) < 0.625, near_zero, elsewhere)
+
+
+@triton.jit
+def scale_of(g, ACT: tl.constexpr):
+    """scale = activation(g), as in spec.CouplingSpec."""
+    if ACT == "SIGMOID":
+        return 10.0 / (1.0 + exp(2.0 - g))
+    if ACT == "SOFTPLUS":
+        h = 0.5 * g
+        # like torch's softplus: the identity above 20, which in float64 differs from log(1 + e**h)
+        return tl.where(h > 20.0, 0.1 * g, 0.2 * (tl.maximum(h, 0.0) + log1p_of_unit(exp(-tl.abs(h)))))
+    return exp(g)
+
+
+@triton.jit
+def log_scale_of(g, ACT: tl.constexpr):
+    """log(activation(g))."""
+    if ACT == "EXP":
+        return g
+    return tl.log(scale_of(g, ACT))
+
+
+@triton.jit
+def scale_slope(g, scale, ACT: tl.constexpr):
+    """d scale / d g, given scale = activation(g)."""
+    if ACT == "SIGMOID":
+        return scale * (1.0 - 0.1 * scale)
+    if ACT == "SOFTPLUS":
+        return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))
+    return scale

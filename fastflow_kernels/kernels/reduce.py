@@ -1,0 +1,176 @@
+"""Sums: of a sample ahead of GIN's main pass, and of the partial results that the main passes leave.
+
+No atomics: every program writes its own partial result and one program adds them in order, so results repeat bit for bit. Loops whose
+length is known at run time are ``while`` loops: ``range`` over a run-time value fails in the interpreter of Triton 3.6 with numpy 2.4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflow_kernels.kernels.launch import alignment, gin_parts, plan
+from fastflow_kernels.kernels.math import exp_of_bounded, log_scale_of, scale_of, scale_slope, tanh
+from fastflow_kernels.kernels.tiles import index, load
+from fastflow_kernels.spec import CouplingSpec
+
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+_SUMS_BLOCK_C = 32  # channels of one program of the parameter sums: a 128-byte line of float32
+_SUMS_BLOCK_K = 64
+
+
+@triton.jit
+def _gin_sums_kernel(
+    a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr, B, P, stride_ab, stride_xb,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, PARTS: tl.constexpr,
+    MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 * exp(t), where dv = dy[:, inv].
+
+    Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come divided by MUL.
+
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    dy_ptr: (B, C, P) contiguous, or None: then the second sum is left out.
+    x_ptr: (B, C, P), stride_xb between samples, or None with dy.
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (1 or 2, B, PARTS), out.
+    """
+    P = P * MUL
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    b = (tl.program_id(0) // PARTS).to(tl.int64)
+    k = tl.program_id(0) % PARTS
+    a_ptr += b * (stride_ab * MUL)
+    if dy_ptr is not None:
+        dy_ptr += b * C * P
+        x_ptr += b * (stride_xb * MUL) + C1 * P
+    across = tl.cdiv(P, BLOCK_P)
+    tiles = across * tl.cdiv(C2, BLOCK_C)
+    sum_t = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+    sum_h = tl.zeros((BLOCK_C, BLOCK_P), ACC)
+    tile = k
+    while tile < tiles:
+        c = (tile // across) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        p = (tile % across) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+        mask = (c < C2) & (p < P)
+        t = CLAMP * tanh(TANH_SCALE * load(a_ptr + (c * P + p), mask, ACC))
+        sum_t += t
+        if dy_ptr is not None:
+            j = index(inv_ptr, C1 + c, c < C2)
+            sum_h += load(dy_ptr + (j * P + p), mask, ACC) * load(x_ptr + (c * P + p), mask, ACC) * exp_of_bounded(t)
+        tile += PARTS
+    tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
+    if dy_ptr is not None:
+        tl.store(sums_ptr + ((b + B) * PARTS + k), tl.sum(sum_h))
+
+
+@triton.jit
+def _logdet_kernel(
+    part_ptr, g_ptr, logdet_ptr, PART_COUNT, P,
+    C: tl.constexpr, SIGN: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """logdet[b] = SIGN * (sum of part[b, :] + P * sum of log(activation(g))).
+
+    part_ptr: (B, PART_COUNT) contiguous.
+    g_ptr: (C,).
+    logdet_ptr: (B,), out.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    part_ptr += b * PART_COUNT
+    s = tl.zeros((BLOCK,), ACC)
+    start = 0
+    while start < PART_COUNT:
+        i = start + tl.arange(0, BLOCK)
+        s += load(part_ptr + i, i < PART_COUNT, ACC)
+        start += BLOCK
+    log_scale = tl.zeros((BLOCK_C,), ACC)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        log_scale += tl.where(c < C, log_scale_of(load(g_ptr + c, c < C, ACC), ACT), 0.0)
+    tl.store(logdet_ptr + b, SIGN * (tl.sum(s) + P * tl.sum(log_scale)))
+
+
+@triton.jit
+def _params_bwd_kernel(
+    part_ptr, dlogdet_ptr, g_ptr, dg_ptr, doffset_ptr, GROUPS, B, P, stride_l,
+    C: tl.constexpr, ACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """doffset = sum of part[0]; dg = (sum of part[1] + P * sum(dlogdet) / scale) * activation'(g).
+
+    part_ptr: (2, GROUPS, C) contiguous; (1, GROUPS, C) for ACT = None (GIN).
+    dlogdet_ptr: (B,) with stride_l, or None.
+    g_ptr: (C,).
+    dg_ptr, doffset_ptr: (C,), out; dg is None for ACT = None.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = c < C
+    doffset = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    dscale = tl.zeros((BLOCK_K, BLOCK_C), ACC)
+    start = 0
+    while start < GROUPS:
+        k = start + tl.arange(0, BLOCK_K)[:, None]
+        mask = (k < GROUPS) & exists[None, :]
+        doffset += load(part_ptr + (k.to(tl.int64) * C + c[None, :]), mask, ACC)
+        if ACT is not None:
+            dscale += load(part_ptr + ((GROUPS + k).to(tl.int64) * C + c[None, :]), mask, ACC)
+        start += BLOCK_K
+    tl.store(doffset_ptr + c, tl.sum(doffset, axis=0), mask=exists)
+    if ACT is not None:
+        g = load(g_ptr + c, exists, ACC)
+        scale = scale_of(g, ACT)
+        total = tl.sum(dscale, axis=0)
+        if dlogdet_ptr is not None:
+            dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), ACC)
+            start = 0
+            while start < B:
+                b = start + tl.arange(0, BLOCK_K * BLOCK_C)
+                dlogdet += load(dlogdet_ptr + b.to(tl.int64) * stride_l, b < B, ACC)
+                start += BLOCK_K * BLOCK_C
+            total += P * tl.sum(dlogdet) / scale
+        tl.store(dg_ptr + c, total * scale_slope(g, scale, ACT), mask=exists)
+
+
+def gin_sums(
+    a: Tensor, pixels: int, spec: CouplingSpec, acc: torch.dtype, inv: Tensor | None = None, dy: Tensor | None = None, x: Tensor | None = None
+) -> Tensor:
+    """GIN's sums per sample ahead of the main pass, (1, B, parts), or (2, B, parts) with dy and x (see the kernel)."""
+    batch = a.shape[0]
+    channels = a.shape[1] if x is None else x.shape[1]
+    cut = plan(max(1, channels // 2), batch, pixels, max(a.itemsize, 4), False)
+    parts = gin_parts(cut, batch)
+    sums = torch.empty((1 if x is None else 2, batch, parts), dtype=acc, device=a.device)
+    stride_xb = 0 if x is None else x.stride(0)
+    mul = alignment(pixels, a.stride(0), stride_xb)
+    _gin_sums_kernel[(batch * parts,)](
+        a, dy, x, inv, sums, batch, pixels // mul, a.stride(0) // mul, stride_xb // mul,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, PARTS=parts,
+        MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc], num_warps=cut.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return sums
+
+
+def finish_logdet(part: Tensor, g: Tensor, pixels: int, spec: CouplingSpec, sign: float) -> Tensor:
+    """logdet (B,) from the partial sums (B, n) of a main pass and the log of the scale."""
+    batch, count = part.shape
+    logdet = torch.empty(batch, dtype=part.dtype, device=part.device)
+    _logdet_kernel[(batch,)](
+        part, g, logdet, count, pixels,
+        C=g.numel(), SIGN=sign, ACT=spec.activation, BLOCK=256, BLOCK_C=256, ACC=ACCUMULATORS[part.dtype],
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return logdet
+
+
+def finish_params(
+    part: Tensor, dlogdet: Tensor | None, g: Tensor, offset: Tensor, batch: int, pixels: int, spec: CouplingSpec
+) -> tuple[Tensor | None, Tensor]:
+    """(dg, doffset) from the partial sums (1 or 2, groups, C) of the backward's main pass; dg is None for GIN."""
+    groups, channels = part.shape[1:]
+    doffset = torch.empty_like(offset)
+    dg = None if spec.gin else torch.empty_like(g)
+    _params_bwd_kernel[(-(-channels // _SUMS_BLOCK_C),)](
+        part, dlogdet, g, dg, doffset, groups, batch, pixels, 0 if dlogdet is None else dlogdet.stride(0),
+        C=channels, ACT=None if spec.gin else spec.activation, BLOCK_K=_SUMS_BLOCK_K, BLOCK_C=_SUMS_BLOCK_C,
+        ACC=ACCUMULATORS[part.dtype], num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return dg, doffset

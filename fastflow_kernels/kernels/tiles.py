@@ -1,0 +1,64 @@
+"""What the kernels share: where a tile's values lie, and the constants of its channels.
+
+Tiles are channels (down) by columns (across). Channel vectors are (BLOCK_C, 1), column vectors (1, BLOCK_Q) and what a sample has one
+of is a scalar or (1, BLOCK_Q), so that everything broadcasts.
+"""
+
+import triton
+import triton.language as tl
+
+from fastflow_kernels.kernels.math import log_scale_of, scale_of
+
+
+@triton.jit
+def columns(block, B, P, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
+    """The samples (int64), pixels and existence of the columns of tile ``block``.
+
+    ROWS: BLOCK_Q samples of one pixel. Else BLOCK_Q pixels of one sample; tiles of a sample follow each other.
+    """
+    q = tl.arange(0, BLOCK_Q)[None, :]
+    if ROWS:
+        b = block.to(tl.int64) * BLOCK_Q + q
+        p = 0
+        exists = b < B
+    else:
+        tiles = tl.cdiv(P, BLOCK_Q)
+        b = (block // tiles).to(tl.int64)
+        p = (block % tiles) * BLOCK_Q + q
+        exists = p < tl.where(b < B, P, 0)
+    return b, p, exists
+
+
+@triton.jit
+def load(ptr, mask, ACC: tl.constexpr):
+    """Load in the accumulator's dtype; 0 where masked."""
+    return tl.load(ptr, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def index(index_ptr, c, mask):
+    """index[c], int32; c itself without an index."""
+    if index_ptr is None:
+        return c
+    return tl.load(index_ptr + c, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """activation(g[c]); 1 for ACT = None (GIN)."""
+    if ACT is None:
+        return tl.full((1, 1), 1.0, ACC)
+    return scale_of(load(g_ptr + c, mask, ACC), ACT)
+
+
+@triton.jit
+def log_scale_sum(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+    """Sum of log(activation(g[c])) over the channels c that exist."""
+    return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC), ACT), 0.0))
+
+
+@triton.jit
+def total(sums_ptr, b, B, PARTS: tl.constexpr):
+    """sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_Q); always in the same order."""
+    k = tl.arange(0, PARTS)[:, None]
+    return tl.sum(tl.load(sums_ptr + b * PARTS + k, mask=k < tl.where(b < B, PARTS, 0), other=0.0), axis=0, keep_dims=True)
