@@ -62,7 +62,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _flat(t: Tensor) -> Tensor:
     """(B, C, *S) -> (B, C, P); copies only what is not contiguous."""
-    return t.contiguous().view(t.shape[0], t.shape[1], -1) if t.dim() > 2 else t.contiguous().unsqueeze(-1)
+    return t.contiguous().view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
 
 
 def _chunks(x: Tensor, acc: torch.dtype, whole_samples: bool) -> tuple[int, int]:
@@ -166,8 +166,10 @@ def _exact_tanh(a_s: Tensor, spec: CouplingSpec, out: Tensor, scratch: Tensor) -
     return out.div_(torch.add(out, _constant(2.0, dtype), out=scratch))
 
 
-def _sigmoid(a_s: Tensor, spec: CouplingSpec, out: Tensor) -> Tensor:
+def _sigmoid(a_s: Tensor, spec: CouplingSpec, out: Tensor, scratch: Tensor) -> Tensor:
     """sigmoid(2 * tanh_scale * a_s), that is (1 + tanh(tanh_scale * a_s)) / 2, into out."""
+    if spec.gin:  # the mean over the sample is taken off the log-factors, and what is left can be small
+        return _exact_tanh(a_s, spec, out, scratch).add_(1.0).mul_(0.5)
     return torch.mul(a_s, _constant(2.0 * spec.tanh_scale, out.dtype), out=out).sigmoid_()
 
 
@@ -226,7 +228,7 @@ def coupling_fwd(
                 total = _plus(total, si.sum((1, 2)))
                 si.mul_(_constant(spec.clamp * _LOG2E, acc))
             else:
-                _log2_factor(_sigmoid(a_si, spec, ti), spec, si)
+                _log2_factor(_sigmoid(a_si, spec, ti, si), spec, si)
             # 10 * (x2 * exp(s) + 0.1 * a_t): addcmul has no factor on its first term
             torch.addcmul(a_ti, x2i, si.exp2_(), value=10.0, out=v2i).mul_(tenth_i)
         if scale1 is None:
@@ -321,7 +323,7 @@ def coupling_bwd(
         parts = [(du1 * x1).sum((0, 2))] if need_scale else []
         for x2i, du2i, a_si, a_ti, dsi, dti in _walk(1, pairs, x2, du2, a_s, a_t, ds, dt):
             sigma_i, e_i = _fit(sigma, a_si), _fit(e, a_si)
-            _log2_factor(_sigmoid(a_si, spec, sigma_i), spec, e_i).exp2_()
+            _log2_factor(_sigmoid(a_si, spec, sigma_i, e_i), spec, e_i).exp2_()
             if need_scale:
                 part = torch.mul(du2i, a_ti, out=dti).sum((0, 2))
             torch.mul(du2i, _constant(0.1, acc), out=dti)
@@ -432,7 +434,7 @@ def coupling_inv_active(
                 total = _plus(total, si.sum((1, 2)))
                 si.mul_(_constant(-spec.clamp * _LOG2E, acc))
             else:
-                _log2_factor(_sigmoid(a_si, spec, ti), spec, si).neg_()
+                _log2_factor(_sigmoid(a_si, spec, ti, si), spec, si).neg_()
             u2i.sub_(a_ti, alpha=0.1).mul_(si.exp2_())
         if u2 is not x2:
             x2.copy_(u2)
@@ -501,5 +503,5 @@ def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
     if scale is None:
-        return torch.zeros_like(sum_s)  # exact: the mean was taken out
+        return 0.0 * sum_s  # exact: the mean was taken out; still part of the graph
     return sum_s + math.prod(x.shape[2:]) * scale.log().sum()

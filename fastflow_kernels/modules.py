@@ -305,7 +305,7 @@ class AllInOneBlock(InvertibleModule):
 
     def _construct_householder_permutation(self) -> Tensor:
         """The matrix w_0 H_1 ... H_K, (C, C, 1, ...) with as many ones as spatial dimensions."""
-        w = self._permutation().matrix(self.vk_householder)
+        w = self._permutation().matrix()
         return w.view(*w.shape, *[1] * self.input_rank)
 
     def _overridden(self) -> bool:

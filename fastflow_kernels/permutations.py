@@ -35,9 +35,9 @@ class IndexPermutation(NamedTuple):
     def unpermute(self, y: Tensor) -> Tensor:
         return gather_channels(y, self.inv, self.perm)
 
-    def matrix(self, like: Tensor) -> Tensor:
-        """The one-hot (C, C) matrix w with w @ v = v[perm], in the dtype of ``like``."""
-        return one_hot(self.perm, like.dtype)
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The one-hot (C, C) matrix w with w @ v = v[perm]."""
+        return one_hot(self.perm, dtype)
 
 
 class MatrixPermutation(NamedTuple):
@@ -57,15 +57,15 @@ class MatrixPermutation(NamedTuple):
     def unpermute(self, y: Tensor) -> Tensor:
         return multiply_channels(y, self.w_inv)
 
-    def matrix(self, like: Tensor) -> Tensor:
-        return self.w
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return self.w.to(dtype)
 
 
 class HouseholderPermutation(NamedTuple):
     r"""y = w_0 H_1 ... H_K v with the reflections H_k = I - 2 v_k v_k^T / (v_k^T v_k).
 
     The product of the reflections is applied in its compact WY form I - V^T T V (Schreiber & Van Loan 1989), with V the (K, C) matrix of
-    the vectors and T^-1 = triu(V V^T, 1) + diag(V V^T) / 2: two thin products instead of K of C x C matrices.
+    the vectors and T^-1 = triu(V V^T, 1) + I / 2 for unit vectors: two thin products instead of K of C x C matrices.
 
     Attributes:
         base: w_0, an :class:`IndexPermutation` or :class:`MatrixPermutation`.
@@ -75,22 +75,37 @@ class HouseholderPermutation(NamedTuple):
     base: IndexPermutation | MatrixPermutation
     vectors: Tensor
 
-    def _solved(self) -> Tensor:
-        """T V, (K, C)."""
-        gram = self.vectors @ self.vectors.T
-        return torch.linalg.solve_triangular(torch.triu(gram, 1) + torch.diag(gram.diagonal() / 2), self.vectors, upper=True)
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """V and T V, both (K, C), for vectors scaled to unit length; small, so computed in float64: every pixel feels their error."""
+        v = self.vectors.double()
+        v = v / v.norm(dim=1, keepdim=True)
+        triangle = torch.triu(v @ v.T, 1) + 0.5 * torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
+        solved = torch.linalg.solve_triangular(triangle, v, upper=True)
+        return v.to(self.vectors.dtype), solved.to(self.vectors.dtype)
 
     def permute(self, v: Tensor) -> Tensor:
-        return self.base.permute(_reflect(v, self._solved(), self.vectors))
+        if self._dense():
+            return multiply_channels(v, self.matrix())
+        vectors, solved = self._factors()
+        return self.base.permute(_reflect(v, solved, vectors))
 
     def unpermute(self, y: Tensor) -> Tensor:
-        # the transpose: I - V^T T^T V = I - (T V)^T V
-        return _reflect(self.base.unpermute(y), self.vectors, self._solved())
+        if self._dense():
+            return multiply_channels(y, self.matrix().T)
+        vectors, solved = self._factors()  # the transpose: I - V^T T^T V = I - (T V)^T V
+        return _reflect(self.base.unpermute(y), vectors, solved)
 
-    def matrix(self, like: Tensor) -> Tensor:
-        """The (C, C) matrix w_0 H_1 ... H_K."""
-        w = self.base.matrix(self.vectors)
-        return w - (w @ self.vectors.T) @ self._solved()
+    def matrix(self) -> Tensor:
+        """The (C, C) matrix w_0 H_1 ... H_K, by K updates of rank 1."""
+        w = self.base.matrix(self.vectors.dtype)
+        for v in self.vectors:
+            w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
+        return w
+
+    def _dense(self) -> bool:
+        """Whether the one product of C x C is the smaller work; also the thin ones lose digits where V has more rows than columns."""
+        count, channels = self.vectors.shape
+        return 2 * count >= channels
 
 
 Permutation = IndexPermutation | MatrixPermutation | HouseholderPermutation

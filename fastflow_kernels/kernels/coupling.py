@@ -360,7 +360,7 @@ def coupling_fwd(
     wants_sum = jac and not spec.gin
     logdet = torch.zeros(batch, dtype=acc, device=x.device) if jac and spec.gin else None
     stride_xb, stride_ab = x.stride(0), a.stride(0)
-    if by_rows(channels, pixels):
+    if by_rows(channels, pixels, acc.itemsize):
         cut = plan(channels, batch, 1, y.itemsize, True, _COLUMNS)
         if wants_sum:
             logdet = torch.empty(batch, dtype=acc, device=x.device)
@@ -419,7 +419,7 @@ def coupling_bwd(
     dlogdet = None if spec.gin else dlogdet
     sums = gin_sums(a, pixels, spec, acc, inv, dy, x) if spec.gin and channels > 1 else None
     parts = 1 if sums is None else sums.shape[2]
-    rows = by_rows(channels, pixels)
+    rows = by_rows(channels, pixels, acc.itemsize)
     itemsize = max(dy.itemsize, x.itemsize, a.itemsize)
     cut = plan(channels - channels // 2, batch, pixels, itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
     part = torch.empty((1 if spec.gin else 2, cut.groups, channels), dtype=acc, device=x.device) if need_params else None
@@ -451,13 +451,14 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
     batch, channels = y.shape[:2]
     pixels = _pixels(y)
     x = torch.empty(y.shape, dtype=_promoted(y, g), device=y.device)
-    rows = by_rows(channels, pixels)
+    acc = _accumulator(x.dtype)
+    rows = by_rows(channels, pixels, acc.itemsize)
     cut = plan(channels - channels // 2, batch, pixels, x.itemsize, rows, _COLUMNS)
     mul = alignment(0 if rows else pixels, y.stride(0))
     _coupling_inv_passive_kernel[(cut.programs,)](
         y, g, offset, inv, x, batch, pixels if rows else pixels // mul, y.stride(0) // mul,
         C=channels, ACT=_activation(spec), MUL=mul,
-        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[_accumulator(x.dtype)],
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
         num_warps=cut.warps, enable_fp_fusion=True,
     )  # fmt: skip
     return x
@@ -485,7 +486,7 @@ def coupling_inv_active(
     sums = gin_sums(a, pixels, spec, acc) if spec.gin and channels > 1 else None
     parts = 1 if sums is None else sums.shape[2]
     wants_sum = jac and not spec.gin
-    rows = by_rows(channels, pixels)
+    rows = by_rows(channels, pixels, acc.itemsize)
     # rows: a tile of all passive channels, for the sum of log(scale) runs over them too
     cut = plan(channels - channels // 2 if rows else max(1, channels // 2), batch, pixels, x.itemsize, rows, _COLUMNS)
     mul = alignment(0 if rows else pixels, y.stride(0), a.stride(0))

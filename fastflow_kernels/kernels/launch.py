@@ -12,8 +12,10 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SAMPLE = 2**31 - 1  # elements of a sample: offsets inside one are 32-bit
-MAX_ROW_CHANNELS = 4096  # a row is one tile; beyond this it would not fit in registers
-TILE_BYTES = 4096  # of one tensor and tile: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit accesses
+TILE_BYTES = 4096  # planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit accesses
+ROW_THREAD_VALUES = {4: 4, 8: 1}  # rows, by the accumulator's bytes: channel constants and sums live in registers too, hence less
+MAX_ROW_BYTES = 8192  # in the accumulator: a row is one tile and must fit in the registers of 16 warps
+BUSY = 256  # programs that keep a GPU busy: two for each multiprocessor of an H100
 GIN_PARTS = 64  # most programs that share the sums of one sample
 
 
@@ -101,28 +103,31 @@ def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: bool, colu
         columns: Columns that one program should see for its cost per channel to be small; it loops over that many if there is work
             enough for the other multiprocessors.
     """
-    tile = TILE_BYTES // itemsize
     if rows:
+        values = ROW_THREAD_VALUES[max(4, itemsize)]
+        tile = 8 * 32 * values
         block_c = _power_of_two(channels)
         block_q = max(1, min(tile // block_c, _power_of_two(batch)))
         blocks = -(-batch // block_q)
     else:
+        values = TILE_BYTES // itemsize // 128
+        tile = 128 * values
         block_q = _pixel_block(pixels, tile)
         block_c = min(_power_of_two(channels), tile // block_q)
         blocks = batch * -(-pixels // block_q)
     tiles = -(-channels // block_c)
     loops = 1
     if columns > 1:
-        # 512 programs are about four for each multiprocessor of an H100; 512 groups keep the finishing sum short
-        while loops < 64 and (loops * block_q < columns or blocks > 512 * loops) and blocks * tiles >= 512 * loops:
+        # the finishing sum walks the groups one after the other: no more than 512 where that can be had
+        while loops < 64 and (loops * block_q < columns or blocks > 512 * loops) and blocks * tiles >= 2 * BUSY * loops:
             loops *= 2
-    warps = max(1, min(16, (8 if rows else 4) * block_c * block_q // tile))
+    warps = max(1, min(16, block_c * block_q // (32 * values)))
     return Plan(rows, block_c, block_q, tiles, blocks, loops, -(-blocks // loops), warps)
 
 
-def by_rows(channels: int, pixels: int) -> bool:
-    """Whether whole samples are the columns."""
-    return pixels == 1 and channels <= MAX_ROW_CHANNELS
+def by_rows(channels: int, pixels: int, itemsize: int) -> bool:
+    """Whether whole samples are the columns, given the bytes of the accumulator."""
+    return pixels == 1 and channels * itemsize <= MAX_ROW_BYTES
 
 
 def gin_parts(plan: Plan, batch: int) -> int:

@@ -13,11 +13,12 @@ def exp(x):
     """exp(x) to 2 ulp everywhere."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    t = x * LOG2E
-    n = tl.floor(t + 0.5)
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    # |t| < 126 keeps exp2(n) finite and normal; beyond it (and for inf and nan) the plain form does
-    return tl.where(tl.abs(t) < 126.0, tl.exp2(r * LOG2E) * tl.exp2(n), tl.exp2(t))
+    else:
+        t = x * LOG2E
+        n = tl.floor(t + 0.5)
+        r = (x - n * LN2_HIGH) - n * LN2_LOW
+        # |t| < 126 keeps exp2(n) finite and normal; beyond it (and for inf and nan) the plain form does
+        return tl.where(tl.abs(t) < 126.0, tl.exp2(r * LOG2E) * tl.exp2(n), tl.exp2(t))
 
 
 @triton.jit
@@ -25,7 +26,8 @@ def exp_of_bounded(x):
     """exp(x) in fewer instructions; in float32 the relative error grows as |x| * 2**-24, no faster than that of a rounded x."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    return tl.exp2(x * LOG2E)
+    else:
+        return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -62,11 +64,12 @@ def scale_of(g, ACT: tl.constexpr):
     """scale = activation(g), as in spec.CouplingSpec."""
     if ACT == "SIGMOID":
         return 10.0 / (1.0 + exp(2.0 - g))
-    if ACT == "SOFTPLUS":
+    elif ACT == "SOFTPLUS":
         h = 0.5 * g
         # like torch's softplus: the identity above 20, which in float64 differs from log(1 + e**h)
         return tl.where(h > 20.0, 0.1 * g, 0.2 * (tl.maximum(h, 0.0) + log1p_of_unit(exp(-tl.abs(h)))))
-    return exp(g)
+    else:
+        return exp(g)
 
 
 @triton.jit
@@ -74,7 +77,8 @@ def log_scale_of(g, ACT: tl.constexpr):
     """log(activation(g))."""
     if ACT == "EXP":
         return g
-    return tl.log(scale_of(g, ACT))
+    else:
+        return tl.log(scale_of(g, ACT))
 
 
 @triton.jit
@@ -82,6 +86,7 @@ def scale_slope(g, scale, ACT: tl.constexpr):
     """d scale / d g, given scale = activation(g)."""
     if ACT == "SIGMOID":
         return scale * (1.0 - 0.1 * scale)
-    if ACT == "SOFTPLUS":
+    elif ACT == "SOFTPLUS":
         return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))
-    return scale
+    else:
+        return scale

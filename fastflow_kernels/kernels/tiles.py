@@ -2,6 +2,8 @@
 
 Tiles are channels (down) by columns (across). Channel vectors are (BLOCK_C, 1), column vectors (1, BLOCK_Q) and what a sample has one
 of is a scalar or (1, BLOCK_Q), so that everything broadcasts.
+
+A constexpr ``if`` that returns needs its ``else``: the compiler reads on after the ``if`` and wants one return type.
 """
 
 import triton
@@ -40,7 +42,8 @@ def index(index_ptr, c, mask):
     """index[c], int32; c itself without an index."""
     if index_ptr is None:
         return c
-    return tl.load(index_ptr + c, mask=mask, other=0).to(tl.int32)
+    else:
+        return tl.load(index_ptr + c, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -48,7 +51,8 @@ def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """activation(g[c]); 1 for ACT = None (GIN)."""
     if ACT is None:
         return tl.full((1, 1), 1.0, ACC)
-    return scale_of(load(g_ptr + c, mask, ACC), ACT)
+    else:
+        return scale_of(load(g_ptr + c, mask, ACC), ACT)
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""FastFlow (Yu et al. 2021, arXiv:2111.07677) over any AllInOneBlock, as anomalib builds it: model, loss and anomaly map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SequenceFlow(nn.Module):
+    """A chain of invertible blocks whose log-dets add up."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map features to the latent space.
+
+        Args:
+            x: Features (B, C, H, W).
+
+        Returns:
+            The latent variable (B, C, H, W) and the log-det of the whole chain (B,), in nats per sample.
+        """
+        logdet = x.new_zeros(x.shape[0])
+        for block in self.blocks:
+            (x,), block_logdet = block([x])
+            logdet = logdet + block_logdet
+        return x, logdet
+
+    def subnets(self) -> list[nn.Module]:
+        """The blocks' subnets, in order."""
+        return [block.subnet for block in self.blocks]
+
+
+def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, int], nn.Sequential]:
+    """A constructor of anomalib's FastFlow subnet: convolution, ReLU, convolution."""
+
+    def construct(in_channels: int, out_channels: int) -> nn.Sequential:
+        hidden = int(in_channels * hidden_ratio)
+        return nn.Sequential(
+            nn.Conv2d(in_channels, hidden, kernel_size, padding="same"),
+            nn.ReLU(),
+            nn.Conv2d(hidden, out_channels, kernel_size, padding="same"),
+        )
+
+    return construct
+
+
+def fastflow(block_class: Callable[..., nn.Module], shape: tuple[int, int, int], steps: int = 8) -> SequenceFlow:
+    """Build FastFlow's chain for features of ``shape`` (C, H, W): 3x3 and 1x1 subnets in turn, clamp 2, hard permutations.
+
+    Args:
+        block_class: The AllInOneBlock to use. Exchanging it here is all it takes to exchange the maths.
+        shape: Channels, height and width of the features.
+        steps: Number of blocks.
+    """
+    return SequenceFlow(
+        [block_class([shape], subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1), affine_clamping=2.0) for i in range(steps)]
+    )
+
+
+def negative_log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
+    """FastFlow's loss, ``mean(0.5 * sum(z^2) - logdet)``, in nats per dimension so that it reads the same at every size."""
+    return (0.5 * z.square().sum(dim=(1, 2, 3)) - logdet).mean() / z[0].numel()
+
+
+def anomaly_map(z: Tensor, size: tuple[int, int]) -> Tensor:
+    """Anomalib's heat map of one scale: minus the likelihood ``exp(-0.5 * mean over channels of z^2)``, upsampled.
+
+    Args:
+        z: Latent variable (B, C, H, W).
+        size: Height and width of the image.
+
+    Returns:
+        (B, *size), between -1 (as expected) and 0 (anomalous).
+    """
+    likelihood = torch.exp(-0.5 * z.square().mean(dim=1, keepdim=True))
+    return F.interpolate(-likelihood, size=size, mode="bilinear", align_corners=False)[:, 0]

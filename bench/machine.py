@@ -1,0 +1,63 @@
+"""Says in words which machine a figure was measured on, so that no figure travels without it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def describe_machine() -> str:
+    """Describe the processor, the threads torch uses, the GPU if there is one, and the versions, in one line.
+
+    Returns:
+        For instance ``"AMD EPYC, 2 cores, 2 torch threads, AVX2, no GPU; Linux x86_64, Python 3.11.7, torch 2.13.0+cpu, triton 3.9.0"``.
+    """
+    cores, threads = _usable_cores(), torch.get_num_threads()
+    hardware = [
+        _cpu_model(),
+        f"{cores} core{'s' * (cores != 1)}",
+        f"{threads} torch thread{'s' * (threads != 1)}",
+        torch.backends.cpu.get_cpu_capability(),
+        _gpu(),
+    ]
+    software = [
+        f"{platform.system()} {platform.machine()}",
+        f"Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"triton {_version('triton')}",
+    ]
+    return f"{', '.join(hardware)}; {', '.join(software)}"
+
+
+def _usable_cores() -> int:
+    """The cores this process may run on, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_model() -> str:
+    """The processor's name; ``platform.processor()`` is empty on most Linux systems, so ask the kernel first."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    """The name of the first GPU and how many there are, or ``"no GPU"``."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+def _version(distribution: str) -> str:
+    """The version of an installed distribution, found without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"

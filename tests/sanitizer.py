@@ -1,0 +1,143 @@
+"""A memory checker for Triton kernels that run in the interpreter (TRITON_INTERPRET=1).
+
+The interpreter itself lets kernels read and write anywhere and write twice. Inside :func:`sanitize` every launch is checked:
+
+- each lane's address lies inside one of the launch's tensors (inside their spans; other memory is out of bounds);
+- no address is stored to twice in one launch, whatever the programs' order would be;
+- the bytes that each tensor's loads and stores move are counted, masked lanes excepted;
+- ``torch.empty`` and its kin hand out NaN (integers: the least value), so that a value read or returned unwritten shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+
+
+class StrayAccess(AssertionError):
+    """A kernel touched memory that it must not touch."""
+
+
+@dataclass
+class Launch:
+    """What one kernel launch moved, in bytes.
+
+    Attributes:
+        kernel: The kernel's name.
+        loaded, stored: By argument name: bytes of all unmasked lanes.
+        distinct: By argument name: bytes of the distinct addresses loaded.
+    """
+
+    kernel: str
+    loaded: dict[str, int] = field(default_factory=dict)
+    stored: dict[str, int] = field(default_factory=dict)
+    distinct: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Range:
+    name: str
+    first: int
+    end: int
+    loads: list[np.ndarray] = field(default_factory=list)
+    stores: list[np.ndarray] = field(default_factory=list)
+    load_size: int = 1
+    store_size: int = 1
+
+
+class _Checker:
+    """Stands in for the interpreter's C++ module, whose ``load`` and ``store`` see every address."""
+
+    def __init__(self, real) -> None:
+        self._real = real
+        self.ranges: list[_Range] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    def load(self, pointers, mask, other, dtype):
+        size = np.dtype(dtype).itemsize
+        for r, addresses in self._by_range(pointers, mask, size, "load"):
+            r.loads.append(addresses)
+            r.load_size = size
+        return self._real.load(pointers, mask, other, dtype)
+
+    def store(self, pointers, value, mask):
+        size = np.asarray(value).dtype.itemsize
+        for r, addresses in self._by_range(pointers, mask, size, "store"):
+            r.stores.append(addresses)
+            r.store_size = size
+        return self._real.store(pointers, value, mask)
+
+    def _by_range(self, pointers, mask, size: int, kind: str) -> Iterator[tuple[_Range, np.ndarray]]:
+        addresses = np.asarray(pointers).astype(np.uint64).ravel()[np.asarray(mask).ravel().astype(bool)]
+        left = addresses
+        for r in self.ranges:
+            inside = (left >= r.first) & (left + np.uint64(size) <= r.end)
+            if inside.any():
+                yield r, left[inside]
+                left = left[~inside]
+            if not left.size:
+                return
+        if left.size:
+            raise StrayAccess(f"{kind} out of bounds: {left.size} of {addresses.size} lanes")
+
+    def finish(self, kernel: str) -> Launch:
+        launch = Launch(kernel)
+        for r in self.ranges:
+            if r.loads:
+                loads = np.concatenate(r.loads)
+                launch.loaded[r.name] = loads.size * r.load_size
+                launch.distinct[r.name] = np.unique(loads).size * r.load_size
+            if r.stores:
+                stores = np.concatenate(r.stores)
+                twice = stores.size - np.unique(stores).size
+                if twice:
+                    raise StrayAccess(f"{kernel}: {twice} addresses of {r.name} stored twice in one launch")
+                launch.stored[r.name] = stores.size * r.store_size
+        return launch
+
+
+def _range_of(name: str, t: torch.Tensor) -> _Range:
+    span = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    return _Range(name, t.data_ptr(), t.data_ptr() + span * t.element_size())
+
+
+def _poisoned(real):
+    def empty(*args, **kwargs):
+        t = real(*args, **kwargs)
+        return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min if t.dtype is not torch.bool else True)
+
+    return empty
+
+
+@contextlib.contextmanager
+def sanitize() -> Iterator[list[Launch]]:
+    """Check every kernel launch inside the block; yields the list of launches, which grows as they finish.
+
+    Raises:
+        InterpreterError: From the launch, naming the out-of-bounds access.
+        StrayAccess: At the end of the launch, for a double store.
+    """
+    checker = _Checker(interpreter._interpreter)
+    launches: list[Launch] = []
+    execute = interpreter.GridExecutor.__call__
+
+    def checked(self, *args, **kwargs):
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        checker.ranges = [_range_of(name, t) for name, t in named.items() if isinstance(t, torch.Tensor)]
+        execute(self, *args, **kwargs)
+        launches.append(checker.finish(self.fn.__name__))
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, _poisoned(getattr(owner, name))))
+        stack.enter_context(mock.patch.object(interpreter, "_interpreter", checker))
+        stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", checked))
+        yield launches

@@ -1,0 +1,124 @@
+"""What the compiler makes of the kernels, for GPUs that are not there: nothing spilled, wide accesses, few enough registers.
+
+    pytest tests/test_kernels_compiled.py
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
+pytest.importorskip("triton")
+
+from fastflow_kernels.kernels import coupling  # noqa: E402
+from fastflow_kernels.spec import CouplingSpec  # noqa: E402
+from tests.compile_targets import TARGETS, Code, compile_for, launches_of  # noqa: E402
+
+# 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
+REGISTERS = 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+WIDE = {
+    "_coupling_fwd_kernel": (8, 4),
+    "_coupling_bwd_kernel": (12, 8),
+    "_coupling_inv_passive_kernel": (2, 2),
+    "_coupling_inv_active_kernel": (6, 2),
+}  # 128-bit loads and stores of x, a, y, dx, da; two for each 4096-byte tile where a program has 128 threads, one on AMD's 256
+
+
+def spec_of(gin: bool) -> CouplingSpec:
+    return CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin)
+
+
+def launches(shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False) -> list:
+    """All launches of a training step and an inverse."""
+    batch, channels, *spatial = shape
+    x, a = torch.empty(shape, dtype=dtype), torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype)
+    g, perm, dlogdet = torch.zeros(channels, dtype=dtype), torch.arange(channels), torch.zeros(batch)
+    shared = (g, g, perm, perm, spec_of(gin))
+
+    def step() -> None:
+        coupling.coupling_fwd(x, a, *shared, True)
+        coupling.coupling_bwd(x, dlogdet, x, a, *shared, True)
+        coupling.coupling_inv_active(x, coupling.coupling_inv_passive(x, *shared), a, *shared, True)
+
+    return launches_of(step)
+
+
+@cache
+def compiled(target: str, shape: tuple[int, ...], dtype: str, gin: bool = False) -> tuple[Code, ...]:
+    """The code of every kernel of one case, each once."""
+    return tuple({run[0].__name__: compile_for(target, *run) for run in launches(shape, DTYPES[dtype], gin)}.values())
+
+
+def assert_lean(codes: tuple[Code, ...]) -> None:
+    for code in codes:
+        print(code)
+        assert code.spills == 0, code
+        assert code.registers <= REGISTERS, code
+
+
+def assert_wide(codes: tuple[Code, ...], lanes: int = 32) -> None:
+    for code in codes:
+        if code.kernel in WIDE:
+            loads, stores = (n * 32 // lanes for n in WIDE[code.kernel])
+            assert code.loads.get(128, 0) >= loads, code
+            assert code.stores.get(128, 0) >= stores, code
+
+
+PLANES = (32, 64, 64, 64)
+ROWS = (4096, 512)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
+def test_kernels_compile_lean_on_sm_90(shape, dtype):
+    codes = compiled("sm_90", shape, dtype)
+    assert_lean(codes)
+    if shape is PLANES:
+        assert_wide(codes)
+
+
+@pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
+@pytest.mark.parametrize(("target", "dtype"), [("sm_80", "fp32"), ("sm_100", "bf16"), ("gfx942", "fp32"), ("gfx942", "bf16")])
+def test_kernels_compile_lean_elsewhere(target, dtype, shape):
+    codes = compiled(target, shape, dtype)
+    assert_lean(codes)
+    if shape is PLANES:
+        assert_wide(codes, TARGETS[target].warp_size)
+
+
+@pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
+def test_gin_kernels_compile_lean(shape):
+    assert_lean(compiled("sm_90", shape, "fp32", gin=True))
+
+
+@pytest.mark.parametrize("shape", [(32, 768, 28, 28), (8, 384, 14, 14)], ids=["28x28", "14x14"])
+def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape):
+    """14 * 14 = 4 * 49: rows are 16-byte aligned in float32, though no size is a multiple of 16."""
+    codes = compiled("sm_90", shape, "fp32")
+    assert_lean(codes)
+    assert_wide(codes)
+
+
+def test_kernels_compile_with_odd_sizes():
+    assert_lean(compiled("sm_90", (3, 7, 5, 7), "fp32"))
+    assert_lean(compiled("sm_90", (3, 1, 5), "fp32"))
+
+
+@pytest.mark.parametrize("shape", [(64, 2048), (10_000, 100)], ids=["B64-C2048", "B10000-C100"])
+def test_row_kernels_compile_lean_at_other_widths(shape):
+    assert_lean(compiled("sm_90", shape, "fp32"))
+
+
+def test_launches_are_few():
+    """A forward and a backward are two launches each (rows: the forward is one); more arguments than 16 would cost more to launch."""
+    for shape, count in ((PLANES, 2 + 2 + 3), (ROWS, 1 + 2 + 2)):
+        runs = launches(shape, torch.float32)
+        assert len(runs) == count
+        for _, arguments, _ in runs:
+            assert len(arguments) <= 15

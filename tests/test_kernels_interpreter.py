@@ -1,0 +1,458 @@
+"""The Triton kernels against plain PyTorch in float64, run by Triton's interpreter under the memory checker of sanitizer.py.
+
+    TRITON_INTERPRET=1 pytest tests/test_kernels_interpreter.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a process of its own with TRITON_INTERPRET=1 (ci/kernels.sh)", allow_module_level=True)
+pytest.importorskip("triton")
+
+from fastflow_kernels.kernels import coupling, launch  # noqa: E402
+from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec  # noqa: E402
+from tests.compare import assert_close  # noqa: E402
+from tests.sanitizer import Launch, StrayAccess, sanitize  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's: overflow to inf is meant
+# A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
+PLANES = ((2, 7, 4, 5), (3, 2, 3, 3), (2, 1, 2, 3), (1, 9, 7), (2, 6, 2, 4, 2))
+ROWS = ((5, 7), (3, 2), (4, 1), (2, 9, 1, 1), (9, 130))
+TILED = ((1, 3, 1100), (2, 70, 64), (3, 33, 14, 14))  # more than one tile along the pixels, the channels, both
+LOW = {torch.bfloat16: 2.0**-7, torch.float16: 0.0}
+
+
+# --- plain PyTorch ------------------------------------------------------------------------------------------------------------------
+
+
+def scale_of(g, spec):
+    if spec.gin:
+        return torch.ones_like(g)
+    if spec.activation == "SIGMOID":
+        return 10 * torch.sigmoid(g - 2)
+    return 0.1 * F.softplus(g, beta=0.5) if spec.activation == "SOFTPLUS" else g.exp()
+
+
+def plain_s(a, spec):
+    s = spec.clamp * torch.tanh(spec.tanh_scale * a[:, : a.shape[1] // 2])
+    return s - s.mean(tuple(range(1, s.dim())), keepdim=True) if spec.gin and s.numel() else s
+
+
+def plain_logdet(s, x, g, spec):
+    if spec.gin:
+        return s.new_zeros(x.shape[0])
+    return s.flatten(1).sum(1) + x[0, 0].numel() * scale_of(g, spec).log().sum()
+
+
+def plain_fwd(x, a, g, offset, perm, spec):
+    c2 = a.shape[1] // 2
+    c1 = x.shape[1] - c2
+    view = (1, -1) + (1,) * (x.dim() - 2)
+    s = plain_s(a, spec)
+    u = torch.cat((x[:, :c1], x[:, c1:] * s.exp() + 0.1 * a[:, c2:]), 1)
+    v = u * scale_of(g, spec).view(view) + offset.view(view)
+    return v[:, perm], plain_logdet(s, x, g, spec)
+
+
+def plain_inv(y, a, g, offset, inv, spec):
+    c2 = a.shape[1] // 2
+    c1 = y.shape[1] - c2
+    view = (1, -1) + (1,) * (y.dim() - 2)
+    s = plain_s(a, spec)
+    u = (y[:, inv] - offset.view(view)) / scale_of(g, spec).view(view)
+    return torch.cat((u[:, :c1], (u[:, c1:] - 0.1 * a[:, c2:]) * (-s).exp()), 1), -plain_logdet(s, y, g, spec)
+
+
+def cast(values, dtype):
+    return [v.detach().to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
+
+
+def gradients(x, a, g, offset, perm, spec, dy, dlogdet, dtype):
+    """Autograd's gradients of the plain forward for x, a, g, offset, all cast to dtype (None: as they are)."""
+    leaves = [t.detach().clone() if dtype is None else t.detach().to(dtype, copy=True) for t in (x, a, g, offset)]
+    for t in leaves:
+        t.requires_grad_()
+    y, logdet = plain_fwd(*leaves, perm, spec)
+    outputs, seeds = [y], [dy.to(y.dtype)]
+    if dlogdet is not None and logdet.requires_grad:
+        outputs, seeds = [y, logdet], [dy.to(y.dtype), dlogdet.to(logdet.dtype)]
+    return torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
+
+
+# --- comparison ---------------------------------------------------------------------------------------------------------------------
+
+
+def close(actual, truth, baseline, name, magnitude=None):
+    """compare.assert_close; for bfloat16 with one more rounding.
+
+    The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to 2^-7 of a value; so far the result
+    is moved towards the truth before it is judged.
+    """
+    if actual is not None and actual.dtype in LOW:
+        room = LOW[actual.dtype] * actual.double().abs()
+        moved = actual.double() + (truth - actual.double()).clamp(-room, room)
+        actual = torch.where(moved.isfinite(), moved, actual.double()).to(actual.dtype)
+    assert_close(actual, truth, baseline, name, magnitude=magnitude)
+
+
+def make(shape, spec_name="SOFTPLUS", dialect="anomalib", gin=False, clamp=1.9, x=torch.float32, a=None, g=None):
+    """(x, a, g, offset, perm, inv, spec) with random values."""
+    batch, channels, *spatial = shape
+    spec = CouplingSpec.of(clamp, dialect, spec_name, gin)
+    perm = torch.randperm(channels)
+    return (
+        torch.randn(shape, dtype=x),
+        (5 * torch.randn(batch, channels // 2 * 2, *spatial)).to(a or x),
+        (1.5 * torch.randn(channels)).to(g or x),
+        torch.randn(channels).to(g or x),
+        perm,
+        perm.argsort(),
+        spec,
+    )
+
+
+def poisoned_inverse(y, inputs, jac=True):
+    _, a, g, offset, perm, inv, spec = inputs
+    x = coupling.coupling_inv_passive(y, g, offset, perm, inv, spec)
+    assert x.is_contiguous()
+    assert not x[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
+    return x, coupling.coupling_inv_active(y, x, a, g, offset, perm, inv, spec, jac)
+
+
+def check_everything(inputs, dy=None, dlogdet=None):
+    """Forward, backward and inverse of one set of inputs, under the memory checker, against the truth."""
+    x, a, g, offset, perm, inv, spec = inputs
+    kept = [t.clone() for t in (x, a, g, offset)]
+    result = torch.promote_types(torch.promote_types(x.dtype, a.dtype), g.dtype)
+    acc = torch.float64 if result is torch.float64 else torch.float32
+    base = torch.float32 if result is torch.float64 else result  # see compare.py
+    wide, narrow = cast((x, a, g, offset), torch.float64), cast((x, a, g, offset), base)
+    terms = plain_s(wide[1], spec).nan_to_num().flatten(1).abs().sum(1).max() + x[0, 0].numel() * scale_of(wide[2], spec).log().abs().sum()
+    terms = terms.item()  # the log-determinant is a sum that cancels: its floor is that of the terms
+
+    with sanitize():
+        y, logdet = coupling.coupling_fwd(*inputs, True)
+    assert y.dtype == result
+    assert y.is_contiguous()
+    assert logdet.dtype == acc
+    assert logdet.shape == (x.shape[0],)
+    truth, baseline = plain_fwd(*wide, perm, spec), plain_fwd(*narrow, perm, spec)
+    close(y, truth[0], baseline[0], "y")
+    close(logdet, truth[1], baseline[1], "logdet", terms)
+    if spec.gin:
+        assert (logdet == 0).all()
+
+    dy = torch.randn(y.shape).to(y.dtype) if dy is None else dy
+    dlogdet = torch.randn(x.shape[0], dtype=acc) if dlogdet is None else dlogdet
+    with sanitize():
+        grads = coupling.coupling_bwd(dy, dlogdet, *inputs, True)
+    truth = gradients(x, a, g, offset, perm, spec, dy, dlogdet, torch.float64)
+    baseline = gradients(x, a, g, offset, perm, spec, dy, dlogdet, base)
+    for name, t, source, true, plain in zip(("dx", "da", "dg", "doffset"), grads, (x, a, g, offset), truth, baseline, strict=True):
+        if t is not None:
+            assert (t.dtype, t.shape, t.is_contiguous()) == (source.dtype, source.shape, True), name
+        if name == "dg" and spec.gin:
+            assert t is None
+        else:
+            close(t, true, plain, name)
+
+    other = torch.randn(x.shape).to(y.dtype)
+    with sanitize():
+        x_back, logdet = poisoned_inverse(other, inputs)
+    assert x_back.dtype == torch.promote_types(other.dtype, g.dtype)
+    wide, narrow = cast((other, a, g, offset), torch.float64), cast((other, a, g, offset), base)
+    truth, baseline = plain_inv(*wide, inv, spec), plain_inv(*narrow, inv, spec)
+    close(x_back, truth[0], baseline[0], "x")
+    close(logdet, truth[1], baseline[1], "inverse logdet", terms)
+
+    for before, after in zip(kept, (x, a, g, offset), strict=True):
+        assert torch.equal(before, after) or before.isnan().any(), "an input was written to"
+
+
+def shape_id(shape):
+    return "B{}-C{}".format(*shape[:2]) + ("-" + "x".join(map(str, shape[2:])) if shape[2:] else "")
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Let one program be enough to keep the GPU busy, so that small inputs are walked in loops as large ones are."""
+    monkeypatch.setattr(launch, "BUSY", 1)
+    launch.plan.cache_clear()
+    yield
+    launch.plan.cache_clear()
+
+
+# --- parity -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("shape", PLANES + ROWS, ids=shape_id)
+def test_coupling_parity(shape, dtype, gin):
+    check_everything(make(shape, gin=gin, x=dtype))
+
+
+@pytest.mark.parametrize("shape", TILED, ids=shape_id)
+def test_coupling_parity_of_many_tiles(shape):
+    check_everything(make(shape))
+
+
+def test_coupling_gin_parity_of_many_tiles():
+    check_everything(make((2, 70, 64), gin=True))
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", [(7, 6, 5, 2), (131, 300), (70, 9)], ids=shape_id)
+def test_coupling_parity_in_loops(shape, gin, busy):
+    check_everything(make(shape, gin=gin))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
+def test_coupling_parity_of_activations(shape, activation, dialect):
+    check_everything(make(shape, activation, dialect))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.bfloat16),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+    ],
+    ids=lambda dtypes: "-".join(str(d)[6:] for d in dtypes),
+)
+def test_coupling_parity_of_dtypes(shape, dtypes):
+    x, a, g = dtypes
+    check_everything(make(shape, x=x, a=a, g=g))
+
+
+def test_coupling_parity_with_a_row_beyond_the_registers(monkeypatch):
+    monkeypatch.setattr(launch, "MAX_ROW_BYTES", 16)  # rows then count as planes of one pixel
+    check_everything(make((5, 9)))
+    check_everything(make((5, 9), gin=True))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 4, 5), (5, 8)], ids=shape_id)
+def test_coupling_parity_of_layouts(shape):
+    x, a, *rest = make(shape)
+    sliced = torch.randn(2 * shape[0], *shape[1:])[::2]
+    check_everything((sliced, a, *rest))
+    wider = torch.randn(shape[0], shape[1] + 3, *shape[2:])
+    check_everything((wider[:, 2:-1], a[:1].expand_as(a), *rest))
+    dy = torch.randn(1, *[1] * (len(shape) - 1)).expand(shape)
+    check_everything((x, a, *rest), dy=dy, dlogdet=torch.ones(1).expand(shape[0]))
+
+
+def test_coupling_parity_of_global_parameter_shapes():
+    x, a, g, offset, *rest = make((2, 7, 4, 5))
+    check = coupling.coupling_bwd(torch.randn_like(x), None, x, a, g.view(1, 7, 1, 1), offset.view(1, 7, 1, 1), *rest, True)
+    assert check[2].shape == check[3].shape == (1, 7, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
+def test_coupling_without_a_permutation(shape):
+    x, a, g, offset, _, _, spec = make(shape)
+    identity = torch.arange(shape[1])
+    dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
+    results = []
+    for index in (identity, None):
+        args = (x, a, g, offset, index, index, spec)
+        results.append(
+            [*coupling.coupling_fwd(*args, True), *coupling.coupling_bwd(dy, dlogdet, *args, True), *poisoned_inverse(x, args)]
+        )
+    for with_index, without in zip(*results, strict=True):
+        assert torch.equal(with_index, without)
+
+
+# --- options ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7), (2, 1, 3)], ids=shape_id)
+def test_coupling_without_log_determinant_or_parameters(shape, gin):
+    inputs = make(shape, gin=gin)
+    x, a, g, offset, perm, _, spec = inputs
+    with sanitize() as launches:
+        y, logdet = coupling.coupling_fwd(*inputs, False)
+        dy = torch.randn_like(y)
+        dx, da, dg, doffset = coupling.coupling_bwd(dy, None, *inputs, False)
+        x_back, logdet_back = poisoned_inverse(y, inputs, jac=False)
+    assert logdet is logdet_back is dg is doffset is None
+    assert not {"_logdet_kernel", "_params_bwd_kernel"} & {run.kernel for run in launches}
+    stored = {name for run in launches for name in run.stored if run.kernel != "_gin_sums_kernel"}
+    assert stored <= {"y_ptr", "dx_ptr", "da_ptr", "x_ptr"}
+    assert torch.equal(y, coupling.coupling_fwd(*inputs, True)[0])
+    truth = gradients(x, a, g, offset, perm, spec, dy, None, torch.float64)
+    baseline = gradients(x, a, g, offset, perm, spec, dy, None, torch.float32)
+    close(dx, truth[0], baseline[0], "dx")
+    close(da, truth[1], baseline[1], "da")
+    with sanitize():
+        with_params = coupling.coupling_bwd(dy, None, *inputs, True)
+    assert torch.equal(with_params[0], dx)
+    assert torch.equal(with_params[1], da)
+    if not gin:
+        close(with_params[2], truth[2], baseline[2], "dg")
+    close(with_params[3], truth[3], baseline[3], "doffset")
+
+
+def test_coupling_of_clamp_zero_adds():
+    x, a, g, offset, perm, inv, _ = make((2, 6, 3))
+    check_everything((x, 1e4 * a, g, offset, perm, inv, CouplingSpec(0.0, 0.1, "EXP", False)))
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_coupling_of_huge_values_stays_finite(shape, dialect):
+    x, a, *rest = make(shape, dialect=dialect)
+    inputs = (1e20 * x, 1e30 * a, *rest)
+    y, logdet = coupling.coupling_fwd(*inputs, True)
+    grads = coupling.coupling_bwd(torch.randn_like(y), None, *inputs, False)
+    for t in (y, logdet, *grads[:2]):
+        assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("shape", [(3, 6, 4), (7, 6)], ids=shape_id)
+def test_coupling_passes_nan_and_inf_through(shape, dtype):
+    x, a, *rest = make(shape, x=dtype)
+    x.view(-1)[[0, 5]] = torch.tensor([torch.nan, torch.inf], dtype=dtype)
+    x[-1, -1] = -torch.inf
+    a[0, :3].view(-1)[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    check_everything((x, a, *rest))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("shape", [(1, 8, 3), (1, 64)], ids=shape_id)
+def test_coupling_small_arguments_keep_their_relative_accuracy(shape, size):
+    """2 * sigmoid(2z) - 1 in place of tanh would fail here."""
+    x, a, g, offset, perm, inv, spec = make(shape, "EXP")
+    g = torch.zeros_like(g)  # log(exp(0)) = 0: the log-determinant is the sum of s alone
+    a = size * a.abs()
+    logdet = coupling.coupling_fwd(x, a, g, offset, perm, inv, spec, True)[1]
+    close(logdet, plain_logdet(plain_s(a.double(), spec), x, g.double(), spec), plain_logdet(plain_s(a, spec), x, g, spec), "logdet")
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (6, 7)], ids=shape_id)
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+def test_coupling_repeats_bit_for_bit(shape, gin):
+    inputs = make(shape, gin=gin)
+    dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
+    runs = [
+        [*coupling.coupling_fwd(*inputs, True), *coupling.coupling_bwd(dy, dlogdet, *inputs, True), *poisoned_inverse(dy, inputs)]
+        for _ in range(2)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert first is second is None or torch.equal(first, second)
+
+
+# --- traffic ------------------------------------------------------------------------------------------------------------------------
+
+PER_CHANNEL = {"g_ptr", "offset_ptr", "inv_ptr", "perm_ptr", "dlogdet_ptr"}
+
+
+def traffic(launches: list[Launch]) -> float:
+    """Bytes moved. What has a value per channel is counted once a launch: later reads of these few kilobytes are served by a cache."""
+    return sum(
+        sum(n for name, n in run.loaded.items() if name not in PER_CHANNEL)
+        + sum(n for name, n in run.distinct.items() if name in PER_CHANNEL)
+        + sum(run.stored.values())
+        for run in launches
+    )
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 16, 32, 32), torch.float32), ((1, 32, 28, 28), torch.bfloat16), ((128, 512), torch.float32), ((256, 100), torch.bfloat16)],
+    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
+)
+def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, busy, record_property):
+    inputs = make(shape, gin=gin, x=dtype)
+    n = inputs[0].numel() * inputs[0].element_size()
+    with sanitize() as forward:
+        y, _ = coupling.coupling_fwd(*inputs, True)
+    with sanitize() as backward:
+        coupling.coupling_bwd(y, torch.randn(shape[0]), *inputs, True)
+    with sanitize() as inverse:
+        poisoned_inverse(y, inputs)
+    # GIN: a_s once more for its mean; backward without x1 and a_t, which only the scale's gradient needs, but with a_s, x2, dy2 twice
+    minimum = {"forward": 3.5, "backward": 5.5, "inverse": 3.5} if gin else {"forward": 3.0, "backward": 5.0, "inverse": 3.0}
+    for name, launches in (("forward", forward), ("backward", backward), ("inverse", inverse)):
+        ratio = traffic(launches) / n
+        record_property(name, round(ratio, 3))
+        print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum[name]} N")
+        assert ratio <= 1.05 * minimum[name], name
+
+
+# --- the memory checker itself ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("index", "message"), [(5, "stored twice"), (40, "out of bounds"), (-9, "out of bounds")])
+def test_sanitizer_catches_a_bad_index(index, message):
+    x, a, g, offset, perm, inv, spec = make((2, 7, 3))
+    inv = torch.arange(7)
+    inv[0] = index
+    # the interpreter wraps what a kernel raises in its own exception
+    with sanitize(), pytest.raises((StrayAccess, Exception), match=message):
+        coupling.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
+
+
+def test_sanitizer_poisons_fresh_memory():
+    with sanitize():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
+        assert torch.zeros(1).new_empty(2).isnan().all()
+    assert torch.empty.__name__ == "empty"
+
+
+# --- launch.py ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_uncovered_names_the_reason():
+    x = torch.randn(2, 4, 3, 3)
+    assert launch.uncovered(x) is None
+    assert launch.uncovered(x[:, :3], x[:1].expand(2, 4, 3, 3)) is None
+    assert "contiguous" in launch.uncovered(x.to(memory_format=torch.channels_last))
+    assert "contiguous" in launch.uncovered(x, x.transpose(2, 3))
+    assert "dtype" in launch.uncovered(x.to(torch.complex64))
+    assert "dimensions" in launch.uncovered(x.view(-1))
+    assert "32-bit" in launch.uncovered(torch.empty(2, 2**16, 2**15, device="meta"))
+    assert launch.uncovered(torch.empty(2, 4, 1, 1).to(memory_format=torch.channels_last)) is None
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("batch", [1, 7, 4096, 100_000])
+def test_plan_covers_everything_once(batch, rows, itemsize):
+    for channels in (1, 2, 33, 512):
+        for pixels in (1,) if rows else (1, 2, 49, 196, 784, 4096, 12_345):
+            for columns in (1, 64):
+                cut = launch.plan(channels, batch, pixels, itemsize, rows, columns)
+                assert cut.tiles * cut.block_c >= channels > (cut.tiles - 1) * cut.block_c
+                assert cut.groups * cut.loops >= cut.blocks > (cut.groups - 1) * cut.loops
+                if rows:
+                    assert cut.tiles == 1
+                    assert cut.blocks * cut.block_q >= batch > (cut.blocks - 1) * cut.block_q
+                else:
+                    assert cut.blocks % batch == 0
+                    assert (cut.blocks // batch) * cut.block_q >= pixels > (cut.blocks // batch - 1) * cut.block_q
+                for block in (cut.block_c, cut.block_q, cut.loops, cut.warps):
+                    assert block & (block - 1) == 0
+
+
+def test_alignment_is_the_common_power_of_two():
+    assert launch.alignment(196, 0) == 4
+    assert launch.alignment(4096, 64 * 4096) == 16
+    assert launch.alignment(7, 4096) == 1

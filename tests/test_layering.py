@@ -1,0 +1,152 @@
+"""Data flows one way: who may import whom, read from the sources; and what importing the package pulls in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "fastflow_kernels"
+
+# The layers of the package, lowest first. A file may import what stands in its own entry, and `spec`. kernels/* is one entry, and only
+# dispatch may ask for it: it is what decides whether Triton runs.
+MAY_IMPORT = {
+    "spec": set(),
+    "eager": set(),
+    "kernels": set(),
+    "dispatch": {"eager", "kernels"},
+    "permutations": {"dispatch", "eager"},
+    "functional": {"permutations", "dispatch", "eager"},
+    "modules": {"functional", "permutations", "dispatch", "eager"},
+    "patch": {"modules", "functional", "permutations", "dispatch", "eager"},
+    "reversible": {"modules", "functional", "permutations", "dispatch", "eager"},
+    "__init__": {"reversible", "patch", "modules", "functional"},
+    "__main__": {"__init__", "patch", "modules", "functional", "permutations", "dispatch", "eager"},
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Every import of a file as (absolute dotted name, whether it runs when the file is imported).
+
+    So does ``import_module("name")``. ``from package import name`` counts as package.name, since name may be a module. What stands in a
+    function runs later, and what stands under ``if TYPE_CHECKING`` never.
+    """
+    found: list[tuple[str, bool]] = []
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+
+    def visit(node: ast.AST, at_import: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            found.extend((".".join([*base, alias.name]), at_import) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and isinstance(node.args[0], ast.Constant):
+            found.append((node.args[0].value, at_import))
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            later = True
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import and not later)
+
+    visit(ast.parse(path.read_text(), str(path)), True)
+    return found
+
+
+def layer(dotted: str) -> str | None:
+    """The layer an import of the package points to, None for other packages."""
+    parts = dotted.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    name = parts[1] if len(parts) > 1 else "__init__"
+    is_module = (ROOT / PACKAGE / name).is_dir() or (ROOT / PACKAGE / f"{name}.py").exists()
+    return name if is_module else "__init__"  # `from fastflow_kernels import AllInOneBlock` asks __init__ for it
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources("reference"), ids=relative)
+def test_reference_imports_torch_and_itself_only(path: Path) -> None:
+    allowed = {"reference", "torch"} | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name, _ in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
+def test_package_imports_go_one_way(path: Path) -> None:
+    inside = path.relative_to(ROOT / PACKAGE)
+    own = inside.parts[0] if len(inside.parts) > 1 else inside.stem
+    assert own in MAY_IMPORT, f"{inside} belongs to no layer: say in MAY_IMPORT what it may import"
+    for name, _ in imports(path):
+        target = layer(name)
+        if target is not None and target not in (own, "spec"):
+            assert target in MAY_IMPORT[own], f"{inside} imports {name}: the layer {own} may import {sorted(MAY_IMPORT[own])} and spec"
+
+
+@pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
+def test_package_imports_nothing_foreign(path: Path) -> None:
+    in_kernels = path.parent.name == "kernels"
+    for name, at_import in imports(path):
+        top = name.split(".")[0]
+        assert top not in ("reference", "tests", "bench", "anomalib"), f"{relative(path)} imports {name}"
+        assert top not in ("scipy", "numpy"), f"{relative(path)} imports {name}"
+        if top in ("triton", "FrEIA"):
+            assert not at_import or (top == "triton" and in_kernels), f"{relative(path)} imports {name} when it is imported"
+        if layer(name) == "kernels" and not in_kernels:
+            assert not at_import, f"{relative(path)} imports {name} when it is imported, and with it Triton"
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules in sys.modules of a fresh interpreter after a statement."""
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("name", [PACKAGE, "reference"])
+def test_import_pulls_in_nothing_but_torch(name: str) -> None:
+    more = loaded_after(f"import {name}") - loaded_after("import torch")
+    assert more <= {name} | set(sys.stdlib_module_names), f"importing {name} also imports {sorted(more)}"
+
+
+def test_import_asks_no_device() -> None:
+    code = f"import torch, {PACKAGE}; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / PACKAGE / "kernels" / "one.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import triton.language as tl\nfrom .. import modules\nfrom ..dispatch import pick\nfrom fastflow_kernels import eager\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy\n"
+        "class A:\n    import scipy.stats\ndef f():\n    import FrEIA\n"
+        "    importlib.import_module('fastflow_kernels.patch')\n"
+    )
+    assert imports(path) == [
+        ("triton.language", True),
+        ("fastflow_kernels.modules", True),
+        ("fastflow_kernels.dispatch.pick", True),
+        ("fastflow_kernels.eager", True),
+        ("typing.TYPE_CHECKING", True),
+        ("numpy", False),
+        ("scipy.stats", True),
+        ("FrEIA", False),
+        ("fastflow_kernels.patch", False),
+    ]
+    for name in ("modules", "dispatch", "eager"):
+        (tmp_path / PACKAGE / f"{name}.py").touch()
+    assert [layer(name) for name, _ in imports(path)][1:4] == ["modules", "dispatch", "eager"]
+    assert layer("fastflow_kernels.AllInOneBlock") == "__init__"
+    assert layer("fastflow_kernels") == "__init__"
+    assert layer("torch.nn") is None

@@ -1,0 +1,168 @@
+"""The drop-in against the reference: outputs, log-determinants, inverses and every gradient, by the design's criterion."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastflow_kernels
+import reference
+from tests.cases import CASES, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, ids, make_block, make_input
+from tests.compare import assert_close
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ["eager", "triton"] if DEVICE.type == "cuda" else ["eager"]
+HALF = {name: DTYPES[name] for name in ("bf16", "fp16")}
+
+both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def evaluate(block: nn.Module, x: Tensor, c: list[Tensor], rev: bool = False, grad: bool = True) -> dict[str, Tensor]:
+    """Output and log-determinant, and the gradients of a random linear function of both to everything that takes one."""
+    x, c = x.detach().requires_grad_(grad), [t.detach().requires_grad_(grad) for t in c]
+    with torch.set_grad_enabled(grad):
+        (y,), logdet = block([x], c, rev=rev)
+    results = {"output": y, "log-det": logdet}
+    if not grad:
+        return results
+    generator = torch.Generator().manual_seed(2)
+    dy, dlogdet = (torch.randn(t.shape, generator=generator).to(t) for t in (y, logdet))
+    block.zero_grad()
+    torch.autograd.backward([y, logdet], [dy, dlogdet])  # both: also GIN's log-determinant, 0, is part of the graph
+    results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
+    return results | {f"grad {name}": p.grad for name, p in block.named_parameters() if p.requires_grad}
+
+
+def compare(case: Case, dtype: torch.dtype, rev: bool, grad: bool, backend: str = "eager", layout: str = "contiguous") -> None:
+    """The criterion over a few draws of weights and inputs: of a handful of numbers one baseline may be exact by luck."""
+    draws = 4 if x_size(case) < 1000 else 1
+    found = [_draw(case, dtype, rev, grad, backend, layout, seed) for seed in range(draws)]
+    for name in found[0][0]:
+        actual, baseline, truth = (_stacked([f[i][name] for f in found]) for i in range(3))
+        assert_close(actual, truth, baseline, f"{case} {name}", magnitude=max(f[3] for f in found) if name == "log-det" else None)
+
+
+def _stacked(values: list[Tensor | None]) -> Tensor | None:
+    """Together, or None where there is no gradient (global_scale of GIN)."""
+    return None if values[0] is None else torch.stack(values)
+
+
+def x_size(case: Case) -> int:
+    return math.prod(case.shape.full)
+
+
+def _draw(
+    case: Case, dtype: torch.dtype, rev: bool, grad: bool, backend: str, layout: str, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
+    """Ours, the reference in that dtype (float32 for float64), the truth, and the magnitude of the log-determinant's terms."""
+    theirs = make_block(reference.AllInOneBlock, case, dtype, seed, dialect=case.dialect).to(DEVICE)
+    ours = make_block(fastflow_kernels.AllInOneBlock, case, dtype, seed, dialect=case.dialect, backend=backend).to(DEVICE)
+    ours.load_state_dict(theirs.state_dict())
+    x, c = make_input(case, dtype, seed + 1)
+    x, c = LAYOUTS[layout](x.to(DEVICE)), [LAYOUTS[layout](t.to(DEVICE)) for t in c]
+    actual = evaluate(ours, x, c, rev, grad)
+    truth_block = copy.deepcopy(theirs).double()
+    lower = torch.float32 if dtype is torch.float64 else dtype
+    baseline = evaluate(theirs.to(lower), x.to(lower), [t.to(lower) for t in c], rev, grad)
+    truth = evaluate(truth_block, x.double(), [t.double() for t in c], rev, grad)
+    assert actual.keys() == truth.keys()
+    assert actual["output"].dtype == dtype
+    assert actual["log-det"].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    actual["log-det"] = actual["log-det"].to(dtype)  # float32 in half precision; judged by what the baseline's dtype allows
+    return actual, baseline, truth, _terms(truth, truth_block)
+
+
+def _terms(truth: dict[str, Tensor], block: nn.Module) -> float:
+    """The log-determinant is a sum that may cancel: the size of its terms, the log-factors' (adding up at random) and the log-scales'."""
+    log_factors = abs(block.clamp) * truth["output"][0].numel() ** 0.5
+    if block.GIN:
+        return log_factors
+    pixels = truth["output"][0, 0].numel()
+    return log_factors + pixels * block.global_scale_activation(block.global_scale).log().abs().sum().item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@both_directions
+def test_block_parity(case: Case, dtype: str, rev: bool) -> None:
+    compare(case, DTYPES[dtype], rev, grad=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@both_directions
+def test_block_parity_without_gradients(case: Case, dtype: str, rev: bool) -> None:
+    compare(case, DTYPES[dtype], rev, grad=False)
+
+
+@pytest.mark.parametrize("case", HARD_CASES, ids=ids(HARD_CASES))
+@pytest.mark.parametrize("dtype", HALF)
+@both_directions
+def test_block_parity_in_half_precision(case: Case, dtype: str, rev: bool) -> None:
+    compare(case, HALF[dtype], rev, grad=not rev)
+
+
+@pytest.mark.parametrize("case", LARGE_CASES, ids=ids(LARGE_CASES))
+@both_directions
+@every_backend
+def test_block_parity_on_large_shapes(case: Case, rev: bool, backend: str) -> None:
+    compare(case, torch.float32, rev, grad=not rev, backend=backend)
+
+
+LAYOUT_CASES = [Case(shape, name) for shape in (SHAPES[0], SHAPES[6]) for name in ("hard", "gin", "soft")]
+
+
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=ids(LAYOUT_CASES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@both_directions
+def test_block_parity_in_any_layout(case: Case, layout: str, rev: bool) -> None:
+    compare(case, torch.float32, rev, grad=True, layout=layout)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU; the interpreter's tests run the kernels without one")
+@pytest.mark.parametrize("case", HARD_CASES, ids=ids(HARD_CASES))
+@pytest.mark.parametrize("dtype", DTYPES)
+@both_directions
+def test_kernels_parity(case: Case, dtype: str, rev: bool) -> None:
+    compare(case, DTYPES[dtype], rev, grad=not rev, backend="triton")
+
+
+SMALL_SCALES = [1e-3, 1.0, 30.0]
+
+
+@pytest.mark.parametrize("gain", SMALL_SCALES)
+@pytest.mark.parametrize("clamp", [0.5, 1.9, 5.0])
+def test_log_det_of_small_and_large_coefficients(gain: float, clamp: float) -> None:
+    """A cheap tanh with an absolute error would pass on large coefficients and fail on those of an untrained subnet."""
+    torch.manual_seed(3)
+    a = gain * torch.randn(4, 64, 24, 24)
+    x = torch.randn(4, 64, 24, 24)
+    results = []
+    for cls, dtype in ((fastflow_kernels.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float64)):
+        torch.manual_seed(4)
+        block = cls([(64, 24, 24)], subnet_constructor=lambda *_: Stored(a), affine_clamping=clamp, global_affine_type="EXP").to(dtype)
+        with torch.no_grad():
+            results.append([t for rev in (False, True) for t in flat(block([x.to(dtype)], rev=rev))])
+    for actual, baseline, truth in zip(*results, strict=True):
+        assert_close(actual, truth, baseline, f"gain {gain}, clamp {clamp}")
+
+
+class Stored(nn.Module):
+    """Returns what it holds."""
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a
+
+
+def flat(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    (y,), logdet = result
+    return y, logdet

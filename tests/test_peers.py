@@ -1,0 +1,134 @@
+"""The reference against the stock blocks: the same numbers to the last bits of float64, the same state dict, the same random draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from reference import AllInOneBlock
+from tests.cases import CASES, Case, ids, make_block, make_input, make_subnet
+from tests.peers import anomalib_block, freia_block
+
+pytestmark = pytest.mark.peers
+
+# Both peers have the formula of dialect "anomalib". (FrEIA's main branch, dialect "freia", has never been released.)
+cases = [case for case in CASES if case.dialect == "anomalib"]
+peers = pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
+
+EPS = torch.finfo(torch.float64).eps
+
+
+def assert_last_bits(actual: torch.Tensor, expected: torch.Tensor, terms: int, name: str, magnitude: float = 1.0) -> None:
+    """Equal but for the order of a sum of so many terms: sqrt(terms) roundings of the largest magnitude, and a few more.
+
+    ``magnitude`` is the size of the terms, where that is more than the sum's.
+    """
+    assert actual.shape == expected.shape, name
+    assert actual.dtype == expected.dtype == torch.float64, name
+    if expected.numel() == 0:
+        return
+    difference = (actual - expected).abs().max().item()
+    allowed = (4 + terms**0.5) * EPS * max(expected.abs().max().item(), magnitude)
+    assert difference <= allowed, f"{name}: {difference:.3g} > {allowed:.3g}"
+
+
+def pair(peer: Callable[[], type], case: Case) -> tuple[nn.Module, AllInOneBlock]:
+    """A stock block and a reference with its weights, taken from its state dict strictly."""
+    theirs = make_block(peer(), case)
+    ours = make_block(AllInOneBlock, case, seed=9)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs, ours
+
+
+def keep_householder_matrices(block: nn.Module) -> list[torch.Tensor]:
+    """Have the block keep each matrix it builds from its reflections, with its gradient."""
+    kept, construct = [], block._construct_householder_permutation
+
+    def build() -> torch.Tensor:
+        kept.append(construct())
+        kept[-1].retain_grad()
+        return kept[-1]
+
+    block._construct_householder_permutation = build
+    return kept
+
+
+@peers
+@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("case", cases, ids=ids(cases))
+def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], type]) -> None:
+    theirs, ours = pair(peer, case)
+    x, c = make_input(case)
+    results, matrices = [], keep_householder_matrices(theirs)
+    for block in (theirs, ours):
+        xs = x.clone().requires_grad_()
+        cs = [t.clone().requires_grad_() for t in c]
+        (y,), log_det = block([xs], cs, rev=rev)
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        ((y * weights).sum() + (log_det * torch.arange(1.0, len(x) + 1)).sum()).backward()
+        result = {"y": y, "log_det": log_det, "x.grad": xs.grad, **{f"c{i}.grad": t.grad for i, t in enumerate(cs)}}
+        results.append(result | {f"{name}.grad": p.grad for name, p in block.named_parameters()})
+    expected, actual = results
+    assert actual.keys() == expected.keys()
+    # dH/dv of a unit vector v is made of terms of up to 2 + 2 + 4, which cancel (entirely if there is one channel: H = -1).
+    terms_of_vk = 8 * sum(w.grad.norm().item() for w in matrices)
+    for name, value in expected.items():
+        if value is None:
+            assert actual[name] is None, name
+        else:
+            assert_last_bits(actual[name], value, x.numel(), name, magnitude=max(1.0, terms_of_vk if "vk" in name else 0.0))
+    assert actual["x.grad"].abs().sum() > 0
+
+
+@peers
+@pytest.mark.parametrize("case", cases, ids=ids(cases))
+def test_state_dict_loads_both_ways(case: Case, peer: Callable[[], type]) -> None:
+    theirs, ours = pair(peer, case)
+    expected, actual = theirs.state_dict(), ours.state_dict()
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype
+        assert torch.equal(actual[key], value), key
+    other = make_block(AllInOneBlock, case, seed=11).state_dict()
+    theirs.load_state_dict(other, strict=True)
+    assert all(torch.equal(value, other[key]) for key, value in theirs.state_dict().items())
+    named = {name: p.requires_grad for name, p in theirs.named_parameters()}
+    assert {name: p.requires_grad for name, p in ours.named_parameters()} == named
+    assert list(dict(ours.named_parameters())) == list(named)
+
+
+seeded = [case for case in cases if not case.options.get("permute_soft")]  # a rotation comes from numpy's generator there
+
+
+@pytest.mark.parametrize("case", seeded, ids=ids(seeded))
+@pytest.mark.parametrize("init", [None, 0.01, 0.37, 3.3])
+def test_same_seed_gives_anomalibs_block(case: Case, init: float | None) -> None:
+    options = case.options if init is None else {**case.options, "global_affine_init": init}
+    blocks, states = [], []
+    for cls in (anomalib_block(), AllInOneBlock):
+        torch.manual_seed(17)
+        blocks.append(cls(case.dims_in, case.dims_c, subnet_constructor=make_subnet(case.rank), **options))
+        states.append(torch.random.get_rng_state())
+    expected, actual = (block.state_dict() for block in blocks)
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype
+        assert torch.equal(actual[key], value), key
+    assert torch.equal(*states)
+
+
+DOCUMENTED = ["in_channels", "splits", "clamp", "GIN", "householder", "reverse_pre_permute", "conditional", "condition_channels"]
+DOCUMENTED += ["input_rank", "sum_dims", "last_jac", "dims_in", "dims_c"]
+
+
+@peers
+def test_documented_attributes_are_there(peer: Callable[[], type]) -> None:
+    theirs, ours = pair(peer, next(case for case in cases if case.name == "hh3-rev-cond"))
+    for name in DOCUMENTED:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.output_dims([(1, 2)]) == theirs.output_dims([(1, 2)])
+    x = torch.randn(3)
+    assert torch.equal(ours.global_scale_activation(x), theirs.global_scale_activation(x))
