@@ -375,9 +375,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     started = time.perf_counter()
     torch.set_num_threads(options.threads)
-    stock = stock_block(options.stock)
+    try:
+        stock = stock_block(options.stock)
+        photographs = {name: load_photograph(name) for name in TEXTURES}
+    except (ImportError, FileNotFoundError) as missing:
+        print(f"FAILED   {missing}", file=sys.stderr)
+        return 1
     introduce(options)
-    photographs = {name: load_photograph(name) for name in TEXTURES}
     results, kept = [], {}
     terminal = sys.stdout.isatty()  # elsewhere a bar is a mess of carriage returns; one line per texture is printed in any case
     with tqdm(total=len(TEXTURES) * options.steps, file=sys.stdout, disable=not terminal, unit="step", dynamic_ncols=True) as bar:

@@ -39,7 +39,9 @@ def save_picture(path: Path, textures: Sequence[tuple[str, list[Example], Tensor
     bar.tick_params(labelsize=8)
     figure.text(0.5, 0.965, _headline(), ha="center", va="center", fontsize=14, weight="bold")
     figure.text(0.5, 0.928, _key_numbers(numbers), ha="center", va="center", fontsize=11)
-    figure.text(0.5, 0.9, numbers["machine"], ha="center", va="center", fontsize=8, color="0.4")
+    figure.text(
+        0.5, 0.9, f"stock: {numbers['settings']['stock']}   |   {numbers['machine']}", ha="center", va="center", fontsize=8, color="0.4"
+    )
     figure.savefig(path)
     plt.close(figure)
 

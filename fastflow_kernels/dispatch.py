@@ -99,6 +99,7 @@ def needs_composite(x: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=True)
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -175,10 +175,31 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
     Returns:
         (B, C, *S).
     """
+    if w.requires_grad or dispatch.needs_composite(x) or not (x.requires_grad and torch.is_grad_enabled()):
+        return _product(x, w)
+    return _Multiply.apply(x, w)
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
     rank = x.dim() - 2
     if rank == 0:
         return F.linear(x, w)
     return _CONVOLUTIONS[rank](x, w.view(*w.shape, *[1] * rank))
+
+
+class _Multiply(Function):
+    """A product with a fixed matrix: unlike a convolution it does not keep its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.dtype = x.dtype
+        return _product(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (w,) = ctx.saved_tensors
+        return multiply_channels(dy, w.T.to(dy.dtype)).to(ctx.dtype), None
 
 
 def _reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels, for GPUs that are not there: nothing spilled, wide accesses, few enough registers.
 
-    pytest tests/test_kernels_compiled.py
+pytest tests/test_kernels_compiled.py
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastflow_kernels.kernels import coupling  # noqa: E402
-from fastflow_kernels.spec import CouplingSpec  # noqa: E402
-from tests.compile_targets import TARGETS, Code, compile_for, launches_of  # noqa: E402
+from fastflow_kernels.kernels import coupling
+from fastflow_kernels.spec import CouplingSpec
+from tests.compile_targets import Code, compile_for, launches_of
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
 REGISTERS = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+# Tensors that a kernel reads and writes in 128-bit accesses: halves of x, a, y, dx, da are counted one by one.
 WIDE = {
-    "_coupling_fwd_kernel": (8, 4),
-    "_coupling_bwd_kernel": (12, 8),
-    "_coupling_inv_passive_kernel": (2, 2),
-    "_coupling_inv_active_kernel": (6, 2),
-}  # 128-bit loads and stores of x, a, y, dx, da; two for each 4096-byte tile where a program has 128 threads, one on AMD's 256
+    "_coupling_fwd_kernel": (4, 2),
+    "_coupling_bwd_kernel": (6, 4),
+    "_coupling_inv_passive_kernel": (1, 1),
+    "_coupling_inv_active_kernel": (3, 1),
+}
 
 
 def spec_of(gin: bool) -> CouplingSpec:
@@ -62,12 +63,15 @@ def assert_lean(codes: tuple[Code, ...]) -> None:
         assert code.registers <= REGISTERS, code
 
 
-def assert_wide(codes: tuple[Code, ...], lanes: int = 32) -> None:
+def assert_wide(codes: tuple[Code, ...], width: int = 128) -> None:
+    """Every large tensor is read and written ``width`` bits at a time; only constants of a channel and sums take less, a few each."""
     for code in codes:
         if code.kernel in WIDE:
-            loads, stores = (n * 32 // lanes for n in WIDE[code.kernel])
-            assert code.loads.get(128, 0) >= loads, code
-            assert code.stores.get(128, 0) >= stores, code
+            loads, stores = WIDE[code.kernel]
+            assert sum(n for bits, n in code.loads.items() if bits >= width) in (loads, 2 * loads), code
+            assert sum(n for bits, n in code.stores.items() if bits >= width) in (stores, 2 * stores), code
+            assert sum(n for bits, n in code.loads.items() if bits < width) <= 12, code
+            assert sum(n for bits, n in code.stores.items() if bits < width) <= 4, code
 
 
 PLANES = (32, 64, 64, 64)
@@ -89,7 +93,8 @@ def test_kernels_compile_lean_elsewhere(target, dtype, shape):
     codes = compiled(target, shape, dtype)
     assert_lean(codes)
     if shape is PLANES:
-        assert_wide(codes, TARGETS[target].warp_size)
+        # the backward's tile of 1024 values is cut for 128 threads; AMD's 256 get four bfloat16 each
+        assert_wide(codes, 64 if (target, dtype) == ("gfx942", "bf16") else 128)
 
 
 @pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])

@@ -1,6 +1,6 @@
 """The Triton kernels against plain PyTorch in float64, run by Triton's interpreter under the memory checker of sanitizer.py.
 
-    TRITON_INTERPRET=1 pytest tests/test_kernels_interpreter.py
+TRITON_INTERPRET=1 pytest tests/test_kernels_interpreter.py
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1 (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastflow_kernels.kernels import coupling, launch  # noqa: E402
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec  # noqa: E402
-from tests.compare import assert_close  # noqa: E402
-from tests.sanitizer import Launch, StrayAccess, sanitize  # noqa: E402
+from fastflow_kernels.kernels import coupling, launch
+from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from tests.compare import assert_close
+from tests.sanitizer import Launch, StrayAccess, sanitize
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's: overflow to inf is meant
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
@@ -269,9 +269,7 @@ def test_coupling_without_a_permutation(shape):
     results = []
     for index in (identity, None):
         args = (x, a, g, offset, index, index, spec)
-        results.append(
-            [*coupling.coupling_fwd(*args, True), *coupling.coupling_bwd(dy, dlogdet, *args, True), *poisoned_inverse(x, args)]
-        )
+        results.append([*coupling.coupling_fwd(*args, True), *coupling.coupling_bwd(dy, dlogdet, *args, True), *poisoned_inverse(x, args)])
     for with_index, without in zip(*results, strict=True):
         assert torch.equal(with_index, without)
 

@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "patch": {"modules", "functional", "permutations", "dispatch", "eager"},
     "reversible": {"modules", "functional", "permutations", "dispatch", "eager"},
     "__init__": {"reversible", "patch", "modules", "functional"},
-    "__main__": {"__init__", "patch", "modules", "functional", "permutations", "dispatch", "eager"},
+    "check": {"functional", "permutations", "dispatch", "eager"},
+    "__main__": {"__init__", "check", "dispatch"},
 }
 
 

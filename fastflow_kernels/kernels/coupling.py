@@ -56,28 +56,30 @@ def _coupling_fwd_kernel(
     TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
     b, p, exists = columns(program // TILES, B, P, BLOCK_P, False)
-    c = (program % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    passive = c < C1
-    active = c < C2
+    c = (program % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_passive = c < C1
+    is_active = c < C2
+    passive = is_passive[:, None] & exists
+    active = is_active[:, None] & exists
     x_ptr += b * (stride_xb * MUL)
     a_ptr += b * (stride_ab * MUL)
     y_ptr += b * C * P
-    at = c * P + p
+    at = c[:, None] * P + p
 
-    a_s = load(a_ptr + at, active & exists, ACC)
-    a_t = load(a_ptr + C2 * P + at, active & exists, ACC)
-    x2 = load(x_ptr + C1 * P + at, active & exists, ACC)
-    x1 = load(x_ptr + at, passive & exists, ACC)
-    y1 = x1 * scale(g_ptr, c, passive, ACT, ACC) + load(offset_ptr + c, passive, ACC)
-    tl.store(y_ptr + (index(inv_ptr, c, passive) * P + p), y1, mask=passive & exists)
+    a_s = load(a_ptr + at, active, ACC)
+    a_t = load(a_ptr + C2 * P + at, active, ACC)
+    x2 = load(x_ptr + C1 * P + at, active, ACC)
+    x1 = load(x_ptr + at, passive, ACC)
+    y1 = x1 * scale(g_ptr, c, is_passive, ACT, ACC)[:, None] + load(offset_ptr + c, is_passive, ACC)[:, None]
+    tl.store(y_ptr + (index(inv_ptr, c, is_passive)[:, None] * P + p), y1, mask=passive)
     s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
     if part_ptr is not None:
         tl.store(part_ptr + program, tl.sum(s))
     if sums_ptr is not None:
         s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
     u2 = x2 * exp_of_bounded(s) + 0.1 * a_t
-    y2 = u2 * scale(g_ptr, C1 + c, active, ACT, ACC) + load(offset_ptr + C1 + c, active, ACC)
-    tl.store(y_ptr + (index(inv_ptr, C1 + c, active) * P + p), y2, mask=active & exists)
+    y2 = u2 * scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None] + load(offset_ptr + C1 + c, is_active, ACC)[:, None]
+    tl.store(y_ptr + (index(inv_ptr, C1 + c, is_active)[:, None] * P + p), y2, mask=active)
 
 
 @triton.jit
@@ -100,27 +102,29 @@ def _coupling_rows_fwd_kernel(
     """
     C2: tl.constexpr = C // 2
     C1: tl.constexpr = C - C2
-    j = tl.arange(0, BLOCK_C)[:, None]
-    channel = j < C
-    c = index(perm_ptr, j, channel)
-    active = channel & (c >= C1)
-    factor = scale(g_ptr, c, channel, ACT, ACC)
-    offset = load(offset_ptr + c, channel, ACC)
+    j = tl.arange(0, BLOCK_C)
+    is_channel = j < C
+    c = index(perm_ptr, j, is_channel)
+    is_active = is_channel & (c >= C1)
+    factor = scale(g_ptr, c, is_channel, ACT, ACC)[:, None]
+    offset = load(offset_ptr + c, is_channel, ACC)[:, None]
     if logdet_ptr is not None:
-        log_scale = log_scale_sum(g_ptr, c, channel, ACT, ACC)
+        log_scale = log_scale_sum(g_ptr, c, is_channel, ACT, ACC)
     for i in range(LOOPS):
         b, _, exists = columns(tl.program_id(0) * LOOPS + i, B, 1, BLOCK_B, True)
-        a_at = a_ptr + b * (stride_ab * MUL) + (c - C1)
-        a_s = load(a_at, active & exists, ACC)
-        a_t = load(a_at + C2, active & exists, ACC)
-        x = load(x_ptr + b * (stride_xb * MUL) + c, channel & exists, ACC)
+        channel = is_channel[:, None] & exists
+        active = is_active[:, None] & exists
+        a_at = a_ptr + b * (stride_ab * MUL) + (c[:, None] - C1)
+        a_s = load(a_at, active, ACC)
+        a_t = load(a_at + C2, active, ACC)
+        x = load(x_ptr + b * (stride_xb * MUL) + c[:, None], channel, ACC)
         s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
             tl.store(logdet_ptr + b, tl.sum(s, axis=0, keep_dims=True) + log_scale, mask=exists)
         if sums_ptr is not None:
             s = tl.where(active, s - total(sums_ptr, b, B, 1) / C2, 0.0)
         y = (x * exp_of_bounded(s) + 0.1 * a_t) * factor + offset
-        tl.store(y_ptr + b * C + j, y, mask=channel & exists)
+        tl.store(y_ptr + b * C + j[:, None], y, mask=channel)
 
 
 @triton.jit
@@ -154,31 +158,33 @@ def _coupling_bwd_kernel(
     C1: tl.constexpr = C - C2
     TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
     group = tl.program_id(0) // TILES
-    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    passive = c < C1
-    active = c < C2
-    j1 = index(inv_ptr, c, passive)
-    j2 = index(inv_ptr, C1 + c, active)
-    scale1 = scale(g_ptr, c, passive, ACT, ACC)
-    scale2 = scale(g_ptr, C1 + c, active, ACT, ACC)
-    doffset1 = tl.zeros((BLOCK_C, 1), ACC)
-    doffset2 = tl.zeros((BLOCK_C, 1), ACC)
-    dscale1 = tl.zeros((BLOCK_C, 1), ACC)
-    dscale2 = tl.zeros((BLOCK_C, 1), ACC)
+    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_passive = c < C1
+    is_active = c < C2
+    j1 = index(inv_ptr, c, is_passive)[:, None]
+    j2 = index(inv_ptr, C1 + c, is_active)[:, None]
+    scale1 = scale(g_ptr, c, is_passive, ACT, ACC)[:, None]
+    scale2 = scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None]
+    doffset1 = tl.zeros((BLOCK_C,), ACC)
+    doffset2 = tl.zeros((BLOCK_C,), ACC)
+    dscale1 = tl.zeros((BLOCK_C,), ACC)
+    dscale2 = tl.zeros((BLOCK_C,), ACC)
     for i in range(LOOPS):
         b, p, exists = columns(group * LOOPS + i, B, P, BLOCK_Q, ROWS)
-        at = c * P + p
+        passive = is_passive[:, None] & exists
+        active = is_active[:, None] & exists
+        at = c[:, None] * P + p
         dy_at = dy_ptr + b * C * P
         x_at = x_ptr + b * (stride_xb * MUL) + at
         a_at = a_ptr + b * (stride_ab * MUL) + at
         dx_at = dx_ptr + b * C * P + at
         da_at = da_ptr + b * (2 * C2) * P + at
 
-        a_s = load(a_at, active & exists, ACC)
-        x2 = load(x_at + C1 * P, active & exists, ACC)
-        dv2 = load(dy_at + (j2 * P + p), active & exists, ACC)
-        dv1 = load(dy_at + (j1 * P + p), passive & exists, ACC)
-        tl.store(dx_at, dv1 * scale1, mask=passive & exists)
+        a_s = load(a_at, active, ACC)
+        x2 = load(x_at + C1 * P, active, ACC)
+        dv2 = load(dy_at + (j2 * P + p), active, ACC)
+        dv1 = load(dy_at + (j1 * P + p), passive, ACC)
+        tl.store(dx_at, dv1 * scale1, mask=passive)
         t = tanh(TANH_SCALE * a_s)
         s = CLAMP * t
         if sums_ptr is not None:
@@ -187,32 +193,32 @@ def _coupling_bwd_kernel(
         e = exp_of_bounded(s)
         du2 = dv2 * scale2
         dx2 = du2 * e
-        tl.store(dx_at + C1 * P, dx2, mask=active & exists)
-        tl.store(da_at + C2 * P, 0.1 * du2, mask=active & exists)
+        tl.store(dx_at + C1 * P, dx2, mask=active)
+        tl.store(da_at + C2 * P, 0.1 * du2, mask=active)
         ds = dx2 * x2
         if sums_ptr is not None:
             # the sum was taken with exp(s + mean)
             ds -= total(sums_ptr + B * PARTS, b, B, PARTS) * exp_of_bounded(-mean) / (C2 * P)
         if dlogdet_ptr is not None:
             ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)
-        tl.store(da_at, ds * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active & exists)
+        tl.store(da_at, ds * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active)
         if part_ptr is not None:
-            doffset1 += tl.sum(dv1, axis=1, keep_dims=True)
-            doffset2 += tl.sum(dv2, axis=1, keep_dims=True)
+            doffset1 += tl.sum(dv1, axis=1)
+            doffset2 += tl.sum(dv2, axis=1)
             if ACT is not None:
-                x1 = load(x_at, passive & exists, ACC)
-                a_t = load(a_at + C2 * P, active & exists, ACC)
-                dscale1 += tl.sum(dv1 * x1, axis=1, keep_dims=True)
-                dscale2 += tl.sum(dv2 * (x2 * e + 0.1 * a_t), axis=1, keep_dims=True)
+                x1 = load(x_at, passive, ACC)
+                a_t = load(a_at + C2 * P, active, ACC)
+                dscale1 += tl.sum(dv1 * x1, axis=1)
+                dscale2 += tl.sum(dv2 * (x2 * e + 0.1 * a_t), axis=1)
     if part_ptr is not None:
         groups = tl.num_programs(0) // TILES
         part_at = part_ptr + group.to(tl.int64) * C + c
-        tl.store(part_at, doffset1, mask=passive)
-        tl.store(part_at + C1, doffset2, mask=active)
+        tl.store(part_at, doffset1, mask=is_passive)
+        tl.store(part_at + C1, doffset2, mask=is_active)
         if ACT is not None:
             part_at += groups.to(tl.int64) * C
-            tl.store(part_at, dscale1, mask=passive)
-            tl.store(part_at + C1, dscale2, mask=active)
+            tl.store(part_at, dscale1, mask=is_passive)
+            tl.store(part_at + C1, dscale2, mask=is_active)
 
 
 @triton.jit
@@ -234,15 +240,16 @@ def _coupling_inv_passive_kernel(
         P = P * MUL
     C1: tl.constexpr = C - C // 2
     TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
-    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    passive = c < C1
-    j = index(inv_ptr, c, passive)
-    factor = 1.0 / scale(g_ptr, c, passive, ACT, ACC)
-    offset = load(offset_ptr + c, passive, ACC)
+    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_passive = c < C1
+    j = index(inv_ptr, c, is_passive)[:, None]
+    factor = 1.0 / scale(g_ptr, c, is_passive, ACT, ACC)[:, None]
+    offset = load(offset_ptr + c, is_passive, ACC)[:, None]
     for i in range(LOOPS):
         b, p, exists = columns(tl.program_id(0) // TILES * LOOPS + i, B, P, BLOCK_Q, ROWS)
-        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), passive & exists, ACC)
-        tl.store(x_ptr + b * C * P + (c * P + p), (y - offset) * factor, mask=passive & exists)
+        passive = is_passive[:, None] & exists
+        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), passive, ACC)
+        tl.store(x_ptr + b * C * P + (c[:, None] * P + p), (y - offset) * factor, mask=passive)
 
 
 @triton.jit
@@ -270,22 +277,23 @@ def _coupling_inv_active_kernel(
     TILES: tl.constexpr = max(1, (C2 + BLOCK_C - 1) // BLOCK_C)
     group = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
-    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
-    active = c < C2
-    j = index(inv_ptr, C1 + c, active)
-    factor = 1.0 / scale(g_ptr, C1 + c, active, ACT, ACC)
-    offset = load(offset_ptr + C1 + c, active, ACC)
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_active = c < C2
+    j = index(inv_ptr, C1 + c, is_active)[:, None]
+    factor = 1.0 / scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None]
+    offset = load(offset_ptr + C1 + c, is_active, ACC)[:, None]
     if ROWS and logdet_ptr is not None:
         # one more passive channel than active ones where C is odd: the last
-        log_scale = log_scale_sum(g_ptr, c, active, ACT, ACC) + log_scale_sum(g_ptr, C2 + c, c < C1, ACT, ACC)
+        log_scale = log_scale_sum(g_ptr, c, is_active, ACT, ACC) + log_scale_sum(g_ptr, C2 + c, c < C1, ACT, ACC)
     for i in range(LOOPS):
         block = group * LOOPS + i
         b, p, exists = columns(block, B, P, BLOCK_Q, ROWS)
-        at = c * P + p
+        active = is_active[:, None] & exists
+        at = c[:, None] * P + p
         a_at = a_ptr + b * (stride_ab * MUL) + at
-        a_s = load(a_at, active & exists, ACC)
-        a_t = load(a_at + C2 * P, active & exists, ACC)
-        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), active & exists, ACC)
+        a_s = load(a_at, active, ACC)
+        a_t = load(a_at + C2 * P, active, ACC)
+        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), active, ACC)
         s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
         if logdet_ptr is not None:
             if ROWS:
@@ -295,7 +303,7 @@ def _coupling_inv_active_kernel(
         if sums_ptr is not None:
             s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
         x = ((y - offset) * factor - 0.1 * a_t) * exp_of_bounded(-s)
-        tl.store(x_ptr + b * C * P + (C1 * P + at), x, mask=active & exists)
+        tl.store(x_ptr + b * C * P + (C1 * P + at), x, mask=active)
 
 
 def _on_its_device(launcher: Callable) -> Callable:
@@ -420,8 +428,8 @@ def coupling_bwd(
     sums = gin_sums(a, pixels, spec, acc, inv, dy, x) if spec.gin and channels > 1 else None
     parts = 1 if sums is None else sums.shape[2]
     rows = by_rows(channels, pixels, acc.itemsize)
-    itemsize = max(dy.itemsize, x.itemsize, a.itemsize)
-    cut = plan(channels - channels // 2, batch, pixels, itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the tile and not the width of an access
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
     part = torch.empty((1 if spec.gin else 2, cut.groups, channels), dtype=acc, device=x.device) if need_params else None
     mul = alignment(0 if rows else pixels, x.stride(0), a.stride(0))
     _coupling_bwd_kernel[(cut.programs,)](

@@ -16,7 +16,7 @@ from fastflow_kernels.spec import CouplingSpec
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 _SUMS_BLOCK_C = 32  # channels of one program of the parameter sums: a 128-byte line of float32
-_SUMS_BLOCK_K = 64
+_SUMS_BLOCK_K = 32
 
 
 @triton.jit
@@ -50,14 +50,15 @@ def _gin_sums_kernel(
     sum_h = tl.zeros((BLOCK_C, BLOCK_P), ACC)
     tile = k
     while tile < tiles:
-        c = (tile // across) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+        c = (tile // across) * BLOCK_C + tl.arange(0, BLOCK_C)
         p = (tile % across) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-        mask = (c < C2) & (p < P)
-        t = CLAMP * tanh(TANH_SCALE * load(a_ptr + (c * P + p), mask, ACC))
+        at = c[:, None] * P + p
+        mask = (c < C2)[:, None] & (p < P)
+        t = CLAMP * tanh(TANH_SCALE * load(a_ptr + at, mask, ACC))
         sum_t += t
         if dy_ptr is not None:
-            j = index(inv_ptr, C1 + c, c < C2)
-            sum_h += load(dy_ptr + (j * P + p), mask, ACC) * load(x_ptr + (c * P + p), mask, ACC) * exp_of_bounded(t)
+            j = index(inv_ptr, C1 + c, c < C2)[:, None]
+            sum_h += load(dy_ptr + (j * P + p), mask, ACC) * load(x_ptr + at, mask, ACC) * exp_of_bounded(t)
         tile += PARTS
     tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
     if dy_ptr is not None:
@@ -131,7 +132,13 @@ def _params_bwd_kernel(
 
 
 def gin_sums(
-    a: Tensor, pixels: int, spec: CouplingSpec, acc: torch.dtype, inv: Tensor | None = None, dy: Tensor | None = None, x: Tensor | None = None
+    a: Tensor,
+    pixels: int,
+    spec: CouplingSpec,
+    acc: torch.dtype,
+    inv: Tensor | None = None,
+    dy: Tensor | None = None,
+    x: Tensor | None = None,
 ) -> Tensor:
     """GIN's sums per sample ahead of the main pass, (1, B, parts), or (2, B, parts) with dy and x (see the kernel)."""
     batch = a.shape[0]

@@ -1,7 +1,8 @@
 """What the kernels share: where a tile's values lie, and the constants of its channels.
 
-Tiles are channels (down) by columns (across). Channel vectors are (BLOCK_C, 1), column vectors (1, BLOCK_Q) and what a sample has one
-of is a scalar or (1, BLOCK_Q), so that everything broadcasts.
+Tiles are channels (down) by columns (across). What a column has one of is (1, BLOCK_Q), or a scalar if the tile lies in one sample. What
+a channel has one of is loaded as a vector, (BLOCK_C,), and made (BLOCK_C, 1) by the caller: a block loaded as (1, 1) would be loaded by
+Triton 3.6 once for each value that a thread holds.
 
 A constexpr ``if`` that returns needs its ``else``: the compiler reads on after the ``if`` and wants one return type.
 """
@@ -50,7 +51,7 @@ def index(index_ptr, c, mask):
 def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """activation(g[c]); 1 for ACT = None (GIN)."""
     if ACT is None:
-        return tl.full((1, 1), 1.0, ACC)
+        return tl.full((1,), 1.0, ACC)
     else:
         return scale_of(load(g_ptr + c, mask, ACC), ACT)
 

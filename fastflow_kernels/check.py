@@ -1,0 +1,201 @@
+"""Accuracy and speed of the backends on this machine, against the eager path in float64."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels import dispatch, eager
+from fastflow_kernels.functional import all_in_one_block
+from fastflow_kernels.permutations import IndexPermutation
+from fastflow_kernels.spec import CouplingSpec
+
+# blocks of published models, the batch cut down so that a laptop is done in seconds; one odd shape
+SHAPES = {
+    "FastFlow wide-resnet50, stage 3": (4, 1024, 16, 16),
+    "FastFlow resnet18, stage 1": (4, 64, 64, 64),
+    "CFlow": (64, 512),
+    "odd": (3, 33, 7, 9),
+}
+
+Run = Callable[[dict[str, Tensor], bool], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend on one shape.
+
+    Attributes:
+        backend: "eager" or "triton".
+        workload: Name in :data:`SHAPES`.
+        shape: (B, C, *S).
+        dtype: Of the data.
+        worst: The quantity nearest to its limit, and its error as a fraction of that limit.
+        passed: Whether every quantity keeps err <= 2 * err(plain operations in this dtype) + 4 eps * max, by maximum and by RMS.
+        milliseconds: Median time of forward and backward.
+        speedup: Against plain differentiable operations (index_select, tanh, exp), in the same interleaved run.
+    """
+
+    backend: str
+    workload: str
+    shape: tuple[int, ...]
+    dtype: str
+    worst: str
+    fraction: float
+    passed: bool
+    milliseconds: float
+    speedup: float
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend, with the reason why it is not available on this machine, or None."""
+    if not torch.cuda.is_available() and not dispatch.interpreted():
+        return {"eager": None, "triton": "torch finds no GPU on this machine"}
+    return {"eager": None, "triton": dispatch.why_not_triton(torch.empty(1, 2, 1, device=_device()))}
+
+
+def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None) -> list[Row]:
+    """Run every available backend on a few real shapes.
+
+    Args:
+        repeats: Timed repetitions.
+        progress: Called with a line per shape.
+
+    Returns:
+        One row per shape, dtype and backend.
+    """
+    rows = []
+    available = [name for name, reason in backends().items() if reason is None]
+    for workload, shape in SHAPES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            progress(f"{workload} {shape} {_name(dtype)}")
+            tensors = _tensors(shape, dtype)
+            truth = _evaluate(_backend("eager"), {key: _double(t) for key, t in tensors.items()})
+            plain = _evaluate(_plain, tensors)
+            for backend in available:
+                worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
+                seconds, speedup = _time(_backend(backend), tensors, repeats)
+                rows.append(
+                    Row(backend, workload, shape, _name(dtype), worst, round(fraction, 3), fraction <= 1.0, 1e3 * seconds, round(speedup, 2))
+                )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    lines = [f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>10} {'vs plain':>9}"]
+    for row in rows:
+        error = f"{row.fraction:.2f} ({row.worst}) {'ok' if row.passed else 'FAILED'}"
+        lines.append(
+            f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} {row.milliseconds:>7.2f} ms {row.speedup:>8.2f}x"
+        )
+    return "\n".join(lines)
+
+
+def as_json(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows as plain data."""
+    return [asdict(row) for row in rows]
+
+
+_SPEC = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin=False)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    batch, channels, *spatial = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(_device(), dtype)
+
+    return {
+        "x": random(*shape),
+        "a": 5 * random(batch, channels // 2 * 2, *spatial),
+        "scale": 9 + random(channels),
+        "offset": random(channels),
+        "perm": torch.randperm(channels, generator=generator).to(_device()),
+        "dy": random(*shape),
+        "dlogdet": random(batch),
+    }
+
+
+def _backend(name: str) -> Run:
+    def run(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
+        permutation = IndexPermutation(t["perm"], torch.argsort(t["perm"]))
+        return all_in_one_block(t["x"], lambda _: t["a"], t["scale"], t["offset"], permutation, _SPEC, rev=rev, backend=name)
+
+    return run
+
+
+def _plain(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
+    """The formula as anybody would write it, in the dtype it is given."""
+    x, a, perm, channels = t["x"], t["a"], t["perm"], t["x"].shape[1]
+    scale = eager.scale_of(t["scale"], _SPEC.activation).view(1, -1, *[1] * (x.dim() - 2))
+    offset, log_scale = t["offset"].view_as(scale), x[0, 0].numel() * scale.log().sum()
+    if rev:
+        x = (x[:, torch.argsort(perm)] - offset) / scale
+    c2 = channels // 2
+    x1, x2 = x.split((channels - c2, c2), 1)
+    s, shift = _SPEC.clamp * torch.tanh(_SPEC.tanh_scale * a[:, :c2]), 0.1 * a[:, c2:]
+    sum_s = s.flatten(1).sum(1)
+    if rev:
+        return torch.cat((x1, (x2 - shift) * torch.exp(-s)), 1), -sum_s - log_scale
+    return (torch.cat((x1, x2 * torch.exp(s) + shift), 1) * scale + offset)[:, perm], sum_s + log_scale
+
+
+def _evaluate(run: Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {key: tensors[key].detach().requires_grad_() for key in ("x", "a", "scale", "offset")}
+    y, logdet = run({**tensors, **leaves}, False)
+    torch.autograd.backward([y, logdet], [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
+    with torch.no_grad():
+        inverse, inverse_logdet = run(tensors, True)
+    gradients = {f"d{key}": leaf.grad for key, leaf in leaves.items()}
+    return {"output": y, "log-det": logdet, "inverse": inverse, "inverse log-det": inverse_logdet, **gradients}
+
+
+def _worst(actual: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> tuple[str, float]:
+    """The quantity whose error is the largest fraction of what is allowed."""
+    fractions = {}
+    for key, exact in truth.items():
+        error, baseline = (actual[key].double() - exact).abs(), (plain[key].double() - exact).abs()
+        floor = 4 * torch.finfo(dtype).eps * exact.abs().max()
+        by_maximum = error.max() / (2 * baseline.max() + floor)
+        by_rms = error.square().mean().sqrt() / (2 * baseline.square().mean().sqrt() + floor)
+        fractions[key] = torch.maximum(by_maximum, by_rms).nan_to_num(nan=torch.inf).item()
+    return max(fractions.items(), key=lambda item: item[1])
+
+
+def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, float]:
+    """Median seconds of forward and backward, and the median ratio of plain operations to it."""
+    leaves = {key: tensors[key].detach().requires_grad_() for key in ("x", "a", "scale", "offset")}
+
+    def once(function: Run) -> float:
+        if _device().type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        y, logdet = function({**tensors, **leaves}, False)
+        torch.autograd.grad([y, logdet], list(leaves.values()), [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
+        if _device().type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once(run), once(_plain)
+    pairs = [(once(run), once(_plain)) for _ in range(repeats)]
+    return statistics.median(mine for mine, _ in pairs), statistics.median(other / mine for mine, other in pairs)

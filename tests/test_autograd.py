@@ -1,0 +1,287 @@
+"""How gradients flow: numerical checks, double backward, what is kept, what is skipped, transformations, overrides."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import reference
+from fastflow_kernels import AllInOneBlock
+from tests.cases import CASES, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
+
+some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
+both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+
+
+def block_of(case: Case, **extra: Any) -> AllInOneBlock:
+    return make_block(AllInOneBlock, case, dialect=case.dialect, **extra)
+
+
+def as_function(block: nn.Module, conditions: int, rev: bool) -> tuple[Any, list[Tensor]]:
+    """The block as a function of x, the conditions and its trainable parameters."""
+    names = [name for name, p in block.named_parameters() if p.requires_grad]
+    values = [p.detach().clone().requires_grad_() for p in block.parameters() if p.requires_grad]
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        c, parameters = rest[:conditions], rest[conditions:]
+        (y,), logdet = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), ([x], list(c)), {"rev": rev})
+        return y, logdet
+
+    return run, values
+
+
+@pytest.mark.parametrize("case", some_cases, ids=ids(some_cases))
+@both_directions
+def test_block_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
+    block = block_of(case)
+    x, c = make_input(case)
+    run, values = as_function(block, len(c), rev)
+    tensors = [t.requires_grad_() for t in (x, *c)]
+    assert torch.autograd.gradcheck(run, (*tensors, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (*tensors, *values), fast_mode=True)
+
+
+def test_block_second_gradients_equal_the_references() -> None:
+    case = Case(Shape(2, 7, (3, 5)), "hard")
+    ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for block in (ours, theirs):
+        x = make_input(case)[0].requires_grad_()
+        (y,), logdet = block([x])
+        (dx,) = torch.autograd.grad(y.square().sum() + logdet.square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+        found.append([x.grad, block.global_scale.grad, *(p.grad for p in block.subnet.parameters())])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
+
+
+class Stored(nn.Module):
+    """Returns what it holds, whatever it is given."""
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.a = a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a
+
+
+KEPT = {"hard": {}, "gin": {"gin_block": True}, "soft": {"permute_soft": True}, "reverse": {"reverse_permutation": True}}
+
+
+@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT.keys())
+@pytest.mark.parametrize("shape", [(8, 32, 16, 16), (256, 64)], ids=["rank2", "rank0"])
+def test_block_keeps_x_and_a_and_nothing_else_of_their_size(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    x, a = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    block = AllInOneBlock([shape[1:]], subnet_constructor=lambda *_: Stored(a), **options)
+    known = {t.untyped_storage().data_ptr() for t in (a, *block.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = block([x])
+    # x, or its gathered copy where the permutation is undone first; and a few numbers per channel
+    assert sum(kept.values()) <= x.nbytes + 64 * shape[1], kept
+    assert outputs[0][0].grad_fn is not None
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@both_directions
+def test_jac_false_skips_the_log_determinant(rev: bool, grad: bool) -> None:
+    block = block_of(Case(Shape(2, 7, (3, 5)), "hard"))
+    x, _ = make_input(Case(Shape(2, 7, (3, 5)), "hard"))
+    counts = []
+    for jac in (True, False):
+        with torch.set_grad_enabled(grad), Count() as count:
+            (y,), logdet = block([x], rev=rev, jac=jac)
+        counts.append(count.names)
+        if jac:
+            expected = y
+    assert counts[0]["log"] == 1
+    assert counts[1]["log"] == 0
+    assert sum(counts[1].values()) < sum(counts[0].values())
+    assert logdet.shape == (2,)
+    assert logdet.count_nonzero() == 0
+    torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_block_moves_no_dense_matrix() -> None:
+    block = AllInOneBlock([(64, 8, 8)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
+    with Count() as count:
+        (y,), logdet = block([torch.randn(2, 64, 8, 8, requires_grad=True)])
+        (y.sum() + logdet.sum()).backward()
+    assert count.names["convolution"] == 1  # the subnet's
+    assert not {"mm", "addmm", "bmm", "index"} & count.names.keys()
+
+
+def test_gradient_of_one_output_alone() -> None:
+    case = Case(Shape(2, 6, (4, 4)), "hard")
+    ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
+    theirs.load_state_dict(ours.state_dict())
+    for pick in (lambda y, logdet: y.sum(), lambda y, logdet: logdet.sum()):
+        grads = []
+        for block in (ours, theirs):
+            x = make_input(case)[0].requires_grad_()
+            (y,), logdet = block([x])
+            inputs = [x, block.subnet.b2, block.global_scale]
+            grads.append(torch.autograd.grad(pick(y, logdet), inputs))
+        for mine, other in zip(*grads, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
+
+
+def test_frozen_parameters_and_inputs() -> None:
+    block = block_of(Case(Shape(2, 6, (4, 4)), "hard"))
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    block.global_scale.requires_grad_(False)
+    block.global_offset.requires_grad_(False)
+    (y,), logdet = block([x])
+    (y.sum() + logdet.sum()).backward()
+    assert block.global_scale.grad is None
+    assert block.subnet.w1.grad is not None
+    for p in block.parameters():
+        p.requires_grad_(False)
+    (y,), _ = block([x])
+    assert not y.requires_grad
+
+
+def test_retain_graph_twice_gives_the_same() -> None:
+    block = block_of(Case(Shape(2, 6, (4, 4)), "hard"))
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64, requires_grad=True)
+    (y,), logdet = block([x])
+    loss = y.square().sum() + logdet.sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0].clone()
+    assert torch.equal(first, torch.autograd.grad(loss, x)[0])
+
+
+def test_batched_gradients() -> None:
+    block = block_of(Case(Shape(2, 5), "hard"))
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    y = block([x])[0][0]
+    eye = torch.eye(10, dtype=torch.float64).view(10, 2, 5)
+    batched = torch.autograd.grad(y, x, eye, is_grads_batched=True, retain_graph=True)[0]
+    single = torch.stack([torch.autograd.grad(y, x, e, retain_graph=True)[0] for e in eye])
+    torch.testing.assert_close(batched, single, rtol=1e-12, atol=1e-13)
+
+
+def test_func_transforms_and_forward_mode_agree() -> None:
+    block = block_of(Case(Shape(3, 5), "hard"))
+    x, v = (torch.randn(3, 5, dtype=torch.float64) for _ in range(2))
+
+    def run(x: Tensor) -> Tensor:
+        return block([x])[0][0]
+
+    jacobian = torch.func.jacrev(run)(x)
+    torch.testing.assert_close(torch.func.jvp(run, (x,), (v,))[1], torch.einsum("abcd,cd->ab", jacobian, v))
+    torch.testing.assert_close(torch.func.vmap(lambda r: run(r[None])[0])(x), run(x))
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(run(torch.autograd.forward_ad.make_dual(x, v))).tangent
+    torch.testing.assert_close(tangent, torch.einsum("abcd,cd->ab", jacobian, v))
+
+
+@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+def test_compile_and_export_hold_a_gather_and_no_product(rev: bool) -> None:
+    block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1)).eval()
+    x = torch.randn(2, 8, 4, 4)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            (y,), logdet = self.block([x], rev=rev)
+            return y, logdet
+
+    with torch.no_grad():
+        expected = Wrapped()(x)
+        program = torch.export.export(Wrapped(), (x,))
+        compiled = torch.compile(Wrapped(), fullgraph=True, backend="aot_eager")(x)
+        with warnings.catch_warnings():  # that it is deprecated, and that shapes are constants in it
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(Wrapped(), (x,))(x)
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any("index_select" in name for name in names)
+    assert sum("conv" in name for name in names) == 1
+    for found in (program.module()(x), compiled, traced):
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_keeps_the_log_determinant_in_float32() -> None:
+    block = AllInOneBlock([(8, 6, 6)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 3, padding=1))
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (y,), logdet = block([x])
+    assert (y.dtype, logdet.dtype) == (torch.float32, torch.float32)
+    (y.sum() + logdet.sum()).backward()
+    assert block.global_scale.grad.dtype == torch.float32
+    exact = copy.deepcopy(block).double()([x.detach().double()])
+    # only the subnet is in bfloat16: its relative error 2^-8 times 0.1 * clamp * |a|, at random over the log-factors
+    assert (logdet - exact[1]).abs().max() < 0.2 * 2**-8 * (4 * 36) ** 0.5 * 8
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (back,), minus = block([y], rev=True)
+    assert minus.dtype == torch.float32
+    torch.testing.assert_close(back, x.detach(), rtol=0, atol=0.05)
+
+
+STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
+
+
+@pytest.mark.parametrize("step", STEPS)
+@both_directions
+def test_an_override_is_honoured(step: str, rev: bool) -> None:
+    calls = []
+
+    def override(self: AllInOneBlock, *args: Any, **kwargs: Any) -> Any:
+        calls.append(step)
+        return getattr(AllInOneBlock, step)(self, *args, **kwargs)
+
+    subclass = type("Subclass", (AllInOneBlock,), {step: override})
+    options = {"reverse_permutation": True, "learned_householder_permutation": 2}
+    torch.manual_seed(0)
+    plain = AllInOneBlock([(6, 4)], subnet_constructor=make_subnet(1), **options).double()
+    changed = subclass([(6, 4)], subnet_constructor=make_subnet(1), **options).double()
+    changed.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    for mine, other in zip(changed([x], rev=rev), plain([x], rev=rev), strict=True):
+        mine, other = (t[0] if isinstance(t, tuple) else t for t in (mine, other))
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+    assert calls
+
+
+def test_an_override_that_changes_the_result_is_honoured() -> None:
+    class Doubled(AllInOneBlock):
+        def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+            return (0.5 * x if rev else 2.0 * x), x.new_zeros(x.shape[0])
+
+    block = Doubled([(4,)], subnet_constructor=make_subnet(0)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    (y,), _ = block([x])
+    expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[:, block.w_perm] * block.global_scale_activation(block.global_scale)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(block([y], rev=True)[0][0], x)
