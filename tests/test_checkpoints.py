@@ -542,11 +542,11 @@ def test_conversion_of_the_dtype_keeps_the_permutation(case: Case) -> None:
 def test_hook_that_renames_keys_is_honoured() -> None:
     """torch calls it before the block loads, and what it changes in the state dict counts for the subnet too."""
     block, source = ours(HARD, 1), ours(HARD, 2)
-    state = {key.replace("subnet.", "net.").replace("w_perm", "perm"): value for key, value in source.state_dict().items()}
+    state = {key.replace("subnet.", "net.").replace("global_", ""): value for key, value in source.state_dict().items()}
 
     def rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for key in list(state_dict):
-            new = key.replace("net.", "subnet.").replace("perm", "w_perm")
+            new = key.replace("net.", "subnet.") if key.startswith("net.") else f"global_{key}" if key in ("scale", "offset") else key
             state_dict[new] = state_dict.pop(key)
 
     block.register_load_state_dict_pre_hook(rename)
