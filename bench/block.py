@@ -64,7 +64,10 @@ def providers(workload: Workload) -> dict[str, Callable[..., nn.Module]]:
         found["anomalib 2.7.0"] = peers.anomalib_block()
         found["FrEIA 0.2"] = peers.freia_block()
     except peers.PeerMissing as missing:
-        print(f"without the real peers ({missing}); the reference in dialect 'anomalib' cannot stand in for their dense product", file=sys.stderr)
+        print(
+            f"without the real peers ({missing}); the reference in dialect 'anomalib' cannot stand in for their dense product",
+            file=sys.stderr,
+        )
     if not workload.options.get("learned_householder_permutation"):  # FrEIA's main branch has no Householder over a hard permutation
         found["FrEIA main (reference)"] = lambda *a, **k: reference.AllInOneBlock(*a, dialect="freia", **k)
         found["ours, freia"] = lambda *a, **k: fastflow_kernels.AllInOneBlock(*a, dialect="freia", **k)
@@ -168,7 +171,10 @@ def _check(runners: dict[str, Runner], mode: str) -> None:
     results = {}
     for name, runner in runners.items():
         runner.prepare(mode, 1)
-        results[name] = [*runner.run(mode), *([runner.x.grad, runner.subnet.a.grad, runner.block.global_offset.grad] if mode == "train" else [])]
+        results[name] = [
+            *runner.run(mode),
+            *([runner.x.grad, runner.subnet.a.grad, runner.block.global_offset.grad] if mode == "train" else []),
+        ]
     for name, values in results.items():
         for mine, theirs in zip(results[_counterpart(name)], values, strict=True):
             tolerance = 50 * torch.finfo(theirs.dtype).eps ** 0.75 * (1 + mine.abs().max().item())
@@ -239,7 +245,9 @@ def main() -> None:
     print(table(rows))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": describe_machine(), "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"machine": describe_machine(), "threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

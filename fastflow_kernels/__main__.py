@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastflow_kernels", description="Fused AllInOneBlock for normalizing flows.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, device, backends and why one is not available, environment switches")
-    check_parser = commands.add_parser("check", help="accuracy and speed of the backends on this machine; exit status 1 if one is not accurate")
+    check_parser = commands.add_parser(
+        "check", help="accuracy and speed of the backends on this machine; exit status 1 if one is not accurate"
+    )
     check_parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     return _info() if options.command == "info" else _check(options.json)
@@ -65,13 +67,17 @@ def _check(as_json: bool) -> int:
     failed = [row for row in rows if not row.passed]
     if as_json:
         missing = {name: reason for name, reason in check.backends().items() if reason}
-        print(json.dumps({"torch": torch.__version__, "passed": not failed, "not available": missing, "rows": check.as_json(rows)}, indent=1))
+        print(
+            json.dumps({"torch": torch.__version__, "passed": not failed, "not available": missing, "rows": check.as_json(rows)}, indent=1)
+        )
     else:
         for name, reason in check.backends().items():
             if reason:
                 print(f"backend {name} is not available: {reason}")
         print(check.table(rows))
-        print("every backend is accurate" if not failed else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`")
+        print(
+            "every backend is accurate" if not failed else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`"
+        )
     return 1 if failed else 0
 
 

@@ -82,7 +82,9 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
                 worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
                 seconds, speedup = _time(_backend(backend), tensors, repeats)
                 rows.append(
-                    Row(backend, workload, shape, _name(dtype), worst, round(fraction, 3), fraction <= 1.0, 1e3 * seconds, round(speedup, 2))
+                    Row(
+                        backend, workload, shape, _name(dtype), worst, round(fraction, 3), fraction <= 1.0, 1e3 * seconds, round(speedup, 2)
+                    )
                 )
     return rows
 
@@ -93,7 +95,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         error = f"{row.fraction:.2f} ({row.worst}) {'ok' if row.passed else 'FAILED'}"
         lines.append(
-            f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} {row.milliseconds:>7.2f} ms {row.speedup:>8.2f}x"
+            f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} "
+            f"{row.milliseconds:>7.2f} ms {row.speedup:>8.2f}x"
         )
     return "\n".join(lines)
 

@@ -92,6 +92,11 @@ def pick(x: Tensor, indexed: bool, backend: str) -> ModuleType | None:
     return choice
 
 
+def packed(operations: ModuleType, a: Tensor) -> Tensor:
+    """The subnet's output in a layout that suits ``operations``; a copy if it does not."""
+    return a if operations is eager or _kernels().uncovered(a) is None else a.contiguous()
+
+
 def needs_composite(x: Tensor) -> bool:
     """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, tensor subclasses."""
     return (

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastflow_kernels.spec import CouplingSpec
 
-_LOG2E = math.log2(math.e)
+_LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
 _CHUNK_BYTES = 1 << 20  # per thread: what stays in a core's second-level cache beside its operands
 _SCRATCH_BYTES = 16 << 20  # per thread and dtype: the most that is kept between calls
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -158,18 +158,17 @@ def _halves(t: Tensor, c1: int, c2: int) -> list[Tensor]:
 # --- s = clamp * tanh(tanh_scale * a_s), in units of log2 for exp2 -------------------------------------------------------------------
 
 
-def _exact_tanh(a_s: Tensor, spec: CouplingSpec, out: Tensor, scratch: Tensor) -> Tensor:
-    """tanh(tanh_scale * a_s) to 2 ulp at every magnitude, into out."""
-    dtype = out.dtype
-    torch.mul(a_s, _constant(2.0 * spec.tanh_scale, dtype), out=out)
+def _exact_tanh(a_s: Tensor, spec: CouplingSpec, factor: float, out: Tensor, scratch: Tensor) -> Tensor:
+    """factor * tanh(tanh_scale * a_s) to 3 ulp at every magnitude, into out."""
+    torch.mul(a_s, _constant(2.0 * spec.tanh_scale, out.dtype), out=out)
     out.clamp_max_(40.0).expm1_()  # tanh(20) rounds to 1 in float64; expm1 would overflow to inf / inf further up
-    return out.div_(torch.add(out, _constant(2.0, dtype), out=scratch))
+    return torch.addcdiv(_constant(0.0, out.dtype), out, torch.add(out, _constant(2.0, out.dtype), out=scratch), value=factor, out=out)
 
 
 def _sigmoid(a_s: Tensor, spec: CouplingSpec, out: Tensor, scratch: Tensor) -> Tensor:
     """sigmoid(2 * tanh_scale * a_s), that is (1 + tanh(tanh_scale * a_s)) / 2, into out."""
     if spec.gin:  # the mean over the sample is taken off the log-factors, and what is left can be small
-        return _exact_tanh(a_s, spec, out, scratch).add_(1.0).mul_(0.5)
+        return _exact_tanh(a_s, spec, 0.5, out, scratch).add_(0.5)
     return torch.mul(a_s, _constant(2.0 * spec.tanh_scale, out.dtype), out=out).sigmoid_()
 
 
@@ -224,9 +223,7 @@ def coupling_fwd(
         for x2i, v2i, a_si, a_ti, tenth_i in _walk(1, pairs, x2, v2, a_s, a_t, tenth):
             si, ti = _fit(s, a_si), _fit(t, a_si)
             if jac and not spec.gin:
-                _exact_tanh(a_si, spec, si, ti)
-                total = _plus(total, si.sum((1, 2)))
-                si.mul_(_constant(spec.clamp * _LOG2E, acc))
+                total = _plus(total, _exact_tanh(a_si, spec, spec.clamp * _LOG2E, si, ti).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si), spec, si)
             # 10 * (x2 * exp(s) + 0.1 * a_t): addcmul has no factor on its first term
@@ -239,7 +236,7 @@ def coupling_fwd(
         if not in_place:
             _store_permuted(v, perm, yb)
         sums.append(total)
-    return y, _logdet(sums, scale, batch, pixels, spec, 1.0, x.device, acc) if jac else None
+    return y, _logdet(sums, scale, batch, pixels, 1.0, x.device, acc) if jac else None
 
 
 def _fit(scratch: Tensor, like: Tensor) -> Tensor:
@@ -259,16 +256,15 @@ def _logdet(
     scale: Tensor | None,
     batch: int,
     pixels: int,
-    spec: CouplingSpec,
     sign: float,
     device: torch.device,
     acc: torch.dtype,
 ) -> Tensor:
-    """sign * (clamp * sum tanh + P * sum log scale) from the chunks' sums of tanh; zeros for GIN."""
+    """ln 2 * (the chunks' sums of s / ln 2) + sign * P * sum log scale, where the former carry their sign already; zeros for GIN."""
     if scale is None:
         return torch.zeros(batch, dtype=acc, device=device)
-    sum_tanh = sums[0] if len(sums) == 1 else torch.cat(sums)
-    return sum_tanh.mul_(sign * spec.clamp).add_(scale.log().sum(), alpha=sign * pixels)
+    sum_s = sums[0] if len(sums) == 1 else torch.cat(sums)
+    return sum_s.mul_(_LN2).add_(scale.log().sum(), alpha=sign * pixels)
 
 
 # --- backward ----------------------------------------------------------------------------------------------------------------------
@@ -430,16 +426,14 @@ def coupling_inv_active(
         for u2i, a_si, a_ti in _walk(1, pairs, u2, a_s, a_t):
             si, ti = _fit(s, a_si), _fit(t, a_si)
             if jac and not spec.gin:
-                _exact_tanh(a_si, spec, si, ti)
-                total = _plus(total, si.sum((1, 2)))
-                si.mul_(_constant(-spec.clamp * _LOG2E, acc))
+                total = _plus(total, _exact_tanh(a_si, spec, -spec.clamp * _LOG2E, si, ti).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si), spec, si).neg_()
             u2i.sub_(a_ti, alpha=0.1).mul_(si.exp2_())
         if u2 is not x2:
             x2.copy_(u2)
         sums.append(total)
-    return _logdet(sums, scale, batch, pixels, spec, -1.0, x.device, acc) if jac else None
+    return _logdet(sums, scale, batch, pixels, -1.0, x.device, acc) if jac else None
 
 
 def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | None, c2: int, acc: torch.dtype) -> Tensor:

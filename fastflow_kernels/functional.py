@@ -164,6 +164,7 @@ def _forward(
     if operations is None:
         v, logdet = eager.composite_fwd(x, a, g, offset, spec, jac)
         return permutation.permute(v), logdet
+    a = dispatch.packed(operations, a)
     perm, inv = permutation if indexed else (None, None)
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or g.requires_grad or offset.requires_grad):
         v, logdet = _Coupling.apply(x, a, g, offset, perm, inv, spec, jac, operations)
@@ -202,7 +203,7 @@ def _inverse(
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
         return eager.composite_inv_coupling(u, a, g, spec, jac)
-    return x, operations.coupling_inv_active(v, x, a, g, offset, perm, inv, spec, jac)
+    return x, operations.coupling_inv_active(v, x, dispatch.packed(operations, a), g, offset, perm, inv, spec, jac)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from fastflow_kernels.permutations import (
     IndexPermutation,
     MatrixPermutation,
     Permutation,
-    multiply_channels,
     one_hot,
     random_rotation,
 )
@@ -92,9 +91,9 @@ def _adopt_freia() -> None:
 class AllInOneBlock(InvertibleModule):
     r"""Affine coupling with soft clamping, global affine ("ActNorm") and channel permutation, fused.
 
-    A drop-in for ``anomalib.models.components.flow.AllInOneBlock`` (``dialect="anomalib"``, also FrEIA 0.2) and for the block of FrEIA's main
-    branch (``dialect="freia"``): same arguments, parameters, checkpoints and results. With x = (x1, x2) split after C - C//2 channels and
-    (a_s, a_t) = subnet(cat(x1, *c)):
+    A drop-in for ``anomalib.models.components.flow.AllInOneBlock`` (``dialect="anomalib"``, also FrEIA 0.2) and for the block of FrEIA's
+    main branch (``dialect="freia"``): same arguments, parameters, checkpoints and results. With x = (x1, x2) split after C - C//2 channels
+    and (a_s, a_t) = subnet(cat(x1, *c)):
 
     .. math::
         s &= \alpha \tanh(0.1\, a_s) \quad\text{("anomalib")},\qquad s = \alpha \tanh(0.1\, a_s / \alpha) \quad\text{("freia")} \\
@@ -110,7 +109,7 @@ class AllInOneBlock(InvertibleModule):
         global_affine_init: Initial global scale, in the range of its activation: (0, 10) for SIGMOID, else above 0.
         global_affine_type: ``"SIGMOID"``, ``"SOFTPLUS"`` or ``"EXP"``.
         permute_soft: A fixed rotation from SO(C) instead of a permutation. Drawn by torch; the stock blocks ask NumPy.
-        learned_householder_permutation: Number of learned Householder reflections (Tomczak & Welling 2016) after the permutation; 0 for none.
+        learned_householder_permutation: Number of learned Householder reflections (Tomczak & Welling 2016) beside the permutation.
         reverse_permutation: Undo the permutation before the coupling (Putzky & Welling 2019).
         dialect: ``"anomalib"`` or ``"freia"``: the clamp formula, the state dict's layout of ``w_perm``, the shape check.
         backend: ``"auto"``, ``"eager"`` or ``"triton"``; "auto" follows FASTFLOW_KERNELS_BACKEND where that is set.
@@ -367,18 +366,23 @@ class AllInOneBlock(InvertibleModule):
         channels = self.in_channels
         if w.dim() == 1:
             if w.numel() != channels or w.is_floating_point() or not torch.equal(w.sort().values, torch.arange(channels, device=w.device)):
-                raise ValueError(f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; nothing was loaded into this block")
+                raise ValueError(
+                    f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; nothing was loaded into this block"
+                )
             index = w.long()
             return one_hot(index, self.global_scale.dtype).view(self._matrix_shape()) if self.permute_soft else index
         if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
-            raise ValueError(f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); nothing was loaded into this block")
+            raise ValueError(
+                f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); nothing was loaded into this block"
+            )
         matrix = w.reshape(channels, channels)
         if self.permute_soft:
             return w.reshape(self._matrix_shape())
         index = matrix.argmax(1)
         if not torch.equal(matrix, one_hot(index, matrix.dtype)) or index.unique().numel() != channels:
             raise ValueError(
-                f"{key} is not a permutation matrix; nothing was loaded into this block. For a rotation build the block with permute_soft=True."
+                f"{key} is not a permutation matrix; nothing was loaded into this block. "
+                "For a rotation build the block with permute_soft=True."
             )
         return index
 

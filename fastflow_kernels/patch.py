@@ -70,7 +70,9 @@ class Report:
         if not self.entries:
             lines = ["no AllInOneBlock found in the model"]
         for entry in self.entries:
-            lines.append(f"  {self.action if entry.changed else 'left':<11} {entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}")
+            lines.append(
+                f"  {self.action if entry.changed else 'left':<11} {entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}"
+            )
         return "\n".join(lines)
 
 
@@ -244,7 +246,8 @@ def _compare(probe: _Probe) -> tuple[str, str]:
         spec = CouplingSpec.of(block.clamp, dialect, activations[0], block.GIN)
         arguments = (_Fixed(a), probe.scale, probe.offset, _Held().permutation(block), spec)
         ours = [
-            all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager") for rev in (False, True)
+            all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager")
+            for rev in (False, True)
         ]
         if all(_alike(theirs, mine) for pair in zip(answers, ours, strict=True) for theirs, mine in zip(*pair, strict=True)):
             return dialect, activations[0]
@@ -252,7 +255,7 @@ def _compare(probe: _Probe) -> tuple[str, str]:
 
 
 def _alike(theirs: Tensor, ours: Tensor) -> bool:
-    # Two formulas differ by a sizeable fraction here, two ways of rounding by the precision of the products: TF32's 2^-10, a half type's 2^-8.
+    # Two formulas differ by a sizeable fraction here, two ways of rounding by the precision of the products: 2^-10 in TF32, 2^-8 in bfloat16.
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(theirs.dtype, 1e-1)
     return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0))
 

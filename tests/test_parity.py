@@ -143,7 +143,11 @@ def test_log_det_of_small_and_large_coefficients(gain: float, clamp: float) -> N
     a = gain * torch.randn(4, 64, 24, 24)
     x = torch.randn(4, 64, 24, 24)
     results = []
-    for cls, dtype in ((fastflow_kernels.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float64)):
+    for cls, dtype in (
+        (fastflow_kernels.AllInOneBlock, torch.float32),
+        (reference.AllInOneBlock, torch.float32),
+        (reference.AllInOneBlock, torch.float64),
+    ):
         torch.manual_seed(4)
         block = cls([(64, 24, 24)], subnet_constructor=lambda *_: Stored(a), affine_clamping=clamp, global_affine_type="EXP").to(dtype)
         with torch.no_grad():
