@@ -335,7 +335,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for picture and numbers (default: out)")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps per texture (default: 60, or 5 with --short)")
     parser.add_argument(
-        "--stock", choices=STOCK, default="reference", help="the block to compare with; anomalib has to be installed (default: reference)"
+        "--stock", choices=STOCK, default="anomalib", help="the block to compare with (default: anomalib's own; it has to be installed)"
     )
     parser.add_argument(
         # On a machine with other work, OpenMP threads wait for the one that lost its core at every operation: measured on 2 shared cores

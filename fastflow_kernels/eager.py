@@ -349,10 +349,12 @@ def _plus(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, acc: torch.dtype) -> Tensor:
-    """The gradient of v = y[:, inv] in the accumulator's dtype: in out where that has it, else in a tensor of its own."""
-    if dy.dtype is acc and out.dtype is acc:
-        return out.copy_(dy) if inv is None else torch.index_select(dy, 1, inv, out=out)
-    return dy.to(acc, copy=True) if inv is None else _as(dy, acc).index_select(1, inv)
+    """dy[:, inv] in the accumulator's dtype: in out where that has it, else in a tensor of its own."""
+    if out.dtype is not acc:
+        return dy.to(acc, copy=True) if inv is None else _as(dy, acc).index_select(1, inv)
+    if inv is not None and dy.dtype is acc:
+        return torch.index_select(dy, 1, inv, out=out)
+    return out.copy_(dy if inv is None else dy.index_select(1, inv))
 
 
 def _scale_gradient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -354,8 +355,10 @@ class AllInOneBlock(InvertibleModule):
         read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
         if len(read) == 2:
             self._check_inverse(prefix, *read.values())
-        replaced = {prefix + name: w for name, w in read.items()}
-        super()._load_from_state_dict({**state_dict, **replaced}, prefix, *args, **kwargs)
+        elif self.householder and self.permute_soft and read:
+            self._check_orthogonal(f"{prefix}w_0", read["w_0"])
+        state_dict.update({prefix + name: w for name, w in read.items()})  # in place, for hooks and submodules see the same dictionary
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if len(read) == 1 and not self.householder:  # with strict=False: the other one must not stay behind
             given, other = (self.w_perm, self.w_perm_inv) if "w_perm" in read else (self.w_perm_inv, self.w_perm)
             with torch.no_grad():
@@ -391,12 +394,18 @@ class AllInOneBlock(InvertibleModule):
 
     def _check_inverse(self, prefix: str, w: Tensor, w_inv: Tensor) -> None:
         if self.permute_soft:
-            square = (self.in_channels, self.in_channels)
-            agree = torch.allclose(w.view(square).T.float(), w_inv.view(square).float(), atol=1e-5)
+            self._check_orthogonal(f"{prefix}w_perm", w)
+            agree = torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)
         else:
             agree = torch.equal(torch.argsort(w), w_inv)
         if not agree:
             raise ValueError(f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm; nothing was loaded into this block")
+
+    def _check_orthogonal(self, key: str, w: Tensor) -> None:
+        matrix = w.detach().reshape(self.in_channels, self.in_channels).float()
+        error = (matrix @ matrix.T - torch.eye(self.in_channels, device=w.device)).abs().max()
+        if not error < 0.02:  # a rotation rounded to bfloat16 is orthogonal to about 2^-8
+            raise ValueError(f"{key} is no rotation: w w^T differs from the identity by {error:.2g}; nothing was loaded into this block")
 
     def extra_repr(self) -> str:
         kind = "soft" if self.permute_soft else "hard"
@@ -445,7 +454,11 @@ def _check_options(subnet_constructor: Any, clamp: Any, householder: Any, dialec
         raise ValueError(f"expected a finite affine_clamping, got {clamp}")
     if clamp == 0 and dialect == "freia":
         raise ValueError("affine_clamping=0 divides by zero in dialect 'freia'; dialect 'anomalib' makes it an additive coupling")
-    if isinstance(householder, float) or int(householder) < 0:
+    try:
+        negative = operator.index(householder) < 0
+    except TypeError:
+        raise TypeError(f"expected learned_householder_permutation to be an integer, got {householder!r}") from None
+    if negative:
         raise ValueError(f"expected a number of reflections of 0 or more as learned_householder_permutation, got {householder!r}")
 
 
@@ -466,12 +479,8 @@ def _initial_global_scale(activation: str, init: float, dialect: str) -> float:
         raise ValueError(f"expected global_affine_init in (0, {upper:g}), the range of {activation}; got {init}")
     start = {"SIGMOID": 10.0 / init - 1.0, "SOFTPLUS": 0.5 * 10.0 * init, "EXP": init}[activation]
     t = torch.tensor(start, dtype=None if dialect == "anomalib" else torch.float64, device="cpu")
-    if activation == "SIGMOID":
-        g = 2.0 - torch.log(t)
-    elif activation == "SOFTPLUS":
-        g = 2.0 * torch.log(torch.exp(t) - 1)
-        if not g.isfinite():  # exp overflowed, or rounded to 1
-            g = 2.0 * (t + torch.log(-torch.expm1(-t)))
-    else:
-        g = torch.log(t)
-    return g.item()
+    g = {"SIGMOID": lambda: 2.0 - t.log(), "SOFTPLUS": lambda: 2.0 * (t.exp() - 1).log(), "EXP": t.log}[activation]().item()
+    if math.isfinite(g):
+        return g
+    # out of that precision's range, or rounded to 0 on the way
+    return {"SIGMOID": 2.0 - math.log(start), "SOFTPLUS": 2.0 * (start + math.log(-math.expm1(-start))), "EXP": math.log(start)}[activation]

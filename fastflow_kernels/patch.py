@@ -20,6 +20,7 @@ from fastflow_kernels.functional import all_in_one_block, single_input
 from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutation, MatrixPermutation, Permutation
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
+_HALF = (torch.bfloat16, torch.float16)
 _STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
 
 
@@ -178,7 +179,9 @@ def _identify(block: nn.Module, stock: type) -> tuple[str, str]:
     try:
         if block.global_scale.is_meta:
             raise _Left("its parameters are on the meta device; accelerate it once they hold values")
-        with torch.no_grad(), torch.autocast(block.global_scale.device.type, enabled=False):
+        if isinstance(block.clamp, Tensor):
+            raise _Left("its clamp is a tensor; the fused block takes a number")
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(block.global_scale.device.type, enabled=False):
             return _compare(_Probe(block, stock))
     except _Left:
         raise
@@ -203,13 +206,12 @@ class _Probe:
     def __init__(self, block: nn.Module, stock: type) -> None:
         self.stock, self.generator = stock, torch.Generator().manual_seed(0)
         self.block = copy.copy(block)
-        like = block.global_scale
+        # half precision could not tell the two formulas apart where the clamp is near 1
+        parameters = {name: p.float() if p is not None and p.dtype in _HALF else p for name, p in block._parameters.items()}
+        like = parameters["global_scale"]
         self.scale, self.offset = self._random(like.shape, like), self._random(like.shape, like)
-        self.block.__dict__["_parameters"] = {
-            **block._parameters,
-            "global_scale": nn.Parameter(self.scale),
-            "global_offset": nn.Parameter(self.offset),
-        }
+        parameters |= {"global_scale": self.scale, "global_offset": self.offset}
+        self.block.__dict__["_parameters"] = parameters
         self.block.__dict__["_modules"] = dict(block._modules)
 
     def _random(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class _Probe:
         x = self._random((2, channels, *spatial), self.scale)
         a = 10.0 * self._random((2, 2 * passive, *spatial), self.scale)
         self.block._modules["subnet"] = _Fixed(a)
-        c = [x.new_zeros(2, self.block.condition_channels, *spatial)] if self.block.conditional else []
+        c = [x.new_zeros(2, shape[0], *spatial) for shape in self.block.dims_c]
         answers = []
         for rev in (False, True):
             (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
@@ -234,7 +236,7 @@ def _compare(probe: _Probe) -> tuple[str, str]:
     rank = block.input_rank
     try:
         x, a, answers = probe.ask((2,) * rank)
-    except RuntimeError:  # FrEIA's main branch takes the declared size only
+    except (RuntimeError, ValueError):  # some take the declared size only: FrEIA's main branch, the reference
         x, a, answers = probe.ask(tuple(block.dims_in[0][1:]))
     samples = torch.linspace(-3.0, 60.0, 64).to(x)
     activations = [name for name in ACTIVATIONS if _alike(block.global_scale_activation(samples), eager.scale_of(samples, name))]
@@ -255,8 +257,8 @@ def _compare(probe: _Probe) -> tuple[str, str]:
 
 
 def _alike(theirs: Tensor, ours: Tensor) -> bool:
-    # Two formulas differ by a sizeable fraction here, two ways of rounding by the precision of the products: 2^-10 in TF32, 2^-8 in bfloat16.
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-2}.get(theirs.dtype, 1e-1)
+    # two formulas differ by a sizeable fraction here, two ways of rounding by the precision of the products: 2^-10 in TF32
+    tolerance = 1e-9 if theirs.dtype is torch.float64 else 1e-2
     return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0))
 
 
@@ -339,7 +341,7 @@ class _Held:
     activation: str = "SOFTPLUS"
     backend: str = "auto"
     _key: tuple[Any, ...] | None = field(default=None, repr=False)
-    _index: tuple[IndexPermutation, Tensor] | None = field(default=None, repr=False)
+    _index: tuple[IndexPermutation, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"dialect": self.dialect, "activation": self.activation, "backend": self.backend, "_key": None, "_index": None}
@@ -362,23 +364,27 @@ class _Held:
         if torch.compiler.is_compiling() and self._key is not None:
             return self._index and self._index[0]
         key = tuple((t.data_ptr(), None if t.is_inference() else t._version, t.device) for t in (w, w_inv) if t is not None)
-        if key != self._key or not self._still(w):
+        if key != self._key or not self._still(w, w_inv):
             self._key, self._index = key, _read_index(w, w_inv)
         return self._index and self._index[0]
 
-    def _still(self, w: Tensor) -> bool:
-        """Whether the matrix still has its ones where the index says; writes through ``.data`` do not show in the key.
+    def _still(self, w: Tensor, w_inv: Tensor | None) -> bool:
+        """Whether the matrices still have their ones where the index says; writes through ``.data`` do not show in the key.
 
         Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
         """
         if self._index is None or w.device.type != "cpu":
             return True
-        positions = self._index[1]
-        return bool((w.detach().view(-1).index_select(0, positions) == 1).all())
+        positions, transposed = self._index[1]
+        ones = w.detach().view(-1).index_select(0, positions)
+        if w_inv is not None:
+            ones = ones * w_inv.detach().reshape(-1).index_select(0, transposed)
+        return bool((ones == 1).all())
 
 
-def _read_index(w: Tensor, w_inv: Tensor | None) -> tuple[IndexPermutation, Tensor] | None:
-    with torch.no_grad():
+def _read_index(w: Tensor, w_inv: Tensor | None) -> tuple[IndexPermutation, tuple[Tensor, Tensor]] | None:
+    """The index, and where the ones of w and of its inverse lie in memory; None if the matrices are no permutations."""
+    with torch.inference_mode(False), torch.no_grad():
         channels = w.shape[0]
         matrix = w.detach().view(channels, channels)
         perm = matrix.argmax(1)
@@ -389,4 +395,4 @@ def _read_index(w: Tensor, w_inv: Tensor | None) -> tuple[IndexPermutation, Tens
             return None
         if w_inv is not None and not torch.equal(w_inv.detach().view(channels, channels), rebuilt.T):
             return None
-        return IndexPermutation(perm, inv), positions
+        return IndexPermutation(perm, inv), (positions, perm * channels + torch.arange(channels, device=w.device))
