@@ -29,6 +29,7 @@ from bench.cases import WORKLOADS, Workload
 from bench.machine import describe_machine
 
 MODES = ("forward", "train", "inverse")
+SPAN = 10e-3  # seconds of calls in a row that one timing averages over: small inputs are measured as a loop runs them, not from cold
 
 
 class _Handed(Function):
@@ -121,10 +122,8 @@ def measure(workload: Workload, mode: str, dtype: torch.dtype, device: torch.dev
             _load(runner.block, weights)
     _check(runners, mode)
     calls = 1
-    elapsed = _time(runners["ours"], mode, calls)
-    while elapsed * calls < 2e-3 and calls < 64:
+    while calls < 64 and _time(runners["ours"], mode, calls) * calls < SPAN:
         calls *= 2
-        elapsed = _time(runners["ours"], mode, calls)
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(repeats):
         for name, runner in runners.items():

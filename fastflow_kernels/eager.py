@@ -382,7 +382,8 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
     Returns:
         A new x (B, C, *S) in the promoted dtype of y and g; x[:, :C1] is final, x[:, C1:] is for :func:`coupling_inv_active`.
     """
-    x = torch.empty(y.shape, dtype=promoted(y, g), device=y.device)
+    with torch.inference_mode(False):  # so that it counts its versions: a subnet that writes to its input is noticed
+        x = torch.empty(y.shape, dtype=promoted(y, g), device=y.device)
     acc = _accumulator(x.dtype)
     scale, offset = _channelwise_constants(g, offset, spec, acc)
     y, out = _flat(y), _flat(x)

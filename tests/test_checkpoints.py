@@ -370,6 +370,16 @@ def test_bad_rotation_is_refused(bad: str) -> None:
     assert_refused(block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, "w_perm")
 
 
+@pytest.mark.parametrize("bad", ["scaled", "shear, and its inverse", "zeros", "nan"])
+@pytest.mark.parametrize("name", ["w_perm", "w_perm_inv"])
+def test_bad_rotation_alone_is_refused(bad: str, name: str) -> None:
+    """Without its partner to compare with, whose place its transpose would take."""
+    w, _ = BAD_SOFT[bad]
+    block = ours(SOFT)
+    state = {key: value for key, value in other_state(block).items() if not key.startswith("w_")}
+    assert_refused(block, {**state, name: w.view(6, 6, 1, 1)}, name, strict=False)
+
+
 BAD_W_0 = [name for name in BAD_SOFT if name not in ("inverse of another", "not transposed")]
 
 

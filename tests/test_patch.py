@@ -551,7 +551,7 @@ def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], An
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("clamp", [0.5, 0.9, 1.05, 1.2, 1.9, 5.0])
+@pytest.mark.parametrize("clamp", [0.5, 0.9, 0.98, 1.02, 1.05, 1.2, 1.9, 5.0])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -> None:
     block = reference.AllInOneBlock([(6, 4)], [], make_subnet(1), affine_clamping=clamp, dialect=dialect).to(dtype)

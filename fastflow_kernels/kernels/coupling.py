@@ -458,7 +458,8 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
     """
     batch, channels = y.shape[:2]
     pixels = _pixels(y)
-    x = torch.empty(y.shape, dtype=_promoted(y, g), device=y.device)
+    with torch.inference_mode(False):  # so that it counts its versions: a subnet that writes to its input is noticed
+        x = torch.empty(y.shape, dtype=_promoted(y, g), device=y.device)
     acc = _accumulator(x.dtype)
     rows = by_rows(channels, pixels, acc.itemsize)
     cut = plan(channels - channels // 2, batch, pixels, x.itemsize, rows, _COLUMNS)
