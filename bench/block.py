@@ -10,6 +10,7 @@ all providers are compared before anything is timed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -27,6 +28,7 @@ import reference
 from bench import peers
 from bench.cases import WORKLOADS, Workload
 from bench.machine import describe_machine
+from bench.memory import bytes_kept_for_backward
 
 MODES = ("forward", "train", "inverse")
 SPAN = 10e-3  # seconds of calls in a row that one timing averages over: small inputs are measured as a loop runs them, not from cold
@@ -144,9 +146,17 @@ def measure(workload: Workload, mode: str, dtype: torch.dtype, device: torch.dev
                 "p20_us": quantiles[0] * 1e6,
                 "p80_us": quantiles[3] * 1e6,
                 "ratio": statistics.median(ratios),
+                **({"kept_in_inputs": round(_kept(runners[name]), 2)} if mode == "train" else {}),
             }
         )
     return rows
+
+
+def _kept(runner: Runner) -> float:
+    """What stays allocated between forward and backward, the subnet's own left out, as a multiple of the input's size."""
+    runner.prepare("train", 1)
+    forward = functools.partial(runner.block, [runner.x], runner.c)
+    return bytes_kept_for_backward(runner.block, forward, leave_out=[runner.subnet]) / runner.x.nbytes
 
 
 def _counterpart(name: str) -> str:
@@ -207,6 +217,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = {row["provider"]: row for row in rows if (row["workload"], tuple(row["shape"]), row["mode"]) == key}
         ratios = [f"{mine[name]['ratio']:.2f}x" if name in mine else "" for name in names]
         lines.append(f"| {key[0]} | {key[1]} | {key[2]} | {mine['ours']['median_us']:,.0f} us | " + " | ".join(ratios) + " |")
+    for key in dict.fromkeys((row["workload"], tuple(row["shape"])) for row in rows if "kept_in_inputs" in row):
+        kept = {
+            row["provider"]: row["kept_in_inputs"]
+            for row in rows
+            if (row["workload"], tuple(row["shape"])) == key and "kept_in_inputs" in row
+        }
+        cells = " | ".join(f"{kept[name]:.1f}" if name in kept else "" for name in names)
+        lines.append(f"| {key[0]} | {key[1]} | kept for backward, in inputs | {kept['ours']:.1f} | {cells} |")
     means = []
     for name in names:
         found = [row["ratio"] for row in rows if row["provider"] == name]

@@ -1,6 +1,6 @@
-"""The real peers, as PyPI ships them: FrEIA 0.2 and anomalib 2.7.0, installed without their dependencies (``ci/peers.txt``).
+"""The real peers, as PyPI ships them: FrEIA 0.2 and anomalib 2.7.0 (ci/peers.txt), installed without their dependencies.
 
-Importing anomalib as a package would pull in Lightning and much else, so its block is loaded from its one file.
+Importing anomalib as a package would ask for Lightning and much else, so its block is loaded from its one file.
 """
 
 from __future__ import annotations
@@ -9,36 +9,49 @@ import importlib.util
 import sys
 from functools import cache
 from importlib import metadata
+from types import ModuleType
 
-INSTALL = "pip install --no-deps -r ci/peers.txt"
+VERSIONS = {"FrEIA": "0.2", "anomalib": "2.7.0"}
+INSTALL = "pip install --no-deps --no-build-isolation -r ci/peers.txt   (`make test` and `make demo` do it)"
 
 
 class PeerMissing(ImportError):
-    """A peer is not installed; the message names the command that installs it."""
+    """A peer is not installed in the version that is compared with; the message names the command that installs it."""
 
 
 @cache
+def freia() -> ModuleType:
+    """The package ``FrEIA``."""
+    _distribution("FrEIA")
+    import FrEIA.framework
+    import FrEIA.modules
+
+    return FrEIA
+
+
 def freia_block() -> type:
-    """FrEIA 0.2's AllInOneBlock."""
-    try:
-        from FrEIA.modules import AllInOneBlock
-    except ImportError as error:
-        raise PeerMissing(f"FrEIA is not installed: {INSTALL}") from error
-    return AllInOneBlock
+    """FrEIA's ``AllInOneBlock``."""
+    return freia().modules.AllInOneBlock
 
 
 @cache
 def anomalib_block() -> type:
-    """anomalib 2.7.0's AllInOneBlock, loaded from its file under its own module name."""
-    freia_block()  # its base class
-    try:
-        files = metadata.files("anomalib") or []
-    except metadata.PackageNotFoundError as error:
-        raise PeerMissing(f"anomalib is not installed: {INSTALL}") from error
+    """anomalib's ``AllInOneBlock``, from its one file, under its own module name."""
+    freia()  # the file takes its base class from there
     name = "anomalib.models.components.flow.all_in_one_block"
-    path = next(file.locate() for file in files if str(file) == name.replace(".", "/") + ".py")
+    path = _distribution("anomalib").locate_file(name.replace(".", "/") + ".py")
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that its blocks can be pickled
+    sys.modules[name] = module  # where pickle looks for the class
     spec.loader.exec_module(module)
     return module.AllInOneBlock
+
+
+def _distribution(name: str) -> metadata.Distribution:
+    try:
+        found = metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        raise PeerMissing(f"{name} {VERSIONS[name]} is not installed. Run: {INSTALL}") from None
+    if found.version != VERSIONS[name]:
+        raise PeerMissing(f"{name} is {found.version}, and {VERSIONS[name]} is what is compared with. Run: {INSTALL}")
+    return found

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import reference
+from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
-from tests.peers import anomalib_block, freia, freia_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS = torch.finfo(torch.float64).eps

@@ -8,7 +8,6 @@ import io
 import math
 import pickle
 import random
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
+from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import accelerate, restore
 from tests.cases import CASES as ALL_CASES
 from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
 from tests.compare import assert_close
-from tests.peers import anomalib_block, freia, freia_block
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -851,7 +850,6 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("used", ["fresh", "used", "used before"])
 def test_copies(used: str, method: str, case: Case, peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """After a stock pass ("used before") a Householder block holds its matrix with the graph: that must not be in the way."""
-    monkeypatch.setitem(sys.modules, anomalib_block().__module__, _module_of(anomalib_block()))
     block = stock_block(peer, case)
     x, c = make_input(case)
     if used == "used before":
@@ -881,18 +879,10 @@ def test_copies(used: str, method: str, case: Case, peer: Callable[[], Any], mon
         assert_equal_results(COPIES[method](block), block, case)
 
 
-def _module_of(cls: type) -> Any:
-    """The module of a class that tests/peers.py has loaded without naming it in sys.modules, where pickle looks for it."""
-    module = type(sys)(cls.__module__)
-    module.__dict__.update(cls.forward.__globals__)
-    return module
-
-
 @pytest.mark.peers
 @released
 def test_copy_of_a_restored_model_is_pickled_as_before(peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """restore gives back the object as it was: also what can be pickled of it, and what cannot."""
-    monkeypatch.setitem(sys.modules, anomalib_block().__module__, _module_of(anomalib_block()))
     block = stock_block(peer, Case(SHAPE, "hard"))
 
     def pickles() -> bool:
