@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflow_kernels import dispatch, eager
-from fastflow_kernels.permutations import IndexPermutation, Permutation, gather_channels
+from fastflow_kernels.permutations import (
+    HouseholderPermutation,
+    IndexPermutation,
+    Permutation,
+    gather_channels,
+    reflect,
+    reflect_bwd,
+)
 from fastflow_kernels.spec import CouplingSpec
 
 # --- checks ------------------------------------------------------------------------------------------------------------------------
@@ -166,10 +173,15 @@ def _forward(
         return permutation.permute(v), logdet
     a = dispatch.packed(operations, a)
     perm, inv = permutation if indexed else (None, None)
-    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or g.requires_grad or offset.requires_grad):
-        v, logdet = _Coupling.apply(x, a, g, offset, perm, inv, spec, jac, operations)
+    inner = outer = None
+    if isinstance(permutation, HouseholderPermutation) and not permutation.dense:
+        inner, outer = permutation.factors()
+        permutation = permutation.base
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, a, g, offset, inner)):
+        v, logdet = _Coupling.apply(x, a, g, offset, inner, outer, perm, inv, spec, jac, operations)
     else:
         v, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
+        v = v if inner is None else reflect(v, inner, outer)
     return (v if indexed else permutation.permute(v)), logdet
 
 
@@ -234,7 +246,7 @@ class _Fork(Function):
 
 
 class _Coupling(Function):
-    """The fused coupling with its hand-derived backward; keeps x, a and the parameters."""
+    """The fused coupling, its index or reflections included, with its hand-derived backward; keeps x, a and the parameters."""
 
     @staticmethod
     def forward(
@@ -243,6 +255,8 @@ class _Coupling(Function):
         a: Tensor,
         g: Tensor,
         offset: Tensor,
+        inner: Tensor | None,
+        outer: Tensor | None,
         perm: Tensor | None,
         inv: Tensor | None,
         spec: CouplingSpec,
@@ -250,20 +264,25 @@ class _Coupling(Function):
         operations: ModuleType,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, a, g, offset, perm, inv)
+        ctx.save_for_backward(x, a, g, offset, inner, outer, perm, inv)
         ctx.spec, ctx.operations = spec, operations
-        return operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
+        y, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
+        return (y if inner is None else reflect(y, inner, outer)), logdet
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, a, g, offset, perm, inv = ctx.saved_tensors
+        x, a, g, offset, inner, outer, perm, inv = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros(x.shape, dtype=eager.promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or dispatch.needs_composite(dy):
             return *_composite_backward(ctx, dy, dlogdet), *[None] * 5
+        dinner = douter = None
+        if inner is not None:
+            v, _ = ctx.operations.coupling_fwd(x, a, g, offset, None, None, ctx.spec, False)  # again rather than kept
+            dy, dinner, douter = reflect_bwd(dy, v, inner, outer)
         need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        grads = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
-        return *grads, *[None] * 5
+        dx, da, dg, doffset = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
+        return dx, da, dg, doffset, dinner, douter, *[None] * 5
 
 
 def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Tensor | None]:
@@ -271,10 +290,14 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
     *sources, perm, inv = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        wanted = ctx.needs_input_grad[:4]
+        wanted = ctx.needs_input_grad[: len(sources)]
         leaves = [t if create_graph or not need else t.detach().requires_grad_() for t, need in zip(sources, wanted, strict=True)]
-        v, logdet = eager.composite_fwd(*leaves, ctx.spec, dlogdet is not None)
-        y = v if perm is None else gather_channels(v, perm, inv)
+        *arguments, inner, outer = leaves
+        y, logdet = eager.composite_fwd(*arguments, ctx.spec, dlogdet is not None)
+        if perm is not None:
+            y = gather_channels(y, perm, inv)
+        elif inner is not None:
+            y = reflect(y, inner, outer)
         outputs, gradients = ([y], [dy]) if dlogdet is None else ([y, logdet], [dy, dlogdet])
         inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))

@@ -75,25 +75,24 @@ class HouseholderPermutation(NamedTuple):
     base: IndexPermutation | MatrixPermutation
     vectors: Tensor
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """V and T V, both (K, C), for vectors scaled to unit length; small, so computed in float64: every pixel feels their error."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """T V and V, both (K, C), for vectors scaled to unit length; small, so computed in float64: every pixel feels their error."""
         v = self.vectors.double()
         v = v / v.norm(dim=1, keepdim=True)
         triangle = torch.triu(v @ v.T, 1) + 0.5 * torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
         solved = torch.linalg.solve_triangular(triangle, v, upper=True)
-        return v.to(self.vectors.dtype), solved.to(self.vectors.dtype)
+        return solved.to(self.vectors.dtype), v.to(self.vectors.dtype)
 
     def permute(self, v: Tensor) -> Tensor:
-        if self._dense():
+        if self.dense:
             return multiply_channels(v, self.matrix())
-        vectors, solved = self._factors()
-        return self.base.permute(_reflect(v, solved, vectors))
+        return self.base.permute(reflect(v, *self.factors()))
 
     def unpermute(self, y: Tensor) -> Tensor:
-        if self._dense():
+        if self.dense:
             return multiply_channels(y, self.matrix().T)
-        vectors, solved = self._factors()  # the transpose: I - V^T T^T V = I - (T V)^T V
-        return _reflect(self.base.unpermute(y), vectors, solved)
+        solved, vectors = self.factors()
+        return reflect(self.base.unpermute(y), vectors, solved)  # the transpose: I - V^T T^T V = I - (T V)^T V
 
     def matrix(self) -> Tensor:
         """The (C, C) matrix w_0 H_1 ... H_K, by K updates of rank 1."""
@@ -102,7 +101,8 @@ class HouseholderPermutation(NamedTuple):
             w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
         return w
 
-    def _dense(self) -> bool:
+    @property
+    def dense(self) -> bool:
         """Whether the one product of C x C is the smaller work; also the thin ones lose digits where V has more rows than columns."""
         count, channels = self.vectors.shape
         return 2 * count >= channels
@@ -202,9 +202,29 @@ class _Multiply(Function):
         return multiply_channels(dy, w.T.to(dy.dtype)).to(ctx.dtype), None
 
 
-def _reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """v - outer^T (inner v) on dimension 1, keeping v's shape."""
+def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """v - outer^T (inner v) on dimension 1.
+
+    Args:
+        v: (B, C, *S).
+        inner, outer: (K, C).
+
+    Returns:
+        (B, C, *S).
+    """
     if v.dim() == 2:
-        return torch.addmm(v, v @ inner.T, outer, alpha=-1.0) if not torch.is_autocast_enabled(v.device.type) else v - (v @ inner.T) @ outer
+        return v - (v @ inner.T) @ outer
     flat = v.flatten(2)
     return (flat - outer.T @ (inner @ flat)).view(v.shape)
+
+
+def reflect_bwd(dz: Tensor, v: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`reflect` to v, inner and outer."""
+    if v.dim() == 2:
+        dq = dz @ outer.T
+        return dz - dq @ inner, -(dq.T @ v), -((v @ inner.T).T @ dz)
+    flat, dz_flat = v.flatten(2), dz.flatten(2)
+    dq = outer @ dz_flat
+    dinner = -(dq @ flat.transpose(1, 2)).sum(0)
+    douter = -((inner @ flat) @ dz_flat.transpose(1, 2)).sum(0)
+    return (dz_flat - inner.T @ dq).view(v.shape), dinner, douter

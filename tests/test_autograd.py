@@ -74,7 +74,14 @@ class Stored(nn.Module):
         return self.a
 
 
-KEPT = {"hard": {}, "gin": {"gin_block": True}, "soft": {"permute_soft": True}, "reverse": {"reverse_permutation": True}}
+KEPT = {
+    "hard": {},
+    "gin": {"gin_block": True},
+    "soft": {"permute_soft": True},
+    "reverse": {"reverse_permutation": True},
+    "householder": {"learned_householder_permutation": 4},
+    "householder-soft": {"learned_householder_permutation": 4, "permute_soft": True},
+}
 
 
 @pytest.mark.parametrize("options", KEPT.values(), ids=KEPT.keys())
@@ -93,8 +100,9 @@ def test_block_keeps_x_and_a_and_nothing_else_of_their_size(options: dict[str, A
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = block([x])
-    # x, or its gathered copy where the permutation is undone first; and a few numbers per channel
-    assert sum(kept.values()) <= x.nbytes + 64 * shape[1], kept
+    # x, or its gathered copy where the permutation is undone first; and, per channel, an index and a few numbers for each reflection
+    reflections = options.get("learned_householder_permutation", 0)
+    assert sum(kept.values()) <= x.nbytes + (64 + 64 * reflections) * shape[1], kept
     assert outputs[0][0].grad_fn is not None
 
 
