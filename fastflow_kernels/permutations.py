@@ -203,7 +203,7 @@ class _Multiply(Function):
 
 
 def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """v - outer^T (inner v) on dimension 1.
+    """v - outer^T (inner v) on dimension 1, in v's precision also under autocast.
 
     Args:
         v: (B, C, *S).
@@ -212,19 +212,23 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     Returns:
         (B, C, *S).
     """
+    device = v.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return reflect(v, inner, outer)
     if v.dim() == 2:
-        return v - (v @ inner.T) @ outer
+        return torch.addmm(v, v @ inner.T, outer, alpha=-1.0)
     flat = v.flatten(2)
-    return (flat - outer.T @ (inner @ flat)).view(v.shape)
+    return torch.baddbmm(flat, outer.T.expand(v.shape[0], -1, -1), inner @ flat, alpha=-1.0).view(v.shape)
 
 
 def reflect_bwd(dz: Tensor, v: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`reflect` to v, inner and outer."""
     if v.dim() == 2:
         dq = dz @ outer.T
-        return dz - dq @ inner, -(dq.T @ v), -((v @ inner.T).T @ dz)
+        return torch.addmm(dz, dq, inner, alpha=-1.0), -(dq.T @ v), -((v @ inner.T).T @ dz)
     flat, dz_flat = v.flatten(2), dz.flatten(2)
     dq = outer @ dz_flat
     dinner = -(dq @ flat.transpose(1, 2)).sum(0)
     douter = -((inner @ flat) @ dz_flat.transpose(1, 2)).sum(0)
-    return (dz_flat - inner.T @ dq).view(v.shape), dinner, douter
+    return torch.baddbmm(dz_flat, inner.T.expand(v.shape[0], -1, -1), dq, alpha=-1.0).view(v.shape), dinner, douter
