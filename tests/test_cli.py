@@ -1,0 +1,75 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fastflow_kernels
+from fastflow_kernels import __main__ as cli
+from fastflow_kernels import check, dispatch
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "SHAPES", {"planes": (2, 10, 4, 4), "rows": (6, 7)})
+
+
+def test_info_names_versions_backends_and_switches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "eager")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        fastflow_kernels.__version__,
+        torch.__version__,
+        "backend eager",
+        "backend triton",
+        "eager   auto | eager | triton",
+        "soft",
+    ):
+        assert expected in printed
+    if not torch.cuda.is_available():
+        assert "not available: torch finds no GPU" in printed
+
+
+@pytest.mark.usefixtures("small")
+def test_check_passes_and_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check"]) == 0
+    printed = capsys.readouterr().out
+    assert "every backend is accurate" in printed
+    assert printed.count("eager") >= 4  # two shapes in two dtypes
+
+
+@pytest.mark.usefixtures("small")
+def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"]
+    assert {row["dtype"] for row in found["rows"]} == {"float32", "bfloat16"}
+    assert all(0 < row["fraction"] <= 1 for row in found["rows"])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["coupling_fwd", "coupling_bwd", "coupling_inv_active"])
+def test_check_fails_on_an_inaccurate_backend(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative error of 1e-4 in one function of a backend, in float32 only (the truth is computed in float64)."""
+    right = getattr(check.eager, name)
+
+    def wrong(*arguments: object) -> object:
+        result = right(*arguments)
+        first = result[0] if isinstance(result, tuple) else result
+        if first.dtype == torch.float32:
+            first.mul_(1.0001)
+        return result
+
+    monkeypatch.setattr(check.eager, name, wrong)
+    assert cli.main(["check"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_unknown_command_is_refused() -> None:
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["nonsense"])
+    assert refused.value.code == 2
