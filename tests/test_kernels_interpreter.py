@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 pytest tests/test_kernels_interpreter.py
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -15,10 +16,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1 (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
+import fastflow_kernels
 from fastflow_kernels.kernels import coupling, launch
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from tests.cases import HARD_CASES, Case, Shape, ids, make_block
 from tests.compare import assert_close
 from tests.sanitizer import Launch, StrayAccess, sanitize
+from tests.test_parity import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's: overflow to inf is meant
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
@@ -454,3 +458,29 @@ def test_alignment_is_the_common_power_of_two():
     assert launch.alignment(196, 0) == 4
     assert launch.alignment(4096, 64 * 4096) == 16
     assert launch.alignment(7, 4096) == 1
+
+
+BLOCK_CASES = HARD_CASES[::6]
+
+
+@pytest.mark.parametrize("case", BLOCK_CASES, ids=ids(BLOCK_CASES))
+@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+def test_block_on_the_triton_backend(case: Case, rev: bool) -> None:
+    """The kernels through the module: dispatch, autograd and the subnet between the two halves of the inverse."""
+    compare(case, torch.float32, rev, grad=not rev, backend="triton")
+
+
+def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:
+    block = make_block(fastflow_kernels.AllInOneBlock, Case(Shape(2, 6), "soft"), torch.float32, backend="triton")
+    with pytest.raises(RuntimeError, match="soft and Householder"):
+        block([torch.randn(2, 6)])
+    block = make_block(fastflow_kernels.AllInOneBlock, Case(Shape(2, 6, (4, 4)), "hard"), torch.float32, backend="triton")
+    x = torch.randn(2, 6, 4, 4)
+    with pytest.raises(RuntimeError, match="must be contiguous"):
+        block([x.to(memory_format=torch.channels_last)])
+    with pytest.raises(RuntimeError, match="no gradient of the inverse"):
+        block([x], rev=True)
+    block.subnet.register_forward_hook(lambda _, __, a: a.to(memory_format=torch.channels_last))  # the subnet's layout is no reason
+    expected = copy.deepcopy(block)
+    expected.backend = "eager"
+    torch.testing.assert_close(block([x])[0][0], expected([x])[0][0], rtol=1e-5, atol=1e-5)
