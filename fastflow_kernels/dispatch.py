@@ -77,17 +77,17 @@ def pick(x: Tensor, indexed: bool, backend: str) -> ModuleType | None:
     """
     if backend == "auto":
         backend = default_backend()
-    if needs_composite(x) or not x.numel():
-        reason = "the call is being traced, transformed or compiled" if x.numel() else "the input is empty"
-        choice = None
+    if needs_composite(x):
+        choice, reason = None, "the call is being traced, transformed or compiled"
+    elif not x.numel():
+        return None  # nothing to compute, so any backend agrees
     elif backend == "eager" or (backend == "auto" and not x.is_cuda):
         return eager
     else:
-        reason = why_not_triton(x, indexed)
-        choice = eager
+        choice, reason = eager, why_not_triton(x, indexed)
         if reason is None:
             return _kernels()
-    if backend == "triton" and x.numel():
+    if backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is available.")
     return choice
 

@@ -282,6 +282,8 @@ class _Coupling(Function):
             dy, dinner, douter = reflect_bwd(dy, v, inner, outer)
         need_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dx, da, dg, doffset = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
+        if dinner is not None:
+            dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
         return dx, da, dg, doffset, dinner, douter, *[None] * 5
 
 

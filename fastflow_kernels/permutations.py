@@ -203,19 +203,21 @@ class _Multiply(Function):
 
 
 def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """v - outer^T (inner v) on dimension 1, in v's precision also under autocast.
+    """v - outer^T (inner v) on dimension 1, in full precision also under autocast.
 
     Args:
         v: (B, C, *S).
         inner, outer: (K, C).
 
     Returns:
-        (B, C, *S).
+        (B, C, *S) in the promoted dtype.
     """
     device = v.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return reflect(v, inner, outer)
+    dtype = torch.promote_types(v.dtype, inner.dtype)
+    v, inner, outer = (t.to(dtype) for t in (v, inner, outer))
     if v.dim() == 2:
         return torch.addmm(v, v @ inner.T, outer, alpha=-1.0)
     flat = v.flatten(2)
@@ -223,7 +225,8 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
 
 
 def reflect_bwd(dz: Tensor, v: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`reflect` to v, inner and outer."""
+    """Gradients of :func:`reflect` to v, inner and outer, all in the dtype of its result."""
+    v, inner, outer = (t.to(dz.dtype) for t in (v, inner, outer))
     if v.dim() == 2:
         dq = dz @ outer.T
         return torch.addmm(dz, dq, inner, alpha=-1.0), -(dq.T @ v), -((v @ inner.T).T @ dz)
