@@ -45,14 +45,16 @@ def _info() -> int:
     for name, reason in check.backends().items():
         lines.append((f"backend {name}", "available" if reason is None else f"not available: {reason}"))
     variable = dispatch.ENVIRONMENT_VARIABLE
-    lines.append((variable, f"{os.environ.get(variable) or '(not set)'}   {' | '.join(dispatch.BACKENDS)}: what backend='auto' means"))
+    value = os.environ.get(variable) or "(not set)"
+    unknown = "" if value in (*dispatch.BACKENDS, "(not set)") else "   UNKNOWN"
+    lines.append((variable, f"{value}{unknown}   {' | '.join(dispatch.BACKENDS)}: what backend='auto' means"))
     lines.append(("TRITON_INTERPRET", f"{os.environ.get('TRITON_INTERPRET') or '(not set)'}   1: run kernels on the CPU, for tests"))
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
     print("\nwhat runs where")
     width = max(len(name) for name, _ in _COVERAGE)
     print("\n".join(f"  {name:<{width}}  {value}" for name, value in _COVERAGE))
-    return 0
+    return 1 if unknown else 0
 
 
 def _version(distribution: str) -> str:

@@ -31,6 +31,11 @@ def default_backend() -> str:
     return validated(value, ENVIRONMENT_VARIABLE) if value else "auto"
 
 
+def resolved(backend: str) -> str:
+    """The backend that is meant: what the environment says for "auto"."""
+    return default_backend() if backend == "auto" else backend
+
+
 @cache
 def triton_missing() -> str | None:
     """Why Triton cannot be used in this process at all, or None."""
@@ -70,13 +75,11 @@ def pick(x: Tensor, indexed: bool, backend: str) -> ModuleType | None:
     Args:
         x: The block's input, (B, C, *S).
         indexed: Whether the permutation is an index (hard).
-        backend: "auto", "eager" or "triton".
+        backend: "auto", "eager" or "triton", :func:`resolved`.
 
     Raises:
         RuntimeError: If the backend is "triton" and it cannot be honoured; the message says why.
     """
-    if backend == "auto":
-        backend = default_backend()
     if needs_composite(x):
         choice, reason = None, "the call is being traced, transformed or compiled"
     elif not x.numel():

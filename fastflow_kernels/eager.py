@@ -44,13 +44,14 @@ def scale_of(g: Tensor, activation: str) -> Tensor:
     return torch.exp(g)
 
 
-def _scale_slope(scale: Tensor, activation: str) -> Tensor:
-    """d scale / d g, from the scale."""
+def _log_scale_slope(scale: Tensor, activation: str) -> Tensor | float:
+    """d log(scale) / d g, from the scale; finite also where that has underflowed to 0."""
     if activation == "SIGMOID":
-        return scale * (1.0 - 0.1 * scale)
+        return 1.0 - 0.1 * scale
     if activation == "SOFTPLUS":
-        return torch.mul(scale, -5.0).expm1_().mul_(-0.1)  # 0.1 * sigmoid(g / 2), by way of the scale
-    return scale
+        scale = scale.clamp_min(1e-30)
+        return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)  # 0.1 * sigmoid(g / 2) / scale, by way of the scale
+    return 1.0
 
 
 # --- chunks, scratch and constants -------------------------------------------------------------------------------------------------
@@ -126,13 +127,22 @@ _scratch = _Scratch()
 
 @cache
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A 0-dimensional tensor: as an operand it is 1.5 us cheaper than a Python number, which is wrapped anew by every call."""
+    """A 0-dimensional tensor: as an operand it is 1.5 us cheaper than a Python number, which is wrapped anew by every call.
+
+    It lies on the CPU, whatever the default device is: operands of no dimensions may, beside tensors of any device.
+    """
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=dtype)
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that sums of them are held in: float64, or float32 for everything less."""
+    acc = _accumulator(promoted(*tensors))
+    return tuple(_as(t, acc) for t in tensors)
 
 
 def promoted(*tensors: Tensor) -> torch.dtype:
@@ -162,7 +172,7 @@ def _exact_tanh(a_s: Tensor, spec: CouplingSpec, factor: float, out: Tensor, scr
     """factor * tanh(tanh_scale * a_s) to 3 ulp at every magnitude, into out."""
     torch.mul(a_s, _constant(2.0 * spec.tanh_scale, out.dtype), out=out)
     out.clamp_max_(40.0).expm1_()  # tanh(20) rounds to 1 in float64; expm1 would overflow to inf / inf further up
-    return torch.addcdiv(_constant(0.0, out.dtype), out, torch.add(out, _constant(2.0, out.dtype), out=scratch), value=factor, out=out)
+    return out.div_(torch.add(out, _constant(2.0, out.dtype), out=scratch)).mul_(_constant(factor, out.dtype))
 
 
 def _sigmoid(a_s: Tensor, spec: CouplingSpec, out: Tensor, scratch: Tensor) -> Tensor:
@@ -214,24 +224,23 @@ def coupling_fwd(
     in_place = perm is None and y.dtype is acc  # nothing moves: work where the result belongs
     s, t, *moved = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2, *[] if in_place else [(samples, channels, pixels)])
     scale1, scale2 = (None, None) if scale is None else _halves(scale, c1, c2)
-    tenth = _constant(0.1, acc).expand(1, c2, 1) if scale2 is None else scale2 * 0.1
     sums = []
     for xb, ab, yb in _walk(0, samples, x, a, out):
         xb, ab, v = _as(xb, acc), _as(ab, acc), yb if in_place else _fit(moved[0], xb)
         (x1, x2), (v1, v2), (a_s, a_t) = _halves(xb, c1, c2), _halves(v, c1, c2), _halves(ab, c2, c2)
         total = None
-        for x2i, v2i, a_si, a_ti, tenth_i in _walk(1, pairs, x2, v2, a_s, a_t, tenth):
+        for x2i, v2i, a_si, a_ti in _walk(1, pairs, x2, v2, a_s, a_t):
             si, ti = _fit(s, a_si), _fit(t, a_si)
             if jac and not spec.gin:
                 total = _plus(total, _exact_tanh(a_si, spec, spec.clamp * _LOG2E, si, ti).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si), spec, si)
-            # 10 * (x2 * exp(s) + 0.1 * a_t): addcmul has no factor on its first term
-            torch.addcmul(a_ti, x2i, si.exp2_(), value=10.0, out=v2i).mul_(tenth_i)
-        if scale1 is None:
+            torch.mul(x2i, si.exp2_(), out=v2i).add_(a_ti, alpha=0.1)
+        if scale is None:
             v1.copy_(x1)
         else:
             torch.mul(x1, scale1, out=v1)
+            v2.mul_(scale2)
         v.add_(offset)
         if not in_place:
             _store_permuted(v, perm, yb)
@@ -306,7 +315,7 @@ def coupling_bwd(
     sigma, e = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2)
     need_scale = need_params and scale is not None
     doffset: Tensor | None = None
-    products: Tensor | None = None  # per channel, the sum of d(scale * u) * u, for the gradient of scale
+    products: Tensor | None = None  # per channel, the sum of du * u: the gradient of log(scale)
     for xb, ab, dyb, dxb, dab, *direct_b in _walk(0, samples, x, a, dy, _flat(dx), _flat(da), *[] if direct is None else [direct]):
         xb, ab = _as(xb, acc), _as(ab, acc)
         du = _gathered(dyb, inv, dxb, acc)
@@ -360,13 +369,12 @@ def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, acc: torch.dtype) -> 
 def _scale_gradient(
     products: Tensor | None, dlogdet: Tensor | None, g: Tensor, scale: Tensor | None, pixels: int, spec: CouplingSpec, acc: torch.dtype
 ) -> Tensor | None:
-    """The gradient of g from sum d(scale * u) * u = scale * d scale and that of the log-determinant, P / scale."""
+    """The gradient of g from that of log(scale): the sum of du * u, and P times the log-determinant's."""
     if products is None or scale is None:
         return None
     if dlogdet is not None:
         products = products.add_(_as(dlogdet, acc).sum(), alpha=pixels)
-    scale = scale.view(-1)
-    return _as(products.div_(scale).mul_(_scale_slope(scale, spec.activation)), g.dtype).view(g.shape)
+    return _as(products.mul_(_log_scale_slope(scale.view(-1), spec.activation)), g.dtype).view(g.shape)
 
 
 # --- inverse -----------------------------------------------------------------------------------------------------------------------

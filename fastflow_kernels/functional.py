@@ -138,6 +138,7 @@ def all_in_one_block(
         RuntimeError: ``backend="triton"`` cannot be honoured, or the subnet writes to its input.
         TypeError, ValueError: The subnet returns another shape, or no floating-point tensor.
     """
+    backend = dispatch.resolved(backend)
     direction = _inverse if rev else _forward
     if not rev and reverse_permutation:
         x = permutation.unpermute(x)
@@ -238,7 +239,7 @@ class _Fork(Function):
     def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:
         if dx1 is None:  # the subnet does not depend on its input
             return dx, None
-        if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx):
+        if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx) or dispatch.needs_composite(dx1):
             padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
             return (padded if dx is None else dx + padded), None
         dx.narrow(1, 0, ctx.c1).add_(dx1)
@@ -274,7 +275,7 @@ class _Coupling(Function):
         x, a, g, offset, inner, outer, perm, inv = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros(x.shape, dtype=eager.promoted(x, a, g), device=x.device)
-        if torch.is_grad_enabled() or dispatch.needs_composite(dy):
+        if torch.is_grad_enabled() or any(t is not None and dispatch.needs_composite(t) for t in (dy, dlogdet)):
             return *_composite_backward(ctx, dy, dlogdet), *[None] * 5
         dinner = douter = None
         if inner is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 from fastflow_kernels import dispatch, eager
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
 from fastflow_kernels.permutations import (
-    HouseholderPermutation,
-    IndexPermutation,
+    IndexCache,
     MatrixPermutation,
     Permutation,
     one_hot,
@@ -175,15 +175,20 @@ class AllInOneBlock(InvertibleModule):
         self.global_scale = nn.Parameter(torch.ones(1, channels, *ones) * initial)
         self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
         # the order of draws is the stock block's: permutation, reflections, subnet
-        w = random_rotation(channels) if permute_soft else torch.randperm(channels)
-        if self.householder:
-            self.vk_householder = nn.Parameter(0.2 * torch.randn(self.householder, channels))
-            self.w_0 = nn.Parameter(w, requires_grad=False)
+        self._index = IndexCache()
+        index = None if permute_soft else torch.randperm(channels)
+        if index is not None and self._holds_index():
+            self.w_perm = nn.Parameter(index, requires_grad=False)
+            self.w_perm_inv = nn.Parameter(torch.argsort(index), requires_grad=False)
         else:
-            w_inv = w.T.contiguous() if permute_soft else torch.argsort(w)
-            shape = (channels, channels, *ones) if permute_soft else (channels,)
-            self.w_perm = nn.Parameter(w.reshape(shape), requires_grad=False)
-            self.w_perm_inv = nn.Parameter(w_inv.reshape(shape), requires_grad=False)
+            w = random_rotation(channels) if index is None else one_hot(index, self.global_scale.dtype)
+            if self.householder:
+                self.vk_householder = nn.Parameter(0.2 * torch.randn(self.householder, channels))
+                self.w_0 = nn.Parameter(w, requires_grad=False)
+            else:
+                self.w_perm = nn.Parameter(w.view(channels, channels, *ones), requires_grad=False)
+                self.w_perm_inv = nn.Parameter(w.T.contiguous().view(channels, channels, *ones), requires_grad=False)
+            self._index.permutation(self)  # now, for the first forward may be a compiled one, which cannot look
         self.subnet = subnet_constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
 
     # --- evaluation ---
@@ -246,14 +251,12 @@ class AllInOneBlock(InvertibleModule):
     def _spec(self) -> CouplingSpec:
         return CouplingSpec.of(self.clamp, self.dialect, self.global_affine_type, self.GIN)
 
+    def _holds_index(self) -> bool:
+        """Whether ``w_perm`` is an int64 index; else it is a float matrix, as in the stock block of that dialect."""
+        return self.dialect == "freia" and not self.permute_soft and not self.householder
+
     def _permutation(self) -> Permutation:
-        first, second = (self.w_0, self.w_0) if self.householder else (self.w_perm, self.w_perm_inv)
-        if self.permute_soft:
-            w = first.view(self.in_channels, -1)
-            base = MatrixPermutation(w, w.T if self.householder else second.view(self.in_channels, -1))
-        else:
-            base = IndexPermutation(first, torch.argsort(first) if self.householder else second)
-        return HouseholderPermutation(base, self.vk_householder) if self.householder else base
+        return self._index.permutation(self)
 
     def _checked_subnet(self, x: Tensor) -> Tensor:
         a = self.subnet(x)
@@ -274,7 +277,8 @@ class AllInOneBlock(InvertibleModule):
         Returns:
             The transformed active half and the sum of its log-factors (B,), negated in reverse.
         """
-        return eager.composite_affine(x, a, self._spec(), rev)
+        y, logdet = eager.composite_affine(*eager.accumulated(x, a), self._spec(), rev)
+        return y.to(eager.promoted(x, a)), logdet
 
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
         """Global affine and permutation, or their inverse.
@@ -311,18 +315,19 @@ class AllInOneBlock(InvertibleModule):
     def _overridden(self) -> bool:
         return any(
             getattr(getattr(self, name), "__func__", None) is not getattr(AllInOneBlock, name)
-            for name in ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
+            for name in ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation", "global_scale_activation")
         )
 
     def _overridable_permutation(self) -> Permutation:
-        if self.householder and self._construct_householder_permutation.__func__ is not AllInOneBlock._construct_householder_permutation:
+        construct = getattr(self._construct_householder_permutation, "__func__", None)
+        if self.householder and construct is not AllInOneBlock._construct_householder_permutation:
             w = self._construct_householder_permutation().view(self.in_channels, -1)
             return MatrixPermutation(w, w.T)
         return self._permutation()
 
     def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[Tensor, Tensor]:
         """The block in the stock block's steps, through the methods that a subclass has overridden."""
-        if self.backend == "triton":
+        if dispatch.resolved(self.backend) == "triton":
             raise RuntimeError(f"backend 'triton' cannot be used here: {type(self).__name__} overrides a step of the block")
         log_scale: Tensor | float = 0.0
         if rev:
@@ -339,15 +344,7 @@ class AllInOneBlock(InvertibleModule):
         pixels = math.prod(x.shape[2:])
         return x, logdet + (-pixels if rev else pixels) * log_scale if jac else torch.zeros_like(logdet)
 
-    # --- checkpoints: the permutation is held as an index and stored in the dialect's layout ---
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.permute_soft:
-            return
-        for name in ("w_0",) if self.householder else ("w_perm", "w_perm_inv") if self.dialect == "anomalib" else ():
-            w = one_hot(getattr(self, name).detach(), self.global_scale.dtype)
-            destination[prefix + name] = w if name == "w_0" else w.view(*w.shape, *[1] * self.input_rank)
+    # --- checkpoints: either layout of the permutation loads ---
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         names = ("w_0",) if self.householder else ("w_perm", "w_perm_inv")
@@ -360,46 +357,36 @@ class AllInOneBlock(InvertibleModule):
         if len(read) == 1 and not self.householder:  # with strict=False: the other one must not stay behind
             given, other = (self.w_perm, self.w_perm_inv) if "w_perm" in read else (self.w_perm_inv, self.w_perm)
             with torch.no_grad():
-                other.copy_(given.transpose(0, 1) if self.permute_soft else torch.argsort(given))
+                other.copy_(torch.argsort(given) if self._holds_index() else given.transpose(0, 1))
+        self._index.permutation(self)
 
     def _read_permutation(self, key: str, w: Tensor) -> Tensor:
         """A stored permutation, index or matrix, in the form this block holds; ValueError if it is none."""
         channels = self.in_channels
+        shape = (channels, channels, *[1] * (0 if self.householder else self.input_rank))
+        unloaded = "nothing was loaded into this block"
         if w.dim() == 1:
             if w.numel() != channels or w.is_floating_point() or not torch.equal(w.sort().values, torch.arange(channels, device=w.device)):
-                raise ValueError(
-                    f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; nothing was loaded into this block"
-                )
-            index = w.long()
-            return one_hot(index, self.global_scale.dtype).view(self._matrix_shape()) if self.permute_soft else index
+                raise ValueError(f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; {unloaded}")
+            return w.long() if self._holds_index() else one_hot(w.long(), self.global_scale.dtype).view(shape)
         if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
-            raise ValueError(
-                f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); nothing was loaded into this block"
-            )
+            raise ValueError(f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); {unloaded}")
         matrix = w.reshape(channels, channels)
         if self.permute_soft:
             error = (matrix.float() @ matrix.float().T - torch.eye(channels, device=w.device)).abs().max()
             if not error < 0.02:  # a rotation rounded to bfloat16 is orthogonal to about 2^-8
-                raise ValueError(
-                    f"{key} is no rotation: w w^T differs from the identity by {error:.2g}; nothing was loaded into this block"
-                )
-            return w.reshape(self._matrix_shape())
+                raise ValueError(f"{key} is no rotation: w w^T differs from the identity by {error:.2g}; {unloaded}")
+            return w.reshape(shape)
         index = matrix.argmax(1)
         if not torch.equal(matrix, one_hot(index, matrix.dtype)) or index.unique().numel() != channels:
-            raise ValueError(
-                f"{key} is not a permutation matrix; nothing was loaded into this block. "
-                "For a rotation build the block with permute_soft=True."
-            )
-        return index
-
-    def _matrix_shape(self) -> tuple[int, ...]:
-        return (self.in_channels, self.in_channels, *[1] * (0 if self.householder else self.input_rank))
+            raise ValueError(f"{key} is not a permutation matrix; {unloaded}. For a rotation build the block with permute_soft=True.")
+        return index if self._holds_index() else w.reshape(shape)
 
     def _check_inverse(self, prefix: str, w: Tensor, w_inv: Tensor) -> None:
-        if self.permute_soft:
-            agree = torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)
-        else:
+        if self._holds_index():
             agree = torch.equal(torch.argsort(w), w_inv)
+        else:
+            agree = torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)
         if not agree:
             raise ValueError(f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm; nothing was loaded into this block")
 
@@ -459,10 +446,9 @@ def _check_options(subnet_constructor: Any, clamp: Any, householder: Any, dialec
 
 
 def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"expected {name} to be a number, got {value!r}") from None
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")
+    return float(value)
 
 
 def _initial_global_scale(activation: str, init: float, dialect: str) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager, modules
 from fastflow_kernels.functional import all_in_one_block, single_input
-from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutation, MatrixPermutation, Permutation
+from fastflow_kernels.permutations import IndexCache
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
 _STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
@@ -142,6 +142,11 @@ def restore(model: nn.Module) -> Report:
     entries = []
     for name, block in _modules_of(model):
         if isinstance(block, _Accelerated):
+            if type(block) is not _accelerated_class(block._fastflow_stock):
+                entries.append(
+                    Entry(name, _kind(type(block)), False, "its class was changed since (parametrized, perhaps): undo that first")
+                )
+                continue
             del block.__dict__["_fastflow"]
             block.__class__ = block._fastflow_stock
             entries.append(Entry(name, _kind(type(block)), True, "has its own class again"))
@@ -246,7 +251,7 @@ def _compare(probe: _Probe) -> tuple[str, str]:
         if block.clamp == 0 and dialect == "freia":
             continue
         spec = CouplingSpec.of(block.clamp, dialect, activations[0], block.GIN)
-        arguments = (_Fixed(a), probe.scale, probe.offset, _Held().permutation(block), spec)
+        arguments = (_Fixed(a), probe.scale, probe.offset, IndexCache().permutation(block), spec)
         ours = [
             all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager")
             for rev in (False, True)
@@ -262,6 +267,16 @@ def _alike(theirs: Tensor, ours: Tensor) -> bool:
 
 
 # --- the accelerated block ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Held:
+    """What an accelerated block knows beside its own attributes."""
+
+    dialect: str
+    activation: str
+    backend: str
+    index: IndexCache = field(default_factory=IndexCache)
 
 
 class _Accelerated:
@@ -280,15 +295,27 @@ class _Accelerated:
             self.subnet,
             self.global_scale,
             self.global_offset,
-            held.permutation(self),
+            held.index.permutation(self),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
-            c if c and self.conditional else (),  # like the stock block, which ignores what it did not declare
+            self._checked_conditions(c),
             rev=rev,
             jac=jac,
             reverse_permutation=self.reverse_pre_permute,
             backend=held.backend,
         )
         return (y,), logdet
+
+    def _checked_conditions(self, c: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if not self.conditional:
+            return ()  # like the stock block, which ignores what it did not declare
+        if c is None or isinstance(c, Tensor) or sum(t.shape[1] for t in c) != self.condition_channels:
+            found = "none" if c is None else "a tensor" if isinstance(c, Tensor) else [tuple(t.shape) for t in c]
+            raise ValueError(f"expected a list of conditions with {self.condition_channels} channels in all, got {found}")
+        return c
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fastflow.index.permutation(self)  # now, for a compiled forward cannot look
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         state = self.__dict__.copy()
@@ -328,74 +355,7 @@ def _new_accelerated(cls: type) -> nn.Module:
 def _exchange(block: nn.Module, dialect: str, activation: str, backend: str) -> None:
     if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
         block.w_perm = block.w_perm_inv = None
-    block.__dict__["_fastflow"] = _Held(dialect, activation, backend)
+    held = _Held(dialect, activation, backend)
+    held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
+    block.__dict__["_fastflow"] = held
     block.__class__ = _accelerated_class(type(block))
-
-
-@dataclass
-class _Held:
-    """What an accelerated block knows beside its own attributes."""
-
-    dialect: str = "anomalib"
-    activation: str = "SOFTPLUS"
-    backend: str = "auto"
-    _key: tuple[Any, ...] | None = field(default=None, repr=False)
-    _seen: tuple[Tensor | None, ...] = field(default=(), repr=False)  # the matrices the key speaks of, so that their ids stay theirs
-    _index: tuple[IndexPermutation, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"dialect": self.dialect, "activation": self.activation, "backend": self.backend}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    def permutation(self, block: nn.Module) -> Permutation:
-        """The block's permutation: an index wherever its matrix is one."""
-        if block.householder:
-            index = self._as_index(block.w_0, None)
-            return HouseholderPermutation(index or MatrixPermutation(block.w_0, block.w_0.T), block.vk_householder)
-        w, w_inv = block.w_perm, block.w_perm_inv
-        if w.dim() == 1:
-            return IndexPermutation(w, w_inv)
-        square = w.shape[:2]
-        return self._as_index(w, w_inv) or MatrixPermutation(w.view(square), w_inv.view(square))
-
-    def _as_index(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
-        """The index of a one-hot matrix (whose inverse, if given, is its transpose), read once and kept while the matrix stays."""
-        if w.requires_grad:
-            return None
-        if torch.compiler.is_compiling() and self._key is not None:
-            return self._index and self._index[0]
-        key = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in (w, w_inv) if t is not None)
-        if key != self._key or not self._still(w, w_inv):
-            self._key, self._seen, self._index = key, (w, w_inv), _read_index(w, w_inv)
-        return self._index and self._index[0]
-
-    def _still(self, w: Tensor, w_inv: Tensor | None) -> bool:
-        """Whether the matrices still have their ones where the index says; writes through ``.data`` do not show in the key.
-
-        Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
-        """
-        if self._index is None or w.device.type != "cpu":
-            return True
-        positions, transposed = self._index[1]
-        ones = w.detach().view(-1).index_select(0, positions)
-        if w_inv is not None:
-            ones = ones * w_inv.detach().reshape(-1).index_select(0, transposed)
-        return bool((ones == 1).all())
-
-
-def _read_index(w: Tensor, w_inv: Tensor | None) -> tuple[IndexPermutation, tuple[Tensor, Tensor]] | None:
-    """The index, and where the ones of w and of its inverse lie in memory; None if the matrices are no permutations."""
-    with torch.inference_mode(False), torch.no_grad():
-        channels = w.shape[0]
-        matrix = w.detach().view(channels, channels)
-        perm = matrix.argmax(1)
-        inv = torch.argsort(perm)
-        positions = torch.arange(channels, device=w.device) * channels + perm
-        rebuilt = torch.zeros_like(matrix).view(-1).index_fill_(0, positions, 1.0).view_as(matrix)
-        if not torch.equal(rebuilt, matrix) or not torch.equal(perm[inv], torch.arange(channels, device=w.device)):
-            return None
-        if w_inv is not None and not torch.equal(w_inv.detach().view(channels, channels), rebuilt.T):
-            return None
-        return IndexPermutation(perm, inv), (positions, perm * channels + torch.arange(channels, device=w.device))

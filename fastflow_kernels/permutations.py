@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
@@ -111,6 +111,79 @@ class HouseholderPermutation(NamedTuple):
 Permutation = IndexPermutation | MatrixPermutation | HouseholderPermutation
 
 
+class IndexCache:
+    """The index of a block's one-hot matrices, read once and kept while the matrices stay.
+
+    A stock block, and ours in dialect "anomalib", holds a hard permutation as float matrices, so that everything that averages, flattens or
+    copies parameters treats it as it treats the stock block's. The fused path wants the index.
+    """
+
+    def __init__(self) -> None:
+        self._cached: _Cached | None = None  # replaced as a whole, so that threads and replicas that share this object stay consistent
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_cached": None}  # copies read their own matrices
+
+    def permutation(self, block: nn.Module) -> Permutation:
+        """The permutation of a block with the stock block's attributes: an index wherever its matrix is one."""
+        if block.householder:
+            base = self._index(block.w_0, None) or MatrixPermutation(block.w_0, block.w_0.T)
+            return HouseholderPermutation(base, block.vk_householder)
+        w, w_inv = block.w_perm, block.w_perm_inv
+        if w.dim() == 1:
+            return IndexPermutation(w, w_inv)
+        return self._index(w, w_inv) or MatrixPermutation(w.flatten(1), w_inv.flatten(1))
+
+    def _index(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
+        """The index of a one-hot matrix whose inverse, if given, is its transpose; None for other matrices."""
+        cached = self._cached
+        if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load has refreshed what is kept
+            return cached and cached.index
+        if w.requires_grad or w.is_meta or type(w) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(w):
+            return None
+        key = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in (w, w_inv) if t is not None)
+        if cached is None or cached.key != key or not cached.holds(w, w_inv):
+            cached = self._cached = _read(key, w, w_inv)
+        return cached.index
+
+
+class _Cached(NamedTuple):
+    """What was read of the matrices that ``key`` names."""
+
+    key: tuple[Any, ...]
+    seen: tuple[Tensor | None, ...]  # the matrices themselves, so that their ids stay theirs
+    index: IndexPermutation | None
+    ones: tuple[Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory
+
+    def holds(self, w: Tensor, w_inv: Tensor | None) -> bool:
+        """Whether the matrices still have their ones there; writes through ``.data`` do not show in the key.
+
+        Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
+        """
+        if self.ones is None or w.device.type != "cpu":
+            return True
+        found = w.detach().reshape(-1).index_select(0, self.ones[0])
+        if w_inv is not None:
+            found = found * w_inv.detach().reshape(-1).index_select(0, self.ones[1])
+        return bool((found == 1).all())
+
+
+def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
+    with torch.inference_mode(False), torch.no_grad():
+        channels = w.shape[0]
+        matrix = w.detach().flatten(1)
+        perm = matrix.argmax(1)
+        inv = torch.argsort(perm)
+        each = torch.arange(channels, device=w.device)
+        rebuilt = one_hot(perm, matrix.dtype)
+        hard = torch.equal(rebuilt, matrix) and torch.equal(perm[inv], each)
+        if hard and w_inv is not None:
+            hard = torch.equal(w_inv.detach().flatten(1), rebuilt.T)
+        if not hard:
+            return _Cached(key, (w, w_inv), None, None)
+        return _Cached(key, (w, w_inv), IndexPermutation(perm, inv), (each * channels + perm, perm * channels + each))
+
+
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
     """The (C, C) matrix w with w @ v = v[perm]."""
     return F.one_hot(perm, perm.numel()).to(dtype)
@@ -134,7 +207,7 @@ def random_rotation(channels: int) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(channels, channels, generator=own, dtype=torch.float64, device="cpu"))
     q = q * torch.sign(torch.diagonal(r))
     q[:, 0] *= torch.linalg.det(q).sign()
-    return q.to(torch.get_default_dtype())
+    return q.to(torch.get_default_dtype()).contiguous()
 
 
 def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

@@ -290,6 +290,6 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     block = Doubled([(4,)], subnet_constructor=make_subnet(0)).double()
     x = torch.randn(3, 4, dtype=torch.float64)
     (y,), _ = block([x])
-    expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[:, block.w_perm] * block.global_scale_activation(block.global_scale)
+    expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[:, block._permutation().perm] * block.global_scale_activation(block.global_scale)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(block([y], rev=True)[0][0], x)

@@ -146,7 +146,7 @@ def test_zero_clamp_is_additive_coupling() -> None:
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     (y,), logdet = block([x])
     a = block.subnet(x[:, :3])
-    expected = torch.cat((x[:, :3], x[:, 3:] + 0.1 * a[:, 3:]), 1)[:, block.w_perm]
+    expected = torch.cat((x[:, :3], x[:, 3:] + 0.1 * a[:, 3:]), 1)[:, block._permutation().perm]
     assert torch.equal(logdet, torch.zeros(2, dtype=torch.float64))
     assert (y - expected).abs().max() <= 4 * torch.finfo(torch.float64).eps * expected.abs().max()
     expected_grad = torch.autograd.grad(expected.square().sum(), x, retain_graph=True)[0]
@@ -505,7 +505,7 @@ def test_what_is_not_finite_stays_where_it_is(name: str, value: float, shape: Sh
     # a channel of the active half: where the inverse looks for it, and where the permutation that is undone first puts it
     channel = shape.channels - 1
     if rev or block.reverse_pre_permute:
-        channel = int((block.w_perm if rev else block.w_perm_inv).eq(channel).nonzero())
+        channel = int((block._permutation().perm if rev else block._permutation().inv).eq(channel).nonzero())
     bad[(1, channel, *pixel)] = value
     (y, logdet), (clean_y, clean_logdet) = flat(block, bad, rev), clean
     assert torch.equal(logdet, clean_logdet)
@@ -516,7 +516,7 @@ def test_what_is_not_finite_stays_where_it_is(name: str, value: float, shape: Sh
     found = y[tuple(differs[0])]
     assert found.isnan() if math.isnan(value) else found == value
     if name == "hard" and not rev:
-        assert differs[0, 1] == int(block.w_perm_inv[channel])
+        assert differs[0, 1] == int(block._permutation().inv[channel])
 
 
 def flat(block: nn.Module, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
