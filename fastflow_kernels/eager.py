@@ -188,7 +188,7 @@ def _log2_factor(sigma: Tensor, spec: CouplingSpec, out: Tensor) -> Tensor:
     if spec.gin:
         torch.mul(sigma, _constant(2.0 * k, out.dtype), out=out)
         return out.sub_(out.mean((1, 2), keepdim=True))  # the constant -k cancels
-    return torch.add(_constant(-k, out.dtype), sigma, alpha=2.0 * k, out=out)
+    return torch.sub(sigma, _constant(0.5, out.dtype), out=out).mul_(_constant(2.0 * k, out.dtype))
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------

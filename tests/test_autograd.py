@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock
+from fastflow_kernels import AllInOneBlock, accelerate
 from tests.cases import CASES, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
 
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
@@ -293,3 +293,79 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[:, block._permutation().perm] * block.global_scale_activation(block.global_scale)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(block([y], rev=True)[0][0], x)
+
+
+@pytest.mark.parametrize("options", [{}, {"gin_block": True}, {"reverse_permutation": True}], ids=["hard", "gin", "reverse"])
+def test_no_operand_lies_on_another_device(options: dict[str, Any]) -> None:
+    """On the meta device, where mixing devices raises as on a GPU: forward, backward and inverse of the eager path."""
+    block = AllInOneBlock([(6, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1), dialect="freia", **options).to("meta")
+    x = torch.empty(2, 6, 4, 4, device="meta", requires_grad=True)
+    (y,), logdet = block([x])
+    (y.sum() + logdet.sum()).backward()
+    with torch.no_grad():
+        block([x], rev=True)
+    assert x.grad.shape == x.shape
+
+
+def test_default_device_leaves_nothing_behind() -> None:
+    block = AllInOneBlock([(6,)], subnet_constructor=lambda i, o: nn.Linear(i, o), affine_clamping=1.234)
+    x = torch.randn(3, 6)
+    with torch.device("meta"):
+        block([x])
+    assert block([x])[0][0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("activation", ["SIGMOID", "SOFTPLUS", "EXP"])
+def test_gradient_of_a_scale_that_underflowed(activation: str) -> None:
+    grads = []
+    for cls in (AllInOneBlock, reference.AllInOneBlock):
+        torch.manual_seed(0)
+        block = cls([(4,)], subnet_constructor=lambda i, o: nn.Linear(i, o), global_affine_type=activation)
+        with torch.no_grad():
+            block.global_scale.fill_(-300.0)
+        block([torch.ones(2, 4)])[0][0].sum().backward()
+        grads.append(block.global_scale.grad)
+    assert torch.equal(*grads)
+
+
+def test_large_finite_values_stay_finite() -> None:
+    block = AllInOneBlock([(4,)], subnet_constructor=lambda i, o: Stored(torch.zeros(1, 4)), global_affine_type="EXP")
+    (y,), _ = block([torch.full((1, 4), 3e38)])
+    assert torch.equal(y, torch.full((1, 4), 3e38))
+
+
+def test_batched_gradients_of_the_log_determinant_alone() -> None:
+    block = block_of(Case(Shape(3, 5), "hard"))
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    logdet = block([x])[1]
+    batched = torch.autograd.grad(logdet, x, torch.eye(3, dtype=torch.float64), is_grads_batched=True, retain_graph=True)[0]
+    single = torch.stack([torch.autograd.grad(logdet, x, e, retain_graph=True)[0] for e in torch.eye(3, dtype=torch.float64)])
+    torch.testing.assert_close(batched, single, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999])
+def test_moving_averages_keep_the_permutation(decay: float) -> None:
+    block = AllInOneBlock([(512,)], subnet_constructor=lambda i, o: nn.Linear(i, o)).double()
+    averaged = torch.optim.swa_utils.AveragedModel(block, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
+    for _ in range(30):
+        averaged.update_parameters(block)
+    x = torch.randn(2, 512, dtype=torch.float64)
+    torch.testing.assert_close(averaged([x])[0][0], block([x])[0][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(averaged(averaged([x])[0], rev=True)[0][0], x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["accelerated", "ours"])
+def test_compiled_block_sees_a_loaded_permutation(stock: bool) -> None:
+    def make(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return (reference.AllInOneBlock if stock else AllInOneBlock)([(16,)], subnet_constructor=lambda i, o: nn.Linear(i, o))
+
+    block, other = make(0), make(1)
+    if stock:
+        assert accelerate(block).changed
+    x = torch.randn(3, 16)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")  # straight away: no ordinary pass comes first
+    with torch.no_grad():
+        torch.testing.assert_close(compiled([x])[0][0], block([x])[0][0])
+        block.load_state_dict(other.state_dict())
+        torch.testing.assert_close(compiled([x])[0][0], other([x])[0][0])
