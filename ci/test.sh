@@ -9,5 +9,6 @@ echo "== lint" && ci/lint.sh
 echo "== tests" && "$PYTHON" -m pytest -q --durations=5 -m "not peers" \
     --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py
 echo "== kernels" && ci/kernels.sh
-echo "== peers" && "$PYTHON" -m pytest -q --durations=5 -m peers tests/test_peers.py
+echo "== peers" && "$PYTHON" -m pytest -q --durations=5 -m peers \
+    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py
 echo "== all passed in $((SECONDS - started)) s"
