@@ -153,7 +153,7 @@ class _Cached(NamedTuple):
     key: tuple[Any, ...]
     seen: tuple[Tensor | None, ...]  # the matrices themselves, so that their ids stay theirs
     index: IndexPermutation | None
-    ones: tuple[Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory
+    ones: tuple[Tensor, Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory, and as many ones
 
     def holds(self, w: Tensor, w_inv: Tensor | None) -> bool:
         """Whether the matrices still have their ones there; writes through ``.data`` do not show in the key.
@@ -162,10 +162,8 @@ class _Cached(NamedTuple):
         """
         if self.ones is None or w.device.type != "cpu":
             return True
-        found = w.detach().reshape(-1).index_select(0, self.ones[0])
-        if w_inv is not None:
-            found = found * w_inv.detach().reshape(-1).index_select(0, self.ones[1])
-        return bool((found == 1).all())
+        places, transposed, one = self.ones
+        return torch.equal(w.take(places), one) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
 
 
 def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
@@ -181,7 +179,9 @@ def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
             hard = torch.equal(w_inv.detach().flatten(1), rebuilt.T)
         if not hard:
             return _Cached(key, (w, w_inv), None, None)
-        return _Cached(key, (w, w_inv), IndexPermutation(perm, inv), (each * channels + perm, perm * channels + each))
+        return _Cached(
+            key, (w, w_inv), IndexPermutation(perm, inv), (each * channels + perm, perm * channels + each, matrix.new_ones(channels))
+        )
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
