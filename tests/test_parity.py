@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
+from fastflow_kernels import eager
+from fastflow_kernels.spec import CouplingSpec
 from tests.cases import CASES, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, ids, make_block, make_input
 from tests.compare import assert_close
 
@@ -154,6 +156,24 @@ def test_log_det_of_small_and_large_coefficients(gain: float, clamp: float) -> N
             results.append([t for rev in (False, True) for t in flat(block([x.to(dtype)], rev=rev))])
     for actual, baseline, truth in zip(*results, strict=True):
         assert_close(actual, truth, baseline, f"gain {gain}, clamp {clamp}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
+    """Also across the bound of the cheap form; and a value's result does not depend on its neighbours."""
+    magnitudes = torch.cat([torch.logspace(-30, 3, 20001, dtype=torch.float64), torch.linspace(1.4, 1.6, 20001, dtype=torch.float64)])
+    a = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)]).to(dtype).view(1, -1, 1)
+    spec = CouplingSpec(clamp=2.0, tanh_scale=1.0, activation="EXP", gin=False)
+
+    def tanh(a: Tensor) -> Tensor:
+        return eager._exact_tanh(a, spec, 2.0, *(torch.empty_like(a) for _ in range(3)))
+
+    found, truth = tanh(a), 2.0 * torch.tanh(a.double())
+    error = (found - truth).abs() / torch.finfo(dtype).eps
+    assert (error <= 2.0 * truth.abs()).all(), (error / truth.abs()).nan_to_num().max()  # 4 units in the last place, or the truth's own
+    small = a.abs() < 1.0
+    assert torch.equal(tanh(a[small].view(1, -1, 1)), found[small].view(1, -1, 1))
+    assert tanh(torch.tensor([[[math.nan], [0.5]]], dtype=dtype)).isnan().flatten().tolist() == [True, False]
 
 
 class Stored(nn.Module):
