@@ -487,55 +487,64 @@ def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | No
 # --- the same maths as differentiable operations -----------------------------------------------------------------------------------
 
 
-def composite_fwd(x: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec, jac: bool) -> tuple[Tensor, Tensor | None]:
-    """:func:`coupling_fwd` without permutation as ordinary operations: differentiable any number of times, traceable, transformable."""
-    dtype = promoted(x, a, g)
+def composite_fwd(
+    x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec, jac: bool
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`coupling_fwd` of the halves of x and without permutation, as ordinary operations: differentiable any number of times,
+    traceable, transformable."""
+    dtype = promoted(x1, a, g)
     acc = _accumulator(dtype)
-    c1 = x.shape[1] - x.shape[1] // 2
-    x = _as(x, acc)
-    x2, sum_s = composite_affine(x[:, c1:], _as(a, acc), spec, rev=False)
-    v = torch.cat((x[:, :c1], x2), 1)
-    scale = None if spec.gin else scale_of(_channelwise(g, x.dim(), acc), spec.activation)
-    v = (v if scale is None else v * scale) + _channelwise(offset, x.dim(), acc)
-    return _as(v, dtype), _composite_logdet(sum_s, scale, x) if jac else None
+    u2, sum_s = composite_affine(_as(x2, acc), _as(a, acc), spec, rev=False)
+    u = torch.cat((_as(x1, acc), u2), 1)
+    offset = _channelwise(offset, u.dim(), acc)
+    scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
+    v = u + offset if scale is None else torch.addcmul(offset, u, scale)
+    return _as(v, dtype), _composite_logdet(sum_s, scale, u, 1.0) if jac else None
 
 
-def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> Tensor:
-    """u = (v - offset) / scale as ordinary operations, in the dtype of the computation."""
+def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
+    """u = (v - offset) / scale as ordinary operations, in the dtype of the computation; and scale, None for GIN."""
     acc = _accumulator(promoted(v, g))
     u = _as(v, acc) - _channelwise(offset, v.dim(), acc)
-    return u if spec.gin else u / scale_of(_channelwise(g, v.dim(), acc), spec.activation)
+    if spec.gin:
+        return u, None
+    scale = scale_of(_channelwise(g, v.dim(), acc), spec.activation)
+    return u / scale, scale
 
 
-def composite_inv_coupling(u: Tensor, a: Tensor, g: Tensor, spec: CouplingSpec, jac: bool) -> tuple[Tensor, Tensor | None]:
+def composite_inv_coupling(
+    u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec, jac: bool
+) -> tuple[Tensor, Tensor | None]:
     """x = cat(u1, (u2 - 0.1 a_t) * exp(-s)) and the inverse's log-determinant as ordinary operations."""
-    acc = _accumulator(promoted(u, a, g))
-    c1 = u.shape[1] - u.shape[1] // 2
-    x2, sum_s = composite_affine(_as(u[:, c1:], acc), _as(a, acc), spec, rev=True)
-    x = torch.cat((_as(u[:, :c1], acc), x2), 1)
-    if not jac:
-        return x, None
-    scale = None if spec.gin else scale_of(_as(g, acc), spec.activation)
-    return x, -_composite_logdet(-sum_s, scale, x)
+    acc = _accumulator(promoted(u1, a))
+    x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, rev=True)
+    x = torch.cat((_as(u1, acc), x2), 1)
+    return x, _composite_logdet(sum_s, scale, x, -1.0) if jac else None
 
 
 def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tuple[Tensor, Tensor]:
     """The coupling of the active half and the sum of its log-factors per sample (negative in reverse)."""
     c2 = x2.shape[1]
     dims = tuple(range(1, x2.dim()))
-    s = spec.clamp * torch.tanh(spec.tanh_scale * a[:, :c2])
+    a_s, a_t = _halves(a, c2, c2)
+    s = torch.tanh(a_s * spec.tanh_scale) * (-spec.clamp if rev else spec.clamp)
     if spec.gin and s.numel():
         s = s - s.mean(dims, keepdim=True)
-    if rev:
-        return (x2 - 0.1 * a[:, c2:]) * torch.exp(-s), -s.sum(dims)
-    return x2 * torch.exp(s) + 0.1 * a[:, c2:], s.sum(dims)
+    e = torch.exp(s)
+    return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), s.sum(dims)
 
 
 def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return _as(t, dtype).view(1, -1, *[1] * (dim - 2))
+    return _as(t if t.dim() == dim else t.view(1, -1, *[1] * (dim - 2)), dtype)
 
 
-def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: float) -> Tensor:
     if scale is None:
         return 0.0 * sum_s  # exact: the mean was taken out; still part of the graph
-    return sum_s + math.prod(x.shape[2:]) * scale.log().sum()
+    return torch.add(sum_s, scale.log().sum(), alpha=sign * math.prod(x.shape[2:]))
+
+
+def halves(x: Tensor) -> list[Tensor]:
+    """The passive and the active channels of x, as views."""
+    c2 = x.shape[1] // 2
+    return _halves(x, x.shape[1] - c2, c2)

@@ -163,16 +163,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
     operations = dispatch.pick(x, indexed, backend)
-    c1 = x.shape[1] - x.shape[1] // 2
-    if operations is None or not (x.requires_grad and torch.is_grad_enabled()):
-        x1 = x.narrow(1, 0, c1)
-    else:
-        x1, x = _Fork.apply(x, c1)
-    a = _coefficients(subnet, x1, conditions, x)
     if operations is None:
-        v, logdet = eager.composite_fwd(x, a, g, offset, spec, jac)
+        x1, x2 = eager.halves(x)
+        v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
         return permutation.permute(v), logdet
-    a = dispatch.packed(operations, a)
+    c1 = x.shape[1] - x.shape[1] // 2
+    if x.requires_grad and torch.is_grad_enabled():
+        x1, x = _Fork.apply(x, c1)
+    else:
+        x1 = x.narrow(1, 0, c1)
+    a = dispatch.packed(operations, _coefficients(subnet, x1, conditions, x))
     perm, inv = permutation if indexed else (None, None)
     inner = outer = None
     if isinstance(permutation, HouseholderPermutation) and not permutation.dense:
@@ -199,23 +199,23 @@ def _inverse(
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
     operations = dispatch.pick(y, indexed, backend)
-    c1 = y.shape[1] - y.shape[1] // 2
     if operations is None or torch.is_grad_enabled():
         if operations is not None and backend == "triton":
             raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
         v = permutation.unpermute(y)
-        u = eager.composite_inv_affine(v, g, offset, spec)
-        dtype = eager.promoted(v, g)
-        a = _coefficients(subnet, u.narrow(1, 0, c1).to(dtype), conditions, y)
-        x, logdet = eager.composite_inv_coupling(u, a, g, spec, jac)
+        u, scale = eager.composite_inv_affine(v, g, offset, spec)
+        u1, u2 = eager.halves(u)
+        dtype = eager.promoted(v, g)  # of the result, where no subnet widens it
+        a = _coefficients(subnet, u1 if u1.dtype is dtype else u1.to(dtype), conditions, y)
+        x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec, jac)
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
     v = y if indexed else permutation.unpermute(y)
     x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
-    a = _coefficients(subnet, x.narrow(1, 0, c1), conditions, y)
+    a = _coefficients(subnet, x.narrow(1, 0, x.shape[1] - x.shape[1] // 2), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
-        u = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
-        return eager.composite_inv_coupling(u, a, g, spec, jac)
+        u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
+        return eager.composite_inv_coupling(*eager.halves(u), a, scale, spec, jac)
     return x, operations.coupling_inv_active(v, x, dispatch.packed(operations, a), g, offset, perm, inv, spec, jac)
 
 
@@ -295,8 +295,8 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
     with torch.enable_grad():
         wanted = ctx.needs_input_grad[: len(sources)]
         leaves = [t if create_graph or not need else t.detach().requires_grad_() for t, need in zip(sources, wanted, strict=True)]
-        *arguments, inner, outer = leaves
-        y, logdet = eager.composite_fwd(*arguments, ctx.spec, dlogdet is not None)
+        x, *arguments, inner, outer = leaves
+        y, logdet = eager.composite_fwd(*eager.halves(x), *arguments, ctx.spec, dlogdet is not None)
         if perm is not None:
             y = gather_channels(y, perm, inv)
         elif inner is not None:

@@ -24,6 +24,9 @@ from fastflow_kernels.permutations import (
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
 
+_STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation", "global_scale_activation")
+
+
 class InvertibleModule(nn.Module):
     """Base class of invertible modules, with FrEIA's interface.
 
@@ -223,7 +226,7 @@ class AllInOneBlock(InvertibleModule):
                 self._checked_subnet,
                 self.global_scale,
                 self.global_offset,
-                self._permutation(),
+                self._index.permutation(self, rev),
                 self._spec(),
                 c,
                 rev=rev,
@@ -313,10 +316,10 @@ class AllInOneBlock(InvertibleModule):
         return w.view(*w.shape, *[1] * self.input_rank)
 
     def _overridden(self) -> bool:
-        return any(
-            getattr(getattr(self, name), "__func__", None) is not getattr(AllInOneBlock, name)
-            for name in ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation", "global_scale_activation")
-        )
+        cls, own = type(self), self.__dict__
+        if cls is not AllInOneBlock and any(getattr(cls, name) is not getattr(AllInOneBlock, name) for name in _STEPS):
+            return True
+        return any(name in own for name in _STEPS)
 
     def _overridable_permutation(self) -> Permutation:
         construct = getattr(self._construct_householder_permutation, "__func__", None)

@@ -295,7 +295,7 @@ class _Accelerated:
             self.subnet,
             self.global_scale,
             self.global_offset,
-            held.index.permutation(self),
+            held.index.permutation(self, rev),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c),
             rev=rev,

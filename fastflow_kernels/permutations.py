@@ -124,17 +124,18 @@ class IndexCache:
     def __getstate__(self) -> dict[str, Any]:
         return {"_cached": None}  # copies read their own matrices
 
-    def permutation(self, block: nn.Module) -> Permutation:
-        """The permutation of a block with the stock block's attributes: an index wherever its matrix is one."""
+    def permutation(self, block: nn.Module, rev: bool = False) -> Permutation:
+        """The permutation of a block with the stock block's attributes, for one direction: an index wherever its matrix is one."""
         if block.householder:
-            base = self._index(block.w_0, None) or MatrixPermutation(block.w_0, block.w_0.T)
-            return HouseholderPermutation(base, block.vk_householder)
+            w = block.w_0
+            return HouseholderPermutation(self._index(w, None, False, True) or MatrixPermutation(w, w.T), block.vk_householder)
         w, w_inv = block.w_perm, block.w_perm_inv
         if w.dim() == 1:
             return IndexPermutation(w, w_inv)
-        return self._index(w, w_inv) or MatrixPermutation(w.flatten(1), w_inv.flatten(1))
+        both = block.reverse_pre_permute
+        return self._index(w, w_inv, rev or both, both or not rev) or MatrixPermutation(w.flatten(1), w_inv.flatten(1))
 
-    def _index(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
+    def _index(self, w: Tensor, w_inv: Tensor | None, uses_inverse: bool, uses_w: bool) -> IndexPermutation | None:
         """The index of a one-hot matrix whose inverse, if given, is its transpose; None for other matrices."""
         cached = self._cached
         if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load has refreshed what is kept
@@ -142,7 +143,7 @@ class IndexCache:
         if w.requires_grad or w.is_meta or type(w) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(w):
             return None
         key = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in (w, w_inv) if t is not None)
-        if cached is None or cached.key != key or not cached.holds(w, w_inv):
+        if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
             cached = self._cached = _read(key, w, w_inv)
         return cached.index
 
@@ -155,15 +156,15 @@ class _Cached(NamedTuple):
     index: IndexPermutation | None
     ones: tuple[Tensor, Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory, and as many ones
 
-    def holds(self, w: Tensor, w_inv: Tensor | None) -> bool:
-        """Whether the matrices still have their ones there; writes through ``.data`` do not show in the key.
+    def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
+        """Whether the matrices that are given still have their ones there; writes through ``.data`` do not show in the key.
 
         Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
         """
-        if self.ones is None or w.device.type != "cpu":
+        if self.ones is None or self.ones[0].device.type != "cpu":
             return True
         places, transposed, one = self.ones
-        return torch.equal(w.take(places), one) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
+        return (w is None or torch.equal(w.take(places), one)) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
 
 
 def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
@@ -221,7 +222,7 @@ def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     Returns:
         A new (B, C, *S).
     """
-    if dispatch.needs_composite(x) or not (x.requires_grad and torch.is_grad_enabled()):
+    if dispatch.is_small(x) or dispatch.needs_composite(x) or not (x.requires_grad and torch.is_grad_enabled()):
         return x.index_select(1, index)
     return _Gather.apply(x, index, inverse)
 

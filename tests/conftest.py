@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastflow_kernels import dispatch
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # sums in one order; and small tensors are faster so
@@ -16,6 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _small_inputs_run_fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are small, and what they are about is the fused path; those marked ``plain`` get what "auto" gives small inputs."""
+    if "plain" not in request.keywords:
+        monkeypatch.setattr(dispatch, "SMALL", 0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -95,6 +95,14 @@ def test_block_parity(case: Case, dtype: str, rev: bool) -> None:
     compare(case, DTYPES[dtype], rev, grad=True)
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@both_directions
+def test_block_parity_of_small_inputs(case: Case, dtype: str, rev: bool) -> None:
+    compare(case, DTYPES[dtype], rev, grad=True, backend="auto")
+
+
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 @both_directions
