@@ -14,7 +14,7 @@ import torch
 from fastflow_kernels import __version__, check, dispatch
 
 _COVERAGE = (
-    ("hard permutation, channels first or rank 0", "Triton on a GPU, eager elsewhere"),
+    ("hard permutation, channels first or rank 0", f"Triton on a GPU, eager elsewhere (plain operations up to {dispatch.SMALL} elements)"),
     ("GIN, any activation, conditions, any floating dtype", "as above"),
     ("reverse_permutation", "as above, with one gather before the block"),
     ("soft and Householder permutations", "eager: fused coupling, then products"),
@@ -34,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     check_parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
+    if options.command == "check":
+        try:
+            dispatch.default_backend()
+        except ValueError as error:
+            parser.error(str(error))
     return _info() if options.command == "info" else _check(options.json)
 
 
@@ -46,7 +51,7 @@ def _info() -> int:
         lines.append((f"backend {name}", "available" if reason is None else f"not available: {reason}"))
     variable = dispatch.ENVIRONMENT_VARIABLE
     value = os.environ.get(variable) or "(not set)"
-    unknown = "" if value in (*dispatch.BACKENDS, "(not set)") else "   UNKNOWN"
+    unknown = "" if value in (*dispatch.BACKENDS, "(not set)") else "   UNKNOWN: every block with backend='auto' will raise; set it to"
     lines.append((variable, f"{value}{unknown}   {' | '.join(dispatch.BACKENDS)}: what backend='auto' means"))
     lines.append(("TRITON_INTERPRET", f"{os.environ.get('TRITON_INTERPRET') or '(not set)'}   1: run kernels on the CPU, for tests"))
     width = max(len(name) for name, _ in lines)
@@ -77,6 +82,7 @@ def _check(as_json: bool) -> int:
             if reason:
                 print(f"backend {name} is not available: {reason}")
         print(check.table(rows))
+        print("vs plain: the same formula in plain PyTorch operations; the stock blocks are slower than those (`make bench` compares)")
         print(
             "every backend is accurate" if not failed else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`"
         )

@@ -39,7 +39,8 @@ class Row:
         worst: The quantity nearest to its limit, and its error as a fraction of that limit.
         passed: Whether every quantity keeps err <= 2 * err(plain operations in this dtype) + 4 eps * max, by maximum and by RMS.
         milliseconds: Median time of forward and backward.
-        speedup: Against plain differentiable operations (index_select, tanh, exp), in the same interleaved run.
+        speedup: Against the formula in plain operations (indexing, tanh, exp), in the same interleaved run. Not against a stock block,
+            which is slower than those: `make bench` compares with them.
     """
 
     backend: str

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,6 @@ from fastflow_kernels.permutations import (
     random_rotation,
 )
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
-
 
 _STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation", "global_scale_activation")
 
@@ -193,6 +193,8 @@ class AllInOneBlock(InvertibleModule):
                 self.w_perm_inv = nn.Parameter(w.T.contiguous().view(channels, channels, *ones), requires_grad=False)
             self._index.permutation(self)  # now, for the first forward may be a compiled one, which cannot look
         self.subnet = subnet_constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
+        if not callable(self.subnet):
+            raise TypeError(f"expected subnet_constructor to return a module, got {type(self.subnet).__name__}")
 
     # --- evaluation ---
 
@@ -352,9 +354,18 @@ class AllInOneBlock(InvertibleModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         names = ("w_0",) if self.householder else ("w_perm", "w_perm_inv")
         found = {name: state_dict[prefix + name] for name in names if isinstance(state_dict.get(prefix + name), Tensor)}
-        read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
-        if len(read) == 2:
-            self._check_inverse(prefix, *read.values())
+        try:
+            read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
+            if len(read) == 2:
+                self._check_inverse(prefix, *read.values())
+        except ValueError as error:  # the type that load_state_dict raises; at once, so that the subnet stays as it is, too
+            raise RuntimeError(f"Error in loading state_dict for {type(self).__name__}: {error}") from None
+        if self.dialect == "anomalib" and self.clamp != 1 and any(w.dim() == 1 for w in found.values()):
+            warnings.warn(
+                f"{prefix}w_perm is stored as an index, as in FrEIA's main branch, which computes tanh(0.1 a / clamp); this block is of "
+                "dialect 'anomalib', tanh(0.1 a). Build it with dialect='freia' to get the results of the block that was saved.",
+                stacklevel=2,
+            )
         state_dict.update({prefix + name: w for name, w in read.items()})  # in place, for hooks and submodules see the same dictionary
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if len(read) == 1 and not self.householder:  # with strict=False: the other one must not stay behind
@@ -432,8 +443,10 @@ def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
 def _check_options(subnet_constructor: Any, clamp: Any, householder: Any, dialect: Any) -> None:
     if subnet_constructor is None:
         raise ValueError("expected a subnet_constructor, called as f(channels_in, channels_out); got None")
-    if not callable(subnet_constructor):
-        raise TypeError(f"expected subnet_constructor to be callable, got {type(subnet_constructor).__name__}")
+    if not callable(subnet_constructor) or isinstance(subnet_constructor, nn.Module):
+        raise TypeError(
+            f"expected subnet_constructor to be callable, as f(channels_in, channels_out); got {type(subnet_constructor).__name__}"
+        )
     if dialect not in DIALECTS:
         raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
     if not math.isfinite(_number("affine_clamping", clamp)):
@@ -442,6 +455,8 @@ def _check_options(subnet_constructor: Any, clamp: Any, householder: Any, dialec
         raise ValueError("affine_clamping=0 divides by zero in dialect 'freia'; dialect 'anomalib' makes it an additive coupling")
     try:
         negative = operator.index(householder) < 0
+        if isinstance(householder, bool):
+            raise TypeError
     except TypeError:
         raise TypeError(f"expected learned_householder_permutation to be an integer, got {householder!r}") from None
     if negative:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager, modules
 from fastflow_kernels.functional import all_in_one_block, single_input
-from fastflow_kernels.permutations import IndexCache
+from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
 _STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
@@ -114,8 +114,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
         if isinstance(block, modules.AllInOneBlock):
             entries.append(Entry(name, kind, False, "is fused already"))
         elif isinstance(block, _Accelerated):
-            block._fastflow.backend = backend
-            entries.append(Entry(name, kind, False, f"is accelerated already; backend is {backend!r} now"))
+            changed, block._fastflow.backend = block._fastflow.backend != backend, backend
+            entries.append(Entry(name, kind, changed, f"was accelerated already; backend is {backend!r}{' now' if changed else ''}"))
         elif (stock := _stock_class(type(block))) is not None:
             try:
                 dialect, activation = _identify(block, stock)
@@ -123,7 +123,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
                 entries.append(Entry(name, kind, False, str(reason)))
                 continue
             _exchange(block, dialect, activation, backend)
-            entries.append(Entry(name, kind, True, f"computes dialect {dialect!r}, {activation}"))
+            entries.append(Entry(name, kind, True, f"computes dialect {dialect!r}, {activation}, {_permutation_kind(block)}"))
     return Report("accelerated", tuple(entries))
 
 
@@ -150,6 +150,8 @@ def restore(model: nn.Module) -> Report:
             del block.__dict__["_fastflow"]
             block.__class__ = block._fastflow_stock
             entries.append(Entry(name, _kind(type(block)), True, "has its own class again"))
+        elif isinstance(block, modules.AllInOneBlock):
+            entries.append(Entry(name, _kind(type(block)), False, "was built fused, not made so by accelerate"))
     return Report("restored", tuple(entries))
 
 
@@ -157,6 +159,12 @@ def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     return list(model.named_modules())
+
+
+def _permutation_kind(block: nn.Module) -> str:
+    if block.householder:
+        return f"{block.householder} Householder reflections"
+    return "hard permutation" if isinstance(IndexCache().permutation(block), IndexPermutation) else "soft permutation"
 
 
 def _kind(cls: type) -> str:
@@ -308,10 +316,14 @@ class _Accelerated:
     def _checked_conditions(self, c: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not self.conditional:
             return ()  # like the stock block, which ignores what it did not declare
-        if c is None or isinstance(c, Tensor) or sum(t.shape[1] for t in c) != self.condition_channels:
-            found = "none" if c is None else "a tensor" if isinstance(c, Tensor) else [tuple(t.shape) for t in c]
+        if not isinstance(c, (list, tuple)) or sum(t.shape[1] if t.dim() > 1 else 0 for t in c) != self.condition_channels:
+            found = [tuple(t.shape) for t in c] if isinstance(c, (list, tuple)) else "none" if c is None else f"a {type(c).__name__}"
             raise ValueError(f"expected a list of conditions with {self.condition_channels} channels in all, got {found}")
         return c
+
+    def extra_repr(self) -> str:
+        held, own = self._fastflow, super().extra_repr()
+        return f"{own}{', ' if own else ''}accelerated, dialect={held.dialect!r}, backend={held.backend!r}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

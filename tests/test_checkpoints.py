@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -636,3 +637,14 @@ def test_freias_containers_take_instances() -> None:
     back, _ = graph(z, rev=True)
     assert (back - x).abs().max() < 1e-4
     assert [type(module) for module in graph.module_list] == [AllInOneBlock]
+
+
+def test_index_layout_in_the_other_dialect_warns() -> None:
+    """It was saved by FrEIA's main branch, whose formula is not this block's, unless the clamp is 1."""
+    state = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, dialect="freia").state_dict()
+    with pytest.warns(UserWarning, match="w_perm is stored as an index.*dialect='freia'"):
+        AllInOneBlock([(6,)], subnet_constructor=nn.Linear).load_state_dict(state)
+    for options in ({"affine_clamping": 1.0}, {"dialect": "freia"}):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            AllInOneBlock([(6,)], subnet_constructor=nn.Linear, **options).load_state_dict(state)

@@ -73,3 +73,13 @@ def test_unknown_command_is_refused() -> None:
     with pytest.raises(SystemExit) as refused:
         cli.main(["nonsense"])
     assert refused.value.code == 2
+
+
+def test_check_refuses_an_unknown_default_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cuda")
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["check"])
+    assert refused.value.code == 2
+    assert "FASTFLOW_KERNELS_BACKEND must be one of auto, eager, triton; got 'cuda'" in capsys.readouterr().err
+    assert cli.main(["info"]) == 1
+    assert "UNKNOWN" in capsys.readouterr().out

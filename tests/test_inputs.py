@@ -77,6 +77,7 @@ def nothing_happens(block: nn.Module) -> Iterator[None]:
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "no subnet": ({"subnet_constructor": None}, ValueError, "expected a subnet_constructor.*got None"),
     "subnet not callable": ({"subnet_constructor": 3}, TypeError, "subnet_constructor.*callable.*got int"),
+    "subnet, not its constructor": ({"subnet_constructor": nn.Linear(2, 4)}, TypeError, "subnet_constructor.*callable.*got Linear"),
     "dialect": ({"dialect": "FrEIA"}, ValueError, "dialect.*anomalib.*freia.*got 'FrEIA'"),
     "dialect none": ({"dialect": None}, ValueError, "dialect.*anomalib.*freia.*got None"),
     "backend": ({"backend": "cuda"}, ValueError, "backend.*auto.*eager.*triton.*got 'cuda'"),
@@ -89,6 +90,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "clamp 0 in freia": ({"affine_clamping": 0.0, "dialect": "freia"}, ValueError, "affine_clamping=0.*zero.*freia"),
     "householder -1": ({"learned_householder_permutation": -1}, ValueError, "learned_householder_permutation.*got -1"),
     "householder 1.5": ({"learned_householder_permutation": 1.5}, (TypeError, ValueError), "learned_householder_permutation.*got 1.5"),
+    "householder True": ({"learned_householder_permutation": True}, TypeError, "learned_householder_permutation.*integer.*got True"),
     "5 dimensions": ({"dims_in": [(4, 2, 2, 2, 2)]}, ValueError, r"rank 0 to 3.*got dims_in \[\(4, 2, 2, 2, 2\)\]"),
     "no dimension": ({"dims_in": [()]}, ValueError, r"dims_in.*got \[\(\)\]"),
     "no channel": ({"dims_in": [(0, 2)]}, ValueError, r"at least one channel.*\(0, 2\)"),
@@ -119,6 +121,11 @@ def test_constructor_refuses(bad: str) -> None:
         AllInOneBlock(**{**good, **options})
     assert not built, "a subnet was built"
     assert torch.equal(torch.random.get_rng_state(), state), "random numbers were drawn"
+
+
+def test_constructor_refuses_a_subnet_that_is_none() -> None:
+    with pytest.raises(TypeError, match="subnet_constructor to return a module, got NoneType"):
+        AllInOneBlock([(4,)], subnet_constructor=lambda i, o: None)
 
 
 @pytest.mark.parametrize("value", ["2", None, [1]])

@@ -949,12 +949,17 @@ def test_report() -> None:
     assert not again.changed
     assert "accelerated already" in again.left[0].reason
     assert again.left[0].kind == report.changed[0].kind
+    other = accelerate(model, backend="eager")
+    assert [entry.name for entry in other.changed] == ["1.0"]
+    assert "backend is 'eager' now" in other.changed[0].reason
+    assert "backend='eager'" in str(model)
     back = restore(model)
     assert back.action == "restored"
     assert [entry.name for entry in back.changed] == ["1.0"]
-    assert "1 of 1 blocks restored" in str(back)
+    assert "1 of 2 blocks restored" in str(back)
+    assert "built fused" in back.left[0].reason
     assert "the model itself" in str(accelerate(model[1][0]))
-    for report in (accelerate(nn.Linear(1, 1)), restore(nn.Linear(1, 1)), restore(own)):
+    for report in (accelerate(nn.Linear(1, 1)), restore(nn.Linear(1, 1))):
         assert not report.entries
         assert str(report) == "no AllInOneBlock found in the model"
 
