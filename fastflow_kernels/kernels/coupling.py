@@ -10,8 +10,10 @@ scattered stores of single values would be slow, and values are gathered through
 Constants are constexpr: a Python float that arrives as an argument is float32 on the device and would spoil float64.
 """
 
+import math
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, reduce, wraps
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +22,8 @@ from torch import Tensor
 
 from fastflow_kernels.kernels.launch import alignment, by_rows, plan, uncovered
 from fastflow_kernels.kernels.math import exp_of_bounded, tanh
-from fastflow_kernels.kernels.reduce import ACCUMULATORS, finish_logdet, finish_params, gin_sums
+from fastflow_kernels.kernels.prepared import Launch, aligned
+from fastflow_kernels.kernels.reduce import ACCUMULATORS, GinSums, logdet_launch, params_launch
 from fastflow_kernels.kernels.tiles import columns, index, load, log_scale_sum, scale, total
 from fastflow_kernels.spec import CouplingSpec
 
@@ -306,6 +309,9 @@ def _coupling_inv_active_kernel(
         tl.store(x_ptr + b * C * P + (C1 * P + at), x, mask=active)
 
 
+# --- launchers: what depends on shapes, dtypes and constants alone is worked out once -------------------------------------------------
+
+
 def _on_its_device(launcher: Callable) -> Callable:
     """Run a launcher on the device of its first argument: Triton launches on the current one."""
 
@@ -319,24 +325,64 @@ def _on_its_device(launcher: Callable) -> Callable:
     return launch
 
 
-def _promoted(x: Tensor, *others: Tensor) -> torch.dtype:
-    dtype = x.dtype
-    for t in others:
-        if t.dtype is not dtype:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
+def _promoted(*dtypes: torch.dtype) -> torch.dtype:
+    return reduce(torch.promote_types, dtypes)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def _pixels(x: Tensor) -> int:
-    return x.numel() // (x.shape[0] * x.shape[1])
-
-
 def _activation(spec: CouplingSpec) -> str | None:
     return None if spec.gin else spec.activation
+
+
+def _allocated(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new contiguous tensor; ``empty_like``, where it will do, is three times cheaper to call than ``empty``."""
+    if like.dtype is dtype and like.shape == shape and like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+class _Forward(NamedTuple):
+    dtype: torch.dtype  # of y
+    acc: torch.dtype
+    launch: Launch
+    gin: GinSums | None
+    sums: tuple[int, ...] | None  # shape of the sums of s that the launch leaves; None without
+    finish: Launch | None  # makes them the log-determinant; None where they are it
+
+
+@lru_cache(maxsize=1024)
+def _prepare_fwd(
+    shape: tuple[int, ...], stride_xb: int, stride_ab: int, x: torch.dtype, a: torch.dtype, g: torch.dtype, offset: torch.dtype,
+    spec: CouplingSpec, jac: bool, indexed: bool, device: int,
+) -> _Forward:  # fmt: skip
+    """See :class:`_Forward`; the last arguments and the dtypes are there to tell compiled kernels apart."""
+    batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
+    dtype = _promoted(x, a, g)
+    acc = _accumulator(dtype)
+    gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, None, spec, acc) if spec.gin and channels > 1 else None
+    wants_sum = jac and not spec.gin
+    constants = {"C": channels, "CLAMP": spec.clamp, "TANH_SCALE": spec.tanh_scale, "ACT": _activation(spec)}
+    if by_rows(channels, pixels, acc.itemsize):
+        cut = plan(channels, batch, 1, dtype.itemsize, True, _COLUMNS)
+        mul = alignment(stride_xb, stride_ab)
+        launch = Launch(
+            _coupling_rows_fwd_kernel, cut.programs, (batch, stride_xb // mul, stride_ab // mul), cut.warps,
+            **constants, MUL=mul, BLOCK_C=cut.block_c, BLOCK_B=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+        )  # fmt: skip
+        return _Forward(dtype, acc, launch, gin, (batch,) if wants_sum else None, None)
+    cut = plan(channels - channels // 2, batch, pixels, dtype.itemsize, False)
+    mul = alignment(pixels, stride_xb, stride_ab)
+    launch = Launch(
+        _coupling_fwd_kernel, cut.programs, (batch, pixels // mul, stride_xb // mul, stride_ab // mul), cut.warps,
+        **constants, PARTS=1 if gin is None else gin.parts, MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc],
+    )  # fmt: skip
+    if not wants_sum:
+        return _Forward(dtype, acc, launch, gin, None, None)
+    count = cut.programs // batch
+    return _Forward(dtype, acc, launch, gin, (batch, count), logdet_launch(batch, count, pixels, channels, spec, acc, 1.0))
 
 
 @_on_its_device
@@ -359,39 +405,54 @@ def coupling_fwd(
         y (B, C, *S), contiguous, in the promoted dtype of x, a and g, and the log-determinant (B,) in nats (float64 if y is, else
         float32; zeros for GIN), or None without ``jac``.
     """
-    batch, channels = x.shape[:2]
-    pixels = _pixels(x)
-    y = torch.empty(x.shape, dtype=_promoted(x, a, g), device=x.device)
-    acc = _accumulator(y.dtype)
-    sums = gin_sums(a, pixels, spec, acc) if spec.gin and channels > 1 else None
-    parts = 1 if sums is None else sums.shape[2]
-    wants_sum = jac and not spec.gin
-    logdet = torch.zeros(batch, dtype=acc, device=x.device) if jac and spec.gin else None
-    stride_xb, stride_ab = x.stride(0), a.stride(0)
-    if by_rows(channels, pixels, acc.itemsize):
-        cut = plan(channels, batch, 1, y.itemsize, True, _COLUMNS)
-        if wants_sum:
-            logdet = torch.empty(batch, dtype=acc, device=x.device)
-        mul = alignment(stride_xb, stride_ab)
-        _coupling_rows_fwd_kernel[(cut.programs,)](
-            x, a, g, offset, perm, sums, y, logdet if wants_sum else None, batch, stride_xb // mul, stride_ab // mul,
-            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec),
-            MUL=mul, BLOCK_C=cut.block_c, BLOCK_B=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
-            num_warps=cut.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    indexed = perm is not None
+    prepared = _prepare_fwd(x.shape, x.stride(0), a.stride(0), x.dtype, a.dtype, g.dtype, offset.dtype, spec, jac, indexed, x.get_device())
+    is_aligned = aligned(x, a, g, offset, perm, inv)
+    y = _allocated(x, x.shape, prepared.dtype)
+    means = None if prepared.gin is None else prepared.gin(is_aligned, a)
+    sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=prepared.acc, device=x.device)
+    index = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
+    prepared.launch(is_aligned, x, a, g, offset, index, means, y, sums)
+    if prepared.finish is not None:
+        logdet = torch.empty(prepared.sums[:1], dtype=prepared.acc, device=x.device)
+        prepared.finish(is_aligned, sums, g, logdet)
         return y, logdet
-    cut = plan(channels - channels // 2, batch, pixels, y.itemsize, False)
-    part = torch.empty((batch, cut.programs // batch), dtype=acc, device=x.device) if wants_sum else None
-    mul = alignment(pixels, stride_xb, stride_ab)
-    _coupling_fwd_kernel[(cut.programs,)](
-        x, a, g, offset, inv, sums, y, part, batch, pixels // mul, stride_xb // mul, stride_ab // mul,
-        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=parts,
-        MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc],
-        num_warps=cut.warps, enable_fp_fusion=True,
+    if jac and spec.gin:
+        return y, torch.zeros(x.shape[0], dtype=prepared.acc, device=x.device)
+    return y, sums
+
+
+class _Backward(NamedTuple):
+    acc: torch.dtype
+    launch: Launch
+    gin: GinSums | None
+    sums: tuple[int, ...] | None  # shape of the partial sums for the parameters; None unless wanted
+    finish: Launch | None
+
+
+@lru_cache(maxsize=1024)
+def _prepare_bwd(
+    shape: tuple[int, ...], stride_xb: int, stride_ab: int, stride_l: int | None, dy: torch.dtype, dlogdet: torch.dtype | None,
+    x: torch.dtype, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec, need_params: bool, indexed: bool, device: int,
+) -> _Backward:  # fmt: skip
+    """See :class:`_Backward`; the last arguments and the dtypes are there to tell compiled kernels apart."""
+    batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
+    acc = _accumulator(_promoted(x, a, g))
+    gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, stride_xb, spec, acc) if spec.gin and channels > 1 else None
+    rows = by_rows(channels, pixels, acc.itemsize)
+    # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the tile and not the width of an access
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    mul = alignment(0 if rows else pixels, stride_xb, stride_ab)
+    sizes = (batch, pixels if rows else pixels // mul, stride_xb // mul, stride_ab // mul, stride_l or 0)
+    launch = Launch(
+        _coupling_bwd_kernel, cut.programs, sizes, cut.warps,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=1 if gin is None else gin.parts, MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
-    if wants_sum:
-        logdet = finish_logdet(part, g, pixels, spec, 1.0)
-    return y, logdet
+    if not need_params:
+        return _Backward(acc, launch, gin, None, None)
+    finish = params_launch(cut.groups, batch, pixels, channels, stride_l or 0, spec, acc)
+    return _Backward(acc, launch, gin, (1 if spec.gin else 2, cut.groups, channels), finish)
 
 
 @_on_its_device
@@ -418,30 +479,42 @@ def coupling_bwd(
     Returns:
         (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN.
     """
-    batch, channels = x.shape[:2]
-    pixels = _pixels(x)
     dy = dy.contiguous()
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    acc = _accumulator(_promoted(x, a, g))
     dlogdet = None if spec.gin else dlogdet
-    sums = gin_sums(a, pixels, spec, acc, inv, dy, x) if spec.gin and channels > 1 else None
-    parts = 1 if sums is None else sums.shape[2]
-    rows = by_rows(channels, pixels, acc.itemsize)
-    # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the tile and not the width of an access
-    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
-    part = torch.empty((1 if spec.gin else 2, cut.groups, channels), dtype=acc, device=x.device) if need_params else None
-    mul = alignment(0 if rows else pixels, x.stride(0), a.stride(0))
-    _coupling_bwd_kernel[(cut.programs,)](
-        dy, dlogdet, x, a, g, inv, sums, dx, da, part, batch, pixels if rows else pixels // mul, x.stride(0) // mul,
-        a.stride(0) // mul, 0 if dlogdet is None else dlogdet.stride(0),
-        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=parts, MUL=mul,
-        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
-        num_warps=cut.warps, enable_fp_fusion=True,
+    stride_l, dlogdet_dtype = (None, None) if dlogdet is None else (dlogdet.stride(0), dlogdet.dtype)
+    prepared = _prepare_bwd(
+        x.shape, x.stride(0), a.stride(0), stride_l, dy.dtype, dlogdet_dtype,
+        x.dtype, a.dtype, g.dtype, offset.dtype, spec, need_params, inv is not None, x.get_device(),
     )  # fmt: skip
-    if part is None:
+    is_aligned = aligned(dy, dlogdet, x, a, g, offset, inv)
+    dx, da = _allocated(x, x.shape, x.dtype), _allocated(a, a.shape, a.dtype)
+    means = None if prepared.gin is None else prepared.gin(is_aligned, a, inv, dy, x)
+    sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=prepared.acc, device=x.device)
+    prepared.launch(is_aligned, dy, dlogdet, x, a, g, inv, means, dx, da, sums)
+    if prepared.finish is None:
         return dx, da, None, None
-    return dx, da, *finish_params(part, dlogdet, g, offset, batch, pixels, spec)
+    dg, doffset = None if spec.gin else torch.empty_like(g), torch.empty_like(offset)
+    prepared.finish(is_aligned, sums, dlogdet, g, dg, doffset)
+    return dx, da, dg, doffset
+
+
+@lru_cache(maxsize=1024)
+def _prepare_inv_passive(
+    shape: tuple[int, ...], stride_yb: int, y: torch.dtype, g: torch.dtype, offset: torch.dtype,
+    spec: CouplingSpec, indexed: bool, device: int,
+) -> tuple[torch.dtype, Launch]:  # fmt: skip
+    batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
+    dtype = _promoted(y, g)
+    acc = _accumulator(dtype)
+    rows = by_rows(channels, pixels, acc.itemsize)
+    cut = plan(channels - channels // 2, batch, pixels, dtype.itemsize, rows, _COLUMNS)
+    mul = alignment(0 if rows else pixels, stride_yb)
+    launch = Launch(
+        _coupling_inv_passive_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_yb // mul), cut.warps,
+        C=channels, ACT=_activation(spec), MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+    )  # fmt: skip
+    return dtype, launch
 
 
 @_on_its_device
@@ -456,21 +529,44 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
         A new, contiguous x (B, C, *S) in the promoted dtype of y and g; x[:, :C1] is final, x[:, C1:] is for
         :func:`coupling_inv_active`.
     """
-    batch, channels = y.shape[:2]
-    pixels = _pixels(y)
+    dtype, launch = _prepare_inv_passive(y.shape, y.stride(0), y.dtype, g.dtype, offset.dtype, spec, inv is not None, y.get_device())
     with torch.inference_mode(False):  # so that it counts its versions: a subnet that writes to its input is noticed
-        x = torch.empty(y.shape, dtype=_promoted(y, g), device=y.device)
-    acc = _accumulator(x.dtype)
-    rows = by_rows(channels, pixels, acc.itemsize)
-    cut = plan(channels - channels // 2, batch, pixels, x.itemsize, rows, _COLUMNS)
-    mul = alignment(0 if rows else pixels, y.stride(0))
-    _coupling_inv_passive_kernel[(cut.programs,)](
-        y, g, offset, inv, x, batch, pixels if rows else pixels // mul, y.stride(0) // mul,
-        C=channels, ACT=_activation(spec), MUL=mul,
-        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
-        num_warps=cut.warps, enable_fp_fusion=True,
-    )  # fmt: skip
+        x = torch.empty(y.shape, dtype=dtype, device=y.device)
+    launch(aligned(y, g, offset, inv), y, g, offset, inv, x)
     return x
+
+
+class _InverseActive(NamedTuple):
+    launch: Launch
+    gin: GinSums | None
+    sums: tuple[int, ...] | None  # shape of the sums of s, or of the log-determinant, that the launch leaves; None without
+    finish: Launch | None
+
+
+@lru_cache(maxsize=1024)
+def _prepare_inv_active(
+    shape: tuple[int, ...], stride_yb: int, stride_ab: int, y: torch.dtype, x: torch.dtype, a: torch.dtype, g: torch.dtype,
+    offset: torch.dtype, spec: CouplingSpec, jac: bool, indexed: bool, device: int,
+) -> _InverseActive:  # fmt: skip
+    batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
+    acc = _accumulator(x)
+    gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, None, spec, acc) if spec.gin and channels > 1 else None
+    rows = by_rows(channels, pixels, acc.itemsize)
+    # rows: a tile of all passive channels, for the sum of log(scale) runs over them too
+    cut = plan(channels - channels // 2 if rows else max(1, channels // 2), batch, pixels, x.itemsize, rows, _COLUMNS)
+    mul = alignment(0 if rows else pixels, stride_yb, stride_ab)
+    launch = Launch(
+        _coupling_inv_active_kernel, cut.programs,
+        (batch, pixels if rows else pixels // mul, stride_yb // mul, stride_ab // mul), cut.warps,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=1 if gin is None else gin.parts, MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+    )  # fmt: skip
+    if spec.gin or not jac:
+        return _InverseActive(launch, gin, None, None)
+    if rows:
+        return _InverseActive(launch, gin, (batch,), None)
+    count = cut.tiles * cut.blocks // batch
+    return _InverseActive(launch, gin, (batch, count), logdet_launch(batch, count, pixels, channels, spec, acc, -1.0))
 
 
 @_on_its_device
@@ -489,24 +585,16 @@ def coupling_inv_active(
     Returns:
         The log-determinant of the inverse (B,) in nats (float64 if x is, else float32; zeros for GIN), or None without ``jac``.
     """
-    batch, channels = y.shape[:2]
-    pixels = _pixels(y)
+    prepared = _prepare_inv_active(
+        y.shape, y.stride(0), a.stride(0), y.dtype, x.dtype, a.dtype, g.dtype, offset.dtype, spec, jac, inv is not None, y.get_device()
+    )
+    is_aligned = aligned(y, x, a, g, offset, inv)
     acc = _accumulator(x.dtype)
-    sums = gin_sums(a, pixels, spec, acc) if spec.gin and channels > 1 else None
-    parts = 1 if sums is None else sums.shape[2]
-    wants_sum = jac and not spec.gin
-    rows = by_rows(channels, pixels, acc.itemsize)
-    # rows: a tile of all passive channels, for the sum of log(scale) runs over them too
-    cut = plan(channels - channels // 2 if rows else max(1, channels // 2), batch, pixels, x.itemsize, rows, _COLUMNS)
-    mul = alignment(0 if rows else pixels, y.stride(0), a.stride(0))
-    logdet = torch.zeros(batch, dtype=acc, device=x.device) if jac and spec.gin else None
-    if wants_sum:
-        logdet = torch.empty(batch if rows else (batch, cut.tiles * cut.blocks // batch), dtype=acc, device=x.device)
-    _coupling_inv_active_kernel[(cut.programs,)](
-        y, a, g, offset, inv, sums, x, logdet if wants_sum else None, batch, pixels if rows else pixels // mul,
-        y.stride(0) // mul, a.stride(0) // mul,
-        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=parts, MUL=mul,
-        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
-        num_warps=cut.warps, enable_fp_fusion=True,
-    )  # fmt: skip
-    return finish_logdet(logdet, g, pixels, spec, -1.0) if wants_sum and not rows else logdet
+    means = None if prepared.gin is None else prepared.gin(is_aligned, a)
+    sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=acc, device=x.device)
+    prepared.launch(is_aligned, y, a, g, offset, inv, means, x, sums)
+    if prepared.finish is not None:
+        logdet = torch.empty(prepared.sums[:1], dtype=acc, device=x.device)
+        prepared.finish(is_aligned, sums, g, logdet)
+        return logdet
+    return torch.zeros(x.shape[0], dtype=acc, device=x.device) if jac and spec.gin else sums

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastflow_kernels.kernels.launch import alignment, gin_parts, plan
 from fastflow_kernels.kernels.math import exp_of_bounded, log_scale_of, scale_of, scale_slope, tanh
+from fastflow_kernels.kernels.prepared import Launch
 from fastflow_kernels.kernels.tiles import index, load
 from fastflow_kernels.spec import CouplingSpec
 
@@ -131,53 +132,56 @@ def _params_bwd_kernel(
         tl.store(dg_ptr + c, total * scale_slope(g, scale, ACT), mask=exists)
 
 
-def gin_sums(
-    a: Tensor,
-    pixels: int,
-    spec: CouplingSpec,
-    acc: torch.dtype,
-    inv: Tensor | None = None,
-    dy: Tensor | None = None,
-    x: Tensor | None = None,
-) -> Tensor:
-    """GIN's sums per sample ahead of the main pass, (1, B, parts), or (2, B, parts) with dy and x (see the kernel)."""
-    batch = a.shape[0]
-    channels = a.shape[1] if x is None else x.shape[1]
-    cut = plan(max(1, channels // 2), batch, pixels, max(a.itemsize, 4), False)
-    parts = gin_parts(cut, batch)
-    sums = torch.empty((1 if x is None else 2, batch, parts), dtype=acc, device=a.device)
-    stride_xb = 0 if x is None else x.stride(0)
-    mul = alignment(pixels, a.stride(0), stride_xb)
-    _gin_sums_kernel[(batch * parts,)](
-        a, dy, x, inv, sums, batch, pixels // mul, a.stride(0) // mul, stride_xb // mul,
-        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, PARTS=parts,
-        MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc], num_warps=cut.warps, enable_fp_fusion=True,
+class GinSums:
+    """Runs GIN's sums per sample ahead of the main pass: (1, B, parts), or with dy and x (2, B, parts); see the kernel.
+
+    Args:
+        channels, batch, pixels: Sizes of x.
+        itemsize: Bytes of an element of a.
+        stride_ab: Between samples of a.
+        stride_xb: Between samples of x, or None without dy and x.
+        spec: The coupling's constants.
+        acc: Dtype of the sums.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        batch: int,
+        pixels: int,
+        itemsize: int,
+        stride_ab: int,
+        stride_xb: int | None,
+        spec: CouplingSpec,
+        acc: torch.dtype,
+    ) -> None:
+        cut = plan(max(1, channels // 2), batch, pixels, max(itemsize, 4), False)
+        self.parts = gin_parts(cut, batch)
+        self.shape, self.acc = (1 if stride_xb is None else 2, batch, self.parts), acc
+        mul = alignment(pixels, stride_ab, stride_xb or 0)
+        self.launch = Launch(
+            _gin_sums_kernel, batch * self.parts, (batch, pixels // mul, stride_ab // mul, (stride_xb or 0) // mul), cut.warps,
+            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, PARTS=self.parts,
+            MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc],
+        )  # fmt: skip
+
+    def __call__(self, is_aligned: bool, a: Tensor, inv: Tensor | None = None, dy: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        sums = torch.empty(self.shape, dtype=self.acc, device=a.device)
+        self.launch(is_aligned, a, dy, x, inv, sums)
+        return sums
+
+
+def logdet_launch(batch: int, count: int, pixels: int, channels: int, spec: CouplingSpec, acc: torch.dtype, sign: float) -> Launch:
+    """Adds the partial sums (B, count) of a main pass and the log of the scale to the log-determinant (B,)."""
+    return Launch(
+        _logdet_kernel, batch, (count, pixels), 4,
+        C=channels, SIGN=sign, ACT=spec.activation, BLOCK=256, BLOCK_C=256, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
-    return sums
 
 
-def finish_logdet(part: Tensor, g: Tensor, pixels: int, spec: CouplingSpec, sign: float) -> Tensor:
-    """logdet (B,) from the partial sums (B, n) of a main pass and the log of the scale."""
-    batch, count = part.shape
-    logdet = torch.empty(batch, dtype=part.dtype, device=part.device)
-    _logdet_kernel[(batch,)](
-        part, g, logdet, count, pixels,
-        C=g.numel(), SIGN=sign, ACT=spec.activation, BLOCK=256, BLOCK_C=256, ACC=ACCUMULATORS[part.dtype],
-        num_warps=4, enable_fp_fusion=True,
+def params_launch(groups: int, batch: int, pixels: int, channels: int, stride_l: int, spec: CouplingSpec, acc: torch.dtype) -> Launch:
+    """Adds the partial sums (1 or 2, groups, C) of the backward's main pass to the gradients of g (not for GIN) and offset."""
+    return Launch(
+        _params_bwd_kernel, -(-channels // _SUMS_BLOCK_C), (groups, batch, pixels, stride_l), 4,
+        C=channels, ACT=None if spec.gin else spec.activation, BLOCK_K=_SUMS_BLOCK_K, BLOCK_C=_SUMS_BLOCK_C, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
-    return logdet
-
-
-def finish_params(
-    part: Tensor, dlogdet: Tensor | None, g: Tensor, offset: Tensor, batch: int, pixels: int, spec: CouplingSpec
-) -> tuple[Tensor | None, Tensor]:
-    """(dg, doffset) from the partial sums (1 or 2, groups, C) of the backward's main pass; dg is None for GIN."""
-    groups, channels = part.shape[1:]
-    doffset = torch.empty_like(offset)
-    dg = None if spec.gin else torch.empty_like(g)
-    _params_bwd_kernel[(-(-channels // _SUMS_BLOCK_C),)](
-        part, dlogdet, g, dg, doffset, groups, batch, pixels, 0 if dlogdet is None else dlogdet.stride(0),
-        C=channels, ACT=None if spec.gin else spec.activation, BLOCK_K=_SUMS_BLOCK_K, BLOCK_C=_SUMS_BLOCK_C,
-        ACC=ACCUMULATORS[part.dtype], num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
-    return dg, doffset

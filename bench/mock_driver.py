@@ -1,0 +1,76 @@
+"""A GPU that is not there: Triton launches up to the driver's call, which does nothing. For measuring what a launch costs in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastflow_kernels import dispatch
+from fastflow_kernels.permutations import _Cached
+
+
+def _yes(*_: object) -> bool:
+    return True
+
+
+class _Utils:
+    def load_binary(self, *_: object) -> tuple[int, int, int, int, int]:
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads at most
+
+    def unload_module(self, *_: object) -> None:
+        pass
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+
+class _Launcher:
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+class _Driver:
+    """An H100 as far as Triton's dispatcher asks."""
+
+    utils = _Utils()
+    launcher_cls = _Launcher
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+
+@contextmanager
+def mock_gpu() -> Iterator[None]:
+    """A context in which ``backend="triton"`` takes CPU tensors: kernels are compiled and launched, but nothing runs; results are garbage.
+
+    As on a GPU, a permutation's values are not looked at in every call.
+    """
+    driver.set_active(_Driver())
+    try:
+        with mock.patch.object(dispatch, "interpreted", new=_yes), mock.patch.object(_Cached, "holds", new=_yes):
+            yield
+    finally:
+        driver.set_active(None)  # found anew when it is asked for

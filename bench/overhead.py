@@ -1,0 +1,98 @@
+"""What one block costs in Python on launch-bound inputs: everything but the GPU's work, with a driver that does nothing.
+
+    python -m pytest bench/overhead.py
+
+The subnet hands over a stored tensor. In the train step autograd's engine and the accumulation into ``.grad`` are part of the cost; a
+plain product of the same operands shows how much of it is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import AllInOneBlock
+
+pytest.importorskip("triton")
+
+# small, for autograd's own additions do run, on the CPU
+SHAPES = {"rows": (4, 64), "planes": (1, 16, 4, 4)}
+
+
+class _Stored(nn.Module):
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.a = a
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a
+
+
+@pytest.fixture(autouse=True)
+def _mock_gpu() -> Iterator[None]:
+    from bench.mock_driver import mock_gpu
+
+    with mock_gpu():
+        yield
+
+
+def _block(shape: tuple[int, ...], grad: bool, **options: object) -> tuple[AllInOneBlock, Tensor]:
+    a = torch.randn(shape, requires_grad=grad)
+    block = AllInOneBlock([shape[1:]], subnet_constructor=lambda *_: _Stored(a), backend="triton", **options)
+    return block, torch.randn(shape, requires_grad=grad)
+
+
+def _measure(benchmark: Callable, function: Callable[[], object]) -> None:
+    for _ in range(50):  # compile, warm caches
+        function()
+    benchmark.pedantic(function, rounds=60, iterations=200)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+def test_forward_without_gradients(benchmark: Callable, shape: tuple[int, ...], dialect: str) -> None:
+    block, x = _block(shape, False, dialect=dialect)
+    with torch.no_grad():
+        _measure(benchmark, lambda: block([x]))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+def test_forward_with_gradients(benchmark: Callable, shape: tuple[int, ...], dialect: str) -> None:
+    block, x = _block(shape, True, dialect=dialect)
+    _measure(benchmark, lambda: block([x]))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+def test_train_step(benchmark: Callable, shape: tuple[int, ...], dialect: str) -> None:
+    block, x = _block(shape, True, dialect=dialect)
+    dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
+
+    def step() -> None:
+        (y,), logdet = block([x])
+        torch.autograd.backward([y, logdet], [dy, dlogdet])
+
+    _measure(benchmark, step)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_inverse(benchmark: Callable, shape: tuple[int, ...]) -> None:
+    block, x = _block(shape, False)
+    with torch.no_grad():
+        _measure(benchmark, lambda: block([x], rev=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_autograd_alone(benchmark: Callable, shape: tuple[int, ...]) -> None:
+    """One product and its gradients to four leaves, as many as a block has: the part of a train step that is autograd's own."""
+    leaves = [torch.randn(2, 2, requires_grad=True) for _ in range(4)]
+    dy = torch.randn(2, 2)
+
+    def step() -> None:
+        torch.autograd.backward([torch.addcmul(leaves[0], leaves[1], leaves[2]) + leaves[3]], [dy])
+
+    _measure(benchmark, step)
