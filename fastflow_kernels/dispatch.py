@@ -38,7 +38,7 @@ def default_backend() -> str:
 
 def resolved(backend: str) -> str:
     """The backend that is meant: what the environment says for "auto"."""
-    return default_backend() if backend == "auto" else backend
+    return default_backend() if backend == "auto" else validated(backend)
 
 
 @cache

@@ -260,6 +260,7 @@ def coupling_fwd(
                 total = _plus(total, _exact_tanh(a_si, spec, spec.clamp * _LOG2E, si, ti, ui).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si, ui), spec, si)
+                total = _gin_logdet(si)
             torch.mul(x2i, si.exp2_(), out=v2i).add_(a_ti, alpha=0.1)
         if scale is None:
             v1.copy_(x1)
@@ -274,7 +275,7 @@ def coupling_fwd(
         if not in_place:
             _store_permuted(v, perm, yb)
         sums.append(total)
-    return y, _logdet(sums, scale, batch, pixels, 1.0, x.device, acc) if jac else None
+    return y, _logdet(sums, scale, pixels, 1.0) if jac else None
 
 
 def _fit(scratch: Tensor, like: Tensor) -> Tensor:
@@ -289,19 +290,16 @@ def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
         out.copy_(v if perm is None else v.index_select(1, perm))
 
 
-def _logdet(
-    sums: list[Tensor | None],
-    scale: Tensor | None,
-    batch: int,
-    pixels: int,
-    sign: float,
-    device: torch.device,
-    acc: torch.dtype,
-) -> Tensor:
-    """ln 2 * (the chunks' sums of s / ln 2) + sign * P * sum log scale, where the former carry their sign already; zeros for GIN."""
-    if scale is None:
-        return torch.zeros(batch, dtype=acc, device=device)
+def _gin_logdet(s: Tensor) -> Tensor:
+    """GIN's log-determinant: 0, and nan where a coefficient was, for then every s of the sample is."""
+    return s[:, :1, :1].sum((1, 2)).mul_(0.0)
+
+
+def _logdet(sums: list[Tensor], scale: Tensor | None, pixels: int, sign: float) -> Tensor:
+    """ln 2 * (the chunks' sums of s / ln 2) + sign * P * sum log scale, where the former carry their sign already."""
     sum_s = sums[0] if len(sums) == 1 else torch.cat(sums)
+    if scale is None:
+        return sum_s
     return sum_s.mul_(_LN2).add_(scale.log().sum(), alpha=sign * pixels)
 
 
@@ -469,11 +467,12 @@ def coupling_inv_active(
                 total = _plus(total, _exact_tanh(a_si, spec, -spec.clamp * _LOG2E, si, ti, ui).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si, ui), spec, si).neg_()
+                total = _gin_logdet(si)
             u2i.sub_(a_ti, alpha=0.1).mul_(si.exp2_())
         if u2 is not x2:
             x2.copy_(u2)
         sums.append(total)
-    return _logdet(sums, scale, batch, pixels, -1.0, x.device, acc) if jac else None
+    return _logdet(sums, scale, pixels, -1.0) if jac else None
 
 
 def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | None, c2: int, acc: torch.dtype) -> Tensor:
@@ -494,7 +493,7 @@ def composite_fwd(
     traceable, transformable."""
     dtype = promoted(x1, a, g)
     acc = _accumulator(dtype)
-    u2, sum_s = composite_affine(_as(x2, acc), _as(a, acc), spec, rev=False)
+    u2, sum_s = composite_affine(_as(x2, acc), _as(a, acc), spec, False, jac)
     u = torch.cat((_as(x1, acc), u2), 1)
     offset = _channelwise(offset, u.dim(), acc)
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
@@ -517,13 +516,13 @@ def composite_inv_coupling(
 ) -> tuple[Tensor, Tensor | None]:
     """x = cat(u1, (u2 - 0.1 a_t) * exp(-s)) and the inverse's log-determinant as ordinary operations."""
     acc = _accumulator(promoted(u1, a))
-    x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, rev=True)
+    x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, True, jac)
     x = torch.cat((_as(u1, acc), x2), 1)
     return x, _composite_logdet(sum_s, scale, x, -1.0) if jac else None
 
 
-def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tuple[Tensor, Tensor]:
-    """The coupling of the active half and the sum of its log-factors per sample (negative in reverse)."""
+def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, jac: bool = True) -> tuple[Tensor, Tensor | None]:
+    """The coupling of the active half and the sum of its log-factors per sample (negative in reverse), or None without ``jac``."""
     c2 = x2.shape[1]
     dims = tuple(range(1, x2.dim()))
     a_s, a_t = _halves(a, c2, c2)
@@ -531,7 +530,7 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tu
     if spec.gin and s.numel():
         s = s - s.mean(dims, keepdim=True)
     e = torch.exp(s)
-    return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), s.sum(dims)
+    return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), s.sum(dims) if jac else None
 
 
 def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager
-from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
+from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import (
     IndexCache,
     MatrixPermutation,
@@ -192,7 +192,10 @@ class AllInOneBlock(InvertibleModule):
                 self.w_perm = nn.Parameter(w.view(channels, channels, *ones), requires_grad=False)
                 self.w_perm_inv = nn.Parameter(w.T.contiguous().view(channels, channels, *ones), requires_grad=False)
             self._index.permutation(self)  # now, for the first forward may be a compiled one, which cannot look
+        drawn = torch.get_rng_state() if permute_soft else None
         self.subnet = subnet_constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
+        if drawn is not None and torch.equal(drawn, torch.get_rng_state()):
+            torch.rand((), device="cpu")  # the subnet drew nothing: lest the next block draws the same rotation
         if not callable(self.subnet):
             raise TypeError(f"expected subnet_constructor to return a module, got {type(self.subnet).__name__}")
 
@@ -264,7 +267,7 @@ class AllInOneBlock(InvertibleModule):
         return self._index.permutation(self)
 
     def _checked_subnet(self, x: Tensor) -> Tensor:
-        a = self.subnet(x)
+        a = self.subnet(x.clone() if starts_in_place(self.subnet) else x)
         if isinstance(a, Tensor) and a.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"expected the subnet to return {x.dtype}, its input's dtype; got {a.dtype}")
         return a
@@ -353,6 +356,9 @@ class AllInOneBlock(InvertibleModule):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         names = ("w_0",) if self.householder else ("w_perm", "w_perm_inv")
+        for name in names:
+            if prefix + name in state_dict and not isinstance(state_dict[prefix + name], Tensor):
+                raise RuntimeError(f"expected {prefix}{name} to be a tensor, got {type(state_dict[prefix + name]).__name__}")
         found = {name: state_dict[prefix + name] for name in names if isinstance(state_dict.get(prefix + name), Tensor)}
         try:
             read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
@@ -422,8 +428,8 @@ def _checked_dims(
         raise ValueError(f"expected dims_in with one shape (C, *S), got {len(dims_in)}: {dims_in}")
     if len(dims_in[0]) > 4:
         raise ValueError(f"expected data of rank 0 to 3 (1 to 4 dimensions without the batch), got dims_in {dims_in}")
-    if dims_in[0][0] < 1:
-        raise ValueError(f"expected at least one channel, got dims_in {dims_in}")
+    if dims_in[0][0] < 1 or min(dims_in[0]) < 0:
+        raise ValueError(f"expected at least one channel and no negative size, got dims_in {dims_in}")
     for shape in dims_c:
         if shape[1:] != dims_in[0][1:]:
             raise ValueError(f"expected conditions of the input's spatial shape {dims_in[0][1:]}, got dims_c {dims_c}")
@@ -432,7 +438,7 @@ def _checked_dims(
 
 def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
     try:
-        shapes = [tuple(int(n) for n in shape) for shape in value]
+        shapes = [tuple(operator.index(n) for n in shape) for shape in value]
     except TypeError:
         raise TypeError(f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}") from None
     if any(not shape for shape in shapes):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager, modules
-from fastflow_kernels.functional import all_in_one_block, single_input
+from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
@@ -193,6 +193,8 @@ def _identify(block: nn.Module, stock: type) -> tuple[str, str]:
             raise _Left("its parameters are on the meta device; accelerate it once they hold values")
         if isinstance(block.clamp, Tensor):
             raise _Left("its clamp is a tensor; the fused block takes a number")
+        if not block.conditional and starts_in_place(block.subnet):
+            raise _Left("its subnet starts with an in-place operation, which changes the stock block's passive half")
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(block.global_scale.device.type, enabled=False):
             return _compare(_Probe(block, stock))
     except _Left:
@@ -202,13 +204,14 @@ def _identify(block: nn.Module, stock: type) -> tuple[str, str]:
 
 
 class _Fixed(nn.Module):
-    """A subnet that returns the same coefficients whatever it is given."""
+    """A subnet that returns the same coefficients whatever it is given, and keeps that."""
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
-        self.a = a
+        self.a, self.given = a, a
 
     def forward(self, x: Tensor) -> Tensor:
+        self.given = x.clone()
         return self.a.clone()  # the stock block writes to what it gets
 
 
@@ -230,27 +233,27 @@ class _Probe:
     def _random(self, shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(like)
 
-    def ask(self, spatial: Sequence[int]) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-        """The input, the coefficients and the stock block's answers, forward and in reverse."""
+    def ask(self, spatial: Sequence[int]) -> tuple[Tensor, list[Tensor], Tensor, list[tuple[Tensor, ...]]]:
+        """Input, conditions, coefficients and the stock block's answers, forward and in reverse: y, log-det, what the subnet was given."""
         channels, passive = self.block.in_channels, sum(self.block.splits[1:])
         x = self._random((2, channels, *spatial), self.scale)
         a = 10.0 * self._random((2, 2 * passive, *spatial), self.scale)
-        self.block._modules["subnet"] = _Fixed(a)
-        c = [x.new_zeros(2, shape[0], *spatial) for shape in self.block.dims_c]
+        self.block._modules["subnet"] = subnet = _Fixed(a)
+        c = [self._random((2, shape[0], *spatial), self.scale) for shape in self.block.dims_c]
         answers = []
         for rev in (False, True):
             (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
-            answers.append((y, logdet))
-        return x, a, answers
+            answers.append((y, logdet, subnet.given))
+        return x, c, a, answers
 
 
 def _compare(probe: _Probe) -> tuple[str, str]:
     block = probe.block
     rank = block.input_rank
     try:
-        x, a, answers = probe.ask((2,) * rank)
+        x, c, a, answers = probe.ask((2,) * rank)
     except (RuntimeError, ValueError):  # some take the declared size only: FrEIA's main branch, the reference
-        x, a, answers = probe.ask(tuple(block.dims_in[0][1:]))
+        x, c, a, answers = probe.ask(tuple(block.dims_in[0][1:]))
     samples = torch.linspace(-3.0, 60.0, 64).to(x)
     activations = [name for name in ACTIVATIONS if _alike(block.global_scale_activation(samples), eager.scale_of(samples, name))]
     if not activations:
@@ -259,11 +262,11 @@ def _compare(probe: _Probe) -> tuple[str, str]:
         if block.clamp == 0 and dialect == "freia":
             continue
         spec = CouplingSpec.of(block.clamp, dialect, activations[0], block.GIN)
-        arguments = (_Fixed(a), probe.scale, probe.offset, IndexCache().permutation(block), spec)
-        ours = [
-            all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager")
-            for rev in (False, True)
-        ]
+        subnet, ours = _Fixed(a), []
+        arguments = (subnet, probe.scale, probe.offset, IndexCache().permutation(block), spec, c)
+        for rev in (False, True):
+            result = all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager")
+            ours.append((*result, subnet.given))
         if all(_alike(theirs, mine) for pair in zip(answers, ours, strict=True) for theirs, mine in zip(*pair, strict=True)):
             return dialect, activations[0]
     raise _Left("it computes something else than either known form of the block")
@@ -284,6 +287,7 @@ class _Held:
     dialect: str
     activation: str
     backend: str
+    function: Any  # the block's own global_scale_activation, where that is an attribute
     index: IndexCache = field(default_factory=IndexCache)
 
 
@@ -298,14 +302,17 @@ class _Accelerated:
     ) -> tuple[tuple[Tensor], Tensor]:
         """The fused form of the stock block's forward; see :class:`fastflow_kernels.AllInOneBlock`."""
         held = self._fastflow
+        if self.__dict__.get("global_scale_activation") is not held.function or any(step in self.__dict__ for step in _STEPS):
+            return super().forward(x, c, rev=rev, jac=jac)  # a step was exchanged on this very block since
+        x = single_input(x, self.in_channels, self.input_rank)
         y, logdet = all_in_one_block(
-            single_input(x, self.in_channels, self.input_rank),
+            x,
             self.subnet,
             self.global_scale,
             self.global_offset,
             held.index.permutation(self, rev),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
-            self._checked_conditions(c),
+            self._checked_conditions(c, x),
             rev=rev,
             jac=jac,
             reverse_permutation=self.reverse_pre_permute,
@@ -313,13 +320,13 @@ class _Accelerated:
         )
         return (y,), logdet
 
-    def _checked_conditions(self, c: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
         if not self.conditional:
             return ()  # like the stock block, which ignores what it did not declare
-        if not isinstance(c, (list, tuple)) or sum(t.shape[1] if t.dim() > 1 else 0 for t in c) != self.condition_channels:
-            found = [tuple(t.shape) for t in c] if isinstance(c, (list, tuple)) else "none" if c is None else f"a {type(c).__name__}"
-            raise ValueError(f"expected a list of conditions with {self.condition_channels} channels in all, got {found}")
-        return c
+        widths = [t.shape[1] if isinstance(t, Tensor) and t.dim() > 1 else 0 for t in c] if isinstance(c, (list, tuple)) else []
+        if widths and sum(widths) == self.condition_channels:  # the stock block does not mind how they are split
+            return check_conditions(c, widths, x)
+        return check_conditions(c, [shape[0] for shape in self.dims_c], x)
 
     def extra_repr(self) -> str:
         held, own = self._fastflow, super().extra_repr()
@@ -331,9 +338,10 @@ class _Accelerated:
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         state = self.__dict__.copy()
-        activation = state.get("global_scale_activation")
-        if "<lambda>" in getattr(activation, "__qualname__", ""):  # FrEIA 0.2 holds lambdas, which no pickle takes
-            state["global_scale_activation"] = _Activation(self._fastflow.activation)
+        activation, held = state.get("global_scale_activation"), self._fastflow
+        if activation is held.function and "<lambda>" in getattr(activation, "__qualname__", ""):  # FrEIA 0.2's, which no pickle takes
+            state["global_scale_activation"] = function = _Activation(held.activation)
+            state["_fastflow"] = replace(held, function=function)
         if "<lambda>" in getattr(state.get("permute_function"), "__qualname__", ""):
             state["permute_function"] = _take_channels
         return _new_accelerated, (self._fastflow_stock,), state
@@ -367,7 +375,7 @@ def _new_accelerated(cls: type) -> nn.Module:
 def _exchange(block: nn.Module, dialect: str, activation: str, backend: str) -> None:
     if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
         block.w_perm = block.w_perm_inv = None
-    held = _Held(dialect, activation, backend)
+    held = _Held(dialect, activation, backend, block.__dict__.get("global_scale_activation"))
     held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
     block.__dict__["_fastflow"] = held
     block.__class__ = _accelerated_class(type(block))

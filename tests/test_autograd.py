@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate
+from fastflow_kernels import AllInOneBlock, accelerate, functional
 from tests.cases import CASES, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
 
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
@@ -48,7 +48,10 @@ def test_block_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
     assert torch.autograd.gradgradcheck(run, (*tensors, *values), fast_mode=True)
 
 
-def test_block_second_gradients_equal_the_references() -> None:
+@pytest.mark.parametrize("in_halves", [False, True], ids=["forked", "in halves"])
+def test_block_second_gradients_equal_the_references(in_halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' small inputs are handed to autograd in halves, everything else whole."""
+    monkeypatch.setattr(functional, "_in_halves", lambda *_: in_halves)
     case = Case(Shape(2, 7, (3, 5)), "hard")
     ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
     theirs.load_state_dict(ours.state_dict())

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -648,3 +649,23 @@ def test_index_layout_in_the_other_dialect_warns() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             AllInOneBlock([(6,)], subnet_constructor=nn.Linear, **options).load_state_dict(state)
+
+
+@pytest.mark.parametrize("value", [None, np.eye(6)], ids=["none", "numpy"])
+def test_permutation_that_is_no_tensor_is_refused(value: Any) -> None:
+    block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear)
+    assert_refused(block, {**AllInOneBlock([(6,)], subnet_constructor=nn.Linear).state_dict(), "w_perm": value}, "w_perm to be a tensor")
+
+
+def test_rotations_differ_even_if_nothing_else_is_drawn() -> None:
+    """The rotation's own generator is seeded by torch's, which only the subnets advance."""
+
+    def two() -> list[Tensor]:
+        torch.manual_seed(0)
+        return [AllInOneBlock([(6,)], permute_soft=True, subnet_constructor=lambda i, o: nn.Identity()).w_perm for _ in range(2)]
+
+    first, second = two()
+    assert not torch.allclose(first, second, atol=1e-3)
+    assert all(map(torch.equal, two(), (first, second)))
+    with torch.device("meta"):
+        assert AllInOneBlock([(6,)], permute_soft=True, subnet_constructor=nn.Linear).w_perm.is_meta

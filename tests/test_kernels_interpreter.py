@@ -460,7 +460,7 @@ def test_alignment_is_the_common_power_of_two():
     assert launch.alignment(7, 4096) == 1
 
 
-BLOCK_CASES = HARD_CASES[::6]
+BLOCK_CASES = (*HARD_CASES[::6], *[Case(shape, "sigmoid1", "freia") for shape in (Shape(2, 64, (8, 8)), Shape(3, 33))])
 
 
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=ids(BLOCK_CASES))

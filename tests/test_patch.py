@@ -11,6 +11,7 @@ import random
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,15 +125,12 @@ def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> 
 
 def is_fused(block: nn.Module) -> bool:
     """Whether a block runs the fused forward: it does not call the stock block's steps."""
-    called = []
-    block.__dict__["_affine"] = lambda *args, **kwargs: called.append(1) or type(block)._affine(block, *args, **kwargs)
-    try:
-        with torch.no_grad():
-            c = [torch.zeros(1, block.condition_channels, *block.dims_in[0][1:])] if block.conditional else []
-            x = torch.zeros(1, *block.dims_in[0]).to(block.global_scale)
-            type(block).forward(block, [x], [t.to(x) for t in c])
-    finally:
-        del block.__dict__["_affine"]
+    owner = next(cls for cls in type(block).__mro__ if "_affine" in vars(cls))
+    called, affine = [], owner._affine
+    with mock.patch.object(owner, "_affine", lambda *args, **kwargs: called.append(1) or affine(*args, **kwargs)), torch.no_grad():
+        c = [torch.zeros(1, block.condition_channels, *block.dims_in[0][1:])] if block.conditional else []
+        x = torch.zeros(1, *block.dims_in[0]).to(block.global_scale)
+        block([x], [t.to(x) for t in c])
     return not called
 
 
@@ -608,6 +606,7 @@ def vendored(
     shift: float = 1.0,
     volume: float = 1.0,
     unscale: float = 1.0,
+    given: Callable[[Tensor], Tensor] = lambda x1: x1,
 ) -> type:
     """A copy of the block in somebody's repository, with or without a change of its maths; it derives from no AllInOneBlock."""
 
@@ -632,7 +631,7 @@ def vendored(
             if rev:
                 v, log_scale = self._permute(v, rev=True)
             x1, x2 = v.split(self.splits, 1)
-            x2, j = self._affine(x2, self.subnet(x1), rev)
+            x2, j = self._affine(x2, self.subnet(given(x1)), rev)
             v = torch.cat((x1, x2), 1)
             if not rev:
                 v, log_scale = self._permute(v)
@@ -672,6 +671,8 @@ CHANGED_MATHS: dict[str, dict[str, Any]] = {
     "shift": {"shift": -1.0},
     "log-determinant": {"volume": 0.9},
     "inverse": {"unscale": 0.9},
+    "what the subnet is given": {"given": lambda x1: 2.0 * x1},
+    "order of what the subnet is given": {"given": lambda x1: x1.flip(1)},
 }
 
 
@@ -680,6 +681,30 @@ CHANGED_MATHS: dict[str, dict[str, Any]] = {
 def test_vendored_copy_with_other_maths_is_left(change: str, dtype: torch.dtype) -> None:
     block = vendored(**CHANGED_MATHS[change])([(6, 4)], subnet_constructor=make_subnet(1)).to(dtype)
     assert_left(block, "computes something else")
+
+
+@peers
+def test_steps_exchanged_on_the_block_later_are_honoured(peer: Callable[[], Any]) -> None:
+    case = Case(SHAPE, "hard")
+    x, _ = make_input(case)
+    for name, change in (("global_scale_activation", torch.exp), ("_affine", lambda x, a, rev=False: (2.0 * x, x.new_zeros(x.shape[0])))):
+        block, stock = stock_block(peer, case), stock_block(peer, case)
+        stock.load_state_dict(block.state_dict())
+        assert accelerate(block).changed
+        for b in (block, copy.deepcopy(block), stock):
+            setattr(b, name, change)
+        assert torch.equal(block([x])[0][0], stock([x])[0][0])
+
+
+@peers
+def test_a_subnet_that_starts_in_place(peer: Callable[[], Any]) -> None:
+    """The stock block lets it change the passive half; only where that is a copy, behind a condition, ours can do the same."""
+
+    def subnet(i: int, o: int) -> nn.Module:
+        return nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(i, o, 1))
+
+    assert_left(peer()([(6, 4)], subnet_constructor=subnet), "in-place")
+    assert accelerate(peer()([(6, 4)], [(2, 4)], subnet_constructor=subnet)).changed
 
 
 def assert_left(block: nn.Module, match: str) -> None:

@@ -344,6 +344,11 @@ def _allocated(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def _gin_logdet(sums: Tensor | None, batch: int, acc: torch.dtype, device: torch.device) -> Tensor:
+    """GIN's log-determinant: 0, and nan where a sample's sum of s is."""
+    return torch.zeros(batch, dtype=acc, device=device) if sums is None else sums[0].sum(1).mul_(0.0)
+
+
 class _Forward(NamedTuple):
     dtype: torch.dtype  # of y
     acc: torch.dtype
@@ -417,9 +422,7 @@ def coupling_fwd(
         logdet = torch.empty(prepared.sums[:1], dtype=prepared.acc, device=x.device)
         prepared.finish(is_aligned, sums, g, logdet)
         return y, logdet
-    if jac and spec.gin:
-        return y, torch.zeros(x.shape[0], dtype=prepared.acc, device=x.device)
-    return y, sums
+    return y, _gin_logdet(means, x.shape[0], prepared.acc, x.device) if jac and spec.gin else sums
 
 
 class _Backward(NamedTuple):
@@ -597,4 +600,4 @@ def coupling_inv_active(
         logdet = torch.empty(prepared.sums[:1], dtype=acc, device=x.device)
         prepared.finish(is_aligned, sums, g, logdet)
         return logdet
-    return torch.zeros(x.shape[0], dtype=acc, device=x.device) if jac and spec.gin else sums
+    return _gin_logdet(means, x.shape[0], acc, x.device) if jac and spec.gin else sums
