@@ -67,7 +67,6 @@ LARGE_SHAPES = (
 OPTIONS: dict[str, dict[str, Any]] = {
     "hard": {},
     "sigmoid": {"global_affine_type": "SIGMOID", "global_affine_init": 0.7, "affine_clamping": 1.9},
-    "sigmoid1": {"global_affine_type": "SIGMOID"},  # as it is built: log(scale) is near 0 and the same in every channel
     "exp": {"global_affine_type": "EXP", "global_affine_init": 1.3, "affine_clamping": 5.0},
     "clamp0.5": {"affine_clamping": 0.5, "global_affine_init": 0.92},
     "rev": {"reverse_permutation": True},

@@ -22,7 +22,7 @@ from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 from tests.cases import HARD_CASES, Case, Shape, ids, make_block
 from tests.compare import assert_close
 from tests.sanitizer import Launch, StrayAccess, sanitize
-from tests.test_parity import compare
+from tests.test_parity import compare, compare_fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's: overflow to inf is meant
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
@@ -460,7 +460,7 @@ def test_alignment_is_the_common_power_of_two():
     assert launch.alignment(7, 4096) == 1
 
 
-BLOCK_CASES = (*HARD_CASES[::6], *[Case(shape, "sigmoid1", "freia") for shape in (Shape(2, 64, (8, 8)), Shape(3, 33))])
+BLOCK_CASES = HARD_CASES[::6]
 
 
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=ids(BLOCK_CASES))
@@ -468,6 +468,12 @@ BLOCK_CASES = (*HARD_CASES[::6], *[Case(shape, "sigmoid1", "freia") for shape in
 def test_block_on_the_triton_backend(case: Case, rev: bool) -> None:
     """The kernels through the module: dispatch, autograd and the subnet between the two halves of the inverse."""
     compare(case, torch.float32, rev, grad=not rev, backend="triton")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(64, 8, 8), (33, 5, 3), (64,)], ids=str)
+def test_log_det_of_a_fresh_block_on_the_triton_backend(activation: str, shape: tuple[int, ...]) -> None:
+    compare_fresh(activation, shape, "triton")
 
 
 def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:

@@ -142,6 +142,27 @@ def test_kernels_parity(case: Case, dtype: str, rev: bool) -> None:
     compare(case, DTYPES[dtype], rev, grad=not rev, backend="triton")
 
 
+def compare_fresh(activation: str, shape: tuple[int, ...], backend: str) -> None:
+    """The log-determinant of a block as it is built: log(scale) is near 0 and the same in every channel, so that its error adds up."""
+    x, a = torch.randn(2, *shape), torch.randn(2, shape[0] // 2 * 2, *shape[1:])
+    results = []
+    for cls, dtype in ((reference.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float64)):
+        block = cls([shape], subnet_constructor=lambda *_: Stored(a), global_affine_type=activation)
+        results.append([flat(block.to(dtype)([x.to(dtype)], rev=rev))[1].detach() for rev in (False, True)])
+    block = fastflow_kernels.AllInOneBlock([shape], subnet_constructor=lambda *_: Stored(a), global_affine_type=activation, backend=backend)
+    with torch.no_grad():
+        actual = [flat(block.to(DEVICE)([x.to(DEVICE)], rev=rev))[1] for rev in (False, True)]
+    for mine, baseline, truth in zip(actual, *results, strict=True):
+        assert_close(mine, truth, baseline, f"{activation} {shape}")
+
+
+@every_backend
+@pytest.mark.parametrize("activation", ["SIGMOID", "SOFTPLUS", "EXP"])
+@pytest.mark.parametrize("shape", [(64, 8, 8), (33, 5, 3), (64,)], ids=str)
+def test_log_det_of_a_fresh_block(activation: str, shape: tuple[int, ...], backend: str) -> None:
+    compare_fresh(activation, shape, backend)
+
+
 SMALL_SCALES = [1e-3, 1.0, 30.0]
 
 
