@@ -16,9 +16,9 @@ BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
 
 # Elements up to which "auto" runs plain operations on a CPU: autograd's own nodes cost less than a Python one, and here that is most of the
-# time. Train step of one block on a thread of an AMD EPYC, plain against eager: 398 against 492 us for (100, 2), 495 against 552 us for
-# (256, 64), 589 against 595 us for (8, 64, 8, 8), 759 against 693 us for (1, 256, 16, 16).
-SMALL = 1 << 14
+# time. Train step of one block on a thread of an AMD EPYC, plain against eager: 323 against 492 us for (100, 2), 430 against 573 us for
+# (64, 256), 532 against 619 us for (64, 512), 671 against 670 us for (1, 256, 16, 16).
+SMALL = 1 << 15
 
 
 def validated(backend: str, where: str = "backend") -> str:

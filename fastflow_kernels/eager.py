@@ -49,6 +49,11 @@ def scale_of(g: Tensor, activation: str) -> Tensor:
     return torch.exp(g)
 
 
+def scale_or_none(g: Tensor, spec: CouplingSpec) -> Tensor | None:
+    """The global scale in the dtype of the computation, in the shape of g; None for GIN, where it is 1."""
+    return None if spec.gin else scale_of(_as(g, _accumulator(g.dtype)), spec.activation)
+
+
 def _log_scale_slope(scale: Tensor, activation: str) -> Tensor | float:
     """d log(scale) / d g, from the scale; finite also where that has underflowed to 0."""
     if activation == "SIGMOID":
@@ -262,7 +267,9 @@ def coupling_fwd(
                 _log2_factor(_sigmoid(a_si, spec, ti, si, ui), spec, si)
                 total = _gin_logdet(si)
             torch.mul(x2i, si.exp2_(), out=v2i).add_(a_ti, alpha=0.1)
-        if scale is None:
+        if spec.folded:
+            v1.copy_(x1)
+        elif scale is None:
             v1.copy_(x1)
             v.add_(offset)
         elif pixels == 1:
@@ -327,7 +334,8 @@ def coupling_bwd(
         need_params: Whether the gradients of g and offset are wanted.
 
     Returns:
-        (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN.
+        (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN, doffset None
+        where it is folded.
     """
     dx, da = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(a.shape, dtype=a.dtype, device=a.device)
     acc = _accumulator(promoted(x, a, g))
@@ -347,9 +355,9 @@ def coupling_bwd(
         xb, ab = _as(xb, acc), _as(ab, acc)
         du = _gathered(dyb, inv, dxb, acc)
         dab_acc = dab if dab.dtype is acc else torch.empty_like(ab)
-        if need_params:
+        if need_params and not spec.folded:
             doffset = _plus(doffset, du.sum((0, 2)))
-        if scale is not None:
+        if scale is not None and not spec.folded:
             du.mul_(scale)
         (x1, x2), (du1, du2), (a_s, a_t), (ds, dt) = _halves(xb, c1, c2), _halves(du, c1, c2), _halves(ab, c2, c2), _halves(dab_acc, c2, c2)
         parts = [torch.mul(*pair, out=_fit(e, pair[0])).sum((0, 2)) for pair in _walk(1, pairs, du1, x1)] if need_scale else []
@@ -441,7 +449,7 @@ def coupling_inv_active(
 
     Args:
         y: As given to :func:`coupling_inv_passive`.
-        x: What that returned.
+        x: What that returned; u where scale and offset are folded.
         a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
         g, offset, perm, inv, spec: As given to the forward.
         jac: Whether the log-determinant is wanted.
@@ -459,7 +467,10 @@ def coupling_inv_active(
     sums = []
     for yb, ab, xb in _walk(0, samples, y, a, out):
         (a_s, a_t), x2 = _halves(_as(ab, acc), c2, c2), xb.narrow(1, channels - c2, c2)
-        u2 = x2 if x2.dtype is acc else _active_of(yb, scale, offset, inv, c2, acc)
+        if x2.dtype is acc:
+            u2 = x2
+        else:
+            u2 = _as(x2, acc) if spec.folded else _active_of(yb, scale, offset, inv, c2, acc)
         total = None
         for u2i, a_si, a_ti in _walk(1, pairs, u2, a_s, a_t):
             si, ti, ui = (_fit(buffer, a_si) for buffer in (s, t, u))

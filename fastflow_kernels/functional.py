@@ -14,6 +14,7 @@ from fastflow_kernels import dispatch, eager
 from fastflow_kernels.permutations import (
     HouseholderPermutation,
     IndexPermutation,
+    MatrixPermutation,
     Permutation,
     gather_channels,
     reflect,
@@ -204,17 +205,22 @@ def _forward(
     else:
         x1, x = _Fork.apply(x, x.shape[1] - x.shape[1] // 2)
     a = dispatch.packed(operations, _coefficients(subnet, x1, conditions, x))
+    # what of the permutation is part of the coupling: an index, a fixed matrix, or reflections; the rest comes after it
+    inner = outer = matrix = rest = None
     perm, inv = permutation if indexed else (None, None)
-    inner = outer = None
-    if not indexed and isinstance(permutation, HouseholderPermutation) and not permutation.dense:
+    if isinstance(permutation, HouseholderPermutation) and not permutation.dense:
         inner, outer = permutation.factors()
-        permutation = permutation.base
+        rest = permutation.base
+    elif isinstance(permutation, MatrixPermutation) and permutation.folds(x):
+        matrix, spec = permutation, spec._replace(folded=True)
+    elif not indexed:
+        rest = permutation
+    call = _Call(perm, inv, matrix, spec, jac, operations)
     if grad:  # where nothing takes a gradient, autograd makes no node
-        v, logdet = _Coupling.apply(x, *halves, a, g, offset, inner, outer, _Call(perm, inv, spec, jac, operations))
+        y, logdet = _Coupling.apply(x, *halves, a, g, offset, inner, outer, call)
     else:
-        v, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
-        v = v if inner is None else reflect(v, inner, outer)
-    return (v if indexed else permutation.permute(v)), logdet
+        y, logdet = _coupling(x, a, g, offset, inner, outer, call)
+    return (y if rest is None else rest.permute(y)), logdet
 
 
 def _inverse(
@@ -241,8 +247,13 @@ def _inverse(
         x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec, jac)
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
-    v = y if indexed else permutation.unpermute(y)
-    x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
+    if isinstance(permutation, MatrixPermutation) and permutation.folds(y):
+        spec = spec._replace(folded=True)
+        with torch.inference_mode(False), torch.no_grad():  # see coupling_inv_passive
+            x = v = permutation.unpermute_affine(y, eager.scale_or_none(g, spec), offset).contiguous()
+    else:
+        v = y if indexed else permutation.unpermute(y)
+        x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
     a = _coefficients(subnet, x.narrow(1, 0, x.shape[1] - x.shape[1] // 2), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
@@ -282,13 +293,26 @@ class _Call(NamedTuple):
 
     perm: Tensor | None
     inv: Tensor | None
+    matrix: MatrixPermutation | None  # the product that scale and offset are folded into
     spec: CouplingSpec
     jac: bool
     operations: ModuleType
 
 
+def _coupling(
+    x: Tensor, a: Tensor, g: Tensor, offset: Tensor, inner: Tensor | None, outer: Tensor | None, call: _Call
+) -> tuple[Tensor, Tensor | None]:
+    """The coupling and what it takes of the permutation."""
+    v, logdet = call.operations.coupling_fwd(x, a, g, offset, call.perm, call.inv, call.spec, call.jac)
+    if inner is not None:
+        v = reflect(v, inner, outer)
+    elif call.matrix is not None:
+        v = call.matrix.permute_affine(v, eager.scale_or_none(g, call.spec), offset)
+    return v, logdet
+
+
 class _Coupling(Function):
-    """The fused coupling, its index or reflections included, with its hand-derived backward; keeps x, a and the parameters.
+    """The fused coupling, what it takes of the permutation included, with its hand-derived backward; keeps x, a and the parameters.
 
     The gradient of x goes to x, or where the halves of x are given to those.
     """
@@ -307,11 +331,9 @@ class _Coupling(Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        perm, inv, spec, jac, operations = call
-        ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, perm, inv)
-        ctx.spec, ctx.operations = spec, operations
-        y, logdet = operations.coupling_fwd(x, a, g, offset, perm, inv, spec, jac)
-        return (y if inner is None else reflect(y, inner, outer)), logdet
+        ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, call.perm, call.inv)
+        ctx.call = call._replace(perm=None, inv=None)
+        return _coupling(x, a, g, offset, inner, outer, call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -321,13 +343,18 @@ class _Coupling(Function):
         if torch.is_grad_enabled() or dispatch.needs_composite(dy) or (dlogdet is not None and dispatch.needs_composite(dlogdet)):
             return *_composite_backward(ctx, dy, dlogdet), None
         dinner = douter = None
-        if inner is not None:
-            v, _ = ctx.operations.coupling_fwd(x, a, g, offset, None, None, ctx.spec, False)  # again rather than kept
-            dy, dinner, douter = reflect_bwd(dy, v, inner, outer)
+        _, _, matrix, spec, _, operations = ctx.call
         need_params = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        dx, da, dg, doffset = ctx.operations.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, ctx.spec, need_params)
-        if dinner is not None:
+        du = dy
+        if inner is not None:
+            v, _ = operations.coupling_fwd(x, a, g, offset, None, None, spec, False)  # again rather than kept
+            du, dinner, douter = reflect_bwd(dy, v, inner, outer)
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
+        elif matrix is not None:
+            du = matrix.permute_affine_bwd(dy, eager.scale_or_none(g, spec), eager.promoted(x, a, g))
+        dx, da, dg, doffset = operations.coupling_bwd(du, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+        if matrix is not None and need_params:
+            doffset = matrix.offset_bwd(dy, offset)
         if x1 is None:
             return dx, None, None, da, dg, doffset, dinner, douter, None
         return None, *eager.halves(dx), da, dg, doffset, dinner, douter, None
@@ -346,11 +373,13 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
         ]
         x, x1, x2, *arguments, inner, outer = leaves
         x1, x2 = eager.halves(x) if x1 is None else (x1, x2)
-        y, logdet = eager.composite_fwd(x1, x2, *arguments, ctx.spec, dlogdet is not None)
+        y, logdet = eager.composite_fwd(x1, x2, *arguments, ctx.call.spec, dlogdet is not None)
         if perm is not None:
             y = gather_channels(y, perm, inv)
         elif inner is not None:
             y = reflect(y, inner, outer)
+        elif ctx.call.matrix is not None:
+            y = ctx.call.matrix.permute(y)
         outputs, gradients = ([y], [dy]) if dlogdet is None else ([y, logdet], [dy, dlogdet])
         inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))

@@ -60,6 +60,36 @@ class MatrixPermutation(NamedTuple):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.w.to(dtype)
 
+    def folds(self, x: Tensor) -> bool:
+        """Whether scale and offset are better folded into the matrix than applied to x: it takes no gradient and is the smaller one.
+
+        On one thread of an AMD EPYC folding makes a forward of (2048, 512) 1.05 times faster and one of (64, 512) 1.4 times slower.
+        """
+        return not self.w.requires_grad and x.numel() >= 2 * self.w.numel()
+
+    def permute_affine(self, u: Tensor, scale: Tensor | None, offset: Tensor) -> Tensor:
+        """w (u * scale + offset) as one product with a bias, without gradients; scale is None for 1."""
+        return _product(u, self._scaled(scale, u.dtype), (self.w @ offset.view(-1).to(self.w.dtype)).to(u.dtype))
+
+    def permute_affine_bwd(self, dy: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The gradient of u times scale, in ``dtype``: what :func:`~fastflow_kernels.eager.coupling_bwd` takes where it is folded."""
+        return _product(dy, self._scaled(scale, dy.dtype).T).to(dtype)
+
+    def offset_bwd(self, dy: Tensor, offset: Tensor) -> Tensor:
+        """The gradient of offset."""
+        summed = dy.sum((0, *range(2, dy.dim())), dtype=torch.promote_types(dy.dtype, torch.float32))
+        return (self.w.T.to(summed.dtype) @ summed).to(offset.dtype).view(offset.shape)
+
+    def unpermute_affine(self, y: Tensor, scale: Tensor | None, offset: Tensor) -> Tensor:
+        """(w^-1 y - offset) / scale as one product with a bias, without gradients."""
+        w, bias = self.w_inv, -offset.view(-1)
+        if scale is not None:
+            w, bias = w / scale.view(-1, 1), bias / scale.view(-1)
+        return _product(y, w.to(y.dtype), bias.to(y.dtype))
+
+    def _scaled(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return (self.w if scale is None else self.w * scale.view(1, -1)).to(dtype)
+
 
 class HouseholderPermutation(NamedTuple):
     r"""y = w_0 H_1 ... H_K v with the reflections H_k = I - 2 v_k v_k^T / (v_k^T v_k).
@@ -254,11 +284,11 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
     return _Multiply.apply(x, w)
 
 
-def _product(x: Tensor, w: Tensor) -> Tensor:
+def _product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     rank = x.dim() - 2
     if rank == 0:
-        return F.linear(x, w)
-    return _CONVOLUTIONS[rank](x, w.view(*w.shape, *[1] * rank))
+        return F.linear(x, w, bias)
+    return _CONVOLUTIONS[rank](x, w.view(*w.shape, *[1] * rank), bias)
 
 
 class _Multiply(Function):

@@ -22,12 +22,15 @@ class CouplingSpec(NamedTuple):
         tanh_scale: Factor on ``a_s`` inside the tanh: 0.1 (dialect "anomalib") or 0.1 / clamp (dialect "freia").
         activation: ``"SIGMOID"`` (10 * sigmoid(g - 2)), ``"SOFTPLUS"`` (0.1 * softplus(g, beta=0.5)) or ``"EXP"``.
         gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
+        folded: scale and offset are part of the matrix product that follows: the eager functions then return u in place of v, and take the
+            gradient of log(scale) * u, in place of that of v; the log-determinant is the same.
     """
 
     clamp: float
     tanh_scale: float
     activation: str
     gin: bool
+    folded: bool = False
 
     @classmethod
     def of(cls, clamp: float, dialect: str, activation: str, gin: bool) -> CouplingSpec:
