@@ -159,8 +159,8 @@ def all_in_one_block(
         backend: "auto", "eager" or "triton".
 
     Returns:
-        The output (B, C, *S) in the promoted dtype of x, the coefficients and the parameters, and the log-determinant (B,) in nats per
-        sample, float64 for a float64 output and float32 otherwise.
+        The output (B, C, *S) in the promoted dtype of x, the coefficients and the parameters, channels-last where x is; and the
+        log-determinant (B,) in nats per sample, float64 for a float64 output and float32 otherwise.
 
     Raises:
         RuntimeError: ``backend="triton"`` cannot be honoured, or the subnet writes to its input.
@@ -168,11 +168,14 @@ def all_in_one_block(
     """
     backend = dispatch.resolved(backend)
     direction = _inverse if rev else _forward
+    layout = _layout(x)
     if not rev and reverse_permutation:
         x = permutation.unpermute(x)
     out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, backend)
     if rev and reverse_permutation:
         out = permutation.permute(out)
+    if layout is not torch.contiguous_format:
+        out = out.contiguous(memory_format=layout)
     if logdet is None:
         logdet = torch.zeros(out.shape[0], dtype=torch.float64 if out.dtype is torch.float64 else torch.float32, device=out.device)
     return out, logdet
@@ -190,7 +193,8 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(x, indexed, backend)
+    rows = _in_rows(x, spec)
+    operations = dispatch.pick(_as_rows(x) if rows else x, indexed, backend)
     if operations is None:
         x1, x2 = eager.halves(x)
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
@@ -204,7 +208,8 @@ def _forward(
         x1, x = halves[0], x.detach()
     else:
         x1, x = _Fork.apply(x, x.shape[1] - x.shape[1] // 2)
-    a = dispatch.packed(operations, _coefficients(subnet, x1, conditions, x))
+    a = _coefficients(subnet, x1, conditions, x)
+    a = a.contiguous(memory_format=_layout(x)) if rows else dispatch.packed(operations, a)
     # what of the permutation is part of the coupling: an index, a fixed matrix, or reflections; the rest comes after it
     inner = outer = matrix = rest = None
     perm, inv = permutation if indexed else (None, None)
@@ -215,7 +220,7 @@ def _forward(
         matrix, spec = permutation, spec._replace(folded=True)
     elif not indexed:
         rest = permutation
-    call = _Call(perm, inv, matrix, spec, jac, operations)
+    call = _Call(perm, inv, matrix, spec, jac, rows, operations)
     if grad:  # where nothing takes a gradient, autograd makes no node
         y, logdet = _Coupling.apply(x, *halves, a, g, offset, inner, outer, call)
     else:
@@ -235,7 +240,8 @@ def _inverse(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(y, indexed, backend)
+    rows = _in_rows(y, spec)
+    operations = dispatch.pick(_as_rows(y) if rows else y, indexed, backend)
     if operations is None or torch.is_grad_enabled():
         if operations is not None and backend == "triton":
             raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
@@ -247,18 +253,63 @@ def _inverse(
         x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec, jac)
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
+    as_taken: Callable[[Tensor], Tensor] = _as_rows if rows else _itself
     if isinstance(permutation, MatrixPermutation) and permutation.folds(y):
         spec = spec._replace(folded=True)
         with torch.inference_mode(False), torch.no_grad():  # see coupling_inv_passive
-            x = v = permutation.unpermute_affine(y, eager.scale_or_none(g, spec), offset).contiguous()
+            x = v = permutation.unpermute_affine(y, eager.scale_or_none(g, spec), offset)
+        x = v = x.contiguous(memory_format=_layout(y) if rows else torch.contiguous_format)
     else:
         v = y if indexed else permutation.unpermute(y)
-        x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
+        x = operations.coupling_inv_passive(as_taken(v), g, offset, perm, inv, spec)
+        x = _from_rows(x, y) if rows else x
     a = _coefficients(subnet, x.narrow(1, 0, x.shape[1] - x.shape[1] // 2), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
         return eager.composite_inv_coupling(*eager.halves(u), a, scale, spec, jac)
-    return x, operations.coupling_inv_active(v, x, dispatch.packed(operations, a), g, offset, perm, inv, spec, jac)
+    a = as_taken(a) if rows else dispatch.packed(operations, a)
+    logdet = operations.coupling_inv_active(as_taken(v), as_taken(x), a, g, offset, perm, inv, spec, jac)
+    return x, _per_sample(logdet, y) if rows else logdet
+
+
+# --- channels last: every pixel is a row of channels -----------------------------------------------------------------------------------
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The memory format that the result should have."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
+        return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _in_rows(x: Tensor, spec: CouplingSpec) -> bool:
+    """Whether the coupling runs on pixels as on samples of rank 0; not GIN, whose means are over all pixels of a sample."""
+    return not spec.gin and _layout(x) is not torch.contiguous_format
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B * P, C); a view where x is channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(B * P, C) -> (B, C, *S), channels-last, on the same memory; no view to autograd, which forbids to change a Function's views."""
+    batch, _, *spatial = like.shape
+    view = rows.view(batch, *spatial, rows.shape[1]).movedim(-1, 1)
+    return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
+        rows.untyped_storage(), rows.storage_offset(), view.shape, view.stride()
+    )
+
+
+def _per_sample(logdet: Tensor | None, x: Tensor) -> Tensor | None:
+    """Of every row (B * P,) -> of every sample (B,)."""
+    return None if logdet is None else logdet.view(x.shape[0], -1).sum(1)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------------------
@@ -296,6 +347,7 @@ class _Call(NamedTuple):
     matrix: MatrixPermutation | None  # the product that scale and offset are folded into
     spec: CouplingSpec
     jac: bool
+    rows: bool  # channels last
     operations: ModuleType
 
 
@@ -303,10 +355,14 @@ def _coupling(
     x: Tensor, a: Tensor, g: Tensor, offset: Tensor, inner: Tensor | None, outer: Tensor | None, call: _Call
 ) -> tuple[Tensor, Tensor | None]:
     """The coupling and what it takes of the permutation."""
-    v, logdet = call.operations.coupling_fwd(x, a, g, offset, call.perm, call.inv, call.spec, call.jac)
+    v, logdet = call.operations.coupling_fwd(
+        *((_as_rows(x), _as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, call.jac
+    )
     if inner is not None:
         v = reflect(v, inner, outer)
-    elif call.matrix is not None:
+    if call.rows:
+        v, logdet = _from_rows(v, x), _per_sample(logdet, x)
+    if call.matrix is not None:
         v = call.matrix.permute_affine(v, eager.scale_or_none(g, call.spec), offset)
     return v, logdet
 
@@ -343,16 +399,20 @@ class _Coupling(Function):
         if torch.is_grad_enabled() or dispatch.needs_composite(dy) or (dlogdet is not None and dispatch.needs_composite(dlogdet)):
             return *_composite_backward(ctx, dy, dlogdet), None
         dinner = douter = None
-        _, _, matrix, spec, _, operations = ctx.call
+        _, _, matrix, spec, _, rows, operations = ctx.call
         need_params = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
-        du = dy
+        du = dy if matrix is None else matrix.permute_affine_bwd(dy, eager.scale_or_none(g, spec), eager.promoted(x, a, g))
+        given = x
+        if rows:
+            du, x, a = _as_rows(du), _as_rows(x), _as_rows(a)
+            dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(du.shape[0] // dlogdet.shape[0])
         if inner is not None:
             v, _ = operations.coupling_fwd(x, a, g, offset, None, None, spec, False)  # again rather than kept
-            du, dinner, douter = reflect_bwd(dy, v, inner, outer)
+            du, dinner, douter = reflect_bwd(du, v, inner, outer)
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
-        elif matrix is not None:
-            du = matrix.permute_affine_bwd(dy, eager.scale_or_none(g, spec), eager.promoted(x, a, g))
         dx, da, dg, doffset = operations.coupling_bwd(du, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+        if rows:
+            dx, da = _from_rows(dx, given), _from_rows(da, given)
         if matrix is not None and need_params:
             doffset = matrix.offset_bwd(dy, offset)
         if x1 is None:

@@ -635,8 +635,8 @@ def test_coefficients_that_are_not_finite(value: float, where: int, gin: bool, r
 @pytest.mark.parametrize("name", ["hard", "gin", "rev", "cond", "soft", "hh1"])
 @both_directions
 def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, rev: bool) -> None:
-    """The same bits; but torch's products (soft, Householder), means (GIN's inverse) and gradients of what it has broadcast (any inverse)
-    sum in the order of the layout."""
+    """The same bits; but channels-last runs pixel by pixel, and torch's products (soft, Householder), means (GIN's inverse) and gradients
+    of what it has broadcast (any inverse) sum in the order of the layout."""
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case)
     subnet = Counting(shape.channels - shape.channels // 2 + sum(case.conditions), shape.channels // 2 * 2).double()
@@ -656,10 +656,32 @@ def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, 
         grads = [t.grad for t in (xs, *cs)] + [p.grad for p in block.parameters() if p.grad is not None]
         results.append([y.detach(), logdet.detach(), z, negated, *grads])
     for actual, expected in zip(*results, strict=True):
-        if rev or name in ("soft", "hh1", "gin"):
+        if rev or layout == "channels_last" or name in ("soft", "hh1", "gin"):
             assert_rounding(actual, expected, 64 * shape.channels)
         else:
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("shape", [Shape(3, 7, (3, 5)), Shape(2, 6, (2, 3, 2))], ids=str)
+@kinds
+def test_channels_last_stays(name: str, shape: Shape, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, inverse and the input's gradient have the input's memory format, so that convolutions around them need no copy."""
+    monkeypatch.setattr(dispatch, "SMALL", 1 << 15 if plain else 0)
+    case = Case(shape, name)
+    block = make_block(AllInOneBlock, case, torch.float32)
+    x, c = make_input(case, torch.float32)
+    layout = torch.channels_last if len(shape.spatial) == 2 else torch.channels_last_3d
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    (y,), logdet = block([x], c)
+    (dx,) = torch.autograd.grad(y.sum() + logdet.sum(), x)
+    with torch.no_grad():
+        (back,), _ = block([y], c, rev=True)
+    assert y.is_contiguous(memory_format=layout)
+    assert back.is_contiguous(memory_format=layout)
+    assert (back - x).abs().max() < 1e-4
+    if not plain and not block.GIN and not block.reverse_pre_permute:
+        assert dx.is_contiguous(memory_format=layout)
 
 
 # --- lower precision -------------------------------------------------------------------------------------------------------------------
