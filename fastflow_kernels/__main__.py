@@ -17,8 +17,9 @@ _COVERAGE = (
     ("hard permutation, channels first or rank 0", f"Triton on a GPU, eager elsewhere (plain operations up to {dispatch.SMALL} elements)"),
     ("GIN, any activation, conditions, any floating dtype", "as above"),
     ("reverse_permutation", "as above, with one gather before the block"),
-    ("soft and Householder permutations", "eager: fused coupling, then products"),
-    ("channels-last and other strides of the input", "eager, on a contiguous copy"),
+    ("soft and Householder permutations", "as above, then matrix products"),
+    ("channels-last input (not GIN)", "as above, pixel by pixel; the format stays"),
+    ("other strides of the input, channels-last GIN", "eager, on a contiguous copy"),
     ("gradients of the inverse", "plain operations"),
     ("empty input; compile, export, trace, torch.func, forward mode", "plain operations"),
 )

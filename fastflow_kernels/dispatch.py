@@ -58,28 +58,24 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def why_not_triton(x: Tensor, indexed: bool = True) -> str | None:
+def why_not_triton(x: Tensor) -> str | None:
     """Why the Triton kernels do not take this input, in words, or None if they do.
 
     Args:
         x: The block's input, (B, C, *S).
-        indexed: Whether the permutation is an index (hard).
     """
     if not x.is_cuda and not interpreted():
         return f"the input is on {x.device}, and Triton runs on a GPU"
     if missing := triton_missing():
         return missing
-    if not indexed:
-        return "soft and Householder permutations run on the eager path"
     return _kernels().uncovered(x)
 
 
-def pick(x: Tensor, indexed: bool, backend: str) -> ModuleType | None:
+def pick(x: Tensor, backend: str) -> ModuleType | None:
     """The module whose ``coupling_*`` functions take this input, or None for plain differentiable operations.
 
     Args:
         x: The block's input, (B, C, *S).
-        indexed: Whether the permutation is an index (hard).
         backend: "auto", "eager" or "triton", :func:`resolved`.
 
     Raises:
@@ -94,7 +90,7 @@ def pick(x: Tensor, indexed: bool, backend: str) -> ModuleType | None:
     elif backend == "auto" and not x.is_cuda:
         return None if is_small(x) else eager
     else:
-        choice, reason = eager, why_not_triton(x, indexed)
+        choice, reason = eager, why_not_triton(x)
         if reason is None:
             return _kernels()
     if backend == "triton":

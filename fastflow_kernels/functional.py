@@ -194,7 +194,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
     rows = _in_rows(x, spec)
-    operations = dispatch.pick(_as_rows(x) if rows else x, indexed, backend)
+    operations = dispatch.pick(_as_rows(x) if rows else x, backend)
     if operations is None:
         x1, x2 = eager.halves(x)
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
@@ -210,13 +210,14 @@ def _forward(
         x1, x = _Fork.apply(x, x.shape[1] - x.shape[1] // 2)
     a = _coefficients(subnet, x1, conditions, x)
     a = a.contiguous(memory_format=_layout(x)) if rows else dispatch.packed(operations, a)
-    # what of the permutation is part of the coupling: an index, a fixed matrix, or reflections; the rest comes after it
+    # what of the permutation is part of the coupling: an index, reflections, or a fixed matrix where the kernels do not apply scale and
+    # offset for nothing; the rest comes after it
     inner = outer = matrix = rest = None
     perm, inv = permutation if indexed else (None, None)
     if isinstance(permutation, HouseholderPermutation) and not permutation.dense:
         inner, outer = permutation.factors()
         rest = permutation.base
-    elif isinstance(permutation, MatrixPermutation) and permutation.folds(x):
+    elif isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(x):
         matrix, spec = permutation, spec._replace(folded=True)
     elif not indexed:
         rest = permutation
@@ -241,7 +242,7 @@ def _inverse(
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
     rows = _in_rows(y, spec)
-    operations = dispatch.pick(_as_rows(y) if rows else y, indexed, backend)
+    operations = dispatch.pick(_as_rows(y) if rows else y, backend)
     if operations is None or torch.is_grad_enabled():
         if operations is not None and backend == "triton":
             raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
@@ -254,7 +255,7 @@ def _inverse(
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
     as_taken: Callable[[Tensor], Tensor] = _as_rows if rows else _itself
-    if isinstance(permutation, MatrixPermutation) and permutation.folds(y):
+    if isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(y):
         spec = spec._replace(folded=True)
         with torch.inference_mode(False), torch.no_grad():  # see coupling_inv_passive
             x = v = permutation.unpermute_affine(y, eager.scale_or_none(g, spec), offset)
