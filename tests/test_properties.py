@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutation
+from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutation, random_rotation
 from tests.cases import DIALECTS, DTYPES, LAYOUTS, OPTIONS, Case, Shape, make_block, make_input
 from tests.test_parity import compare
 
@@ -52,3 +52,21 @@ def test_reflections_are_orthogonal_and_equal_their_matrix(count: int, channels:
     torch.testing.assert_close(permutation.unpermute(y), v, rtol=0, atol=1e-12)
     torch.testing.assert_close(y, permutation.matrix() @ v, rtol=0, atol=1e-12)
     torch.testing.assert_close(y.square().sum(1), v.square().sum(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("reflections", "channels"), [(64, 512), (3, 7), (8, 16)])
+def test_reflections_are_orthogonal_in_float32(reflections: int, channels: int) -> None:
+    """Applied in float32 to the unit vectors: Q Q^T = I to 1e-6, in the compact form as in the dense one."""
+    vectors = torch.randn(reflections, channels)
+    q = HouseholderPermutation(IndexPermutation(*[torch.arange(channels)] * 2), vectors).permute(torch.eye(channels)).double()
+    assert (q @ q.T - torch.eye(channels)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("channels", [1, 2, 33, 256])
+def test_rotations_are_drawn_from_so(channels: int) -> None:
+    torch.manual_seed(1)
+    w = random_rotation(channels)
+    torch.manual_seed(1)
+    assert torch.equal(w, random_rotation(channels)), "reproducible from torch's seed"
+    assert (w.double() @ w.double().T - torch.eye(channels)).abs().max() < 1e-6
+    assert abs(torch.linalg.det(w.double()).item() - 1.0) < 1e-5
