@@ -171,7 +171,8 @@ def all_in_one_block(
     layout = _layout(x)
     if not rev and reverse_permutation:
         x = permutation.unpermute(x)
-    out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, backend)
+    rows = not spec.gin and layout is not torch.contiguous_format
+    out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
     if rev and reverse_permutation:
         out = permutation.permute(out)
     if layout is not torch.contiguous_format:
@@ -190,10 +191,10 @@ def _forward(
     spec: CouplingSpec,
     conditions: Sequence[Tensor],
     jac: bool,
+    rows: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    rows = _in_rows(x, spec)
     operations = dispatch.pick(_as_rows(x) if rows else x, backend)
     if operations is None:
         x1, x2 = eager.halves(x)
@@ -238,10 +239,10 @@ def _inverse(
     spec: CouplingSpec,
     conditions: Sequence[Tensor],
     jac: bool,
+    rows: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    rows = _in_rows(y, spec)
     operations = dispatch.pick(_as_rows(y) if rows else y, backend)
     if operations is None or torch.is_grad_enabled():
         if operations is not None and backend == "triton":
@@ -273,21 +274,16 @@ def _inverse(
     return x, _per_sample(logdet, y) if rows else logdet
 
 
-# --- channels last: every pixel is a row of channels -----------------------------------------------------------------------------------
+# --- channels last: the coupling runs on pixels as on samples of rank 0; not GIN's, whose means are over all pixels of a sample ---------
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     """The memory format that the result should have."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
-        return torch.channels_last_3d
+    if x.dim() > 3 and not x.is_contiguous():
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=layout):
+            return layout
     return torch.contiguous_format
-
-
-def _in_rows(x: Tensor, spec: CouplingSpec) -> bool:
-    """Whether the coupling runs on pixels as on samples of rank 0; not GIN, whose means are over all pixels of a sample."""
-    return not spec.gin and _layout(x) is not torch.contiguous_format
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -198,6 +198,7 @@ class AllInOneBlock(InvertibleModule):
             torch.rand((), device="cpu")  # the subnet drew nothing: lest the next block draws the same rotation
         if not callable(self.subnet):
             raise TypeError(f"expected subnet_constructor to return a module, got {type(self.subnet).__name__}")
+        self._subnet_starts_in_place = starts_in_place(self.subnet)
 
     # --- evaluation ---
 
@@ -267,7 +268,7 @@ class AllInOneBlock(InvertibleModule):
         return self._index.permutation(self)
 
     def _checked_subnet(self, x: Tensor) -> Tensor:
-        a = self.subnet(x.clone() if starts_in_place(self.subnet) else x)
+        a = self.subnet(x.clone() if self._subnet_starts_in_place else x)
         if isinstance(a, Tensor) and a.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"expected the subnet to return {x.dtype}, its input's dtype; got {a.dtype}")
         return a
