@@ -24,7 +24,8 @@ from fastflow_kernels.permutations import (
 )
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
-_STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation", "global_scale_activation")
+STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")  # the block's methods that a subclass may override
+_OVERRIDABLE = (*STEPS, "global_scale_activation")
 
 
 class InvertibleModule(nn.Module):
@@ -323,9 +324,9 @@ class AllInOneBlock(InvertibleModule):
 
     def _overridden(self) -> bool:
         cls, own = type(self), self.__dict__
-        if cls is not AllInOneBlock and any(getattr(cls, name) is not getattr(AllInOneBlock, name) for name in _STEPS):
+        if cls is not AllInOneBlock and any(getattr(cls, name) is not getattr(AllInOneBlock, name) for name in _OVERRIDABLE):
             return True
-        return any(name in own for name in _STEPS)
+        return any(name in own for name in _OVERRIDABLE)
 
     def _overridable_permutation(self) -> Permutation:
         construct = getattr(self._construct_householder_permutation, "__func__", None)
@@ -484,10 +485,18 @@ def _initial_global_scale(activation: str, init: float, dialect: str) -> float:
     upper = 10.0 if activation == "SIGMOID" else math.inf
     if not 0.0 < init < upper:
         raise ValueError(f"expected global_affine_init in (0, {upper:g}), the range of {activation}; got {init}")
-    start = {"SIGMOID": 10.0 / init - 1.0, "SOFTPLUS": 0.5 * 10.0 * init, "EXP": init}[activation]
-    t = torch.tensor(start, dtype=None if dialect == "anomalib" else torch.float64, device="cpu")
-    g = {"SIGMOID": lambda: 2.0 - t.log(), "SOFTPLUS": lambda: 2.0 * (t.exp() - 1).log(), "EXP": t.log}[activation]().item()
-    if math.isfinite(g):
-        return g
-    # out of that precision's range, or rounded to 0 on the way
-    return {"SIGMOID": 2.0 - math.log(start), "SOFTPLUS": 2.0 * (start + math.log(-math.expm1(-start))), "EXP": math.log(start)}[activation]
+    dtype = torch.get_default_dtype() if dialect == "anomalib" else torch.float64
+    if activation == "SIGMOID":
+        start = 10.0 / init - 1.0
+        rounded, exact = 2.0 - _tensor(start, dtype).log(), 2.0 - math.log(start)
+    elif activation == "SOFTPLUS":
+        start = 5.0 * init
+        rounded, exact = 2.0 * (_tensor(start, dtype).exp() - 1).log(), 2.0 * (start + math.log(-math.expm1(-start)))
+    else:
+        rounded, exact = _tensor(init, dtype).log(), math.log(init)
+    g = rounded.item()
+    return g if math.isfinite(g) else exact  # out of that precision's range, or rounded to 0 on the way
+
+
+def _tensor(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")

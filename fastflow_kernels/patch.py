@@ -20,7 +20,7 @@ from fastflow_kernels.functional import all_in_one_block, check_conditions, sing
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
-_STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
+_STEPS = ("forward", *modules.STEPS)
 
 
 # --- what was done -----------------------------------------------------------------------------------------------------------------
