@@ -16,18 +16,20 @@ class SequenceFlow(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map features to the latent space.
+    def forward(self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False) -> tuple[Tensor, Tensor]:
+        """Map features to the latent space, or back.
 
         Args:
-            x: Features (B, C, H, W).
+            x: Features (B, C, *S).
+            c: Conditions, for the blocks that take them.
+            rev: Compute the inverse.
 
         Returns:
-            The latent variable (B, C, H, W) and the log-det of the whole chain (B,), in nats per sample.
+            The latent variable (B, C, *S) and the log-det of the whole chain (B,), in nats per sample.
         """
         logdet = x.new_zeros(x.shape[0])
-        for block in self.blocks:
-            (x,), block_logdet = block([x])
+        for block in reversed(self.blocks) if rev else self.blocks:
+            (x,), block_logdet = block([x], list(c) if block.conditional else [], rev=rev)
             logdet = logdet + block_logdet
         return x, logdet
 

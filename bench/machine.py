@@ -18,7 +18,7 @@ def describe_machine() -> str:
     """
     cores, threads = _usable_cores(), torch.get_num_threads()
     hardware = [
-        _cpu_model(),
+        cpu_model(),
         f"{cores} core{'s' * (cores != 1)}",
         f"{threads} torch thread{'s' * (threads != 1)}",
         torch.backends.cpu.get_cpu_capability(),
@@ -28,7 +28,7 @@ def describe_machine() -> str:
         f"{platform.system()} {platform.machine()}",
         f"Python {platform.python_version()}",
         f"torch {torch.__version__}",
-        f"triton {_version('triton')}",
+        f"triton {version_of('triton')}",
     ]
     return f"{', '.join(hardware)}; {', '.join(software)}"
 
@@ -38,7 +38,7 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     """The processor's name; ``platform.processor()`` is empty on most Linux systems, so ask the kernel first."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -55,7 +55,7 @@ def _gpu() -> str:
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
     """The version of an installed distribution, found without importing it."""
     try:
         return metadata.version(distribution)

@@ -1,43 +1,62 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, without a network, with the torch, Triton and pytest it has: the test suite and the benchmarks.
+# On a machine with a GPU, without a network, with the torch, Triton and pytest it has: the test suite, the benchmarks, and a pass of
+# compute-sanitizer over a small case.
 #
-#   ci/gpu.sh OUTDIR [tests|bench]
+#   ci/gpu.sh OUTDIR [tests|bench|sanitize]
 #
-# Leaves files under OUTDIR: info.txt, check.json, tests.xml, tests.log, bench.json, bench.log, stderr.log, summary.txt. It goes on after a
-# failure and exits with 1 at the end if there was one. Every step has a time limit; together they stay under 9 minutes.
+# Leaves at most 8 files in OUTDIR: summary.txt, stderr.log, check.json, tests.xml, tests.log, bench.jsonl, bench.log, sanitize.log. It goes
+# on after a failure and exits with 1 at the end if there was one. Every step has a time limit; together they stay under 9.5 minutes.
+# Elsewhere: python -m bench.records OUTDIR/bench.jsonl takes the rows over, python -m bench.report draws them.
 set -uo pipefail
-out=${1:?usage: ci/gpu.sh OUTDIR [tests|bench]}
+out=${1:?usage: ci/gpu.sh OUTDIR [tests|bench|sanitize]}
 what=${2:-all}
-case "$what" in all | tests | bench) ;; *) echo "ci/gpu.sh: tests or bench, not $what" >&2 && exit 2 ;; esac
+case "$what" in all | tests | bench | sanitize) ;; *) echo "ci/gpu.sh: tests, bench or sanitize, not $what" >&2 && exit 2 ;; esac
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
-python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=0
 : >"$out/summary.txt" >"$out/stderr.log"
 
-step() { # step NAME SECONDS LOG COMMAND...: standard output goes to the log, errors to stderr.log, both to the screen
+wanted() { [ "$what" = all ] || [ "$what" = "$1" ]; }
+
+step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log, both go to the screen
     local name=$1 limit=$2 log=$3 start=$SECONDS rc
     shift 3
     echo "== $name (at most $limit s)"
-    timeout -k 5 "$limit" "$@" 2> >(tee -a "$out/stderr.log" >&2) | tee "$log"
+    timeout -k 5 "$limit" "$@" 2> >(tee -a "$out/stderr.log" >&2) | tee -a "$log"
     rc=${PIPESTATUS[0]}
     [ "$rc" -eq 0 ] || failed=1
     echo "$name: exit $rc after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
 }
 
-tests_limit=290 bench_limit=170
-[ "$what" = all ] || { tests_limit=450 bench_limit=450; }
+# Limits of the whole, and of each part alone. The benchmarks stop by themselves: no group is begun after the budget, and a long one then
+# has 30 s to end.
+tests_limit=240 eager_budget=110 graphs_budget=50
+[ "$what" = all ] || { tests_limit=480 eager_budget=300 graphs_budget=150; }
 
-step info 20 "$out/info.txt" "$python" -m fastflow_kernels info
-if [ "$what" != bench ]; then
-    step check 40 "$out/check.json" "$python" -m fastflow_kernels check --json
+step info 20 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
+if wanted tests; then
+    rm -f "$out/check.json" "$out/tests.log"
+    step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
     # Left out: what needs the peers from PyPI, and what asks for a process with Triton's interpreter or for another target's compiler.
-    step tests "$tests_limit" "$out/tests.log" "$python" -m pytest -q --durations=15 -m "not peers" --junitxml="$out/tests.xml" \
+    step tests "$tests_limit" "$out/tests.log" "$PYTHON" -m pytest -q --durations=15 -m "not peers" --junitxml="$out/tests.xml" \
         -p no:cacheprovider --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py
 fi
-if [ "$what" != tests ]; then
-    step bench "$bench_limit" "$out/bench.log" "$python" -m bench.block --out "$out/bench.json"
+if wanted bench; then
+    rm -f "$out/bench.jsonl" "$out/bench.log"
+    # Compiled and graphed providers take long to build: only where a goal asks for them (DESIGN, section 7).
+    step bench-graphs $((graphs_budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$graphs_budget" --compiled \
+        --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train --dtypes float32
+    step bench-eager $((eager_budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$eager_budget"
+fi
+if wanted sanitize; then
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            step "$tool" 25 "$out/sanitize.log" compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m bench.smallest
+        done
+    else
+        echo "sanitize: SKIPPED, compute-sanitizer is not installed" | tee "$out/sanitize.log" | tee -a "$out/summary.txt"
+    fi
 fi
 exit "$failed"

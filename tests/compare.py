@@ -57,7 +57,7 @@ def assert_close(
         assert baseline.dtype == torch.float32, f"{label}: for float64 the baseline must be in float32, it is {baseline.dtype}"
         factor, shrink = 3.0, eps / torch.finfo(torch.float32).eps
 
-    actual, truth, baseline = (t.detach().to("cpu", torch.float64).flatten() for t in (actual, truth, baseline))
+    actual, truth, baseline = (t.detach().to(truth.device, torch.float64).flatten() for t in (actual, truth, baseline))
     # Where the dtype's range ends, the baseline is infinite or NaN and the truth is not: there, and only there, anything goes.
     in_range = baseline.isfinite() | ~truth.isfinite()
     actual, truth, baseline = actual[in_range], truth[in_range], baseline[in_range]

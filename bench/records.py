@@ -1,0 +1,108 @@
+"""Result rows: where a figure was measured, appended files of one JSON object per line, and the newest row of each kind.
+
+    python -m bench.records FILE.jsonl ...     append the rows of files that were made elsewhere to bench/results/<device>/<kind>.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.machine import cpu_model, version_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+IDENTITY = ("device", "threads", "kind", "workload", "shape", "mode", "dtype", "provider")
+
+Row = dict[str, Any]
+
+
+def slug(name: str, kind: str) -> str:
+    """A device's name as a folder's: "AMD EPYC 7763 64-Core Processor" is cpu-amd-epyc-7763, "NVIDIA H200" nvidia-h200."""
+    name = re.sub(r"\(R\)|\(TM\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", name, flags=re.IGNORECASE)
+    return "-".join(([] if kind == "cuda" else ["cpu"]) + re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def provenance(device: torch.device) -> Row:
+    """What every row of a run says about where it comes from."""
+    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if gpu else cpu_model()
+    return {
+        "device": slug(name, device.type),
+        "device_name": name,
+        "driver": _driver() if gpu else None,
+        "threads": None if gpu else torch.get_num_threads(),
+        "tf32": gpu and torch.backends.cuda.matmul.allow_tf32,
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit(root: Path = ROOT) -> str:
+    """The checkout's commit, with "-dirty" where tracked files were changed, or "unknown" where there is no repository.
+
+    Result files do not count: a run that appends to them is no other code.
+    """
+    try:
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if changed else "")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def append(rows: Iterable[Row], target: Path) -> None:
+    """Append rows to a ``.jsonl`` file, or within a folder to ``<device>/<kind>.jsonl``."""
+    for row in rows:
+        path = target if target.suffix == ".jsonl" else target / row["device"] / f"{row['kind']}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """The rows of ``.jsonl`` files and of all such files under folders, in the order they were written."""
+    files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of the rows that measure the same thing, the last by date."""
+    latest: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        latest[json.dumps([row[key] for key in IDENTITY])] = row
+    return list(latest.values())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.records", description="Append rows measured elsewhere to bench/results.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
+    rows = read(parser.parse_args(arguments).files)
+    append(rows, RESULTS)
+    print(f"{len(rows)} rows appended under {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Times of several subjects in one interleaved run: by device events on a GPU, by the wall clock on a CPU."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+# Seconds of calls in a row that one sample averages over: small inputs are measured as a loop runs them, not from cold.
+SPAN = {"cpu": 10e-3, "cuda": 3e-3}
+MOST_CALLS = 64
+HEAD_START = 1 << 28  # bytes written before a GPU sample starts
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes copied to measure the bandwidth: far above any cache
+
+
+class Timeable(Protocol):
+    """Gives calls that are ready to be timed in a row; what must not be timed has been done."""
+
+    def ready(self, mode: str, calls: int) -> list[Callable[[], Any]]: ...
+
+
+@dataclass
+class Times:
+    """Seconds per call, one entry per repetition.
+
+    Attributes:
+        seconds: By device events on a GPU, by the wall clock on a CPU.
+        wall: By the wall clock on both, until the device is done.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+
+def interleaved(
+    subjects: dict[str, Timeable], mode: str, device: torch.device, repeats: tuple[int, int], most_seconds: float, most_calls: int = MOST_CALLS
+) -> dict[str, Times]:
+    """Time every subject once per repetition, in turn, so that what slows the machine for a while slows all of them.
+
+    Args:
+        subjects: By name.
+        mode: Passed to ``ready``.
+        device: Whose clock counts.
+        repeats: The least and the most repetitions; between them it is what fits into ``most_seconds``.
+        most_seconds: See ``repeats``.
+        most_calls: Calls in a row of one sample, at most.
+    """
+    began = time.perf_counter()
+    calls = {name: _calls_in_a_row(subject, mode, device, most_calls) for name, subject in subjects.items()}
+    spent = time.perf_counter() - began
+    began = time.perf_counter()
+    times = {name: Times() for name in subjects}
+    least, most = repeats
+    for done in range(most):
+        if done >= least and (time.perf_counter() - began) * (done + 1) / done > max(most_seconds - spent, 0.0):
+            break
+        for name, subject in subjects.items():
+            seconds, wall = time_once(subject.ready(mode, calls[name]), device)
+            times[name].seconds.append(seconds)
+            times[name].wall.append(wall)
+    return times
+
+
+def _calls_in_a_row(subject: Timeable, mode: str, device: torch.device, most: int) -> int:
+    """As many as fill SPAN, a power of two; the first calls warm up."""
+    time_once(subject.ready(mode, 1), device)
+    calls = 1
+    while calls < most and time_once(subject.ready(mode, calls), device)[1] * calls < SPAN[device.type]:
+        calls *= 2
+    return calls
+
+
+def time_once(ready: Sequence[Callable[[], Any]], device: torch.device) -> tuple[float, float]:
+    """Run the calls in a row once; returns seconds per call by the device's clock and by the wall clock."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return (_on_gpu if device.type == "cuda" else _on_cpu)(ready)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _on_cpu(ready: Sequence[Callable[[], Any]]) -> tuple[float, float]:
+    begin = time.perf_counter()
+    for run in ready:
+        run()
+    seconds = (time.perf_counter() - begin) / len(ready)
+    return seconds, seconds
+
+
+def _on_gpu(ready: Sequence[Callable[[], Any]]) -> tuple[float, float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    # A long write first: it empties the L2 cache, and while it runs the first launch is prepared, which is no cost of a loop's later calls.
+    _head_start().zero_()
+    start.record()
+    begin = time.perf_counter()
+    for run in ready:
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - begin
+    return start.elapsed_time(end) * 1e-3 / len(ready), wall / len(ready)
+
+
+@cache
+def _head_start() -> torch.Tensor:
+    return torch.empty(HEAD_START, dtype=torch.uint8, device="cuda")
+
+
+class _Copy:
+    def __init__(self, device: torch.device) -> None:
+        self.source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
+
+    def ready(self, mode: str, calls: int) -> list[Callable[[], Any]]:
+        return [lambda: self.target.copy_(self.source)] * calls
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written together, of a large copy on this device with the threads that torch uses."""
+    copy = _Copy(device)
+    times = interleaved({"copy": copy}, "", device, (5, 25), 2.0)["copy"]
+    return 2 * copy.source.nbytes / statistics.median(times.seconds)
