@@ -159,8 +159,8 @@ def _in_a_line(outcomes: dict[str, Outcome]) -> str:
         if outcome.failure:
             parts.append(f"{name} FAILED")
         elif outcome.times:
-            ratio = outcome.row["ratio"]
-            parts.append(f"{name} {outcome.row['median_us']:,.0f} us" + (f" ({ratio:.2f}x)" if ratio and not name.startswith("ours") else ""))
+            ratio = "" if name.startswith("ours") else f" ({outcome.row['ratio']:.2f}x)"
+            parts.append(f"{name} {outcome.row['median_us']:,.0f} us{ratio}")
     return ", ".join(parts)
 
 

@@ -118,7 +118,9 @@ class Task:
             self.truths[dialect, mode] = tuple(
                 {
                     name: None if t is None else t.detach()
-                    for name, t in Subject(self.kind, self.workload, provider, [self.samples[0].to(dtype)], self.weights).results(mode).items()
+                    for name, t in Subject(self.kind, self.workload, provider, [self.samples[0].to(dtype)], self.weights)
+                    .results(mode)
+                    .items()
                 }
                 for dtype in (torch.float64, self.dtype)
             )

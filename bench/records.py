@@ -1,6 +1,6 @@
 """Result rows: where a figure was measured, appended files of one JSON object per line, and the newest row of each kind.
 
-    python -m bench.records FILE.jsonl ...     append the rows of files that were made elsewhere to bench/results/<device>/<kind>.jsonl
+python -m bench.records FILE.jsonl ...     append the rows of files that were made elsewhere to bench/results/<device>/<kind>.jsonl
 """
 
 from __future__ import annotations

@@ -39,7 +39,12 @@ class Times:
 
 
 def interleaved(
-    subjects: dict[str, Timeable], mode: str, device: torch.device, repeats: tuple[int, int], most_seconds: float, most_calls: int = MOST_CALLS
+    subjects: dict[str, Timeable],
+    mode: str,
+    device: torch.device,
+    repeats: tuple[int, int],
+    most_seconds: float,
+    most_calls: int = MOST_CALLS,
 ) -> dict[str, Times]:
     """Time every subject once per repetition, in turn, so that what slows the machine for a while slows all of them.
 

@@ -1,0 +1,129 @@
+"""The goals that result rows can decide, and what was found."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from bench.records import Row
+
+STOCK = ("anomalib", "freia")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal on one device and in one dtype.
+
+    Attributes:
+        text: What is wanted.
+        wanted: The number to reach.
+        found: The number found, None if it was not measured.
+        where: The row that decides, or how many rows the mean is over.
+        most: The number is an upper limit.
+    """
+
+    text: str
+    wanted: float
+    found: float | None
+    where: str = ""
+    most: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.found is None:
+            return "not measured"
+        return "reached" if (self.found <= self.wanted if self.most else self.found >= self.wanted) else "NOT reached"
+
+
+def goals(rows: list[Row]) -> list[Goal]:
+    """The goals for the rows of one device and dtype, which are other ones on a GPU than on a CPU."""
+    rows = [row for row in rows if "skipped" not in row and row["kind"] != "sweep"]
+    own = _on_cpu if any(row["device"].startswith("cpu") for row in rows) else _on_gpu
+    return [*own(rows), *_everywhere(rows)]
+
+
+def _on_gpu(rows: list[Row]) -> list[Goal]:
+    found = []
+    large = _of(rows, kind="block", workload="fastflow-", but="one image")
+    for mode, share in (("forward", 0.90), ("inverse", 0.90), ("backward", 0.85)):
+        text = f"block alone, fastflow-*, {mode}: share of the copy bandwidth"
+        found.append(_worst(text, share, _of(large, mode=mode, provider=("ours",)), "share"))
+    for provider, ratio in (("anomalib", 6.0), ("freia", 5.0), ("freia-compiled", 2.0)):
+        text = f"block alone, fastflow-*, train step: times {provider}"
+        found.append(_worst(text, ratio, _of(large, mode="train", provider=(provider,)), "ratio"))
+    for name in ("cflow/", "tabular"):
+        small = _of(rows, kind="block", mode="train", workload=name)
+        found.append(
+            _worst(f"block alone, {name.rstrip('/')}, train step: times the best stock eager", 3.0, _of(small, provider=STOCK), "ratio")
+        )
+        graphed = _of(small, provider=tuple(f"{stock}-graphs" for stock in STOCK))
+        found.append(_worst("the same, all in CUDA graphs: times the best stock", 1.0, graphed, "ratio_alike"))
+    for name, ratio in (("fastflow-wrn50", 1.5), ("cflow/", 3.0)):
+        whole = _of(rows, kind="flow", mode="train", workload=name, provider=("anomalib",))
+        found.append(_worst(f"whole flow, {name.rstrip('/')}, train step: times anomalib", ratio, whole, "ratio"))
+    return found
+
+
+def _on_cpu(rows: list[Row]) -> list[Goal]:
+    block = _of(rows, kind="block")
+    return [
+        _mean("block alone, all workloads and modes: times anomalib, geometric mean", 4.0, _of(block, provider=("anomalib",)), "ratio"),
+        _mean("block alone, all workloads and modes: times freia, geometric mean", 2.0, _of(block, provider=("freia",)), "ratio"),
+        _mean("the same, compiled against compiled freia", 1.4, _of(block, provider=("freia-compiled",)), "ratio_alike"),
+    ]
+
+
+def _everywhere(rows: list[Row]) -> list[Goal]:
+    nowhere = "nowhere slower, {}: times the best stock eager"
+    return [
+        _worst(nowhere.format("block alone"), 1.0, _of(rows, kind="block", provider=STOCK), "ratio"),
+        _worst(nowhere.format("whole flow"), 1.0, _of(rows, kind="flow", provider=STOCK), "ratio"),
+        _kept(rows),
+    ]
+
+
+def _of(
+    rows: Iterable[Row], *, workload: str = "", but: str | None = None, provider: tuple[str, ...] | None = None, **exact: str
+) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["workload"].startswith(workload)
+        and (but is None or but not in row["workload"])
+        and (provider is None or row["provider"] in provider)
+        and all(row[key] == value for key, value in exact.items())
+    ]
+
+
+def _worst(text: str, wanted: float, rows: list[Row], key: str) -> Goal:
+    return _decided_by(min, text, wanted, rows, lambda row: row.get(key))
+
+
+def _decided_by(
+    choose: Callable, text: str, wanted: float, rows: list[Row], value: Callable[[Row], float | None], most: bool = False
+) -> Goal:
+    measured = [row for row in rows if value(row) is not None]
+    if not measured:
+        return Goal(text, wanted, None, most=most)
+    row = choose(measured, key=value)
+    against = "" if row["provider"] == "ours" else f", {row['provider']}"
+    shape = "x".join(map(str, row["shape"]))
+    return Goal(text, wanted, value(row), f"{row['workload']} {shape}, {row['mode']}{against}; the worst of {len(measured)}", most)
+
+
+def _mean(text: str, wanted: float, rows: list[Row], key: str) -> Goal:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return Goal(text, wanted, statistics.geometric_mean(values), f"{len(values)} rows") if values else Goal(text, wanted, None)
+
+
+def _kept(rows: list[Row]) -> Goal:
+    """Bytes kept for backward by ours, as a share of anomalib's on the same workload."""
+    rows = [row for row in _of(rows, kind="block", mode="train") if row.get("kept_bytes")]
+    theirs = {(row["workload"], tuple(row["shape"])): row["kept_bytes"] for row in rows if row["provider"] == "anomalib"}
+
+    def share(row: Row) -> float | None:
+        stock = theirs.get((row["workload"], tuple(row["shape"])))
+        return row["kept_bytes"] / stock if stock else None
+
+    return _decided_by(max, "block alone: bytes kept for backward, share of anomalib's", 0.40, _of(rows, provider=("ours",)), share, True)

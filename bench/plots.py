@@ -1,0 +1,165 @@
+"""Plots of result rows: the share of the copy bandwidth, the speedups, and the cost as a shape grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files are written; a machine without a screen must not matter
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from bench.records import Row
+from bench.subject import MODES
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; a marker each for those who print in grey.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+MODE_STYLES = {"forward": (BLUE, "o"), "inverse": (SKY, "s"), "backward": (RED, "^"), "train": (ORANGE, "D")}
+BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
+EXECUTION_MARKERS = {"": "o", "-compiled": "^", "-graphs": "s"}
+MARGIN = {"left": 2.9, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
+
+
+def label(row: Row) -> str:
+    """A workload and its shape, for an axis or a table."""
+    return f"{row['workload']}  {'x'.join(map(str, row['shape']))}"
+
+
+def _provider_style(name: str) -> tuple[str, str]:
+    execution = next(suffix for suffix in ("-compiled", "-graphs", "") if name.endswith(suffix))
+    return BASE_COLOURS[name.removesuffix(execution)], EXECUTION_MARKERS[execution]
+
+
+def save_share(rows: list[Row], title: str, path: Path) -> bool:
+    """Per workload and mode the share of the copy bandwidth that ours reaches, counting minimal bytes; False if there is nothing to draw."""
+    rows = [row for row in rows if row["kind"] == "block" and row["provider"] == "ours" and "share" in row]
+    if not rows:
+        return False
+    names = list(dict.fromkeys(map(label, rows)))
+    figure, (axis,) = _panels(1, len(names), width=6.2)
+    axis.set_title("minimal bytes per second / bytes per second of a large copy", fontsize=9)
+    for mode in MODES:
+        colour, marker = MODE_STYLES[mode]
+        drawn = [row for row in rows if row["mode"] == mode]
+        axis.plot(
+            [100 * row["share"] for row in drawn], [names.index(label(row)) for row in drawn], marker, color=colour, label=mode, alpha=0.85
+        )
+    axis.axvline(100, color=BLACK, linewidth=1)
+    axis.set_xlim(0, max(105, *(100 * row["share"] + 5 for row in rows)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    _name_rows(axis, names)
+    _finish(figure, f"Share of the copy bandwidth: ours, block alone\n{title}", axis.get_legend_handles_labels()[0], path)
+    return True
+
+
+def save_speedup(rows: list[Row], kind: str, title: str, path: Path) -> bool:
+    """Per mode a panel: how many times as long every peer takes as ours; False if there is nothing to draw."""
+    rows = [row for row in rows if row["kind"] == kind and not row["provider"].startswith("ours") and row.get("ratio")]
+    if not rows:
+        return False
+    names, modes = list(dict.fromkeys(map(label, rows))), [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    figure, axes = _panels(len(modes), len(names), width=2.3)
+    low, high = min(0.8, *(row["ratio"] for row in rows)) / 1.1, max(2.0, *(row["ratio"] for row in rows)) * 1.1
+    for axis, mode in zip(axes, modes, strict=True):
+        axis.set_title(mode, fontsize=10)
+        for provider in providers:
+            colour, marker = _provider_style(provider)
+            drawn = [row for row in rows if row["mode"] == mode and row["provider"] == provider]
+            axis.plot([row["ratio"] for row in drawn], [names.index(label(row)) for row in drawn], marker, color=colour, alpha=0.85)
+        axis.axvline(1, color=BLACK, linewidth=1)
+        axis.set_xscale("log")
+        axis.set_xlim(low, high)
+        _plain_ticks(axis, [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
+    _name_rows(axes[0], names)
+    what = "block alone" if kind == "block" else "whole flow with its subnets"
+    handles = [_handle(provider, f"{provider} / ours") for provider in providers]
+    _finish(figure, f"Time of the others / time of ours, {what} (right of the line ours is faster)\n{title}", handles, path)
+    return True
+
+
+def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
+    """Time per call as batch, channels and pixels grow; False if there is nothing to draw."""
+    rows = [row for row in rows if row["kind"] == "sweep" and row.get("median_us")]
+    if not rows:
+        return False
+    grown: dict[str, Callable[[Sequence[int]], int]] = {
+        "batch": lambda shape: shape[0],
+        "channels": lambda shape: shape[1],
+        "pixels": lambda shape: shape[2] * shape[3],
+    }
+    names, providers = (
+        [name for name in grown if any(row["workload"] == name for row in rows)],
+        list(dict.fromkeys(r["provider"] for r in rows)),
+    )
+    figure, axes = plt.subplots(1, len(names), figsize=(1 + 3.6 * len(names), 4.6), dpi=120, sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        here = [row for row in rows if row["workload"] == name]
+        for provider in providers:
+            points = sorted((grown[name](row["shape"]), row["median_us"]) for row in here if row["provider"] == provider)
+            colour, marker = _provider_style(provider)
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3)
+        axis.set(xscale="log", yscale="log", xlabel=name)
+        axis.set_title(_fixed_part(name, here[0]["shape"]), fontsize=9)
+        _plain_ticks(axis, sorted({grown[name](row["shape"]) for row in here}))
+        axis.tick_params(axis="x", labelsize=8)
+        axis.grid(True, which="major", color="0.88")
+    axes[0][0].set_ylabel("microseconds per train step")
+    axes[0][0].yaxis.set_major_locator(LogLocator(base=10))
+    axes[0][0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    figure.tight_layout(rect=(0, 0.1, 1, 0.88))
+    _finish(figure, f"Cost as the input grows: train step of the block alone\n{title}", [_handle(p, p) for p in providers], path)
+    return True
+
+
+def _fixed_part(name: str, shape: Sequence[int]) -> str:
+    batch, channels, height, width = shape
+    parts = {"batch": f"batch {batch}", "channels": f"{channels} channels", "pixels": f"{height}x{width} pixels"}
+    return ", ".join(text for key, text in parts.items() if key != name)
+
+
+def _panels(count: int, rows: int, width: float) -> tuple[Figure, list[Axes]]:
+    """Panels side by side, each with a line per row; sizes in inches, so that labels have the same room whatever is drawn."""
+    total = (MARGIN["left"] + count * width + MARGIN["right"], MARGIN["top"] + 0.25 + 0.24 * rows + MARGIN["bottom"])
+    figure, axes = plt.subplots(1, count, figsize=total, dpi=120, sharey=True, squeeze=False)
+    figure.subplots_adjust(
+        left=MARGIN["left"] / total[0],
+        right=1 - MARGIN["right"] / total[0],
+        bottom=(MARGIN["bottom"] - 0.35) / total[1],
+        top=1 - (MARGIN["top"] + 0.25) / total[1],
+        wspace=0.08,
+    )
+    for axis in axes[0]:
+        axis.grid(True, axis="both", color="0.9")
+        axis.set_axisbelow(True)
+    return figure, list(axes[0])
+
+
+def _name_rows(axis: Axes, names: list[str]) -> None:
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+
+
+def _plain_ticks(axis: Axes, ticks: Sequence[float]) -> None:
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.minorticks_off()
+
+
+def _handle(provider: str, text: str) -> Line2D:
+    colour, marker = _provider_style(provider)
+    return Line2D([], [], color=colour, marker=marker, linestyle="none", label=text)
+
+
+def _finish(figure: Figure, title: str, handles: list, path: Path) -> None:
+    figure.suptitle(title, fontsize=11, y=1 - 0.12 / figure.get_figheight(), va="top")
+    figure.legend(
+        handles=handles, loc="lower center", ncols=min(len(handles), 6), frameon=False, bbox_to_anchor=(0.5, 0.02 / figure.get_figheight())
+    )
+    figure.savefig(path)
+    plt.close(figure)

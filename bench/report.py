@@ -1,0 +1,141 @@
+"""Result files as Markdown and plots: goals, every figure, the share of the copy bandwidth, the speedups, and the cost as shapes grow.
+
+    python -m bench.report [FILE.jsonl or FOLDER ...] [--out DIR]      (default: bench/results, to out/report)
+
+Of rows that measure the same thing the newest counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from bench.goals import Goal, goals
+from bench.plots import label, save_share, save_speedup, save_sweep
+from bench.records import RESULTS, Row, newest, read
+
+HEADINGS = {"block": "Block alone", "flow": "Whole flow, with its subnets", "sweep": "As batch, channels and pixels grow"}
+
+
+def write_report(rows: list[Row], out: Path) -> Path:
+    """Write ``report.md`` and its plots into a folder.
+
+    Args:
+        rows: Of any number of runs and devices.
+        out: The folder; it is made.
+
+    Returns:
+        The Markdown file.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    parts = ["# Benchmarks", ""]
+    for setting, found in _grouped(newest(rows), _setting):
+        parts += _section(setting, found, out)
+    path = out / "report.md"
+    path.write_text("\n".join(parts).rstrip() + "\n")
+    return path
+
+
+def _setting(row: Row) -> tuple[str, int, str]:
+    """What belongs into one section: a device, its threads, and a dtype."""
+    return row["device"], row["threads"] or 0, row["dtype"]
+
+
+def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[str]:
+    device, threads, dtype = setting
+    first = rows[0]
+    title = f"{first['device_name']}{f', {threads} thread' + 's' * (threads > 1) if threads else ''}, {dtype}"
+    name = f"{device}{f'-{threads}-threads' if threads > 1 else ''}-{dtype}"
+    parts = [f"## {title}", "", _provenance(rows), "", "### Goals", "", *goal_table(goals(rows)), ""]
+    plots = {f"share-{name}.png": (save_share, ()), f"sweep-{name}.png": (save_sweep, ())}
+    plots |= {f"speedup-{kind}-{name}.png": (save_speedup, (kind,)) for kind in ("block", "flow")}
+    for file in sorted(plots):
+        save, more = plots[file]
+        if save(rows, *more, title, out / file):
+            parts += [f"![{file.removesuffix('.png')}]({file})", ""]
+    for kind, heading in HEADINGS.items():
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            parts += [f"### {heading}", "", *figure_table(chosen), "", *_notes(chosen)]
+    return parts
+
+
+def _provenance(rows: list[Row]) -> str:
+    parts = []
+    for key, text in (("driver", "driver"), ("torch", "torch"), ("triton", "Triton"), ("commit", "commit"), ("class", "")):
+        values = sorted({str(row[key]) for row in rows if row.get(key)})
+        parts += [f"{text} {', '.join(values)}".strip()] if values else []
+    dates = sorted(row["date"][:10] for row in rows)
+    copies = [row["copy_gbs"] for row in rows if "copy_gbs" in row]
+    if copies:
+        parts.append(f"copies at {min(copies):,.0f} to {max(copies):,.0f} GB/s")
+    return "; ".join([*parts, dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"]) + "."
+
+
+def goal_table(found: list[Goal]) -> list[str]:
+    """The goals as Markdown: number found / number wanted."""
+    lines = ["| goal | found / wanted | | decided by |", "|---|---:|---|---|"]
+    for goal in found:
+        number = "–" if goal.found is None else f"{goal.found:.2f}"
+        lines.append(f"| {goal.text} | {number} / {'<= ' if goal.most else ''}{goal.wanted:.2f} | {goal.verdict} | {goal.where} |")
+    return lines
+
+
+def figure_table(rows: list[Row]) -> list[str]:
+    """A line per workload and mode as Markdown: ours in microseconds (p20 to p80), its rates, and every peer's time as a multiple of ours."""
+    peers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "ours"]
+    peers = [name for name in peers if any(r["provider"] == name and "skipped" not in r for r in rows)]
+    lines = [
+        "| workload | mode | ours, us (p20 to p80) | GB/s | share of copy | kept, in inputs | peak, MB | " + " | ".join(peers) + " |",
+        "|---|---|---:|---:|---:|---:|---:|" + "---:|" * len(peers),
+    ]
+    for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
+        by_name = {row["provider"]: row for row in group}
+        ours = by_name.get("ours", {})
+        cells = [_time(ours), _number(ours, "gbs", "{:.1f}"), _number(ours, "share", "{:.0%}")]
+        cells += [_number(ours, "kept_in_inputs", "{:.1f}"), _number(ours, "peak_bytes", "{:,.0f}", 1e-6)]
+        cells += [_number(by_name.get(name, {}), "ratio", "{:.2f}x") for name in peers]
+        lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
+    return lines
+
+
+def _time(row: Row) -> str:
+    return f"{row['median_us']:,.0f} ({row['p20_us']:,.0f} to {row['p80_us']:,.0f})" if "median_us" in row else ""
+
+
+def _number(row: Row, key: str, form: str, unit: float = 1.0) -> str:
+    return "" if row.get(key) is None else form.format(row[key] * unit)
+
+
+def _notes(rows: Iterable[Row]) -> list[str]:
+    """Why cells are empty: a line per provider and reason."""
+    skipped = [row for row in rows if "skipped" in row]
+    lines = []
+    for (provider, reason), group in _grouped(skipped, lambda row: (row["provider"], row["skipped"])):
+        where = ", ".join(dict.fromkeys(f"{row['workload']}" for row in group))
+        lines.append(f"- {provider} not measured on {where}: {reason}")
+    return [*lines, ""] if lines else []
+
+
+def _grouped(rows: Iterable[Row], key) -> list[tuple]:
+    """Rows by key, keys and rows in the order of their first appearance."""
+    rows = list(rows)
+    order = {value: i for i, value in enumerate(dict.fromkeys(map(key, rows)))}
+    return [(value, list(group)) for value, group in groupby(sorted(rows, key=lambda row: order[key(row)]), key=key)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Turn result files into a Markdown report with plots.")
+    parser.add_argument("results", nargs="*", type=Path, default=[RESULTS], metavar="FILE or FOLDER", help="default: bench/results")
+    parser.add_argument("--out", type=Path, default=Path("out/report"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    rows = read(options.results)
+    if not rows:
+        raise SystemExit(f"no rows in {', '.join(map(str, options.results))}; make bench BENCH_ARGS=--record writes some")
+    print(write_report(rows, options.out).resolve())
+
+
+if __name__ == "__main__":
+    main()
