@@ -98,13 +98,13 @@ def sweep(on_cpu: bool) -> tuple[Workload, ...]:
     channel_counts = (16, 64, 256, 1024) if on_cpu else (16, 32, 64, 128, 256, 512, 1024, 2048)
     sides = (4, 8, 16, 32, 64) if on_cpu else (4, 8, 16, 32, 64, 128)
     return (
-        *(Workload("batch", (n, channels, height, width)) for n in batches),
-        *(Workload("channels", (batch, n, height, width)) for n in channel_counts),
-        *(Workload("pixels", (batch, channels, n, n)) for n in sides),
+        *(Workload("sweep-batch", (n, channels, height, width)) for n in batches),
+        *(Workload("sweep-channels", (batch, n, height, width)) for n in channel_counts),
+        *(Workload("sweep-pixels", (batch, channels, n, n)) for n in sides),
     )
 
 
-QUICK = {"block": ("fastflow-r18/3", "cflow/1", "tabular"), "flow": ("cflow/1",), "sweep": ("channels",)}
+QUICK = {"block": ("fastflow-r18/3", "cflow/1", "tabular"), "flow": ("cflow/1",), "sweep": ("sweep-channels",)}
 
 
 def workloads(kind: str, on_cpu: bool) -> list[Workload]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,52 +63,60 @@ class Task:
         build, _ = block_class(PROVIDERS["ours"])
         self.weights = build_model(kind, workload, build, "anomalib").to(dtype)
         self.subjects: dict[str, Subject] = {}
-        self.absent: dict[str, str] = {}
+        self.absent: dict[str, Exception] = {}
         self.truths: dict[tuple[str, str], tuple[dict[str, Tensor | None], ...]] = {}
         for name in names:
             self._add(PROVIDERS[name])
 
     def _add(self, provider: Provider) -> None:
-        reason = why_not(provider, self.workload, self.settings.device.type == "cpu")
-        if reason is None:
-            try:
-                self.subjects[provider.name] = Subject(self.kind, self.workload, provider, self.samples, self.weights)
-                return
-            except Exception as error:
-                if provider.ours and provider.execution == "eager":
-                    raise
-                reason = _in_short(error)
-        self.absent[provider.name] = reason
+        try:
+            if reason := why_not(provider, self.workload, self.settings.device.type == "cpu"):
+                raise NotHere(reason)
+            self.subjects[provider.name] = Subject(self.kind, self.workload, provider, self.samples, self.weights)
+        except Exception as error:
+            self.absent[provider.name] = error
 
     def measure(self, mode: str) -> dict[str, Outcome]:
         """The outcome of every provider in a mode."""
-        outcomes = {name: Outcome(self._row(mode, name) | {"skipped": reason}) for name, reason in self.absent.items()}
-        fit: dict[str, Subject] = {}
+        errors, fit = dict(self.absent), {}
         for name, subject in self.subjects.items():
             try:
                 self._check(subject, mode)
                 fit[name] = subject
-            except AssertionError as error:
-                outcomes[name] = Outcome(self._row(mode, name), failure=f"parity: {error}")
             except Exception as error:
-                row = self._row(mode, name) | {"skipped": _in_short(error)}
-                broken = subject.provider.ours and not isinstance(error, NotHere)
-                outcomes[name] = Outcome(row, failure=f"ours failed: {_in_short(error)}" if broken else None)
+                errors[name] = error
+        outcomes = {name: self._without(mode, name, error) for name, error in errors.items()}
         if fit:
             times = interleaved(fit, mode, self.settings.device, self.settings.repeats, self.settings.seconds, self._most_calls(mode, fit))
             outcomes |= {name: Outcome(self._row(mode, name) | self._figures(mode, name, times), times[name]) for name in fit}
         return outcomes
 
-    def _check(self, subject: Subject, mode: str) -> None:
-        """Raise AssertionError unless a subject is as close to the float64 truth as the tests ask for.
+    def _without(self, mode: str, name: str, error: Exception) -> Outcome:
+        """The outcome of a provider that is not measured. A stock block may be unable to; wrong results and errors of ours are failures."""
+        said = str(error) if isinstance(error, NotHere) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        failed = isinstance(error, AssertionError) or (PROVIDERS[name].ours and not isinstance(error, NotHere))
+        return Outcome(self._row(mode, name) | {"skipped": said}, failure=said if failed else None)
 
-        A chain of blocks adds up its steps' roundings, which the floor allows for.
-        """
+    def _check(self, subject: Subject, mode: str) -> None:
+        """Raise AssertionError unless a subject is as close to the float64 truth as the tests ask for."""
         truth, baseline = self._truth(subject.provider.dialect, mode)
         for name, value in subject.results(mode).items():
             exact = truth[name]
-            magnitude = None if exact is None else max(1, self.workload.steps * (self.kind == "flow")) * exact.abs().max().item()
+            magnitude = None if exact is None else self._roundings(subject, name) * exact.abs().max().item()
             assert_close(value, exact, baseline[name], f"{subject.provider.name}, {mode}, {name}", magnitude=magnitude)
+
+    def _roundings(self, subject: Subject, name: str) -> float:
+        """By how much the criterion's floor grows for one result.
+
+        A chain of blocks adds up its steps' roundings. And eager PyTorch sums in a tree, Inductor's CPU code one term after the other: its
+        error grows like a random walk, by the square root of the number of terms. Measured without this: 2.1 times what is allowed, for
+        the gradient of the scale over 4096 rows, of the stock block as of ours.
+        """
+        steps = self.workload.steps if self.kind == "flow" else 1
+        if subject.provider.execution == "eager" or name in ("output", "dx", "da"):
+            return steps
+        batch, channels, *_ = self.workload.shape
+        return steps * math.sqrt(self.samples[0].x.numel() // (batch if name == "log-det" else channels))
 
     def _truth(self, dialect: str, mode: str) -> tuple[dict[str, Tensor | None], ...]:
         """The reference's results in float64 and in this dtype."""
@@ -115,16 +124,12 @@ class Task:
         if (dialect, mode) not in self.truths:
             provider = Provider("reference-freia" if dialect == "freia" else "reference")
             self.truths = {key: value for key, value in self.truths.items() if key[1] == mode}  # another mode's take memory for nothing
-            self.truths[dialect, mode] = tuple(
-                {
-                    name: None if t is None else t.detach()
-                    for name, t in Subject(self.kind, self.workload, provider, [self.samples[0].to(dtype)], self.weights)
-                    .results(mode)
-                    .items()
-                }
-                for dtype in (torch.float64, self.dtype)
-            )
+            self.truths[dialect, mode] = tuple(self._reference(provider, mode, dtype) for dtype in (torch.float64, self.dtype))
         return self.truths[dialect, mode]
+
+    def _reference(self, provider: Provider, mode: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        subject = Subject(self.kind, self.workload, provider, [self.samples[0].to(dtype)], self.weights)
+        return {name: None if t is None else t.detach() for name, t in subject.results(mode).items()}
 
     def _most_calls(self, mode: str, subjects: dict[str, Subject]) -> int:
         """Calls in a row, cut down where each holds a forward pass of its own until its backward."""
@@ -187,8 +192,3 @@ def _peak(subject: Subject, mode: str) -> int:
         run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _in_short(error: Exception) -> str:
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}" if not isinstance(error, NotHere) else str(error)

@@ -22,6 +22,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#
 MODE_STYLES = {"forward": (BLUE, "o"), "inverse": (SKY, "s"), "backward": (RED, "^"), "train": (ORANGE, "D")}
 BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
 EXECUTION_MARKERS = {"": "o", "-compiled": "^", "-graphs": "s"}
+LINES = {"o": "-", "^": "--", "s": ":"}
 MARGIN = {"left": 2.9, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
 
 
@@ -36,7 +37,7 @@ def _provider_style(name: str) -> tuple[str, str]:
 
 
 def save_share(rows: list[Row], title: str, path: Path) -> bool:
-    """Per workload and mode the share of the copy bandwidth that ours reaches, counting minimal bytes; False if there is nothing to draw."""
+    """Per workload and mode ours' share of the copy bandwidth, counting minimal bytes; False if there is nothing to draw."""
     rows = [row for row in rows if row["kind"] == "block" and row["provider"] == "ours" and "share" in row]
     if not rows:
         return False
@@ -85,7 +86,7 @@ def save_speedup(rows: list[Row], kind: str, title: str, path: Path) -> bool:
 
 def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
     """Time per call as batch, channels and pixels grow; False if there is nothing to draw."""
-    rows = [row for row in rows if row["kind"] == "sweep" and row.get("median_us")]
+    rows = [row for row in rows if row["kind"] == "sweep" and row["mode"] == "train" and "median_us" in row]
     if not rows:
         return False
     grown: dict[str, Callable[[Sequence[int]], int]] = {
@@ -94,16 +95,16 @@ def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
         "pixels": lambda shape: shape[2] * shape[3],
     }
     names, providers = (
-        [name for name in grown if any(row["workload"] == name for row in rows)],
+        [name for name in grown if any(row["workload"] == f"sweep-{name}" for row in rows)],
         list(dict.fromkeys(r["provider"] for r in rows)),
     )
     figure, axes = plt.subplots(1, len(names), figsize=(1 + 3.6 * len(names), 4.6), dpi=120, sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
-        here = [row for row in rows if row["workload"] == name]
+        here = [row for row in rows if row["workload"] == f"sweep-{name}"]
         for provider in providers:
             points = sorted((grown[name](row["shape"]), row["median_us"]) for row in here if row["provider"] == provider)
             colour, marker = _provider_style(provider)
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3)
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=LINES[marker], markersize=4, linewidth=1.3)
         axis.set(xscale="log", yscale="log", xlabel=name)
         axis.set_title(_fixed_part(name, here[0]["shape"]), fontsize=9)
         _plain_ticks(axis, sorted({grown[name](row["shape"]) for row in here}))

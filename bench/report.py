@@ -64,7 +64,7 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
 
 def _provenance(rows: list[Row]) -> str:
     parts = []
-    for key, text in (("driver", "driver"), ("torch", "torch"), ("triton", "Triton"), ("commit", "commit"), ("class", "")):
+    for key, text in (("driver", "driver"), ("torch", "torch"), ("triton", "Triton"), ("commit", "commit"), ("class", "classes:")):
         values = sorted({str(row[key]) for row in rows if row.get(key)})
         parts += [f"{text} {', '.join(values)}".strip()] if values else []
     dates = sorted(row["date"][:10] for row in rows)
@@ -84,21 +84,30 @@ def goal_table(found: list[Goal]) -> list[str]:
 
 
 def figure_table(rows: list[Row]) -> list[str]:
-    """A line per workload and mode as Markdown: ours in microseconds (p20 to p80), its rates, and every peer's time as a multiple of ours."""
-    peers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "ours"]
-    peers = [name for name in peers if any(r["provider"] == name and "skipped" not in r for r in rows)]
+    """A line per workload and mode as Markdown: our times and rates, and the others' times as multiples of ours."""
+    names = [name for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row) if name != "ours"]
+    head = ["workload", "mode", "ours, us (p20 to p80)", "wall, us", "GB/s", "share of copy", "kept, in inputs", "peak, MB"]
     lines = [
-        "| workload | mode | ours, us (p20 to p80) | GB/s | share of copy | kept, in inputs | peak, MB | " + " | ".join(peers) + " |",
-        "|---|---|---:|---:|---:|---:|---:|" + "---:|" * len(peers),
+        "Others of ours in us; the rest as multiples of ours called eagerly, in brackets of ours run in the same way.",
+        "",
+        f"| {' | '.join(head + names)} |",
+        "|---|---|" + "---:|" * (len(head) - 2 + len(names)),
     ]
     for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
         by_name = {row["provider"]: row for row in group}
         ours = by_name.get("ours", {})
-        cells = [_time(ours), _number(ours, "gbs", "{:.1f}"), _number(ours, "share", "{:.0%}")]
+        cells = [_time(ours), _number(ours, "wall_us", "{:,.0f}"), _number(ours, "gbs", "{:.1f}"), _number(ours, "share", "{:.0%}")]
         cells += [_number(ours, "kept_in_inputs", "{:.1f}"), _number(ours, "peak_bytes", "{:,.0f}", 1e-6)]
-        cells += [_number(by_name.get(name, {}), "ratio", "{:.2f}x") for name in peers]
+        cells += [_other(by_name.get(name, {}), name) for name in names]
         lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
     return lines
+
+
+def _other(row: Row, name: str) -> str:
+    if name.startswith("ours"):
+        return _number(row, "median_us", "{:,.0f}")
+    alike = _number(row, "ratio_alike", " ({:.2f}x)") if name.endswith(("-compiled", "-graphs")) else ""
+    return _number(row, "ratio", "{:.2f}x") + alike
 
 
 def _time(row: Row) -> str:
@@ -129,7 +138,7 @@ def _grouped(rows: Iterable[Row], key) -> list[tuple]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Turn result files into a Markdown report with plots.")
     parser.add_argument("results", nargs="*", type=Path, default=[RESULTS], metavar="FILE or FOLDER", help="default: bench/results")
-    parser.add_argument("--out", type=Path, default=Path("out/report"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("out/report"), metavar="DIR", help="default: out/report")
     options = parser.parse_args(arguments)
     rows = read(options.results)
     if not rows:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench.cases import Workload
-from bench.conftest import Run
+from bench.run import Run
 
 
 class Replay:

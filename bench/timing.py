@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -66,53 +67,58 @@ def interleaved(
         if done >= least and (time.perf_counter() - began) * (done + 1) / done > max(most_seconds - spent, 0.0):
             break
         for name, subject in subjects.items():
-            seconds, wall = time_once(subject.ready(mode, calls[name]), device)
-            times[name].seconds.append(seconds)
+            wall = wall_time(subject.ready(mode, calls[name]), device)
             times[name].wall.append(wall)
+            times[name].seconds.append(_event_time(subject.ready(mode, calls[name])) if device.type == "cuda" else wall)
     return times
 
 
 def _calls_in_a_row(subject: Timeable, mode: str, device: torch.device, most: int) -> int:
     """As many as fill SPAN, a power of two; the first calls warm up."""
-    time_once(subject.ready(mode, 1), device)
+    wall_time(subject.ready(mode, 1), device)
     calls = 1
-    while calls < most and time_once(subject.ready(mode, calls), device)[1] * calls < SPAN[device.type]:
+    while calls < most and wall_time(subject.ready(mode, calls), device) * calls < SPAN[device.type]:
         calls *= 2
     return calls
 
 
-def time_once(ready: Sequence[Callable[[], Any]], device: torch.device) -> tuple[float, float]:
-    """Run the calls in a row once; returns seconds per call by the device's clock and by the wall clock."""
+def wall_time(ready: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    """Seconds per call, until the device is done, of calls in a row."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with _no_collector():
+        wait()
+        begin = time.perf_counter()
+        for run in ready:
+            run()
+        wait()
+        return (time.perf_counter() - begin) / len(ready)
+
+
+def _event_time(ready: Sequence[Callable[[], Any]]) -> float:
+    """Seconds per call on the GPU, of calls in a row."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with _no_collector():
+        torch.cuda.synchronize()
+        # A long write first: it empties the L2 cache, and the first launch is prepared while it runs, as in a loop that of a later call is.
+        _head_start().zero_()
+        start.record()
+        for run in ready:
+            run()
+        end.record()
+        torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3 / len(ready)
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Python's garbage collector must not run inside the timed region."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        return (_on_gpu if device.type == "cuda" else _on_cpu)(ready)
+        yield
     finally:
         if collecting:
             gc.enable()
-
-
-def _on_cpu(ready: Sequence[Callable[[], Any]]) -> tuple[float, float]:
-    begin = time.perf_counter()
-    for run in ready:
-        run()
-    seconds = (time.perf_counter() - begin) / len(ready)
-    return seconds, seconds
-
-
-def _on_gpu(ready: Sequence[Callable[[], Any]]) -> tuple[float, float]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    # A long write first: it empties the L2 cache, and while it runs the first launch is prepared, which is no cost of a loop's later calls.
-    _head_start().zero_()
-    start.record()
-    begin = time.perf_counter()
-    for run in ready:
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    wall = time.perf_counter() - begin
-    return start.elapsed_time(end) * 1e-3 / len(ready), wall / len(ready)
 
 
 @cache
@@ -132,5 +138,5 @@ class _Copy:
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written together, of a large copy on this device with the threads that torch uses."""
     copy = _Copy(device)
-    times = interleaved({"copy": copy}, "", device, (5, 25), 2.0)["copy"]
+    times = interleaved({"copy": copy}, "", device, (5, 25), 0.5)["copy"]
     return 2 * copy.source.nbytes / statistics.median(times.seconds)

@@ -32,8 +32,8 @@ step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the 
 
 # Limits of the whole, and of each part alone. The benchmarks stop by themselves: no group is begun after the budget, and a long one then
 # has 30 s to end.
-tests_limit=240 eager_budget=110 graphs_budget=50
-[ "$what" = all ] || { tests_limit=480 eager_budget=300 graphs_budget=150; }
+tests_limit=215 eager_budget=110 graphs_budget=50 sanitize_limit=60 tools=memcheck
+[ "$what" = all ] || { tests_limit=480 eager_budget=300 graphs_budget=150 sanitize_limit=240 tools="memcheck racecheck"; }
 
 step info 20 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
 if wanted tests; then
@@ -47,13 +47,13 @@ if wanted bench; then
     rm -f "$out/bench.jsonl" "$out/bench.log"
     # Compiled and graphed providers take long to build: only where a goal asks for them (DESIGN, section 7).
     step bench-graphs $((graphs_budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$graphs_budget" --compiled \
-        --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train --dtypes float32
+        --kinds block --workloads cflow/1,tabular,fastflow-wrn50/ --modes train --dtypes float32
     step bench-eager $((eager_budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$eager_budget"
 fi
 if wanted sanitize; then
     if command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck; do
-            step "$tool" 25 "$out/sanitize.log" compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m bench.smallest
+        for tool in $tools; do
+            step "$tool" "$sanitize_limit" "$out/sanitize.log" compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m bench.smallest
         done
     else
         echo "sanitize: SKIPPED, compute-sanitizer is not installed" | tee "$out/sanitize.log" | tee -a "$out/summary.txt"
