@@ -149,10 +149,10 @@ class Subject:
         self.model.to(samples[0].x.device, samples[0].x.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.call = {rev: partial(self.model, rev=rev) for rev in (False, True)}
+        with torch.no_grad():  # eager, whatever follows: a block that cannot run is not worth compiling
+            self.logdet_dtype = self.model(*self._arguments(samples[0]))[1].dtype
         if provider.execution != "eager":
             self._speed_up(provider)
-        with torch.no_grad():
-            self.logdet_dtype = self.call[False](*self._arguments(samples[0]))[1].dtype
 
     def _speed_up(self, provider: Provider) -> None:
         if provider.ours and provider.execution == "graphs":

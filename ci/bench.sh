@@ -5,5 +5,5 @@ cd "$(dirname "$0")/.."
 
 columns=()
 "${PYTHON:-.venv/bin/python}" -c 'import pytest_benchmark' 2>/dev/null &&
-    columns=(--benchmark-columns=min,median,iqr,rounds --benchmark-sort=median)
+    columns=(--benchmark-columns=min,median,iqr,rounds)
 exec "${PYTHON:-.venv/bin/python}" -m pytest bench/test_speed.py -q -p no:cacheprovider ${columns[@]+"${columns[@]}"} "$@"

@@ -32,8 +32,17 @@ step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the 
 
 # Limits of the whole, and of each part alone. The benchmarks stop by themselves: no group is begun after the budget, and a long one then
 # has 30 s to end.
-tests_limit=215 eager_budget=110 graphs_budget=50 sanitize_limit=60 tools=memcheck
-[ "$what" = all ] || { tests_limit=480 eager_budget=300 graphs_budget=150 sanitize_limit=240 tools="memcheck racecheck"; }
+tests_limit=210 flow_budget=20 graphs_budget=40 block_budget=85 sanitize_limit=60 tools=memcheck
+[ "$what" = all ] || {
+    tests_limit=480 flow_budget=80 graphs_budget=130 block_budget=240
+    sanitize_limit=240 tools="memcheck racecheck"
+}
+
+bench() { # bench NAME BUDGET OPTIONS...
+    local name=$1 budget=$2
+    shift 2
+    step "bench $name" $((budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$budget" "$@"
+}
 
 step info 20 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
 if wanted tests; then
@@ -45,10 +54,11 @@ if wanted tests; then
 fi
 if wanted bench; then
     rm -f "$out/bench.jsonl" "$out/bench.log"
-    # Compiled and graphed providers take long to build: only where a goal asks for them (DESIGN, section 7).
-    step bench-graphs $((graphs_budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$graphs_budget" --compiled \
-        --kinds block --workloads cflow/1,tabular,fastflow-wrn50/ --modes train --dtypes float32
-    step bench-eager $((eager_budget + 30)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$eager_budget"
+    # What the goals ask for comes first (bench/goals.py). Compiled and graphed providers take long to build: a few groups only.
+    bench flow "$flow_budget" --kinds flow --workloads fastflow-wrn50,cflow/ --modes train --dtypes float32
+    bench graphs "$graphs_budget" --kinds block --workloads cflow/1,tabular,fastflow-wrn50 --modes train --dtypes float32 \
+        --providers freia-compiled,freia-graphs,ours-freia-graphs
+    bench block "$block_budget" --kinds block
 fi
 if wanted sanitize; then
     if command -v compute-sanitizer >/dev/null; then
