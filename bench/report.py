@@ -12,9 +12,12 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
+from bench.cases import WORKLOADS
 from bench.goals import Goal, goals
 from bench.plots import label, save_share, save_speedup, save_sweep
+from bench.providers import PROVIDERS
 from bench.records import RESULTS, Row, newest, read
+from bench.subject import MODES
 
 HEADINGS = {"block": "Block alone", "flow": "Whole flow, with its subnets", "sweep": "As batch, channels and pixels grow"}
 
@@ -31,11 +34,28 @@ def write_report(rows: list[Row], out: Path) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Benchmarks", ""]
-    for setting, found in _grouped(newest(rows), _setting):
+    for setting, found in _grouped(sorted(newest(rows), key=_place), _setting):
         parts += _section(setting, found, out)
     path = out / "report.md"
     path.write_text("\n".join(parts).rstrip() + "\n")
     return path
+
+
+def _place(row: Row) -> tuple:
+    """Where a row stands: as in the tables of workloads, modes and providers, whatever was measured first."""
+
+    def index(known: list[str], name: str) -> int:
+        return known.index(name) if name in known else len(known)
+
+    workload = index([w.name for w in WORKLOADS], row["workload"])
+    return (
+        *_setting(row),
+        workload,
+        row["workload"],
+        row["shape"],
+        index(list(MODES), row["mode"]),
+        index(list(PROVIDERS), row["provider"]),
+    )
 
 
 def _setting(row: Row) -> tuple[str, int, str]:
