@@ -114,6 +114,7 @@ def _in_a_line(outcomes: dict[str, Outcome]) -> str:
         if outcome.failure:
             parts.append(f"{name} FAILED")
         elif outcome.times:
-            ratio = "" if name.startswith("ours") else f" ({outcome.row['ratio']:.2f}x)"
-            parts.append(f"{name} {outcome.row['median_us']:,.0f} us{ratio}")
+            ratio = outcome.row["ratio"]
+            times_ours = "" if ratio is None or name.startswith("ours") else f" ({ratio:.2f}x)"
+            parts.append(f"{name} {outcome.row['median_us']:,.0f} us{times_ours}")
     return ", ".join(parts)

@@ -104,6 +104,15 @@ class Wrong(reference.AllInOneBlock):
         return y, logdet * (1 + 1e-3)
 
 
+def test_gradients_past_a_kink_are_judged_by_rms() -> None:
+    truth = torch.randn(100, 100, dtype=torch.float64)
+    flipped = truth.float()
+    flipped[0, 0] += 0.3
+    measure.assert_close_past_kinks(flipped, truth, truth.float(), 8, "one gate")
+    with pytest.raises(AssertionError, match="all: rms error"):
+        measure.assert_close_past_kinks(1.01 * truth, truth, truth.float(), 8, "all")
+
+
 class Unable(reference.AllInOneBlock):
     def forward(self, *_: object, **__: object) -> None:
         raise RuntimeError("not in this dtype\nmore")
