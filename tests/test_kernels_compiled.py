@@ -15,9 +15,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastflow_kernels.kernels import coupling
+from bench.compile_targets import Code, Recorded, compile_for, launches_of_passes
 from fastflow_kernels.spec import CouplingSpec
-from tests.compile_targets import Code, compile_for, launches_of
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
 REGISTERS = 128
@@ -35,25 +34,15 @@ def spec_of(gin: bool) -> CouplingSpec:
     return CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin)
 
 
-def launches(shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False) -> list:
+def launches(shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False) -> list[Recorded]:
     """All launches of a training step and an inverse."""
-    batch, channels, *spatial = shape
-    x, a = torch.empty(shape, dtype=dtype), torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype)
-    g, perm, dlogdet = torch.zeros(channels, dtype=dtype), torch.arange(channels), torch.zeros(batch)
-    shared = (g, g, perm, perm, spec_of(gin))
-
-    def step() -> None:
-        coupling.coupling_fwd(x, a, *shared, True)
-        coupling.coupling_bwd(x, dlogdet, x, a, *shared, True)
-        coupling.coupling_inv_active(x, coupling.coupling_inv_passive(x, *shared), a, *shared, True)
-
-    return launches_of(step)
+    return [run for runs in launches_of_passes(shape, dtype, spec_of(gin)).values() for run in runs]
 
 
 @cache
 def compiled(target: str, shape: tuple[int, ...], dtype: str, gin: bool = False) -> tuple[Code, ...]:
     """The code of every kernel of one case, each once."""
-    return tuple({run[0].__name__: compile_for(target, *run) for run in launches(shape, DTYPES[dtype], gin)}.values())
+    return tuple({run.kernel.__name__: compile_for(target, run) for run in launches(shape, DTYPES[dtype], gin)}.values())
 
 
 def assert_lean(codes: tuple[Code, ...]) -> None:
@@ -125,5 +114,5 @@ def test_launches_are_few():
     for shape, count in ((PLANES, 2 + 2 + 3), (ROWS, 1 + 2 + 2)):
         runs = launches(shape, torch.float32)
         assert len(runs) == count
-        for _, arguments, _ in runs:
-            assert len(arguments) <= 15
+        for run in runs:
+            assert len(run.args) <= 15

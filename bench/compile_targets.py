@@ -2,6 +2,7 @@
 
 The launchers run on CPU tensors with the launch itself replaced by a recorder, so that what is compiled is what a GPU would be given:
 the same constants, the same specialization of the arguments (divisible by 16, equal to 1, None). Needs a process without TRITON_INTERPRET.
+tests/test_kernels_compiled.py holds the kernels to limits with it, ``python -m bench.compiled`` predicts times.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -21,13 +23,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from fastflow_kernels.kernels import coupling
+from fastflow_kernels.spec import CouplingSpec
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+class Recorded(NamedTuple):
+    """A launch that was asked for."""
+
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The kernel's arguments by name, constants included."""
+        names = self.kernel.arg_names
+        return dict(zip(names, self.args, strict=False)) | {name: self.kwargs[name] for name in self.kwargs if name in names}
 
 
 @dataclass
@@ -40,6 +61,8 @@ class Code:
         registers: 32-bit vector registers of a thread.
         spills: Bytes of stack and local memory and spilled registers; 0 means that all values live in registers.
         loads, stores: How many global accesses there are of each width in bits.
+        shared: Bytes of shared memory of a program.
+        cubin: The binary, for NVIDIA targets.
     """
 
     kernel: str
@@ -48,24 +71,39 @@ class Code:
     spills: int
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
+    shared: int = 0
+    cubin: bytes = field(default=b"", repr=False)
 
 
-def launches_of(call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
-    """The (kernel, arguments, keywords) that ``call`` would launch."""
+def launches_of(call: Callable[[], object]) -> list[Recorded]:
+    """What ``call`` would launch."""
     found = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        found.append((self, args, kwargs))
+        found.append(Recorded(self, args, kwargs, grid))
 
     with mock.patch.object(JITFunction, "run", record):
         call()
     return found
 
 
-def compile_for(target: str, kernel: JITFunction, args: tuple, kwargs: dict) -> Code:
+def launches_of_passes(shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec) -> dict[str, list[Recorded]]:
+    """What the launchers launch for an input of this shape: forward, backward with the parameters' gradients, inverse."""
+    batch, channels, *spatial = shape
+    x, a = torch.empty(shape, dtype=dtype), torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype)
+    g, perm, dlogdet = torch.zeros(channels, dtype=dtype), torch.arange(channels), torch.zeros(batch)
+    shared = (g, g, perm, perm, spec)
+    return {
+        "forward": launches_of(lambda: coupling.coupling_fwd(x, a, *shared, True)),
+        "backward": launches_of(lambda: coupling.coupling_bwd(x, dlogdet, x, a, *shared, True)),
+        "inverse": launches_of(lambda: coupling.coupling_inv_active(x, coupling.coupling_inv_passive(x, *shared), a, *shared, True)),
+    }
+
+
+def compile_for(target: str, launch: Recorded) -> Code:
     """Compile one recorded launch for a target of :data:`TARGETS`."""
-    options = {name: kwargs[name] for name in kwargs if name not in kernel.arg_names}
-    values = dict(zip(kernel.arg_names, args, strict=False)) | {name: kwargs[name] for name in kwargs if name in kernel.arg_names}
+    kernel, values = launch.kernel, launch.values
+    options = {name: launch.kwargs[name] for name in launch.kwargs if name not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
@@ -91,13 +129,22 @@ def _read_nvidia(name: str, compiled) -> Code:
     loads, stores = collections.Counter(), collections.Counter()
     for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)", compiled.asm["ptx"]):
         (loads if kind == "ld" else stores)[int(vector or 1) * int(bits)] += 1
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+    usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-    return Code(name, compiled.metadata.num_warps, found["REG"], found["STACK"] + found["LOCAL"], dict(loads), dict(stores))
+    metadata, spills = compiled.metadata, found["STACK"] + found["LOCAL"]
+    return Code(name, metadata.num_warps, found["REG"], spills, dict(loads), dict(stores), metadata.shared, compiled.asm["cubin"])
+
+
+def sass_of(code: Code) -> str:
+    """The machine instructions of a kernel compiled for an NVIDIA target, as cuobjdump prints them."""
+    return _cuobjdump(code.cubin, "-sass")
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        return subprocess.run([_TOOLS / "cuobjdump", what, f.name], capture_output=True, text=True, check=True).stdout
 
 
 def _read_amd(name: str, compiled) -> Code:
