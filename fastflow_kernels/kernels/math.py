@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LN5 = tl.constexpr(1.6094379124341003)
+LN10 = tl.constexpr(2.302585092994046)
 LN2_HIGH = tl.constexpr(0.693359375)  # few digits: its product with an integer below 2**11 is exact in float32
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 less that
 
@@ -32,10 +35,52 @@ def exp_of_bounded(x):
 
 @triton.jit
 def log1p_of_unit(x):
-    """log(1 + x) for x in [0, 1], accurate for small x: the rounding of 1 + x cancels in log(w) / (w - 1)."""
-    w = 1.0 + x
-    d = tl.where(w == 1.0, 1.0, w - 1.0)
-    return tl.where(w == 1.0, x, tl.log(w) * (x / d))
+    """log(1 + x) for x in [0, 1], accurate for small x.
+
+    float64: the rounding of 1 + x cancels in log(w) / (w - 1). float32: 2 * atanh(x / (2 + x)), by a polynomial to 5e-9 of the result.
+    """
+    if x.dtype == tl.float64:
+        w = 1.0 + x
+        d = tl.where(w == 1.0, 1.0, w - 1.0)
+        return tl.where(w == 1.0, x, tl.log(w) * (x / d))
+    else:
+        u = x / (2.0 + x)
+        v = u * u
+        p = ((2.7970224e-1 * v + 2.8011294e-1) * v + 4.0020857e-1) * v + 6.6666431e-1
+        return 2.0 * u + u * v * p
+
+
+@triton.jit
+def log_of_double(w):
+    """log(w), float32 with a relative error of a few 2**-24 also near w = 1, of a float64 that is positive and normal, inf or nan.
+
+    w = c * 2**n with c in [sqrt(1/2), sqrt(2)); log(c) = 2 * atanh((c - 1) / (c + 1)), by a polynomial to 1e-9 of the result.
+    """
+    bits = w.to(tl.int64, bitcast=True)
+    n = ((bits >> 32).to(tl.int32) - 0x3FE6A09E) >> 20
+    c = (bits - (n.to(tl.int64) << 52)).to(tl.float64, bitcast=True)
+    d = (c - 1.0).to(tl.float32)
+    u = d / (2.0 + d)
+    v = u * u
+    p = (2.9866281e-1 * v + 3.9977783e-1) * v + 6.6666774e-1
+    m = n.to(tl.float32)
+    log = m * LN2_HIGH + (m * LN2_LOW + (2.0 * u + u * v * p))
+    return tl.where(w < float("inf"), log, w.to(tl.float32))
+
+
+@triton.jit
+def exp_to_double(x):
+    """exp(x) in float64 to 3e-10, for a float64 |x| < 700."""
+    n = tl.floor(x.to(tl.float32) * LOG2E + 0.5)
+    r = x - n.to(tl.float64) * LN2
+    p = r * 2.480158730158730e-5 + 1.984126984126984e-4  # Taylor's series: 1/8!, 1/7!, ...; |r| < 0.35
+    p = p * r + 1.388888888888889e-3
+    p = p * r + 8.333333333333333e-3
+    p = p * r + 4.166666666666667e-2
+    p = p * r + 1.666666666666667e-1
+    p = (p * r + 0.5) * r + 1.0
+    p = p * r + 1.0
+    return p * ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -74,11 +119,25 @@ def scale_of(g, ACT: tl.constexpr):
 
 @triton.jit
 def log_scale_of(g, ACT: tl.constexpr):
-    """log(activation(g)), in float64: near scale 1 its error is the scale's rounding, the same in every channel and times P in the sum."""
+    """log(activation(g)), as accurate near scale 1 as elsewhere, where the log of a rounded scale would be off by the same rounding in
+    every channel, and by P times as much in the sum.
+
+    float32 takes float64 for what cancels and nothing else: in float64 altogether it would be most of what a small launch computes.
+    """
     if ACT == "EXP":
-        return g.to(tl.float64)
+        return g
+    elif g.dtype == tl.float64:
+        return tl.log(scale_of(g, ACT))
+    elif ACT == "SIGMOID":
+        x = 2.0 - g.to(tl.float64)
+        near = tl.where(tl.abs(x) < 80.0, x, -80.0)
+        log = -log_of_double(0.1 + 0.1 * exp_to_double(near))
+        return tl.where(x >= 80.0, LN10 - x.to(tl.float32), tl.where(x == x, log, g))
     else:
-        return tl.log(scale_of(g.to(tl.float64), ACT))
+        h = 0.5 * g
+        low = log1p_of_unit(exp(-tl.abs(h)))
+        log = log_of_double(0.2 * (tl.maximum(h, 0.0).to(tl.float64) + low.to(tl.float64)))
+        return tl.where(h < -20.0, h - LN5, log)
 
 
 @triton.jit

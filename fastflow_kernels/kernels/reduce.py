@@ -85,11 +85,11 @@ def _logdet_kernel(
         i = start + tl.arange(0, BLOCK)
         s += load(part_ptr + i, i < PART_COUNT, ACC)
         start += BLOCK
-    log_scale = tl.zeros((BLOCK_C,), tl.float64)
+    log_scale = tl.zeros((BLOCK_C,), ACC)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         log_scale += tl.where(c < C, log_scale_of(load(g_ptr + c, c < C, ACC), ACT), 0.0)
-    tl.store(logdet_ptr + b, SIGN * (tl.sum(s) + (P * tl.sum(log_scale)).to(ACC)))
+    tl.store(logdet_ptr + b, SIGN * (tl.sum(s) + P * tl.sum(log_scale)))
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def log_scale_sum(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """Sum of log(activation(g[c])) over the channels c that exist."""
-    return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC), ACT), 0.0)).to(ACC)
+    return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC), ACT), 0.0))
 
 
 @triton.jit
