@@ -187,7 +187,6 @@ def _coupling_bwd_kernel(
         x2 = load(x_at + C1 * P, active, ACC)
         dv2 = load(dy_at + (j2 * P + p), active, ACC)
         dv1 = load(dy_at + (j1 * P + p), passive, ACC)
-        tl.store(dx_at, dv1 * scale1, mask=passive)
         t = tanh(TANH_SCALE * a_s)
         s = CLAMP * t
         if sums_ptr is not None:
@@ -196,6 +195,7 @@ def _coupling_bwd_kernel(
         e = exp_of_bounded(s)
         du2 = dv2 * scale2
         dx2 = du2 * e
+        tl.store(dx_at, dv1 * scale1, mask=passive)
         tl.store(dx_at + C1 * P, dx2, mask=active)
         tl.store(da_at + C2 * P, 0.1 * du2, mask=active)
         ds = dx2 * x2
