@@ -94,13 +94,15 @@ def tanh(x):
         p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
         q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
         p = p / q
+        e = tl.exp(2.0 * x)
     else:
         p = -5.70498872745e-3 * z + 2.06390887954e-2
         p = p * z - 5.37397155531e-2
         p = p * z + 1.33314422036e-1
         p = p * z - 3.33332819422e-1
+        e = tl.exp2(x * (2.0 * LOG2E))
     near_zero = x + x * z * p
-    elsewhere = 1.0 - 2.0 / (exp_of_bounded(2.0 * x) + 1.0)  # exp overflows to inf: 1; underflows to 0: -1
+    elsewhere = 1.0 - 2.0 / (e + 1.0)  # exp overflows to inf: 1; underflows to 0: -1
     return tl.where(tl.abs(x) < 0.625, near_zero, elsewhere)
 
 
