@@ -16,8 +16,11 @@ from fastflow_kernels.kernels.tiles import index, load
 from fastflow_kernels.spec import CouplingSpec
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
-_SUMS_BLOCK_C = 32  # channels of one program of the parameter sums: a 128-byte line of float32
-_SUMS_BLOCK_K = 32
+# The parameter sums wait for memory, not for arithmetic: few channels a program, that there be many of them, yet a 32-byte sector of
+# float32; and so many groups at a time that all of them (launch.plan makes 512 at most, where it can) arrive in two turns.
+_SUMS_BLOCK_C = 8
+_SUMS_BLOCK_K = 256
+_SUMS_WARPS = 8
 
 
 @triton.jit
@@ -182,6 +185,6 @@ def logdet_launch(batch: int, count: int, pixels: int, channels: int, spec: Coup
 def params_launch(groups: int, batch: int, pixels: int, channels: int, stride_l: int, spec: CouplingSpec, acc: torch.dtype) -> Launch:
     """Adds the partial sums (1 or 2, groups, C) of the backward's main pass to the gradients of g (not for GIN) and offset."""
     return Launch(
-        _params_bwd_kernel, -(-channels // _SUMS_BLOCK_C), (groups, batch, pixels, stride_l), 4,
+        _params_bwd_kernel, -(-channels // _SUMS_BLOCK_C), (groups, batch, pixels, stride_l), _SUMS_WARPS,
         C=channels, ACT=None if spec.gin else spec.activation, BLOCK_K=_SUMS_BLOCK_K, BLOCK_C=_SUMS_BLOCK_C, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
