@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel for every workload, and how long that should take on a GPU that is not here.
 
-    python -m bench.compiled [--target sm_90] [--markdown] [--only cflow] [--kernel rows]
+    python -m bench.compiled [--target sm_90] [--markdown] [--short] [--only cflow] [--kernel rows]
 
 Each launch that the launchers ask for is compiled, its machine code (SASS) disassembled, and its instructions counted as often as they run:
 
@@ -317,7 +317,7 @@ def workloads(only: str = "") -> list[Workload]:
     """Those that the kernels run (soft and Householder permutations do not), each shape and set of constants once."""
     seen: dict = {}
     for w in (*WORKLOADS, *MORE):
-        if only in w.name and not {"permute_soft", "learned_householder_permutation"} & w.options.keys():
+        if re.search(only, w.name) and not {"permute_soft", "learned_householder_permutation"} & w.options.keys():
             seen.setdefault((w.shape, spec_of(w.options)), w)
     return list(seen.values())
 
@@ -326,6 +326,9 @@ HEADER = (
     "workload", "type", "pass", "kernel", "programs x warps", "reg.", "spill", "warps/SM", "in flight KB/SM", "load bits", "store bits",
     "SASS/el.", "B/el.", "issue us", "pipe us", "memory us", "waits", "latency us", "bound",
 )  # fmt: skip
+
+
+SHORT = (0, 1, 3, 4, 5, 7, 8, 11, 12, 13, 15, 16, 17, 18)  # columns
 
 
 def row(p: Prediction) -> tuple[str, ...]:
@@ -343,9 +346,10 @@ def row(p: Prediction) -> tuple[str, ...]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__.partition("\n")[0])
     parser.add_argument("--target", choices=GPUS, default="sm_90")
-    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--only", default="", help="workloads whose name matches this regular expression")
     parser.add_argument("--kernel", default="", help="kernels whose name contains this")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be given twice; both if left out")
+    parser.add_argument("--short", action="store_true", help="leave out the columns of widths, spills and pipes")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     chosen = parser.parse_args(arguments)
     gpu = GPUS[chosen.target]
@@ -360,12 +364,13 @@ def main(arguments: list[str] | None = None) -> None:
         f"Predicted from code compiled for {chosen.target}, for an {gpu.name} ({gpu.multiprocessors} multiprocessors, "
         f"{gpu.clock / 1e9:.2f} GHz, {gpu.reachable:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s); not measured.\n"
     )
+    table = [tuple(cells[k] for k in SHORT) if chosen.short else cells for cells in (HEADER, *rows)]
     if chosen.markdown:
-        rows.insert(0, ("---",) * len(HEADER))
-        print("\n".join(f"| {' | '.join(cells)} |" for cells in (HEADER, *rows)))
+        table.insert(1, ("---",) * len(table[0]))
+        print("\n".join(f"| {' | '.join(cells)} |" for cells in table))
     else:
-        sizes = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-        print("\n".join("  ".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=True)) for cells in (HEADER, *rows)))
+        sizes = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print("\n".join("  ".join(cell.ljust(size) for cell, size in zip(cells, sizes, strict=True)) for cells in table))
 
 
 if __name__ == "__main__":
