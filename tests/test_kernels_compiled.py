@@ -6,7 +6,9 @@ pytest tests/test_kernels_compiled.py
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,12 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
+from triton.compiler.compiler import LazyDict
+from triton.runtime.jit import JITFunction
+
+from bench import mock_driver
 from bench.compile_targets import Code, Recorded, compile_for, launches_of_passes
+from fastflow_kernels.kernels import coupling
 from fastflow_kernels.spec import CouplingSpec
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
@@ -116,3 +123,44 @@ def test_launches_are_few():
         assert len(runs) == count
         for run in runs:
             assert len(run.args) <= 15
+
+
+# --- prepared launches -----------------------------------------------------------------------------------------------------------------
+
+
+def launched(call: Callable[[], object]) -> list[tuple[object, ...]]:
+    """What the driver's launcher is given by ``call``: grid, handles and the kernel's arguments."""
+    found: list[tuple[object, ...]] = []
+    with mock.patch.object(mock_driver.Launcher, "__call__", lambda self, *args: found.append(args)):
+        call()
+    return found
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", [(4, 33), (3, 16, 5, 4)], ids=str)
+def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(shape: tuple[int, ...], gin: bool) -> None:
+    """The first call goes through Triton's dispatcher, the second straight to the binary, a misaligned one through the dispatcher again."""
+    x, a, dy, dlogdet = (torch.randn(n) for n in (shape, (*shape[:1], shape[1] // 2 * 2, *shape[2:]), shape, shape[:1]))
+    g, offset, perm = torch.randn(shape[1]), torch.randn(shape[1]), torch.randperm(shape[1])
+    inv, spec = torch.argsort(perm), CouplingSpec.of(1.25, "anomalib", "SOFTPLUS", gin)
+
+    def run(x: torch.Tensor = x) -> None:
+        coupling.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
+        coupling.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, True)
+        v = coupling.coupling_inv_passive(x, g, offset, perm, inv, spec)
+        coupling.coupling_inv_active(x, v, a, g, offset, perm, inv, spec, True)
+
+    with mock_driver.mock_gpu():
+        first, second = launched(run), launched(run)
+        with mock.patch.object(JITFunction, "run", side_effect=AssertionError("not straight to the binary")):
+            run()
+            with pytest.raises(AssertionError, match="not straight"):
+                run(torch.randn(x.numel() + 1)[1:].view(shape))
+    assert len(first) == len(second) >= 4
+    for one, other in zip(first, second, strict=True):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            if isinstance(mine, torch.Tensor):  # results lie elsewhere
+                assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+            elif not isinstance(mine, LazyDict):  # what profilers are told
+                assert mine == theirs
