@@ -169,8 +169,9 @@ def all_in_one_block(
     backend = dispatch.resolved(backend)
     direction = _inverse if rev else _forward
     layout = _layout(x)
+    global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     if not rev and reverse_permutation:
-        x = permutation.unpermute(x)
+        x = permutation.unpermute(x).contiguous(memory_format=layout)
     rows = not spec.gin and layout is not torch.contiguous_format
     out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
     if rev and reverse_permutation:
@@ -256,7 +257,7 @@ def _inverse(
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
     as_taken: Callable[[Tensor], Tensor] = _as_rows if rows else _itself
-    if isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(y):
+    if isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(y) and _keeps_dtype(y, g):
         spec = spec._replace(folded=True)
         with torch.inference_mode(False), torch.no_grad():  # see coupling_inv_passive
             x = v = permutation.unpermute_affine(y, eager.scale_or_none(g, spec), offset)
@@ -272,6 +273,12 @@ def _inverse(
     a = as_taken(a) if rows else dispatch.packed(operations, a)
     logdet = operations.coupling_inv_active(as_taken(v), as_taken(x), a, g, offset, perm, inv, spec, jac)
     return x, _per_sample(logdet, y) if rows else logdet
+
+
+def _keeps_dtype(y: Tensor, g: Tensor) -> bool:
+    """Whether a product of y has the dtype that the inverse promises; not so under autocast, or where g is wider."""
+    device = y.device.type
+    return y.dtype is eager.promoted(y, g) and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
 # --- channels last: the coupling runs on pixels as on samples of rank 0; not GIN's, whose means are over all pixels of a sample ---------
@@ -291,8 +298,8 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """(B, C, *S) -> (B * P, C); a view where x is channels-last."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
+    """(B, C, *S) -> (B * P, C), contiguous; a view where x is channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()  # one sample of another layout would be a transposed view
 
 
 def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
@@ -384,13 +391,14 @@ class _Coupling(Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, call.perm, call.inv)
+        w = None if call.matrix is None else call.matrix.w
+        ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, call.perm, call.inv, w)
         ctx.call = call._replace(perm=None, inv=None)
         return _coupling(x, a, g, offset, inner, outer, call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, x1, _, a, g, offset, inner, outer, perm, inv = ctx.saved_tensors
+        x, x1, _, a, g, offset, inner, outer, perm, inv, _ = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros(x.shape, dtype=eager.promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or dispatch.needs_composite(dy) or (dlogdet is not None and dispatch.needs_composite(dlogdet)):
@@ -419,7 +427,7 @@ class _Coupling(Function):
 
 def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Tensor | None]:
     """The backward through plain operations, itself differentiable."""
-    *sources, perm, inv = ctx.saved_tensors
+    *sources, perm, inv, _ = ctx.saved_tensors
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         wanted = ctx.needs_input_grad[: len(sources)]
@@ -437,7 +445,11 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
             y = reflect(y, inner, outer)
         elif ctx.call.matrix is not None:
             y = ctx.call.matrix.permute(y)
-        outputs, gradients = ([y], [dy]) if dlogdet is None else ([y, logdet], [dy, dlogdet])
+        # one of them may depend on nothing that takes a gradient: the log-determinant, where only offset does
+        pairs = [(t, dt) for t, dt in ((y, dy), (logdet, dlogdet)) if dt is not None and t.requires_grad]
         inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
+        if not pairs:
+            return [None] * len(wanted)
+        outputs, gradients = [t for t, _ in pairs], [dt for _, dt in pairs]
         found = iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in wanted]

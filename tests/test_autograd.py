@@ -372,3 +372,30 @@ def test_compiled_block_sees_a_loaded_permutation(stock: bool) -> None:
         torch.testing.assert_close(compiled([x])[0][0], block([x])[0][0])
         block.load_state_dict(other.state_dict())
         torch.testing.assert_close(compiled([x])[0][0], other([x])[0][0])
+
+
+@pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 2}], ids=["hard", "soft", "hh"])
+def test_second_gradients_where_only_the_offset_takes_any(options: dict[str, Any]) -> None:
+    """The log-determinant then depends on nothing that does."""
+    block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", **options)
+    for name, p in block.named_parameters():
+        p.requires_grad_(name == "global_offset")
+    (y,), logdet = block([torch.randn(3, 6)])
+    (d,) = torch.autograd.grad((y**2).sum() + logdet.sum(), block.global_offset, create_graph=True)
+    d.sum().backward()
+    assert block.global_offset.grad is not None
+
+
+def test_a_rotation_changed_before_backward_is_noticed() -> None:
+    block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True)
+    (y,), _ = block([torch.randn(30, 6, requires_grad=True)])
+    with torch.no_grad():
+        block.w_perm.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_inverse_of_a_rotation_keeps_its_dtype_under_autocast() -> None:
+    block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert block([torch.randn(30, 6)], rev=True)[0][0].dtype is torch.float32

@@ -502,3 +502,22 @@ def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:
     expected = copy.deepcopy(block)
     expected.backend = "eager"
     torch.testing.assert_close(block([x])[0][0], expected([x])[0][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}, {"reverse_permutation": True}], ids=str
+)
+def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> None:
+    """A transposed view of one sample has the shape of rows, and not their layout."""
+    torch.manual_seed(0)
+    block = fastflow_kernels.AllInOneBlock(
+        [(4, 3, 5)], subnet_constructor=lambda i, o: torch.nn.Conv2d(i, o, 1), backend="triton", **options
+    )
+    block = block.double()
+    block.subnet.register_forward_hook(lambda _, __, a: a.contiguous())
+    x = torch.randn(1, 4, 3, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        (y,), logdet = block([x])
+        (back,), minus = block([y], rev=True)
+    assert (back - x).abs().max() < 1e-5  # the rotation was drawn in float32
+    assert (logdet + minus).abs().max() < 1e-5  # the rotation was drawn in float32
