@@ -50,7 +50,7 @@ if wanted tests; then
     step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
     # Left out: what needs the peers from PyPI, and what asks for a process with Triton's interpreter or for another target's compiler.
     step tests "$tests_limit" "$out/tests.log" "$PYTHON" -m pytest -q --durations=15 -m "not peers" --junitxml="$out/tests.xml" \
-        -p no:cacheprovider --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py
+        -p no:cacheprovider --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py --ignore=tests/test_bench_compiled.py
 fi
 if wanted bench; then
     rm -f "$out/bench.jsonl" "$out/bench.log"

@@ -13,4 +13,4 @@ if ! "$python" -c 'import triton'; then
 fi
 
 TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 tests/test_kernels_interpreter.py
-"$python" -m pytest -q --durations=5 tests/test_kernels_compiled.py
+"$python" -m pytest -q --durations=5 tests/test_kernels_compiled.py tests/test_bench_compiled.py

@@ -7,8 +7,8 @@ started=$SECONDS
 
 echo "== lint" && ci/lint.sh
 echo "== tests" && "$PYTHON" -m pytest -q --durations=5 -m "not peers" \
-    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py
+    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py --ignore=tests/test_bench_compiled.py
 echo "== kernels" && ci/kernels.sh
 echo "== peers" && "$PYTHON" -m pytest -q --durations=5 -m peers \
-    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py
+    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py --ignore=tests/test_bench_compiled.py
 echo "== all passed in $((SECONDS - started)) s"
