@@ -9,12 +9,14 @@ plain product of the same operands shows how much of it is theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock
+from fastflow_kernels.spec import CouplingSpec
 
 pytest.importorskip("triton")
 
@@ -96,3 +98,23 @@ def test_autograd_alone(benchmark: Callable, shape: tuple[int, ...]) -> None:
         torch.autograd.backward([torch.addcmul(leaves[0], leaves[1], leaves[2]) + leaves[3]], [dy])
 
     _measure(benchmark, step)
+
+
+@pytest.mark.parametrize("straight", [False, True], ids=["dispatcher", "prepared"])
+def test_one_launch(benchmark: Callable, straight: bool) -> None:
+    """One launch of the backward's kernel, by Triton's dispatcher or straight to the binary (kernels/prepared.py)."""
+    from fastflow_kernels.kernels import coupling
+
+    x, g, offset, perm = torch.randn(4, 64), torch.randn(64), torch.randn(64), torch.randperm(64)
+    spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin=False)
+    found: list[tuple[object, ...]] = []
+    launch = coupling.Launch.__call__
+
+    def keep(self: object, is_aligned: bool, *pointers: object) -> None:
+        found.append((self, *pointers))
+        launch(self, is_aligned, *pointers)
+
+    with mock.patch.object(coupling.Launch, "__call__", keep):
+        coupling.coupling_bwd(x, x[:, 0].clone(), x, x, g, offset, perm, perm.argsort(), spec, True)
+    prepared, *pointers = found[0]
+    _measure(benchmark, lambda: prepared(straight, *pointers))

@@ -16,8 +16,8 @@ BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
 
 # Elements up to which "auto" runs plain operations on a CPU: autograd's own nodes cost less than a Python one, and here that is most of the
-# time. Train step of one block on a thread of an AMD EPYC, plain against eager: 323 against 492 us for (100, 2), 430 against 573 us for
-# (64, 256), 532 against 619 us for (64, 512), 671 against 670 us for (1, 256, 16, 16).
+# time. Train step of one block on a thread of an AMD EPYC, plain against eager: 321 against 478 us for (100, 2), 417 against 533 us for
+# (64, 256), 507 against 592 us for (64, 512), 665 against 659 us for (1, 256, 16, 16).
 SMALL = 1 << 15
 
 

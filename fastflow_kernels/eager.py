@@ -196,7 +196,7 @@ def _expm1_tanh(z: Tensor, factor: float, scratch: Tensor) -> Tensor:
 
 
 def _rational_tanh(z: Tensor, w: Tensor, factor: float, out: Tensor, scratch: Tensor) -> Tensor:
-    """factor * z * N(w) / D(w) with w = z**2, into out, which may be z: half the time of expm1's form."""
+    """factor * z * N(w) / D(w) with w = z**2, into out, which may be z: 0.6 of the time of expm1's form."""
     (n0, n1, n2), (d0, d1) = _TANH_NUMERATOR, _TANH_DENOMINATOR
     numerator = torch.add(_constant(factor * n1, out.dtype), w, alpha=factor * n2, out=scratch)
     torch.addcmul(_constant(factor * n0, out.dtype), numerator, w, out=numerator).mul_(z)
@@ -265,7 +265,7 @@ def coupling_fwd(
                 total = _plus(total, _exact_tanh(a_si, spec, spec.clamp * _LOG2E, si, ti, ui).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si, ui), spec, si)
-                total = _gin_logdet(si)
+                total = _gin_logdet(si) if jac else None
             torch.mul(x2i, si.exp2_(), out=v2i).add_(a_ti, alpha=0.1)
         if spec.folded:
             v1.copy_(x1)
@@ -478,7 +478,7 @@ def coupling_inv_active(
                 total = _plus(total, _exact_tanh(a_si, spec, -spec.clamp * _LOG2E, si, ti, ui).sum((1, 2)))
             else:
                 _log2_factor(_sigmoid(a_si, spec, ti, si, ui), spec, si).neg_()
-                total = _gin_logdet(si)
+                total = _gin_logdet(si) if jac else None
             u2i.sub_(a_ti, alpha=0.1).mul_(si.exp2_())
         if u2 is not x2:
             x2.copy_(u2)

@@ -116,7 +116,7 @@ def starts_in_place(subnet: Callable[[Tensor], Tensor]) -> bool:
     return bool(getattr(subnet, "inplace", False))
 
 
-# Elements up to which the kernels' input is handed to autograd in two halves: one Python node less (some 12 us of a train step) for 2 N of
+# Elements up to which the kernels' input is handed to autograd in two halves: one Python node less (some 15 us of a train step) for 2 N of
 # traffic more than with _Fork, which take as long from here on where a GPU moves 3 TB/s. On a CPU the traffic is dearer at every size that
 # is not run in plain operations anyway (train step, AMD EPYC: 1.00 times slower at 32K elements, 1.04 at 256K, 1.05 at 1M).
 _LAUNCH_BOUND = 1 << 20
@@ -391,7 +391,7 @@ class _Coupling(Function):
         call: _Call,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        w = None if call.matrix is None else call.matrix.w
+        w = None if call.matrix is None else call.matrix.w  # saved for autograd to notice if it is changed meanwhile
         ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, call.perm, call.inv, w)
         ctx.call = call._replace(perm=None, inv=None)
         return _coupling(x, a, g, offset, inner, outer, call)

@@ -63,7 +63,8 @@ class MatrixPermutation(NamedTuple):
     def folds(self, x: Tensor) -> bool:
         """Whether scale and offset are better folded into the matrix than applied to x: it takes no gradient and is the smaller one.
 
-        On one thread of an AMD EPYC folding makes a forward of (2048, 512) 1.05 times faster and one of (64, 512) 1.4 times slower.
+        Two passes over x less. On one thread of an AMD EPYC the product hides them (a train step of (2048, 512) takes 1.01 times as long
+        without), and one of (64, 512), with more matrix than input, takes 1.12 times as long folded.
         """
         return not self.w.requires_grad and x.numel() >= 2 * self.w.numel()
 
@@ -158,14 +159,14 @@ class IndexCache:
         """The permutation of a block with the stock block's attributes, for one direction: an index wherever its matrix is one."""
         if block.householder:
             w = block.w_0
-            return HouseholderPermutation(self._index(w, None, False, True) or MatrixPermutation(w, w.T), block.vk_householder)
+            return HouseholderPermutation(self._index(w, None, True, False) or MatrixPermutation(w, w.T), block.vk_householder)
         w, w_inv = block.w_perm, block.w_perm_inv
         if w.dim() == 1:
             return IndexPermutation(w, w_inv)
         both = block.reverse_pre_permute
-        return self._index(w, w_inv, rev or both, both or not rev) or MatrixPermutation(w.flatten(1), w_inv.flatten(1))
+        return self._index(w, w_inv, both or not rev, both or rev) or MatrixPermutation(w.flatten(1), w_inv.flatten(1))
 
-    def _index(self, w: Tensor, w_inv: Tensor | None, uses_inverse: bool, uses_w: bool) -> IndexPermutation | None:
+    def _index(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> IndexPermutation | None:
         """The index of a one-hot matrix whose inverse, if given, is its transpose; None for other matrices."""
         cached = self._cached
         if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load has refreshed what is kept
