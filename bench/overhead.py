@@ -9,6 +9,7 @@ plain product of the same operands shows how much of it is theirs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -96,6 +97,35 @@ def test_autograd_alone(benchmark: Callable, shape: tuple[int, ...]) -> None:
 
     def step() -> None:
         torch.autograd.backward([torch.addcmul(leaves[0], leaves[1], leaves[2]) + leaves[3]], [dy])
+
+    _measure(benchmark, step)
+
+
+class _Nothing(torch.autograd.Function):
+    """Takes, keeps and returns as many tensors as a block does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x1, x2, a, g, offset)
+        return torch.empty_like(a), torch.empty(a.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dlogdet: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "train-step"])
+def test_function_alone(benchmark: Callable, backward: bool) -> None:
+    """A Function with a block's inputs and outputs, and the split of x before it: below this no block with a Function of its own gets."""
+    shape = SHAPES["rows"]
+    x, a = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    g, offset = torch.randn(shape[1], requires_grad=True), torch.randn(shape[1], requires_grad=True)
+    dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
+
+    def step() -> None:
+        y, logdet = _Nothing.apply(*torch.split_with_sizes(x, (shape[1] - shape[1] // 2, shape[1] // 2), 1), a, g, offset)
+        if backward:
+            torch.autograd.backward([y, logdet], [dy, dlogdet])
 
     _measure(benchmark, step)
 
