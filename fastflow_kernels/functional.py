@@ -170,17 +170,30 @@ def all_in_one_block(
     direction = _inverse if rev else _forward
     layout = _layout(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
-    if not rev and reverse_permutation:
-        x = permutation.unpermute(x).contiguous(memory_format=layout)
     rows = not spec.gin and layout is not torch.contiguous_format
+    spec = spec._replace(reverse=reverse_permutation and _folds_reverse(_as_rows(x) if rows else x, permutation, rev, backend))
+    gathers = reverse_permutation and not spec.reverse
+    if gathers and not rev:
+        x = permutation.unpermute(x).contiguous(memory_format=layout)
     out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
-    if rev and reverse_permutation:
+    if gathers and rev:
         out = permutation.permute(out)
     if layout is not torch.contiguous_format:
         out = out.contiguous(memory_format=layout)
     if logdet is None:
         logdet = torch.zeros(out.shape[0], dtype=torch.float64 if out.dtype is torch.float64 else torch.float32, device=out.device)
     return out, logdet
+
+
+def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, backend: str) -> bool:
+    """Whether undoing the permutation ahead of the coupling costs no pass over x: the kernels read it through the index.
+
+    Not the eager functions: they would gather piece by piece what one index_select takes at once (0.3 ns an element at rank 0, 0.1 on
+    planes), and the passive half, which the subnet gets, once more.
+    """
+    if not isinstance(permutation, IndexPermutation) or (rev and torch.is_grad_enabled()):
+        return False
+    return dispatch.pick(x, backend) not in (None, eager)
 
 
 def _forward(
@@ -202,20 +215,22 @@ def _forward(
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
         return permutation.permute(v), logdet
     grad = torch.is_grad_enabled()
+    perm, inv = permutation if indexed else (None, None)
     halves: Sequence[Tensor | None] = (None, None)
+    c1 = x.shape[1] - x.shape[1] // 2
+    passive = inv.narrow(0, 0, c1) if spec.reverse else None
     if not (grad and x.requires_grad):
-        x1 = x.narrow(1, 0, x.shape[1] - x.shape[1] // 2)
-    elif _in_halves(x, operations):
+        x1 = _passive_half(x, c1, passive)
+    elif passive is None and _in_halves(x, operations):
         halves = eager.halves(x)
         x1, x = halves[0], x.detach()
     else:
-        x1, x = _Fork.apply(x, x.shape[1] - x.shape[1] // 2)
+        x1, x = _Fork.apply(x, c1, passive)
     a = _coefficients(subnet, x1, conditions, x)
     a = a.contiguous(memory_format=_layout(x)) if rows else dispatch.packed(operations, a)
     # what of the permutation is part of the coupling: an index, reflections, or a fixed matrix where the kernels do not apply scale and
     # offset for nothing; the rest comes after it
     inner = outer = matrix = rest = None
-    perm, inv = permutation if indexed else (None, None)
     if isinstance(permutation, HouseholderPermutation) and not permutation.dense:
         inner, outer = permutation.factors()
         rest = permutation.base
@@ -266,10 +281,12 @@ def _inverse(
         v = y if indexed else permutation.unpermute(y)
         x = operations.coupling_inv_passive(as_taken(v), g, offset, perm, inv, spec)
         x = _from_rows(x, y) if rows else x
-    a = _coefficients(subnet, x.narrow(1, 0, x.shape[1] - x.shape[1] // 2), conditions, y)
+    c1 = x.shape[1] - x.shape[1] // 2
+    a = _coefficients(subnet, _passive_half(x, c1, inv.narrow(0, 0, c1) if spec.reverse else None), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
-        return eager.composite_inv_coupling(*eager.halves(u), a, scale, spec, jac)
+        x, logdet = eager.composite_inv_coupling(*eager.halves(u), a, scale, spec, jac)
+        return (permutation.permute(x) if spec.reverse else x), logdet
     a = as_taken(a) if rows else dispatch.packed(operations, a)
     logdet = operations.coupling_inv_active(as_taken(v), as_taken(x), a, g, offset, perm, inv, spec, jac)
     return x, _per_sample(logdet, y) if rows else logdet
@@ -319,6 +336,11 @@ def _per_sample(logdet: Tensor | None, x: Tensor) -> Tensor | None:
 # --- gradients ---------------------------------------------------------------------------------------------------------------------
 
 
+def _passive_half(x: Tensor, c1: int, index: Tensor | None) -> Tensor:
+    """The channels that the subnet gets: the first c1 as a view, or those of the index (c1,) in the layout of x."""
+    return x.narrow(1, 0, c1) if index is None else x.index_select(1, index).contiguous(memory_format=_layout(x))
+
+
 class _Fork(Function):
     """x -> (its passive half for the subnet, x itself for the coupling); see _LAUNCH_BOUND.
 
@@ -327,20 +349,26 @@ class _Fork(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c1: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, c1: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.c1, ctx.c2 = c1, x.shape[1] - c1
-        return x.narrow(1, 0, c1), x.view_as(x)
+        ctx.c1, ctx.c2, ctx.index = c1, x.shape[1] - c1, index
+        return _passive_half(x, c1, index), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None, None]:
+        index = ctx.index
         if dx1 is None:  # the subnet does not depend on its input
-            return dx, None
+            return dx, None, None
         if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx) or dispatch.needs_composite(dx1):
             padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
-            return (padded if dx is None else dx + padded), None
-        dx.narrow(1, 0, ctx.c1).add_(dx1)
-        return dx, None
+            if index is not None:
+                padded = torch.zeros_like(padded).index_add(1, index, dx1)
+            return (padded if dx is None else dx + padded), None, None
+        if index is None:
+            dx.narrow(1, 0, ctx.c1).add_(dx1)
+        else:
+            dx.index_add_(1, index, dx1)
+        return dx, None, None
 
 
 class _Call(NamedTuple):
@@ -437,7 +465,8 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
             for t, need in zip(sources, wanted, strict=True)
         ]
         x, x1, x2, *arguments, inner, outer = leaves
-        x1, x2 = eager.halves(x) if x1 is None else (x1, x2)
+        if x1 is None:
+            x1, x2 = eager.halves(gather_channels(x, inv, perm) if ctx.call.spec.reverse else x)
         y, logdet = eager.composite_fwd(x1, x2, *arguments, ctx.call.spec, dlogdet is not None)
         if perm is not None:
             y = gather_channels(y, perm, inv)

@@ -24,6 +24,8 @@ class CouplingSpec(NamedTuple):
         gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
         folded: scale and offset are part of the matrix product that follows: the eager functions then return u in place of v, and take the
             gradient of log(scale) * u, in place of that of v; the log-determinant is the same.
+        reverse: The permutation is undone ahead of the coupling: the kernels then read x through its index, too (and write its gradient, or
+            the inverse, so). The eager functions take x gathered; on a CPU that costs no more.
     """
 
     clamp: float
@@ -31,6 +33,7 @@ class CouplingSpec(NamedTuple):
     activation: str
     gin: bool
     folded: bool = False
+    reverse: bool = False
 
     @classmethod
     def of(cls, clamp: float, dialect: str, activation: str, gin: bool) -> CouplingSpec:

@@ -37,19 +37,19 @@ WIDE = {
 }
 
 
-def spec_of(gin: bool) -> CouplingSpec:
-    return CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin)
+def spec_of(gin: bool = False, reverse: bool = False) -> CouplingSpec:
+    return CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin)._replace(reverse=reverse)
 
 
-def launches(shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False) -> list[Recorded]:
+def launches(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> list[Recorded]:
     """All launches of a training step and an inverse."""
-    return [run for runs in launches_of_passes(shape, dtype, spec_of(gin)).values() for run in runs]
+    return [run for runs in launches_of_passes(shape, dtype, spec_of(**options)).values() for run in runs]
 
 
 @cache
-def compiled(target: str, shape: tuple[int, ...], dtype: str, gin: bool = False) -> tuple[Code, ...]:
+def compiled(target: str, shape: tuple[int, ...], dtype: str, **options: bool) -> tuple[Code, ...]:
     """The code of every kernel of one case, each once."""
-    return tuple({run.kernel.__name__: compile_for(target, run) for run in launches(shape, DTYPES[dtype], gin)}.values())
+    return tuple({run.kernel.__name__: compile_for(target, run) for run in launches(shape, DTYPES[dtype], **options)}.values())
 
 
 def assert_lean(codes: tuple[Code, ...]) -> None:
@@ -96,6 +96,16 @@ def test_kernels_compile_lean_elsewhere(target, dtype, shape):
 @pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
 def test_gin_kernels_compile_lean(shape):
     assert_lean(compiled("sm_90", shape, "fp32", gin=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [PLANES, (10_000, 100)], ids=["planes", "rows"])
+def test_kernels_compile_lean_with_reverse_permutation(shape, dtype):
+    codes = compiled("sm_90", shape, dtype, reverse=True)
+    assert_lean(codes)
+    assert len(launches(shape, DTYPES[dtype], reverse=True)) == len(launches(shape, DTYPES[dtype]))
+    if shape is PLANES:
+        assert_wide(codes)
 
 
 @pytest.mark.parametrize("shape", [(32, 768, 28, 28), (8, 384, 14, 14)], ids=["28x28", "14x14"])

@@ -11,6 +11,7 @@ import os
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1 (ci/kernels.sh)", allow_module_level=True)
@@ -58,6 +59,7 @@ def plain_fwd(x, a, g, offset, perm, spec):
     c2 = a.shape[1] // 2
     c1 = x.shape[1] - c2
     view = (1, -1) + (1,) * (x.dim() - 2)
+    x = x[:, perm.argsort()] if spec.reverse else x
     s = plain_s(a, spec)
     u = torch.cat((x[:, :c1], x[:, c1:] * s.exp() + 0.1 * a[:, c2:]), 1)
     v = u * scale_of(g, spec).view(view) + offset.view(view)
@@ -70,7 +72,8 @@ def plain_inv(y, a, g, offset, inv, spec):
     view = (1, -1) + (1,) * (y.dim() - 2)
     s = plain_s(a, spec)
     u = (y[:, inv] - offset.view(view)) / scale_of(g, spec).view(view)
-    return torch.cat((u[:, :c1], (u[:, c1:] - 0.1 * a[:, c2:]) * (-s).exp()), 1), -plain_logdet(s, y, g, spec)
+    x = torch.cat((u[:, :c1], (u[:, c1:] - 0.1 * a[:, c2:]) * (-s).exp()), 1)
+    return x[:, inv.argsort()] if spec.reverse else x, -plain_logdet(s, y, g, spec)
 
 
 def cast(values, dtype):
@@ -105,10 +108,10 @@ def close(actual, truth, baseline, name, magnitude=None):
     assert_close(actual, truth, baseline, name, magnitude=magnitude)
 
 
-def make(shape, spec_name="SOFTPLUS", dialect="anomalib", gin=False, clamp=1.9, x=torch.float32, a=None, g=None):
+def make(shape, spec_name="SOFTPLUS", dialect="anomalib", gin=False, clamp=1.9, reverse=False, x=torch.float32, a=None, g=None):
     """(x, a, g, offset, perm, inv, spec) with random values."""
     batch, channels, *spatial = shape
-    spec = CouplingSpec.of(clamp, dialect, spec_name, gin)
+    spec = CouplingSpec.of(clamp, dialect, spec_name, gin)._replace(reverse=reverse)
     perm = torch.randperm(channels)
     return (
         torch.randn(shape, dtype=x),
@@ -125,7 +128,8 @@ def poisoned_inverse(y, inputs, jac=True):
     _, a, g, offset, perm, inv, spec = inputs
     x = coupling.coupling_inv_passive(y, g, offset, perm, inv, spec)
     assert x.is_contiguous()
-    assert not x[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
+    passive = x[:, inv] if spec.reverse else x
+    assert not passive[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
     return x, coupling.coupling_inv_active(y, x, a, g, offset, perm, inv, spec, jac)
 
 
@@ -374,14 +378,15 @@ def traffic(launches: list[Launch]) -> float:
     )
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [((2, 16, 32, 32), torch.float32), ((1, 32, 28, 28), torch.bfloat16), ((128, 512), torch.float32), ((256, 100), torch.bfloat16)],
     ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
 )
-def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, busy, record_property):
-    inputs = make(shape, gin=gin, x=dtype)
+def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse, busy, record_property):
+    inputs = make(shape, gin=gin, reverse=reverse, x=dtype)
     n = inputs[0].numel() * inputs[0].element_size()
     with sanitize() as forward:
         y, _ = coupling.coupling_fwd(*inputs, True)
@@ -458,6 +463,70 @@ def test_alignment_is_the_common_power_of_two():
     assert launch.alignment(196, 0) == 4
     assert launch.alignment(4096, 64 * 4096) == 16
     assert launch.alignment(7, 4096) == 1
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", PLANES + ROWS + TILED[1:], ids=shape_id)
+def test_reverse_permutation(shape, gin):
+    """x read, and its gradient and the inverse written, through the index as well."""
+    torch.manual_seed(7)
+    check_everything(make(shape, gin=gin, reverse=True))
+
+
+class _Gathered(TorchDispatchMode):
+    """Collects the sizes of what index operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "index" in str(function) or "gather" in str(function):
+            self.sizes.append(tuple(args[3].shape if "index_add" in str(function) else result.shape))
+        return result
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 4, 5), (6, 10)], ids=shape_id)
+def test_reverse_permutation_takes_no_pass_of_its_own(shape):
+    """Gathered is what the subnet gets, the passive half, and its gradient is added back; never x, y or their gradients."""
+    net = torch.nn.Conv2d if len(shape) > 2 else torch.nn.Linear
+    more = (1,) if len(shape) > 2 else ()
+    block = fastflow_kernels.AllInOneBlock(
+        [shape[1:]], subnet_constructor=lambda i, o: net(i, o, *more), reverse_permutation=True, backend="triton", dialect="freia"
+    )
+    x = torch.randn(shape, requires_grad=True)
+    half = (shape[0], shape[1] - shape[1] // 2, *shape[2:])
+    with _Gathered() as gathered:
+        (y,), logdet = block([x])
+        assert gathered.sizes == [half]
+        (y.sum() + logdet.sum()).backward()
+        assert gathered.sizes == [half, half]
+        with torch.no_grad():
+            block([y], rev=True)
+    assert gathered.sizes == [half, half, half]
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse_permutation": True}], ids=["", "reverse"])
+def test_second_gradients_on_the_triton_backend(options):
+    torch.manual_seed(0)
+    block = fastflow_kernels.AllInOneBlock(
+        [(5, 3)], subnet_constructor=lambda i, o: torch.nn.Conv1d(i, o, 1), dialect="freia", backend="triton", **options
+    ).double()
+    results = []
+    for backend in ("triton", "eager"):
+        block.backend = backend
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+        (y,), logdet = block([x])
+        leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
+        (dx,) = torch.autograd.grad(y.square().sum() + logdet.sin().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), leaves, allow_unused=True))
+    assert results[0][0].abs().max() > 0
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs)
 
 
 BLOCK_CASES = HARD_CASES[::6]

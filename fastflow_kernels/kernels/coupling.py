@@ -38,10 +38,12 @@ _COLUMNS_BWD = 64
 @triton.jit
 def _coupling_fwd_kernel(
     x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr, B, P, stride_xb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
     MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y[:, inv] = u * scale + offset, u = cat(x1, x2 * exp(s) + 0.1 * a_t), s = clamp * tanh(tanh_scale * a_s).
+
+    With REVERSE for u = cat(x1, ...) of x[:, inv]: then a channel of y depends on that channel of x.
 
     Program: one tile of channel pairs by pixels of one sample. P and the strides come divided by MUL.
 
@@ -69,12 +71,15 @@ def _coupling_fwd_kernel(
     y_ptr += b * C * P
     at = c[:, None] * P + p
 
+    at1 = index(inv_ptr, c, is_passive)[:, None] * P + p
+    at2 = index(inv_ptr, C1 + c, is_active)[:, None] * P + p
+
     a_s = load(a_ptr + at, active, ACC)
     a_t = load(a_ptr + C2 * P + at, active, ACC)
-    x2 = load(x_ptr + C1 * P + at, active, ACC)
-    x1 = load(x_ptr + at, passive, ACC)
+    x2 = load(x_ptr + (at2 if REVERSE else C1 * P + at), active, ACC)
+    x1 = load(x_ptr + (at1 if REVERSE else at), passive, ACC)
     y1 = x1 * scale(g_ptr, c, is_passive, ACT, ACC)[:, None] + load(offset_ptr + c, is_passive, ACC)[:, None]
-    tl.store(y_ptr + (index(inv_ptr, c, is_passive)[:, None] * P + p), y1, mask=passive)
+    tl.store(y_ptr + at1, y1, mask=passive)
     s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
     if part_ptr is not None:
         tl.store(part_ptr + program, tl.sum(s))
@@ -82,13 +87,13 @@ def _coupling_fwd_kernel(
         s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
     u2 = x2 * exp_of_bounded(s) + 0.1 * a_t
     y2 = u2 * scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None] + load(offset_ptr + C1 + c, is_active, ACC)[:, None]
-    tl.store(y_ptr + (index(inv_ptr, C1 + c, is_active)[:, None] * P + p), y2, mask=active)
+    tl.store(y_ptr + at2, y2, mask=active)
 
 
 @triton.jit
 def _coupling_rows_fwd_kernel(
     x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr, B, stride_xb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, REVERSE: tl.constexpr,
     MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The same for one pixel, P = 1, gathering each output channel's input through perm; with the log-determinant.
@@ -120,7 +125,7 @@ def _coupling_rows_fwd_kernel(
         a_at = a_ptr + b * (stride_ab * MUL) + (c[:, None] - C1)
         a_s = load(a_at, active, ACC)
         a_t = load(a_at + C2, active, ACC)
-        x = load(x_ptr + b * (stride_xb * MUL) + c[:, None], channel, ACC)
+        x = load(x_ptr + b * (stride_xb * MUL) + (j if REVERSE else c)[:, None], channel, ACC)
         s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
             tl.store(logdet_ptr + b, tl.sum(s, axis=0, keep_dims=True) + log_scale, mask=exists)
@@ -133,14 +138,15 @@ def _coupling_rows_fwd_kernel(
 @triton.jit
 def _coupling_bwd_kernel(
     dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, inv_ptr, sums_ptr, dx_ptr, da_ptr, part_ptr, B, P, stride_xb, stride_ab, stride_l,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, MUL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
+    MUL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """With dv = dy[:, inv] and du = dv * scale, and s, u computed again:
 
         dx = cat(du1, du2 * exp(s)),  da_t = 0.1 * du2,  da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * tanh_scale * (1 - tanh**2)
 
     and per channel the sums of dv (for offset) and dv * u (for scale). GIN: no dlogdet; du2 * x2 * exp(s) less its mean per sample.
+    With REVERSE x1, x2 are those of x[:, inv], and dx lies as x does.
 
     Program: one tile of channel pairs, LOOPS tiles of columns. P (unless ROWS) and the strides come divided by MUL.
 
@@ -177,16 +183,20 @@ def _coupling_bwd_kernel(
         passive = is_passive[:, None] & exists
         active = is_active[:, None] & exists
         at = c[:, None] * P + p
+        y_at1 = j1 * P + p
+        y_at2 = j2 * P + p
+        x_at1 = y_at1 if REVERSE else at
+        x_at2 = y_at2 if REVERSE else C1 * P + at
         dy_at = dy_ptr + b * C * P
-        x_at = x_ptr + b * (stride_xb * MUL) + at
+        x_at = x_ptr + b * (stride_xb * MUL)
         a_at = a_ptr + b * (stride_ab * MUL) + at
-        dx_at = dx_ptr + b * C * P + at
+        dx_at = dx_ptr + b * C * P
         da_at = da_ptr + b * (2 * C2) * P + at
 
         a_s = load(a_at, active, ACC)
-        x2 = load(x_at + C1 * P, active, ACC)
-        dv2 = load(dy_at + (j2 * P + p), active, ACC)
-        dv1 = load(dy_at + (j1 * P + p), passive, ACC)
+        x2 = load(x_at + x_at2, active, ACC)
+        dv2 = load(dy_at + y_at2, active, ACC)
+        dv1 = load(dy_at + y_at1, passive, ACC)
         t = tanh(TANH_SCALE * a_s)
         s = CLAMP * t
         if sums_ptr is not None:
@@ -195,8 +205,8 @@ def _coupling_bwd_kernel(
         e = exp_of_bounded(s)
         du2 = dv2 * scale2
         dx2 = du2 * e
-        tl.store(dx_at, dv1 * scale1, mask=passive)
-        tl.store(dx_at + C1 * P, dx2, mask=active)
+        tl.store(dx_at + x_at1, dv1 * scale1, mask=passive)
+        tl.store(dx_at + x_at2, dx2, mask=active)
         tl.store(da_at + C2 * P, 0.1 * du2, mask=active)
         ds = dx2 * x2
         if sums_ptr is not None:
@@ -209,7 +219,7 @@ def _coupling_bwd_kernel(
             doffset1 += tl.sum(dv1, axis=1)
             doffset2 += tl.sum(dv2, axis=1)
             if ACT is not None:
-                x1 = load(x_at, passive, ACC)
+                x1 = load(x_at + x_at1, passive, ACC)
                 a_t = load(a_at + C2 * P, active, ACC)
                 dscale1 += tl.sum(dv1 * x1, axis=1)
                 dscale2 += tl.sum(dv2 * (x2 * e + 0.1 * a_t), axis=1)
@@ -227,10 +237,10 @@ def _coupling_bwd_kernel(
 @triton.jit
 def _coupling_inv_passive_kernel(
     y_ptr, g_ptr, offset_ptr, inv_ptr, x_ptr, B, P, stride_yb,
-    C: tl.constexpr, ACT: tl.constexpr, MUL: tl.constexpr,
+    C: tl.constexpr, ACT: tl.constexpr, REVERSE: tl.constexpr, MUL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale.
+    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with REVERSE in the channels inv[:C1] of x.
 
     Program: one tile of passive channels, LOOPS tiles of columns. P (unless ROWS) and the stride come divided by MUL.
 
@@ -251,17 +261,20 @@ def _coupling_inv_passive_kernel(
     for i in range(LOOPS):
         b, p, exists = columns(tl.program_id(0) // TILES * LOOPS + i, B, P, BLOCK_Q, ROWS)
         passive = is_passive[:, None] & exists
-        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), passive, ACC)
-        tl.store(x_ptr + b * C * P + (c[:, None] * P + p), (y - offset) * factor, mask=passive)
+        y_at = j * P + p
+        x_at = y_at if REVERSE else c[:, None] * P + p
+        y = load(y_ptr + b * (stride_yb * MUL) + y_at, passive, ACC)
+        tl.store(x_ptr + b * C * P + x_at, (y - offset) * factor, mask=passive)
 
 
 @triton.jit
 def _coupling_inv_active_kernel(
     y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr, B, P, stride_yb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, MUL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
+    MUL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward.
+    """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward; with REVERSE in the channels
+    inv[C1:] of x.
 
     Program: one tile of active channels, LOOPS tiles of columns. P (unless ROWS) and the strides come divided by MUL.
 
@@ -296,7 +309,9 @@ def _coupling_inv_active_kernel(
         a_at = a_ptr + b * (stride_ab * MUL) + at
         a_s = load(a_at, active, ACC)
         a_t = load(a_at + C2 * P, active, ACC)
-        y = load(y_ptr + b * (stride_yb * MUL) + (j * P + p), active, ACC)
+        y_at = j * P + p
+        x_at = y_at if REVERSE else C1 * P + at
+        y = load(y_ptr + b * (stride_yb * MUL) + y_at, active, ACC)
         s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
         if logdet_ptr is not None:
             if ROWS:
@@ -306,7 +321,7 @@ def _coupling_inv_active_kernel(
         if sums_ptr is not None:
             s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
         x = ((y - offset) * factor - 0.1 * a_t) * exp_of_bounded(-s)
-        tl.store(x_ptr + b * C * P + (C1 * P + at), x, mask=active)
+        tl.store(x_ptr + b * C * P + x_at, x, mask=active)
 
 
 # --- launchers: what depends on shapes, dtypes and constants alone is worked out once -------------------------------------------------
@@ -369,7 +384,7 @@ def _prepare_fwd(
     acc = _accumulator(dtype)
     gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, None, spec, acc) if spec.gin and channels > 1 else None
     wants_sum = jac and not spec.gin
-    constants = {"C": channels, "CLAMP": spec.clamp, "TANH_SCALE": spec.tanh_scale, "ACT": _activation(spec)}
+    constants = {"C": channels, "CLAMP": spec.clamp, "TANH_SCALE": spec.tanh_scale, "ACT": _activation(spec), "REVERSE": spec.reverse}
     if by_rows(channels, pixels, acc.itemsize):
         cut = plan(channels, batch, 1, dtype.itemsize, True, _COLUMNS)
         mul = alignment(stride_xb, stride_ab)
@@ -449,7 +464,8 @@ def _prepare_bwd(
     sizes = (batch, pixels if rows else pixels // mul, stride_xb // mul, stride_ab // mul, stride_l or 0)
     launch = Launch(
         _coupling_bwd_kernel, cut.programs, sizes, cut.warps,
-        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=1 if gin is None else gin.parts, MUL=mul,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), REVERSE=spec.reverse,
+        PARTS=1 if gin is None else gin.parts, MUL=mul,
         ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
     if not need_params:
@@ -514,7 +530,7 @@ def _prepare_inv_passive(
     mul = alignment(0 if rows else pixels, stride_yb)
     launch = Launch(
         _coupling_inv_passive_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_yb // mul), cut.warps,
-        C=channels, ACT=_activation(spec), MUL=mul,
+        C=channels, ACT=_activation(spec), REVERSE=spec.reverse, MUL=mul,
         ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
     return dtype, launch
@@ -561,7 +577,8 @@ def _prepare_inv_active(
     launch = Launch(
         _coupling_inv_active_kernel, cut.programs,
         (batch, pixels if rows else pixels // mul, stride_yb // mul, stride_ab // mul), cut.warps,
-        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), PARTS=1 if gin is None else gin.parts, MUL=mul,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), REVERSE=spec.reverse,
+        PARTS=1 if gin is None else gin.parts, MUL=mul,
         ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
     if spec.gin or not jac:

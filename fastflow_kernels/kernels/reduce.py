@@ -26,10 +26,11 @@ _SUMS_WARPS = 8
 @triton.jit
 def _gin_sums_kernel(
     a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr, B, P, stride_ab, stride_xb,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, PARTS: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
     MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 * exp(t), where dv = dy[:, inv].
+    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 * exp(t), where dv = dy[:, inv],
+    and x2 is of x[:, inv] with REVERSE.
 
     Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come divided by MUL.
 
@@ -47,7 +48,7 @@ def _gin_sums_kernel(
     a_ptr += b * (stride_ab * MUL)
     if dy_ptr is not None:
         dy_ptr += b * C * P
-        x_ptr += b * (stride_xb * MUL) + C1 * P
+        x_ptr += b * (stride_xb * MUL)
     across = tl.cdiv(P, BLOCK_P)
     tiles = across * tl.cdiv(C2, BLOCK_C)
     sum_t = tl.zeros((BLOCK_C, BLOCK_P), ACC)
@@ -61,8 +62,9 @@ def _gin_sums_kernel(
         t = CLAMP * tanh(TANH_SCALE * load(a_ptr + at, mask, ACC))
         sum_t += t
         if dy_ptr is not None:
-            j = index(inv_ptr, C1 + c, c < C2)[:, None]
-            sum_h += load(dy_ptr + (j * P + p), mask, ACC) * load(x_ptr + at, mask, ACC) * exp_of_bounded(t)
+            y_at = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
+            x_at = y_at if REVERSE else C1 * P + at
+            sum_h += load(dy_ptr + y_at, mask, ACC) * load(x_ptr + x_at, mask, ACC) * exp_of_bounded(t)
         tile += PARTS
     tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
     if dy_ptr is not None:
@@ -164,7 +166,7 @@ class GinSums:
         mul = alignment(pixels, stride_ab, stride_xb or 0)
         self.launch = Launch(
             _gin_sums_kernel, batch * self.parts, (batch, pixels // mul, stride_ab // mul, (stride_xb or 0) // mul), cut.warps,
-            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, PARTS=self.parts,
+            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, REVERSE=spec.reverse, PARTS=self.parts,
             MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc],
         )  # fmt: skip
 
