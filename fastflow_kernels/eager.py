@@ -328,7 +328,7 @@ def coupling_bwd(
     """Gradients of :func:`coupling_fwd`; tanh and exp are computed again rather than kept.
 
     Args:
-        dy: Gradient of y, (B, C, *S).
+        dy: Gradient of y, (B, C, *S); where scale and offset are folded, that of log(scale) * u, contiguous, whose memory may become dx.
         dlogdet: Gradient of the log-determinant, (B,), or None.
         x, a, g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
@@ -337,8 +337,10 @@ def coupling_bwd(
         (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN, doffset None
         where it is folded.
     """
-    dx, da = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(a.shape, dtype=a.dtype, device=a.device)
     acc = _accumulator(promoted(x, a, g))
+    in_place = spec.folded and dy.dtype is x.dtype is acc  # a pass over memory less
+    dx = dy if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     scale, _ = _channelwise_constants(g, offset, spec, acc)
     x, a, dy = _flat(x), _flat(a), _flat(dy)
     batch, channels, pixels = x.shape
@@ -353,7 +355,7 @@ def coupling_bwd(
     products: Tensor | None = None  # per channel, the sum of du * u: the gradient of log(scale)
     for xb, ab, dyb, dxb, dab, *direct_b in _walk(0, samples, x, a, dy, _flat(dx), _flat(da), *[] if direct is None else [direct]):
         xb, ab = _as(xb, acc), _as(ab, acc)
-        du = _gathered(dyb, inv, dxb, acc)
+        du = dxb if in_place else _gathered(dyb, inv, dxb, acc)
         dab_acc = dab if dab.dtype is acc else torch.empty_like(ab)
         if need_params and not spec.folded:
             doffset = _plus(doffset, du.sum((0, 2)))

@@ -116,6 +116,19 @@ def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape):
     assert_wide(codes)
 
 
+@pytest.mark.parametrize(
+    ("spatial", "fp32", "bf16"),
+    [((8, 8), 128, 128), ((14, 14), 128, 64), ((7, 14), 64, 32), ((7, 7), 32, 16)],
+    ids=["8", "4", "2", "1"],
+)
+def test_accesses_are_as_wide_as_the_shape_allows(spatial, fp32, bf16):
+    """The table at the top of kernels/launch.py: by the power of two that divides the row."""
+    for dtype, bits in (("fp32", fp32), ("bf16", bf16)):
+        for code in compiled("sm_90", (32, 64, *spatial), dtype):
+            if code.kernel in ("_coupling_fwd_kernel", "_coupling_bwd_kernel"):
+                assert max(code.stores, key=code.stores.get) == bits, code
+
+
 def test_kernels_compile_with_odd_sizes():
     assert_lean(compiled("sm_90", (3, 7, 5, 7), "fp32"))
     assert_lean(compiled("sm_90", (3, 1, 5), "fp32"))

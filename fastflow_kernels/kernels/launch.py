@@ -2,6 +2,24 @@
 
 A kernel works on tiles of channels by columns. A column is one pixel of one sample ("planes": the input has pixels) or a whole sample
 ("rows": it has a single one). Either way the address of a value is ``sample * stride + channel * P + pixel``.
+
+How many bits an access takes follows from the class of the shape (:func:`alignment`; compiled for sm_90, tests/test_kernels_compiled.py):
+
+======================================== ============================ ============ ============
+class                                    tensors                      float32      bfloat16
+======================================== ============================ ============ ============
+planes: 8 divides P and the strides      all, permuted channels too   128          128
+planes: 4 does                           all                          128          64
+planes: 2 does                           all                          64           32
+planes: 1 does                           all                          32           16
+rows: the same of C and the strides      in the order of channels     up to 128    up to 128
+rows                                     permuted: x and a forward,   32           16
+                                         dy backward, y in reverse
+======================================== ============================ ============ ============
+
+A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a binary of its own, with single values.
+Samples with strides inside, and expanded ones, are not taken (:func:`uncovered`): the caller makes them contiguous. Narrower accesses move
+the same bytes.
 """
 
 from functools import lru_cache
