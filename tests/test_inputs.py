@@ -765,3 +765,59 @@ def test_subclass_that_overrides_a_step_checks_the_same(bad: str) -> None:
 
 def test_the_tables_names_exist() -> None:
     assert set(KINDS) <= set(OPTIONS)
+
+
+@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("given", ["float32", "half"])
+@kinds
+def test_dtypes_under_autocast(name: str, given: str, half: torch.dtype, dialect: str) -> None:
+    """As the README says: float32 comes out, unless a soft permutation is the last step, whose product is autocast's."""
+    block = AllInOneBlock(
+        [(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1), dialect=dialect, **Case(Shape(1, 8, (4, 4)), name).options
+    )
+    dtype = half if given == "half" else torch.float32
+    x = torch.randn(3, 8, 4, 4).to(dtype).requires_grad_()
+    for rev in (False, True):
+        x.grad = None
+        block.zero_grad()
+        with torch.autocast("cpu", half):
+            (y,), logdet = block([x], rev=rev)
+        ends_in_product = block.permute_soft and (block.reverse_pre_permute or not rev)
+        assert y.dtype == (half if ends_in_product else torch.float32)
+        assert logdet.dtype == torch.float32
+        (y.float().sum() + logdet.sum()).backward()
+        assert x.grad.dtype == dtype
+        assert {p.grad.dtype for p in block.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_float16_overflows_only_where_a_result_does(backend: str) -> None:
+    check_float16_range(backend)
+
+
+def check_float16_range(backend: str) -> None:
+    """x2 * exp(s) reaches 3000 * e^5, far beyond float16's 65504, and the sum of s too; y, dx and the log-determinant do not."""
+    shape = (2, 128, 12, 12)
+    a = torch.full(shape, 100.0, dtype=torch.float16, requires_grad=True)
+    block = AllInOneBlock(
+        [shape[1:]],
+        subnet_constructor=lambda *_: Function(lambda _: a),
+        affine_clamping=5.0,
+        global_affine_type="EXP",
+        global_affine_init=0.01,
+        backend=backend,
+    ).half()
+    x = (3000.0 * torch.rand(shape)).half().requires_grad_()
+    (y,), logdet = block([x])
+    assert 4000 < y.max() < 5000
+    expected = 64 * 144 * 5.0 + 128 * 144 * block.global_scale.detach().double()[0, 0, 0, 0].item()
+    assert abs(logdet[0].item() - expected) < 1e-5 * 128 * 144 * 5
+    torch.autograd.backward([y, logdet], [torch.ones_like(y), torch.zeros_like(logdet)])
+    assert x.grad.isfinite().all()
+    assert a.grad.isfinite().all()
+    with torch.no_grad():
+        (back,), _ = block([y.detach()], rev=True)
+    # rounding of y and of what came before it, in units of the largest x
+    assert (back - x).abs().max() <= 4 * 3000 * torch.finfo(torch.float16).eps

@@ -23,6 +23,7 @@ from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 from tests.cases import HARD_CASES, Case, Shape, ids, make_block
 from tests.compare import assert_close
 from tests.sanitizer import Launch, StrayAccess, sanitize
+from tests.test_inputs import check_float16_range
 from tests.test_parity import compare, compare_fresh
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's: overflow to inf is meant
@@ -527,6 +528,10 @@ def test_second_gradients_on_the_triton_backend(options):
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs)
+
+
+def test_float16_overflows_only_where_a_result_does_on_the_triton_backend():
+    check_float16_range("triton")
 
 
 BLOCK_CASES = HARD_CASES[::6]
