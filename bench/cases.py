@@ -22,6 +22,7 @@ class Workload:
         conditional_steps: How many of the steps, the first ones, take the conditions. None: all.
         cpu_batch: Batch on a CPU, where the whole one would only cost time.
         cpu_flow_batch: The same for the whole flow. None: ``cpu_batch``.
+        channels_last: The memory format of every tensor.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Workload:
     conditional_steps: int | None = None
     cpu_batch: int | None = None
     cpu_flow_batch: int | None = None
+    channels_last: bool = False
 
     def on_cpu(self, kind: str) -> Workload:
         """The same with the batch that a CPU is measured with."""
@@ -85,6 +87,13 @@ WORKLOADS = (
     Workload("fastflow-r18/1 one image", (1, 64, 64, 64)),
     Workload("fastflow-r18/3 one image", (1, 256, 16, 16)),
     Workload("cflow large batch", (2048, 512), **_CFLOW),
+    # What no published model is known to run and the block offers all the same.
+    Workload("soft large batch", (2048, 512), {"permute_soft": True}),
+    Workload("Householder 4/1", (256, 256), {"learned_householder_permutation": 4}),
+    Workload("Householder 4/2", (256, 512), {"learned_householder_permutation": 4}),
+    Workload("channels-last/1", (32, 256, 64, 64), cpu_batch=4, channels_last=True),
+    Workload("channels-last/2", (32, 1024, 16, 16), cpu_batch=4, channels_last=True),
+    Workload("channels-last/3", (32, 64, 32, 32), cpu_batch=4, channels_last=True),
 )
 
 _SWEEP = (8, 256, 32, 32)

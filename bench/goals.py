@@ -72,6 +72,15 @@ def _on_cpu(rows: list[Row]) -> list[Goal]:
         _mean("block alone, all workloads and modes: times anomalib, geometric mean", 4.0, _of(block, provider=("anomalib",)), "ratio"),
         _mean("block alone, all workloads and modes: times freia, geometric mean", 2.0, _of(block, provider=("freia",)), "ratio"),
         _mean("the same, compiled against compiled freia", 1.4, _of(block, provider=("freia-compiled",)), "ratio_alike"),
+        *(
+            _worst(f"block alone, {what}: times anomalib", ratio, _of(block, provider=("anomalib",), **where), "ratio")
+            for what, ratio, where in (
+                ("soft (2048, 512)", 1.1, {"workload": "soft large batch"}),
+                ("Householder 4, 256 channels", 3.0, {"workload": "Householder 4/1"}),
+                ("Householder 4, 512 channels", 5.0, {"workload": "Householder 4/2"}),
+                ("channels-last", 2.0, {"workload": "channels-last"}),
+            )
+        ),
     ]
 
 

@@ -51,7 +51,8 @@ def draw_samples(kind: str, workload: Workload, dtype: torch.dtype, device: torc
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last) if workload.channels_last and len(shape) == 4 else values
 
     def draw() -> Sample:
         alone = kind != "flow"  # a whole flow's input is the features, which need no gradient

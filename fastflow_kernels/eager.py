@@ -410,7 +410,8 @@ def _scale_gradient(
     if products is None or scale is None:
         return None
     if dlogdet is not None:
-        products = products.add_(_as(dlogdet, acc).sum(), alpha=pixels)
+        # in float64: its rounding would be the same in every channel; channels-last, a sample's value is summed once for each pixel
+        products = products.add_(dlogdet.sum(dtype=torch.float64).to(acc), alpha=pixels)
     return _as(products.mul_(_log_scale_slope(scale.view(-1), spec.activation)), g.dtype).view(g.shape)
 
 

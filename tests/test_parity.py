@@ -13,7 +13,7 @@ import fastflow_kernels
 import reference
 from fastflow_kernels import eager
 from fastflow_kernels.spec import CouplingSpec
-from tests.cases import CASES, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, ids, make_block, make_input
+from tests.cases import CASES, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, Shape, ids, make_block, make_input
 from tests.compare import assert_close
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,6 +132,12 @@ LAYOUT_CASES = [Case(shape, name) for shape in (SHAPES[0], SHAPES[6]) for name i
 @both_directions
 def test_block_parity_in_any_layout(case: Case, layout: str, rev: bool) -> None:
     compare(case, torch.float32, rev, grad=True, layout=layout)
+
+
+@every_backend
+def test_block_parity_on_a_large_channels_last_input(backend: str) -> None:
+    """The log-determinant's gradient is handed to every pixel: summing it there must not cost the scale's gradient its digits."""
+    compare(Case(Shape(4, 64, (32, 32)), "hard"), torch.float32, False, grad=True, backend=backend, layout="channels_last")
 
 
 @pytest.mark.gpu  # without one, the interpreter's tests run the kernels
