@@ -103,6 +103,13 @@ def is_small(x: Tensor) -> bool:
     return x.numel() <= SMALL and not x.is_cuda
 
 
+def coverable(x: Tensor, backend: str) -> Tensor:
+    """The block's input, or a contiguous copy of it where the kernels could take that."""
+    if x.is_contiguous() or backend == "eager" or needs_composite(x) or not (x.is_cuda or (backend == "triton" and interpreted())):
+        return x
+    return x if triton_missing() or _kernels().uncovered(x) is None else x.contiguous()
+
+
 def packed(operations: ModuleType, a: Tensor) -> Tensor:
     """The subnet's output in a layout that suits ``operations``; a copy if it does not."""
     return a if operations is eager or _kernels().uncovered(a) is None else a.contiguous()

@@ -171,6 +171,7 @@ def all_in_one_block(
     layout = _layout(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     rows = not spec.gin and layout is not torch.contiguous_format
+    x = x if rows else dispatch.coverable(x, backend)
     spec = spec._replace(reverse=reverse_permutation and _folds_reverse(_as_rows(x) if rows else x, permutation, rev, backend))
     gathers = reverse_permutation and not spec.reverse
     if gathers and not rev:

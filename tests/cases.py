@@ -209,8 +209,9 @@ def randomize(block: nn.Module) -> nn.Module:
     for name in ("w_0", "w_perm"):
         w = getattr(block, name, None)
         if w is not None and w.is_floating_point():  # drawn in float32: orthogonal to 1e-7 only
-            u, _, vh = torch.linalg.svd(w.flatten(1))
-            w.copy_((u @ vh).view_as(w) if not _one_hot(w) else w)
+            if not _one_hot(w):
+                u, _, vh = torch.linalg.svd(w.flatten(1))
+                w.copy_((u @ vh).view_as(w))
             if name == "w_perm":
                 block.w_perm_inv.copy_(w.transpose(0, 1))
     return block

@@ -134,6 +134,13 @@ def test_block_parity_in_any_layout(case: Case, layout: str, rev: bool) -> None:
     compare(case, torch.float32, rev, grad=True, layout=layout)
 
 
+@pytest.mark.parametrize("shape", [Shape(70_000, 2), Shape(3, 4096), Shape(1, 4097, (1, 2))], ids=str)
+@pytest.mark.parametrize("name", ["hard", "gin", "rev"])
+@every_backend
+def test_block_parity_at_extreme_sizes(shape: Shape, name: str, backend: str) -> None:
+    compare(Case(shape, name), torch.float32, False, grad=True, backend=backend)
+
+
 @every_backend
 def test_block_parity_on_a_large_channels_last_input(backend: str) -> None:
     """The log-determinant's gradient is handed to every pixel: summing it there must not cost the scale's gradient its digits."""
