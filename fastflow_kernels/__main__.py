@@ -16,10 +16,10 @@ from fastflow_kernels import __version__, check, dispatch
 _COVERAGE = (
     ("hard permutation, channels first or rank 0", f"Triton on a GPU, eager elsewhere (plain operations up to {dispatch.SMALL} elements)"),
     ("GIN, any activation, conditions, any floating dtype", "as above"),
-    ("reverse_permutation", "as above, with one gather before the block"),
+    ("reverse_permutation", "as above; on a CPU with one gather of the input before"),
     ("soft and Householder permutations", "as above, then matrix products"),
-    ("channels-last input (not GIN)", "as above, pixel by pixel; the format stays"),
-    ("other strides of the input, channels-last GIN", "eager, on a contiguous copy"),
+    ("channels-last input", "as above, pixel by pixel; the format stays (GIN on a GPU: on a contiguous copy)"),
+    ("other strides of the input", "as above, on a contiguous copy"),
     ("gradients of the inverse", "plain operations"),
     ("empty input; compile, export, trace, torch.func, forward mode", "plain operations"),
 )

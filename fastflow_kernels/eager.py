@@ -76,16 +76,20 @@ def _flat(t: Tensor) -> Tensor:
     return t.contiguous().view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
 
 
-def _chunks(x: Tensor, acc: torch.dtype, whole_samples: bool) -> tuple[int, int]:
-    """How many samples, and how many channel pairs of each, one pass works on."""
+def _chunks(x: Tensor, acc: torch.dtype, together: int) -> tuple[int, int]:
+    """How many samples, and how many channel pairs of each, one pass works on.
+
+    ``together`` samples are never parted, nor any of them; 0 allows a part of one.
+    """
     batch, channels, pixels = x.shape
     pairs = max(1, channels // 2)
     if x.device.type != "cpu":
         return batch, pairs  # elsewhere a pass is a launch: few and large
     budget = _CHUNK_BYTES // acc.itemsize * torch.get_num_threads()
-    sample = channels * pixels
-    if sample <= 4 * budget or whole_samples or pixels == 1:
-        return max(1, min(batch, budget // sample)), pairs
+    least = max(1, together)
+    sample = channels * pixels * least
+    if sample <= 4 * budget or together or pixels == 1:
+        return least * max(1, min(batch // least, budget // sample)), pairs
     return 1, max(1, min(pairs, budget // pixels))
 
 
@@ -217,8 +221,15 @@ def _log2_factor(sigma: Tensor, spec: CouplingSpec, out: Tensor) -> Tensor:
     k = spec.clamp * _LOG2E
     if spec.gin:
         torch.mul(sigma, _constant(2.0 * k, out.dtype), out=out)
-        return out.sub_(out.mean((1, 2), keepdim=True))  # the constant -k cancels
+        return _less_mean(out, spec)  # the constant -k cancels
     return torch.sub(sigma, _constant(0.5, out.dtype), out=out).mul_(_constant(2.0 * k, out.dtype))
+
+
+def _less_mean(t: Tensor, spec: CouplingSpec) -> Tensor:
+    """Take off, in place, the mean of each sample, which is ``gin_rows`` rows of t."""
+    samples = t.view(t.shape[0] // spec.gin_rows, spec.gin_rows, *t.shape[1:])
+    samples.sub_(samples.mean((1, 2, 3), keepdim=True))
+    return t
 
 
 # --- forward -----------------------------------------------------------------------------------------------------------------------
@@ -250,7 +261,7 @@ def coupling_fwd(
     batch, channels, pixels = x.shape
     c2 = channels // 2
     c1 = channels - c2
-    samples, pairs = _chunks(x, acc, spec.gin)
+    samples, pairs = _chunks(x, acc, spec.gin_rows if spec.gin else 0)
     in_place = perm is None and y.dtype is acc  # nothing moves: work where the result belongs
     s, t, u, *moved = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 3, *[] if in_place else [(samples, channels, pixels)])
     scale1, scale2 = (None, None) if scale is None else _halves(scale, c1, c2)
@@ -346,7 +357,7 @@ def coupling_bwd(
     batch, channels, pixels = x.shape
     c2 = channels // 2
     c1 = channels - c2
-    samples, pairs = _chunks(x, acc, spec.gin)
+    samples, pairs = _chunks(x, acc, spec.gin_rows if spec.gin else 0)
     slope = 4.0 * spec.clamp * spec.tanh_scale  # d s / d a_s = slope * sigma * (1 - sigma)
     direct = None if dlogdet is None or spec.gin else (_as(dlogdet, acc) * slope).view(-1, 1, 1)
     sigma, e, u = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 3)
@@ -373,7 +384,7 @@ def coupling_bwd(
             if need_scale:
                 parts.append(torch.add(dsi.sum((0, 2)), part, alpha=0.1))
             if spec.gin:
-                dsi.sub_(dsi.mean((1, 2), keepdim=True)).mul_(_constant(slope, acc))
+                _less_mean(dsi, spec).mul_(_constant(slope, acc))
             elif direct_b:
                 torch.add(direct_b[0], dsi, alpha=slope, out=dsi)
             else:
@@ -434,7 +445,7 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
     scale, offset = _channelwise_constants(g, offset, spec, acc)
     y, out = _flat(y), _flat(x)
     c1 = y.shape[1] - y.shape[1] // 2
-    samples, _ = _chunks(y, acc, True)
+    samples, _ = _chunks(y, acc, 1)
     for yb, xb in _walk(0, samples, y, out):
         # all channels at once; in half precision only the passive ones are kept, for a second rounding would hurt the others
         u = _gathered(yb, inv, xb, acc).sub_(offset)
@@ -465,7 +476,7 @@ def coupling_inv_active(
     y, a, out = _flat(y), _flat(a), _flat(x)
     batch, channels, pixels = out.shape
     c2 = channels // 2
-    samples, pairs = _chunks(out, acc, spec.gin)
+    samples, pairs = _chunks(out, acc, spec.gin_rows if spec.gin else 0)
     s, t, u = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 3)
     sums = []
     for yb, ab, xb in _walk(0, samples, y, a, out):

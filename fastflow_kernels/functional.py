@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -170,7 +171,10 @@ def all_in_one_block(
     direction = _inverse if rev else _forward
     layout = _layout(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
-    rows = not spec.gin and layout is not torch.contiguous_format
+    rows = layout is not torch.contiguous_format
+    if rows and spec.gin:  # its mean runs over all rows of a sample: the eager functions are told, the kernels take a contiguous copy
+        rows = dispatch.pick(_as_rows(x), backend) is eager
+        spec = spec._replace(gin_rows=math.prod(x.shape[2:]))
     x = x if rows else dispatch.coverable(x, backend)
     spec = spec._replace(reverse=reverse_permutation and _folds_reverse(_as_rows(x) if rows else x, permutation, rev, backend))
     gathers = reverse_permutation and not spec.reverse
@@ -299,7 +303,7 @@ def _keeps_dtype(y: Tensor, g: Tensor) -> bool:
     return y.dtype is eager.promoted(y, g) and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
 
 
-# --- channels last: the coupling runs on pixels as on samples of rank 0; not GIN's, whose means are over all pixels of a sample ---------
+# --- channels last: the coupling runs on pixels as on samples of rank 0 -------------------------------------------------------------
 
 
 def _layout(x: Tensor) -> torch.memory_format:

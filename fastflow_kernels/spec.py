@@ -26,6 +26,7 @@ class CouplingSpec(NamedTuple):
             gradient of log(scale) * u, in place of that of v; the log-determinant is the same.
         reverse: The permutation is undone ahead of the coupling: the kernels then read x through its index, too (and write its gradient, or
             the inverse, so). The eager functions take x gathered; on a CPU that costs no more.
+        gin_rows: Rows of x that make one sample of GIN's mean: the pixels of a sample where the eager functions are given pixels as rows.
     """
 
     clamp: float
@@ -34,6 +35,7 @@ class CouplingSpec(NamedTuple):
     gin: bool
     folded: bool = False
     reverse: bool = False
+    gin_rows: int = 1
 
     @classmethod
     def of(cls, clamp: float, dialect: str, activation: str, gin: bool) -> CouplingSpec:
