@@ -239,7 +239,7 @@ def random_rotation(channels: int) -> Tensor:
     q, r = torch.linalg.qr(torch.randn(channels, channels, generator=own, dtype=torch.float64, device="cpu"))
     q = q * torch.sign(torch.diagonal(r))
     q[:, 0] *= torch.linalg.det(q).sign()
-    return q.to(torch.get_default_device(), torch.get_default_dtype()).contiguous()
+    return q.to(torch.empty(0)).contiguous()  # get_default_device does not see `with torch.device(...)` in torch 2.7
 
 
 def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

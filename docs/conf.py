@@ -1,0 +1,68 @@
+"""Sphinx's settings: pages in Markdown (MyST), the API from Google-style docstrings, the furo theme. ``make docs`` builds the site."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fastflow_kernels  # noqa: E402
+
+project = "fastflow_kernels"
+author = copyright = "The fastflow_kernels authors"
+version = release = fastflow_kernels.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["build", "requirements.txt"]
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "none"  # the signature has them, and the docstrings say shapes
+autodoc_member_order = "bysource"
+napoleon_custom_sections = ["Shape"]
+python_maximum_signature_line_length = 100
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:class", r"(torch|collections|nn|typing)\..*|Tensor|Path|optional"),
+    ("py:.*", r"FrEIA\..*|(fastflow_kernels\.)?(eager|permutations\._|functional\._).*"),
+]
+
+html_theme = "furo"
+html_title = "fastflow_kernels"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+
+
+def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
+    """``(B, C, *S)`` in a docstring is no emphasis; examples and what stands in double backquotes stay as they are."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            parts = line.split("``")
+            parts[::2] = [re.sub(r"(?<![\w*\\])\*(?=\w)", r"\\*", part) for part in parts[::2]]
+            lines[i] = "``".join(parts)
+
+
+def _inline(translator, node: nodes.math) -> None:
+    translator.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def _display(translator, node: nodes.math_block) -> None:
+    latex = node.astext().strip()
+    if "&" in latex:
+        latex = rf"\begin{{aligned}} {latex} \end{{aligned}}"
+    translator.body.append(f'<div class="math">{convert(latex, display="block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app) -> None:
+    """Formulas as MathML, which browsers draw themselves: nothing is loaded from elsewhere."""
+    app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before napoleon
+    app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
