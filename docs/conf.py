@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -49,6 +50,15 @@ def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
             lines[i] = "``".join(parts)
 
 
+def _constructor(app, what, name, obj, options, signature, returns) -> tuple[str, str] | None:
+    """A class's arguments as its ``__init__`` has them; ours have a ``__new__`` that takes anything."""
+    if what != "class" or "__init__" not in vars(obj):
+        return None
+    own = inspect.signature(obj.__init__)
+    parameters = [p.replace(annotation=p.empty) for p in list(own.parameters.values())[1:]]
+    return str(own.replace(parameters=parameters, return_annotation=own.empty)), returns
+
+
 def _inline(translator, node: nodes.math) -> None:
     translator.body.append(convert(node.astext()))
     raise nodes.SkipNode
@@ -57,7 +67,7 @@ def _inline(translator, node: nodes.math) -> None:
 def _display(translator, node: nodes.math_block) -> None:
     latex = node.astext().strip()
     if "&" in latex:
-        latex = rf"\begin{{aligned}} {latex} \end{{aligned}}"
+        latex = rf"\begin{{split}} {latex} \end{{split}}"
     translator.body.append(f'<div class="math">{convert(latex, display="block")}</div>')
     raise nodes.SkipNode
 
@@ -65,4 +75,5 @@ def _display(translator, node: nodes.math_block) -> None:
 def setup(app) -> None:
     """Formulas as MathML, which browsers draw themselves: nothing is loaded from elsewhere."""
     app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", _constructor)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
