@@ -174,9 +174,10 @@ def _channelwise_constants(g: Tensor, offset: Tensor, spec: CouplingSpec, acc: t
     return scale, _as(offset, acc).view(1, -1, 1)
 
 
-def _halves(t: Tensor, c1: int, c2: int) -> list[Tensor]:
+def _halves(t: Tensor, c1: int, c2: int) -> tuple[Tensor, Tensor]:
     """The first c1 and the last c2 channels."""
-    return torch.split_with_sizes(t, (c1, c2), 1)  # Tensor.split is a Python function five times slower
+    first, last = torch.split_with_sizes(t, (c1, c2), 1)  # Tensor.split is a Python function five times slower
+    return first, last
 
 
 # --- s = clamp * tanh(tanh_scale * a_s), in units of log2 for exp2 -------------------------------------------------------------------
@@ -264,8 +265,7 @@ def coupling_fwd(
     samples, pairs = _chunks(x, acc, spec.gin_rows if spec.gin else 0)
     in_place = perm is None and y.dtype is acc  # nothing moves: work where the result belongs
     s, t, u, *moved = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 3, *[] if in_place else [(samples, channels, pixels)])
-    scale1, scale2 = (None, None) if scale is None else _halves(scale, c1, c2)
-    sums = []
+    sums: list[Tensor] = []
     for xb, ab, yb in _walk(0, samples, x, a, out):
         xb, ab, v = _as(xb, acc), _as(ab, acc), yb if in_place else _fit(moved[0], xb)
         (x1, x2), (v1, v2), (a_s, a_t) = _halves(xb, c1, c2), _halves(v, c1, c2), _halves(ab, c2, c2)
@@ -287,12 +287,14 @@ def coupling_fwd(
             v1.copy_(x1)
             torch.addcmul(offset, v, scale, out=v)  # with a constant per row of pixels this is three times slower than two passes
         else:
+            scale1, scale2 = _halves(scale, c1, c2)
             torch.mul(x1, scale1, out=v1)
             v2.mul_(scale2)
             v.add_(offset)
         if not in_place:
             _store_permuted(v, perm, yb)
-        sums.append(total)
+        if total is not None:
+            sums.append(total)
     return y, _logdet(sums, scale, pixels, 1.0) if jac else None
 
 
@@ -478,7 +480,7 @@ def coupling_inv_active(
     c2 = channels // 2
     samples, pairs = _chunks(out, acc, spec.gin_rows if spec.gin else 0)
     s, t, u = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 3)
-    sums = []
+    sums: list[Tensor] = []
     for yb, ab, xb in _walk(0, samples, y, a, out):
         (a_s, a_t), x2 = _halves(_as(ab, acc), c2, c2), xb.narrow(1, channels - c2, c2)
         if x2.dtype is acc:
@@ -496,7 +498,8 @@ def coupling_inv_active(
             u2i.sub_(a_ti, alpha=0.1).mul_(si.exp2_())
         if u2 is not x2:
             x2.copy_(u2)
-        sums.append(total)
+        if total is not None:
+            sums.append(total)
     return _logdet(sums, scale, pixels, -1.0) if jac else None
 
 
@@ -523,7 +526,7 @@ def composite_fwd(
     offset = _channelwise(offset, u.dim(), acc)
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
     v = u + offset if scale is None else torch.addcmul(offset, u, scale)
-    return _as(v, dtype), _composite_logdet(sum_s, scale, u, 1.0) if jac else None
+    return _as(v, dtype), None if sum_s is None else _composite_logdet(sum_s, scale, u, 1.0)
 
 
 def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
@@ -543,7 +546,7 @@ def composite_inv_coupling(
     acc = _accumulator(promoted(u1, a))
     x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, True, jac)
     x = torch.cat((_as(u1, acc), x2), 1)
-    return x, _composite_logdet(sum_s, scale, x, -1.0) if jac else None
+    return x, None if sum_s is None else _composite_logdet(sum_s, scale, x, -1.0)
 
 
 def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, jac: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -568,7 +571,7 @@ def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: floa
     return torch.add(sum_s, scale.log().sum(), alpha=sign * math.prod(x.shape[2:]))
 
 
-def halves(x: Tensor) -> list[Tensor]:
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The passive and the active channels of x, as views."""
     c2 = x.shape[1] // 2
     return _halves(x, x.shape[1] - c2, c2)

@@ -220,7 +220,7 @@ def _forward(
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
         return permutation.permute(v), logdet
     grad = torch.is_grad_enabled()
-    perm, inv = permutation if indexed else (None, None)
+    perm, inv = permutation if isinstance(permutation, IndexPermutation) else (None, None)
     halves: Sequence[Tensor | None] = (None, None)
     c1 = x.shape[1] - x.shape[1] // 2
     passive = inv.narrow(0, 0, c1) if spec.reverse else None
@@ -395,7 +395,7 @@ def _coupling(
     v, logdet = call.operations.coupling_fwd(
         *((_as_rows(x), _as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, call.jac
     )
-    if inner is not None:
+    if inner is not None and outer is not None:
         v = reflect(v, inner, outer)
     if call.rows:
         v, logdet = _from_rows(v, x), _per_sample(logdet, x)
@@ -469,10 +469,10 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
             t if not need else t.view_as(t) if create_graph else t.detach().requires_grad_()
             for t, need in zip(sources, wanted, strict=True)
         ]
-        x, x1, x2, *arguments, inner, outer = leaves
+        x, x1, x2, a, g, offset, inner, outer = leaves
         if x1 is None:
             x1, x2 = eager.halves(gather_channels(x, inv, perm) if ctx.call.spec.reverse else x)
-        y, logdet = eager.composite_fwd(x1, x2, *arguments, ctx.call.spec, dlogdet is not None)
+        y, logdet = eager.composite_fwd(x1, x2, a, g, offset, ctx.call.spec, dlogdet is not None)
         if perm is not None:
             y = gather_channels(y, perm, inv)
         elif inner is not None:
@@ -480,8 +480,8 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
         elif ctx.call.matrix is not None:
             y = ctx.call.matrix.permute(y)
         # one of them may depend on nothing that takes a gradient: the log-determinant, where only offset does
-        pairs = [(t, dt) for t, dt in ((y, dy), (logdet, dlogdet)) if dt is not None and t.requires_grad]
-        inputs = [t for t, need in zip(leaves, wanted, strict=True) if need]
+        pairs = [(t, dt) for t, dt in ((y, dy), (logdet, dlogdet)) if dt is not None and t is not None and t.requires_grad]
+        inputs = [t for t, need in zip(leaves, wanted, strict=True) if need and t is not None]
         if not pairs:
             return [None] * len(wanted)
         outputs, gradients = [t for t, _ in pairs], [dt for _, dt in pairs]

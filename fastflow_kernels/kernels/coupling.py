@@ -433,7 +433,7 @@ def coupling_fwd(
     sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=prepared.acc, device=x.device)
     index = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
     prepared.launch(is_aligned, x, a, g, offset, index, means, y, sums)
-    if prepared.finish is not None:
+    if prepared.finish is not None and prepared.sums is not None:
         logdet = torch.empty(prepared.sums[:1], dtype=prepared.acc, device=x.device)
         prepared.finish(is_aligned, sums, g, logdet)
         return y, logdet
@@ -613,7 +613,7 @@ def coupling_inv_active(
     means = None if prepared.gin is None else prepared.gin(is_aligned, a)
     sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=acc, device=x.device)
     prepared.launch(is_aligned, y, a, g, offset, inv, means, x, sums)
-    if prepared.finish is not None:
+    if prepared.finish is not None and prepared.sums is not None:
         logdet = torch.empty(prepared.sums[:1], dtype=acc, device=x.device)
         prepared.finish(is_aligned, sums, g, logdet)
         return logdet
