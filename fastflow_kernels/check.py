@@ -170,7 +170,7 @@ def _evaluate(run: Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     torch.autograd.backward([y, logdet], [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
     with torch.no_grad():
         inverse, inverse_logdet = run(tensors, True)
-    gradients = {f"d{key}": leaf.grad for key, leaf in leaves.items()}
+    gradients = {f"d{key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
     return {"output": y, "log-det": logdet, "inverse": inverse, "inverse log-det": inverse_logdet, **gradients}
 
 

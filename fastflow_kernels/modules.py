@@ -154,7 +154,8 @@ class AllInOneBlock(InvertibleModule):
         backend: str = "auto",
     ) -> None:
         dims_in, dims_c = _checked_dims(dims_in, dims_c)
-        _check_options(subnet_constructor, affine_clamping, learned_householder_permutation, dialect)
+        subnet_constructor = _checked_constructor(subnet_constructor)
+        _check_options(affine_clamping, learned_householder_permutation, dialect)
         backend = dispatch.validated(backend)
         initial = _initial_global_scale(global_affine_type, global_affine_init, dialect)
         super().__init__(dims_in, dims_c)
@@ -287,7 +288,9 @@ class AllInOneBlock(InvertibleModule):
         Returns:
             The transformed active half and the sum of its log-factors (B,), negated in reverse.
         """
-        y, logdet = eager.composite_affine(*eager.accumulated(x, a), self._spec(), rev)
+        wide_x, wide_a = eager.accumulated(x, a)
+        y, logdet = eager.composite_affine(wide_x, wide_a, self._spec(), rev)
+        assert logdet is not None  # which it is without jac only
         return y.to(eager.promoted(x, a)), logdet
 
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
@@ -300,8 +303,11 @@ class AllInOneBlock(InvertibleModule):
         Returns:
             The transformed tensor and sum(log(scale)) (0.0 for GIN), of the forward direction in both cases.
         """
-        scale = 1.0 if self.GIN else self.global_scale_activation(self.global_scale)
-        log_scale = 0.0 if self.GIN else scale.log().sum()
+        scale: Tensor | float = 1.0
+        log_scale: Tensor | float = 0.0
+        if not self.GIN:
+            scale = self.global_scale_activation(self.global_scale)
+            log_scale = scale.log().sum()
         permutation = self._overridable_permutation()
         if rev:
             return (permutation.unpermute(x) - self.global_offset) / scale, log_scale
@@ -319,7 +325,7 @@ class AllInOneBlock(InvertibleModule):
 
     def _construct_householder_permutation(self) -> Tensor:
         """The matrix w_0 H_1 ... H_K, (C, C, 1, ...) with as many ones as spatial dimensions."""
-        w = self._permutation().matrix()
+        w = self._permutation().matrix(self.global_scale.dtype)
         return w.view(*w.shape, *[1] * self.input_rank)
 
     def _overridden(self) -> bool:
@@ -448,13 +454,17 @@ def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _check_options(subnet_constructor: Any, clamp: Any, householder: Any, dialect: Any) -> None:
+def _checked_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Module]:
     if subnet_constructor is None:
         raise ValueError("expected a subnet_constructor, called as f(channels_in, channels_out); got None")
     if not callable(subnet_constructor) or isinstance(subnet_constructor, nn.Module):
         raise TypeError(
             f"expected subnet_constructor to be callable, as f(channels_in, channels_out); got {type(subnet_constructor).__name__}"
         )
+    return subnet_constructor
+
+
+def _check_options(clamp: Any, householder: Any, dialect: Any) -> None:
     if dialect not in DIALECTS:
         raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
     if not math.isfinite(_number("affine_clamping", clamp)):

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-def _permutation_kind(block: nn.Module) -> str:
+def _permutation_kind(block: Any) -> str:
     if block.householder:
         return f"{block.householder} Householder reflections"
     return "hard permutation" if isinstance(IndexCache().permutation(block), IndexPermutation) else "soft permutation"
@@ -183,7 +183,7 @@ def _stock_class(cls: type) -> type | None:
     return None
 
 
-def _identify(block: nn.Module, stock: type) -> tuple[str, str]:
+def _identify(block: Any, stock: Any) -> tuple[str, str]:
     """Dialect and activation of a stock block, found by asking it; _Left if it computes anything else."""
     for step in _STEPS:
         if step in vars(block) or getattr(type(block), step, None) is not getattr(stock, step, None):
@@ -218,7 +218,7 @@ class _Fixed(nn.Module):
 class _Probe:
     """A shallow copy of a block with random global affine and a fixed subnet: the block itself is not touched."""
 
-    def __init__(self, block: nn.Module, stock: type) -> None:
+    def __init__(self, block: Any, stock: Any) -> None:
         self.stock, self.generator = stock, torch.Generator().manual_seed(0)
         self.block = copy.copy(block)
         # in float64, for with a clamp near 1 the two formulas differ by little
@@ -240,7 +240,7 @@ class _Probe:
         a = 10.0 * self._random((2, 2 * passive, *spatial), self.scale)
         self.block._modules["subnet"] = subnet = _Fixed(a)
         c = [self._random((2, shape[0], *spatial), self.scale) for shape in self.block.dims_c]
-        answers = []
+        answers: list[tuple[Tensor, ...]] = []
         for rev in (False, True):
             (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
             answers.append((y, logdet, subnet.given))
@@ -262,7 +262,8 @@ def _compare(probe: _Probe) -> tuple[str, str]:
         if block.clamp == 0 and dialect == "freia":
             continue
         spec = CouplingSpec.of(block.clamp, dialect, activations[0], block.GIN)
-        subnet, ours = _Fixed(a), []
+        subnet = _Fixed(a)
+        ours: list[tuple[Tensor, ...]] = []
         arguments = (subnet, probe.scale, probe.offset, IndexCache().permutation(block), spec, c)
         for rev in (False, True):
             result = all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager")
@@ -291,11 +292,30 @@ class _Held:
     index: IndexCache = field(default_factory=IndexCache)
 
 
-class _Accelerated:
+if TYPE_CHECKING:
+    _Stock = nn.Module  # the stock block's class, which an accelerated one derives from beside this
+else:
+    _Stock = object
+
+
+class _Accelerated(_Stock):
     """What the class of an accelerated block adds to its own."""
 
     _fastflow: _Held
     _fastflow_stock: type
+
+    # the stock block's
+    in_channels: int
+    input_rank: int
+    conditional: bool
+    condition_channels: int
+    dims_c: Sequence[Sequence[int]]
+    clamp: float
+    GIN: bool
+    reverse_pre_permute: bool
+    global_scale: Tensor
+    global_offset: Tensor
+    subnet: nn.Module
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -336,7 +356,7 @@ class _Accelerated:
         super()._load_from_state_dict(*args, **kwargs)
         self._fastflow.index.permutation(self)  # now, for a compiled forward cannot look
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         state = self.__dict__.copy()
         activation, held = state.get("global_scale_activation"), self._fastflow
         if activation is held.function and "<lambda>" in getattr(activation, "__qualname__", ""):  # FrEIA 0.2's, which no pickle takes
@@ -363,7 +383,7 @@ def _take_channels(x: Tensor, index: Tensor) -> Tensor:
 
 
 @cache
-def _accelerated_class(cls: type) -> type:
+def _accelerated_class(cls: type) -> Any:
     return type(f"Accelerated{cls.__name__}", (_Accelerated, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls})
 
 
@@ -372,10 +392,11 @@ def _new_accelerated(cls: type) -> nn.Module:
     return accelerated.__new__(accelerated)
 
 
-def _exchange(block: nn.Module, dialect: str, activation: str, backend: str) -> None:
+def _exchange(block: Any, dialect: str, activation: str, backend: str) -> None:
     if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
         block.w_perm = block.w_perm_inv = None
     held = _Held(dialect, activation, backend, block.__dict__.get("global_scale_activation"))
     held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
     block.__dict__["_fastflow"] = held
-    block.__class__ = _accelerated_class(type(block))
+    stock: type = type(block)
+    block.__class__ = _accelerated_class(stock)

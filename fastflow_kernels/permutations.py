@@ -116,18 +116,18 @@ class HouseholderPermutation(NamedTuple):
 
     def permute(self, v: Tensor) -> Tensor:
         if self.dense:
-            return multiply_channels(v, self.matrix())
+            return multiply_channels(v, self.matrix(self.vectors.dtype))
         return self.base.permute(reflect(v, *self.factors()))
 
     def unpermute(self, y: Tensor) -> Tensor:
         if self.dense:
-            return multiply_channels(y, self.matrix().T)
+            return multiply_channels(y, self.matrix(self.vectors.dtype).T)
         solved, vectors = self.factors()
         return reflect(self.base.unpermute(y), vectors, solved)  # the transpose: I - V^T T^T V = I - (T V)^T V
 
-    def matrix(self) -> Tensor:
+    def matrix(self, dtype: torch.dtype) -> Tensor:
         """The (C, C) matrix w_0 H_1 ... H_K, by K updates of rank 1."""
-        w = self.base.matrix(self.vectors.dtype)
+        w = self.base.matrix(dtype)
         for v in self.vectors:
             w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
         return w
@@ -155,7 +155,7 @@ class IndexCache:
     def __getstate__(self) -> dict[str, Any]:
         return {"_cached": None}  # copies read their own matrices
 
-    def permutation(self, block: nn.Module, rev: bool = False) -> Permutation:
+    def permutation(self, block: Any, rev: bool = False) -> Permutation:
         """The permutation of a block with the stock block's attributes, for one direction: an index wherever its matrix is one."""
         if block.householder:
             w = block.w_0
@@ -170,13 +170,13 @@ class IndexCache:
         """The index of a one-hot matrix whose inverse, if given, is its transpose; None for other matrices."""
         cached = self._cached
         if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load has refreshed what is kept
-            return cached and cached.index
+            return None if cached is None else cached.found
         if w.requires_grad or w.is_meta or type(w) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(w):
             return None
         key = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in (w, w_inv) if t is not None)
         if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
             cached = self._cached = _read(key, w, w_inv)
-        return cached.index
+        return cached.found
 
 
 class _Cached(NamedTuple):
@@ -184,7 +184,7 @@ class _Cached(NamedTuple):
 
     key: tuple[Any, ...]
     seen: tuple[Tensor | None, ...]  # the matrices themselves, so that their ids stay theirs
-    index: IndexPermutation | None
+    found: IndexPermutation | None
     ones: tuple[Tensor, Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory, and as many ones
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:

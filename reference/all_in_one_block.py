@@ -147,10 +147,11 @@ class AllInOneBlock(InvertibleModule):
         dialect: str = "anomalib",
     ) -> None:
         super().__init__(dims_in, dims_c)
+        if not callable(subnet_constructor):
+            raise ValueError(f"subnet_constructor must be a callable f(channels_in, channels_out), got {subnet_constructor!r}")
         _check_options(
             self.dims_in,
             self.dims_c,
-            subnet_constructor,
             affine_clamping,
             global_affine_init,
             global_affine_type,
@@ -319,7 +320,7 @@ class AllInOneBlock(InvertibleModule):
 
     def _permutation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """W and its inverse. The Householder product is built anew each time: kept as an attribute, it would hold on to its graph."""
-        if self.householder:
+        if self.w_perm is None or self.w_perm_inv is None:
             w = self._construct_householder_permutation()
             return w, w.transpose(0, 1)
         return self.w_perm, self.w_perm_inv
@@ -345,7 +346,6 @@ def _constant(value: torch.Tensor) -> nn.Parameter:
 def _check_options(
     dims_in: list[Shape],
     dims_c: list[Shape],
-    subnet_constructor: Callable | None,
     clamp: float,
     init: float,
     activation: str,
@@ -364,8 +364,6 @@ def _check_options(
     for dims in dims_c:
         if dims[1:] != dims_in[0][1:]:
             raise ValueError(f"every condition must have the spatial shape of the input, {dims_in[0][1:]}, got {dims_c}")
-    if subnet_constructor is None or not callable(subnet_constructor):
-        raise ValueError(f"subnet_constructor must be a callable f(channels_in, channels_out), got {subnet_constructor!r}")
     if not math.isfinite(clamp):
         raise ValueError(f"affine_clamping must be finite, got {clamp}")
     if dialect == "freia" and clamp == 0:
