@@ -1,6 +1,8 @@
 # make demo   train the anomaly detector of the README with the stock block and with this package, side by side
 # make test   style, tests, kernels without a GPU, and the comparison with FrEIA and anomalib
 # make bench  the benchmarks, e.g. make bench BENCH_ARGS="--workloads fastflow-wrn50 --record" (options: bench/conftest.py); make report
+# make package | docs   the wheel, built and used in an empty environment; the documentation, docs/build/index.html
+# make oldest | newest  a part of the tests on the oldest supported versions, on the newest that can be had (an environment of its own each)
 # make lint | gpu | clean
 # Each does its own set-up: a .venv in this folder with pinned versions. PYTHON=... names the interpreter to make it with.
 
@@ -11,7 +13,7 @@ REPORT_ARGS ?=
 OUT ?= out/gpu
 VENV := .venv/.stamp
 
-.PHONY: demo test lint bench report gpu clean
+.PHONY: demo test lint bench report package docs oldest newest gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)
@@ -29,6 +31,15 @@ bench: $(VENV)
 report: $(VENV)
 	@.venv/bin/python -m bench.report $(REPORT_ARGS)
 
+package: $(VENV)
+	@ci/package.sh
+
+docs: $(VENV)
+	@ci/docs.sh
+
+oldest newest:
+	@PYTHON=$(PYTHON) ci/versions.sh $@
+
 # Not in the .venv: with the torch and the Triton that the GPU machine has.
 gpu:
 	@PYTHON=$(PYTHON) ci/gpu.sh $(OUT)
@@ -38,5 +49,5 @@ $(VENV): pyproject.toml constraints.txt ci/peers.txt ci/triton.txt ci/venv.sh
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .benchmarks build dist out *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks build dist out docs/build docs/generated *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

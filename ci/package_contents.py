@@ -18,12 +18,13 @@ def main(source: Path, dist: Path) -> None:
 
     files = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     (metadata,) = {name.split("/")[0] for name in files} - {PACKAGE}
-    inside = {name for name in files if name.startswith(f"{PACKAGE}/")}
-    expect(inside == {name for name in tracked if name.startswith(f"{PACKAGE}/")}, f"the package as it is in the source, got {sorted(inside)}")
+    inside, wanted = ({name for name in names if name.startswith(f"{PACKAGE}/")} for names in (files, tracked))
+    expect(inside == wanted, f"the package as it is in the source; they differ in {sorted(inside ^ wanted)}")
     expect(f"{PACKAGE}/py.typed" in inside, "py.typed in the wheel")
     expect(f"{metadata}/licenses/LICENSE" in files, f"the licence in the wheel, got {sorted(files - inside)}")
 
-    names = {member.name.split("/", 1)[1] for member in tarfile.open(sdist).getmembers() if member.isfile()}
+    with tarfile.open(sdist) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
     names = {name for name in names if not name.startswith(f"{PACKAGE}.egg-info/")} - {"PKG-INFO", "setup.cfg"}
     expect(tracked <= names, f"all files in the source distribution, {sorted(tracked - names)} are missing")
     expect(names <= tracked, f"nothing else in the source distribution, got {sorted(names - tracked)}")

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# A part of the tests on the oldest supported versions (ci/oldest.txt, Python 3.10), or on the newest that pip finds for the newest Python
+# here: the block against the reference and the peers, checkpoints, accelerate, compile and export, and the kernels without a GPU.
+#
+#   ci/versions.sh oldest|newest      some GB the first time where torch comes as a CUDA build
+#
+# Pythons are looked for on the PATH and among pyenv's. Without a Python 3.10 the default one is taken for `oldest`, and said so.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+which=${1:?usage: ci/versions.sh oldest|newest}
+case "$which" in
+oldest) versions=(3.10) pins=(-c ci/oldest.txt) ;;
+newest) versions=(3.14 3.13 3.12) pins=() ;;
+*) echo "ci/versions.sh: oldest or newest, not $which" >&2 && exit 2 ;;
+esac
+started=$SECONDS
+
+python_of() { # python_of VERSION: the first interpreter of that version that runs
+    local candidate
+    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+        "$candidate" -c "import sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null && echo "$candidate" && return
+    done
+    return 1
+}
+
+base=
+for version in "${versions[@]}"; do base=$(python_of "$version") && break; done
+[ -n "$base" ] || { base=${PYTHON:-python3} && echo "== no Python ${versions[*]} here: with $("$base" -V)"; }
+
+python=.venv-$which/bin/python
+[ -x "$python" ] || "$base" -m venv ".venv-$which"
+install=("$python" -m pip install -qq --disable-pip-version-check)
+"${install[@]}" ${pins[@]+"${pins[@]}"} "setuptools>=77.0.3" torch numpy
+"${install[@]}" ${pins[@]+"${pins[@]}"} --no-build-isolation '.[test,triton]'
+"${install[@]}" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt
+"$python" -m fastflow_kernels info
+"$python" -m pip list --disable-pip-version-check 2>/dev/null | grep -iE '^(hypothesis|numpy|pytest|scipy|setuptools) '
+
+export OMP_NUM_THREADS=1
+run() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
+echo "== the block"
+# SciPy before 1.16 draws no rotation of one channel, so that the stock block cannot be built with one.
+run tests/test_reference.py tests/test_peers.py tests/test_checkpoints.py tests/test_patch.py tests/test_autograd.py tests/test_layering.py \
+    tests/test_docs.py -k 'not (C1 and soft)'
+echo "== the kernels, interpreted"
+TRITON_INTERPRET=1 run tests/test_kernels_interpreter.py -k 'test_coupling_parity and fp32 or loops or soft or without'
+echo "== the kernels, compiled"
+run tests/test_kernels_compiled.py -k 'not gfx942 and not fp16 and not fp64' # gfx942: old versions ask for a linker of ROCm's
+echo "== $which versions are fine ($((SECONDS - started)) s)"
