@@ -33,6 +33,21 @@ cd "$work"
 "$work/venv/bin/python" -m fastflow_kernels check
 "$work/venv/bin/python" "$root/ci/package_use.py" alone
 
+echo "== the wheel's types, as another project sees them"
+cat >uses.py <<'PY'
+import torch
+from fastflow_kernels import AllInOneBlock, Report, accelerate
+
+
+def blocks(model: torch.nn.Module) -> tuple[str, ...]:
+    report: Report = accelerate(model, backend="eager")
+    return tuple(entry.name for entry in report.changed)
+
+
+block: torch.nn.Module = AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear)
+PY
+"$python" -m mypy --strict --no-incremental --python-executable "$work/venv/bin/python" uses.py
+
 echo "== the wheel, beside FrEIA"
 "$work/venv/bin/python" "${install[@]}" setuptools scipy
 "$work/venv/bin/python" "${install[@]}" --no-deps --no-build-isolation --use-pep517 -r "$root/ci/peers.txt"

@@ -27,11 +27,12 @@ base=
 for version in "${versions[@]}"; do base=$(python_of "$version") && break; done
 [ -n "$base" ] || { base=${PYTHON:-python3} && echo "== no Python ${versions[*]} here: with $("$base" -V)"; }
 
+[ -z "${CI:-}" ] || trap 'rm -rf ".venv-$which"' EXIT # which nobody uses again, and which takes 6 GB
 python=.venv-$which/bin/python
 [ -x "$python" ] || "$base" -m venv ".venv-$which"
 install=("$python" -m pip install -qq --disable-pip-version-check)
 "${install[@]}" ${pins[@]+"${pins[@]}"} "setuptools>=77.0.3" torch numpy
-"${install[@]}" ${pins[@]+"${pins[@]}"} --no-build-isolation '.[test,triton]'
+"${install[@]}" ${pins[@]+"${pins[@]}"} --no-build-isolation -e '.[test,triton]'
 "${install[@]}" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt
 "$python" -m fastflow_kernels info
 "$python" -m pip list --disable-pip-version-check 2>/dev/null | grep -iE '^(hypothesis|numpy|pytest|scipy|setuptools) '

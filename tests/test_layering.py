@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import subprocess
 import sys
 from pathlib import Path
@@ -119,9 +120,37 @@ def test_import_pulls_in_nothing_but_torch(name: str) -> None:
     assert more <= {name} | set(sys.stdlib_module_names), f"importing {name} also imports {sorted(more)}"
 
 
+NO_DEVICE = f"""
+import torch
+
+def asked(*args, **kwargs):
+    raise AssertionError("importing the package asks for a device")
+
+for module in (torch.cuda, torch.accelerator, torch.mps, torch.xpu):
+    for name in ("is_available", "device_count", "current_device", "get_device_name", "get_device_properties", "_lazy_init", "init"):
+        setattr(module, name, asked)
+import {PACKAGE}
+assert not torch.cuda.is_initialized()
+"""
+
+
 def test_import_asks_no_device() -> None:
-    code = f"import torch, {PACKAGE}; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", NO_DEVICE], cwd=ROOT, check=True)
+
+
+def test_import_takes_little_time_beside_that_of_torch() -> None:
+    """At most a tenth; of three runs the least, for others may be at work."""
+    compileall.compile_dir(ROOT / PACKAGE, quiet=1)  # as in an installed package
+
+    def seconds() -> tuple[float, float]:
+        command = [sys.executable, "-X", "importtime", "-c", f"import torch, {PACKAGE}"]
+        report = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
+        lines = [line.removeprefix("import time:").split("|") for line in report.splitlines() if line.startswith("import time:")]
+        found = {name.strip(): int(cumulative) / 1e6 for _, cumulative, name in lines if name.strip() in ("torch", PACKAGE)}
+        return found[PACKAGE], found["torch"]
+
+    own, of_torch = min(seconds() for _ in range(3))
+    assert own <= 0.1 * of_torch, f"importing the package takes {own:.3f} s, torch {of_torch:.3f} s"
 
 
 def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
