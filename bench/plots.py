@@ -158,7 +158,9 @@ def _handle(provider: str, text: str) -> Line2D:
 
 
 def _finish(figure: Figure, title: str, handles: list, path: Path) -> None:
-    figure.suptitle(title, fontsize=11, y=1 - 0.12 / figure.get_figheight(), va="top")
+    longest = max(len(line) for line in title.split("\n"))
+    size = min(11.0, 125 * figure.get_figwidth() / longest)  # a letter is about 0.55 of its size wide
+    figure.suptitle(title, fontsize=size, y=1 - 0.12 / figure.get_figheight(), va="top")
     figure.legend(
         handles=handles, loc="lower center", ncols=min(len(handles), 6), frameon=False, bbox_to_anchor=(0.5, 0.02 / figure.get_figheight())
     )
