@@ -1,0 +1,176 @@
+"""anomalib's models as they are released, with random weights: one call accelerates them, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from anomalib.models.image.cflow.torch_model import CflowModel
+from anomalib.models.image.cflow.utils import get_logp, positional_encoding_2d
+from anomalib.models.image.fastflow.loss import FastflowLoss
+from anomalib.models.image.fastflow.torch_model import FastflowModel
+from anomalib.models.image.patchflow.loss import PatchflowLoss
+from anomalib.models.image.patchflow.torch_model import PatchflowModel
+from anomalib.models.image.uflow.loss import UFlowLoss
+from anomalib.models.image.uflow.torch_model import UflowModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastflow_kernels import accelerate, restore
+from tests.compare import assert_close
+
+Step = Callable[[nn.Module, Tensor], dict[str, Tensor]]
+
+
+class Model(NamedTuple):
+    """One of anomalib's models.
+
+    Attributes:
+        build: Makes it.
+        step: What its training step computes: latent variables, log-determinants, the loss.
+        blocks: How many AllInOneBlocks it holds.
+        size: Height and width of the images.
+        batch: How many images.
+    """
+
+    build: Callable[[], nn.Module]
+    step: Step
+    blocks: int
+    size: int = 64
+    batch: int = 2
+
+
+def _with_loss(loss: nn.Module) -> Step:
+    def step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        hidden, jacobians = model(images)
+        results = {}
+        for name, value in (("z", hidden), ("logdet", jacobians)):
+            values = value if isinstance(value, list | tuple) else [value]
+            results |= {f"{name}{k}": t for k, t in enumerate(values)}
+        return results | {"loss": loss(hidden, jacobians)}
+
+    return step
+
+
+def _cflow_step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The sums of Cflow.training_step, on the first fibers of each layer; the released one steps its optimizer in between."""
+    features, results = model.encoder(images), {}
+    losses = []
+    for name, decoder in zip(model.pool_layers, model.decoders, strict=True):
+        batch, channels, height, width = features[name].shape
+        fibers = features[name].detach().movedim(1, -1).reshape(-1, channels)[:64]
+        position = positional_encoding_2d(model.condition_vector, height, width).to(images)
+        conditions = position.expand(batch, -1, -1, -1).movedim(1, -1).reshape(-1, model.condition_vector)[:64]
+        z, logdet = decoder(fibers, [conditions])
+        losses.append(-F.logsigmoid(get_logp(channels, z, logdet) / channels).mean())
+        results |= {f"{name} z": z, f"{name} logdet": logdet}
+    return results | {"loss": torch.stack(losses).sum()}
+
+
+MODELS = {
+    "fastflow-resnet18": Model(lambda: FastflowModel((64, 64), "resnet18", pre_trained=False), _with_loss(FastflowLoss()), 24),
+    "fastflow-wide_resnet50_2": Model(
+        lambda: FastflowModel((64, 64), "wide_resnet50_2", pre_trained=False), _with_loss(FastflowLoss()), 24
+    ),
+    "fastflow-deit": Model(
+        lambda: FastflowModel((384, 384), "deit_base_distilled_patch16_384", pre_trained=False, flow_steps=4, hidden_ratio=0.16),
+        _with_loss(FastflowLoss()),
+        4,
+        size=384,
+        batch=1,
+    ),
+    "cflow": Model(lambda: CflowModel("resnet18", ("layer2", "layer3"), pre_trained=False), _cflow_step, 16),
+    "cflow-soft": Model(
+        lambda: CflowModel("resnet18", ("layer2",), pre_trained=False, coupling_blocks=4, permute_soft=True), _cflow_step, 4
+    ),
+    "uflow": Model(lambda: UflowModel((64, 64), backbone="resnet18"), _with_loss(UFlowLoss()), 12),
+    "uflow-soft": Model(lambda: UflowModel((64, 64), backbone="resnet18", permute_soft=True), _with_loss(UFlowLoss()), 12),
+    "patchflow": Model(lambda: PatchflowModel((64, 64), "resnet18", pre_trained=False, flow_steps=3), _with_loss(PatchflowLoss()), 3),
+}
+
+
+def _built(model: Model) -> nn.Module:
+    """With random global affines, which a fresh block has the same for every channel."""
+    torch.manual_seed(0)
+    made = model.build()
+    with torch.no_grad():
+        for parameter, p in made.named_parameters():
+            if parameter.endswith("global_scale"):
+                p += 0.2 * torch.randn_like(p)
+            elif parameter.endswith("global_offset"):
+                p += 0.1 * torch.randn_like(p)
+    return made
+
+
+def _train_step(model: nn.Module, step: Step, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """What one training step gives, and the gradients, with the batch-norm statistics that it leaves behind."""
+    model.train()
+    results = step(model, images)
+    results["loss"].backward()
+    gradients = {f"{key}.grad": p.grad for key, p in model.named_parameters()}
+    return {key: t.detach() for key, t in results.items()}, gradients | dict(model.named_buffers())
+
+
+def _anomaly_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    model.eval()
+    with torch.no_grad():
+        batch = model(images)
+    return {"anomaly_map": batch.anomaly_map, "pred_score": batch.pred_score}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_accelerated_model_gives_the_same(name: str) -> None:
+    """Every result in float32 by the criterion; gradients in float64, where no rounding switches a ReLU's gate (in float32 one does)."""
+    model = MODELS[name]
+    stock = _built(model)
+    images = torch.rand(model.batch, 3, model.size, model.size)
+    ours = copy.deepcopy(stock)
+    report = accelerate(ours)
+    assert (len(report.changed), len(report.left)) == (model.blocks, 0), str(report)
+
+    exact, exact_ours = copy.deepcopy(stock).double(), copy.deepcopy(ours).double()
+    truth = _anomaly_maps(exact, images.double())
+    baseline = _anomaly_maps(stock, images)
+    for key, actual in _anomaly_maps(ours, images).items():
+        assert_close(actual, truth[key].double(), baseline[key], f"float32 {key}")
+
+    truth, true_gradients = _train_step(exact, model.step, images.double())
+    baseline, rough_gradients = _train_step(stock, model.step, images)
+    for key, actual in _train_step(ours, model.step, images)[0].items():
+        assert_close(actual, truth[key].double(), baseline[key], f"float32 {key}")
+    results, gradients = _train_step(exact_ours, model.step, images.double())
+    for key, actual in results.items():
+        if actual.dtype is torch.float64:  # anomalib adds FastFlow's loss up in float32
+            assert_close(actual, truth[key], baseline[key], f"float64 {key}")
+    assert gradients.keys() == true_gradients.keys()
+    assert sum(g is not None for g in gradients.values()) >= 6 * model.blocks
+    for key, true in true_gradients.items():
+        if true is not None and not true.is_floating_point():
+            assert torch.equal(gradients[key], true), key
+        else:
+            assert_close(gradients[key], true, rough_gradients[key], key)
+
+
+@pytest.mark.parametrize("name", ["fastflow-resnet18", "cflow", "uflow-soft", "patchflow"])
+def test_checkpoints_load_either_way_and_restore_gives_the_stock_model_back(name: str) -> None:
+    model = MODELS[name]
+    stock = _built(model)
+    torch.manual_seed(1)
+    ours = model.build()
+    accelerate(ours)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    images = torch.rand(2, 3, model.size, model.size)
+    expected = _anomaly_maps(stock, images)
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    again = model.build()
+    again.load_state_dict(ours.state_dict(), strict=True)
+    for key, value in _anomaly_maps(again, images).items():
+        assert torch.equal(value, expected[key])
+    for key, value in _anomaly_maps(ours, images).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)  # of other weights it differs in the first digit
+    assert len(restore(ours).changed) == model.blocks
+    for key, value in _anomaly_maps(ours, images).items():
+        assert torch.equal(value, expected[key])
