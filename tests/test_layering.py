@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "modules": {"functional", "permutations", "dispatch", "eager"},
     "patch": {"modules", "functional", "permutations", "dispatch", "eager"},
     "reversible": {"modules", "functional", "permutations", "dispatch", "eager"},
+    "lightning": {"patch", "dispatch"},
     "__init__": {"reversible", "patch", "modules", "functional"},
     "check": {"functional", "permutations", "dispatch", "eager"},
     "__main__": {"__init__", "check", "dispatch"},
@@ -101,6 +102,7 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
         top = name.split(".")[0]
         assert top not in ("reference", "tests", "bench", "anomalib"), f"{relative(path)} imports {name}"
         assert top not in ("scipy", "numpy"), f"{relative(path)} imports {name}"
+        assert top != "lightning" or path.name == "lightning.py", f"{relative(path)} imports {name}"
         if top in ("triton", "FrEIA"):
             assert not at_import or (top == "triton" and in_kernels), f"{relative(path)} imports {name} when it is imported"
         if layer(name) == "kernels" and not in_kernels:

@@ -1,0 +1,39 @@
+"""``Accelerate``: a callback for Lightning's Trainer and anomalib's Engine. Needs Lightning; importing ``fastflow_kernels`` does not."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from fastflow_kernels import dispatch
+from fastflow_kernels.patch import accelerate
+
+
+class Accelerate(Callback):
+    """Accelerate the model once training, validation, testing or prediction sets up, before a checkpoint is loaded into it.
+
+    The model stays accelerated; :func:`fastflow_kernels.restore` gives its own blocks back. Blocks that a module builds in
+    ``configure_model`` come too late for this callback: call :func:`fastflow_kernels.accelerate` there.
+
+    Args:
+        backend: "auto", "eager" or "triton", for the blocks.
+
+    Raises:
+        TypeError, ValueError: An unknown backend.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from fastflow_kernels.lightning import Accelerate
+        >>> engine = Engine(callbacks=[Accelerate()], max_epochs=100)
+    """
+
+    def __init__(self, backend: str = "auto") -> None:
+        self.backend = dispatch.validated(backend)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called by Lightning; logs what was changed, and warns if the model holds no block."""
+        report = accelerate(pl_module, backend=self.backend)
+        if not report.entries:
+            rank_zero_warn(f"fastflow_kernels: {report}; {type(pl_module).__name__} runs as it is")
+        elif report.changed:
+            rank_zero_info(f"fastflow_kernels: {report if report.left else str(report).splitlines()[0]}")
