@@ -266,6 +266,16 @@ class AllInOneBlock(InvertibleModule):
         """Whether ``w_perm`` is an int64 index; else it is a float matrix, as in the stock block of that dialect."""
         return self.dialect == "freia" and not self.permute_soft and not self.householder
 
+    def _apply(self, *args: Any, **kwargs: Any) -> AllInOneBlock:
+        """Called by to(), cuda(), double(), ...: the index moves along, for the next forward may be a compiled one, which cannot look."""
+        super()._apply(*args, **kwargs)
+        self._index.permutation(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._index.permutation(self)  # of a copy, or out of a pickle: as above
+
     def _permutation(self) -> Permutation:
         return self._index.permutation(self)
 

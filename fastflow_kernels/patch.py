@@ -352,6 +352,15 @@ class _Accelerated(_Stock):
         held, own = self._fastflow, super().extra_repr()
         return f"{own}{', ' if own else ''}accelerated, dialect={held.dialect!r}, backend={held.backend!r}"
 
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self._fastflow.index.permutation(self)  # see AllInOneBlock._apply
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fastflow.index.permutation(self)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._fastflow.index.permutation(self)  # now, for a compiled forward cannot look

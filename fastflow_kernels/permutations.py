@@ -6,6 +6,7 @@ the case that the fused kernels take along for nothing; the others are products 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -169,22 +170,24 @@ class IndexCache:
     def _index(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> IndexPermutation | None:
         """The index of a one-hot matrix whose inverse, if given, is its transpose; None for other matrices."""
         cached = self._cached
-        if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load has refreshed what is kept
-            return None if cached is None else cached.found
+        if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load and move has refreshed what is kept
+            return None if cached is None else cached.index
         if w.requires_grad or w.is_meta or type(w) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(w):
+            self._cached = None  # lest a compiled forward takes what was read of other matrices
             return None
         key = tuple((id(t), t.data_ptr(), None if t.is_inference() else t._version) for t in (w, w_inv) if t is not None)
         if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
             cached = self._cached = _read(key, w, w_inv)
-        return cached.found
+        return cached.index
 
 
-class _Cached(NamedTuple):
-    """What was read of the matrices that ``key`` names."""
+@dataclass(frozen=True, eq=False)
+class _Cached:
+    """What was read of the matrices that ``key`` names. No tuple: a compiled graph would be tied to all of it, not to the index."""
 
     key: tuple[Any, ...]
     seen: tuple[Tensor | None, ...]  # the matrices themselves, so that their ids stay theirs
-    found: IndexPermutation | None
+    index: IndexPermutation | None
     ones: tuple[Tensor, Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory, and as many ones
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
@@ -253,7 +256,8 @@ def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     Returns:
         A new (B, C, *S).
     """
-    if dispatch.is_small(x) or dispatch.needs_composite(x) or not (x.requires_grad and torch.is_grad_enabled()):
+    # in this order: a graph that is being compiled must not come to depend on what is small
+    if dispatch.needs_composite(x) or dispatch.is_small(x) or not (x.requires_grad and torch.is_grad_enabled()):
         return x.index_select(1, index)
     return _Gather.apply(x, index, inverse)
 
