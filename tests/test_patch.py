@@ -336,7 +336,41 @@ def sequence(peer: Callable[[], Any]) -> nn.Module:
     return model.double()
 
 
-def graph(peer: Callable[[], Any]) -> nn.Module:
+def mixed(peer: Callable[[], Any]) -> nn.Module:
+    """With FrEIA's other modules in between, which stay what they are, and a part that is run backwards."""
+    framework, modules = freia().framework, freia().modules
+
+    class Inverse(modules.InvertibleModule):
+        def __init__(self, dims_in: list[tuple[int, ...]], module: type, **arguments: Any) -> None:
+            super().__init__(dims_in)
+            self.module = module(dims_in, **arguments)
+
+        def forward(self, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Any:
+            return self.module(x, c, rev=not rev, jac=jac)
+
+        def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+            return input_dims
+
+    torch.manual_seed(4)
+    model = framework.SequenceINN(*SHAPE.full[1:])
+    model.append(peer(), cond=0, cond_shape=(2, *SHAPE.spatial), subnet_constructor=make_subnet(2))
+    model.append(modules.PermuteRandom, seed=1)
+    model.append(modules.GLOWCouplingBlock, subnet_constructor=make_subnet(2))
+    model.append(Inverse, module=peer(), subnet_constructor=make_subnet(2))
+    model.append(lambda dims_in: framework.SequenceINN(*dims_in[0], force_tuple_output=True))
+    model[4].append(peer(), subnet_constructor=make_subnet(2), permute_soft=True)
+    model.append(modules.Flatten)
+    model.append(peer(), subnet_constructor=make_subnet(0))
+    model.append(modules.Reshape, output_dims=SHAPE.full[1:])
+    return model.double()
+
+
+def reversible_graph_net(peer: Callable[[], Any]) -> nn.Module:
+    """Deprecated in FrEIA 0.2, and still there."""
+    return graph(peer, freia().framework.ReversibleGraphNet)
+
+
+def graph(peer: Callable[[], Any], net: type | None = None) -> nn.Module:
     """As UFlow builds it: a split in between, and nodes that hold references of their own."""
     framework, modules = freia().framework, freia().modules
     torch.manual_seed(4)
@@ -348,14 +382,16 @@ def graph(peer: Callable[[], Any]) -> nn.Module:
     two = framework.Node(split.out1, peer(), {**arguments, "reverse_permutation": True})
     joined = framework.Node([split.out0, two.out0], modules.Concat, {"dim": 0})
     three = framework.Node(joined, peer(), {**arguments, "learned_householder_permutation": 2})
-    model = framework.GraphINN([start, condition, one, split, two, joined, three, framework.OutputNode(three)])
+    model = (net or framework.GraphINN)([start, condition, one, split, two, joined, three, framework.OutputNode(three)], verbose=False)
     return model.double()
 
 
 MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
     "flow": (lambda peer: Flow(peer, Case(SHAPE, "hard")), ["first.a", "rest.0", "rest.1", "rest.2"]),
     "sequence": (sequence, [f"module_list.{i}" for i in range(5)]),
+    "mixed": (mixed, ["module_list.0", "module_list.3.module", "module_list.4.module_list.0", "module_list.6"]),
     "graph": (graph, ["module_list.0", "module_list.2", "module_list.4"]),
+    "reversible graph net": (reversible_graph_net, ["module_list.0", "module_list.2", "module_list.4"]),
 }
 
 
@@ -381,12 +417,12 @@ def test_models(kind: str, peer: Callable[[], Any]) -> None:
             actual, truth = (evaluate(m, x, c, rev, wrap=False) for m in (model, same))
             baseline = evaluate(lower, x.float(), [t.float() for t in c], rev, wrap=False)
             assert_results(actual, truth, baseline, blocks=len(names))
-    if kind == "graph":
+    if hasattr(model, "node_list"):
         assert all(node.module is None or node.module in set(model.module_list) for node in model.node_list)
     made = copy.deepcopy(model)
     assert not {id(p) for p in made.parameters()} & set(parameters)
     assert_equal_dicts(evaluate(made, x, c, False, wrap=False), evaluate(model, x, c, False, wrap=False))
-    if kind == "graph":
+    if hasattr(model, "node_list"):
         assert all(node.module is None or node.module in set(made.module_list) for node in made.node_list)
     for m in (model, made):
         assert [entry.name for entry in restore(m).changed] == names
