@@ -9,7 +9,10 @@ import importlib.util
 import sys
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
+
+import torch
 
 VERSIONS = {"FrEIA": "0.2", "anomalib": "2.7.0"}
 INSTALL = "pip install --no-deps --no-build-isolation -r ci/peers.txt   (`make test` and `make demo` do it)"
@@ -45,6 +48,21 @@ def anomalib_block() -> type:
     sys.modules[name] = module  # where pickle looks for the class
     spec.loader.exec_module(module)
     return module.AllInOneBlock
+
+
+@cache
+def prepare_torchvision() -> torch.library.Library | None:
+    """Let a CUDA build of torchvision, what PyPI has for Linux, be imported beside a CPU build of torch; to be called before.
+
+    Its extension does not load there, and its import then misses two operators. No model that is compared calls them.
+    """
+    folder = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
+    if torch.version.cuda is not None or "+cu" not in (folder / "version.py").read_text():
+        return None
+    library = torch.library.Library("torchvision", "DEF")  # kept by the cache: the operators go with it
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _distribution(name: str) -> metadata.Distribution:
