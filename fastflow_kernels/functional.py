@@ -222,15 +222,14 @@ def _forward(
     grad = torch.is_grad_enabled()
     perm, inv = permutation if isinstance(permutation, IndexPermutation) else (None, None)
     halves: Sequence[Tensor | None] = (None, None)
-    c1 = x.shape[1] - x.shape[1] // 2
-    passive = inv.narrow(0, 0, c1) if spec.reverse else None
+    index = inv if spec.reverse else None
     if not (grad and x.requires_grad):
-        x1 = _passive_half(x, c1, passive)
-    elif passive is None and _in_halves(x, operations):
+        x1 = _passive_half(x, index)
+    elif index is None and _in_halves(x, operations):
         halves = eager.halves(x)
         x1, x = halves[0], x.detach()
     else:
-        x1, x = _Fork.apply(x, c1, passive)
+        x1, x = _Fork.apply(x, index)
     a = _coefficients(subnet, x1, conditions, x)
     a = a.contiguous(memory_format=_layout(x)) if rows else dispatch.packed(operations, a)
     # what of the permutation is part of the coupling: an index, reflections, or a fixed matrix where the kernels do not apply scale and
@@ -286,8 +285,7 @@ def _inverse(
         v = y if indexed else permutation.unpermute(y)
         x = operations.coupling_inv_passive(as_taken(v), g, offset, perm, inv, spec)
         x = _from_rows(x, y) if rows else x
-    c1 = x.shape[1] - x.shape[1] // 2
-    a = _coefficients(subnet, _passive_half(x, c1, inv.narrow(0, 0, c1) if spec.reverse else None), conditions, y)
+    a = _coefficients(subnet, _passive_half(x, inv if spec.reverse else None), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
         x, logdet = eager.composite_inv_coupling(*eager.halves(u), a, scale, spec, jac)
@@ -341,9 +339,10 @@ def _per_sample(logdet: Tensor | None, x: Tensor) -> Tensor | None:
 # --- gradients ---------------------------------------------------------------------------------------------------------------------
 
 
-def _passive_half(x: Tensor, c1: int, index: Tensor | None) -> Tensor:
-    """The channels that the subnet gets: the first c1 as a view, or those of the index (c1,) in the layout of x."""
-    return x.narrow(1, 0, c1) if index is None else x.index_select(1, index).contiguous(memory_format=_layout(x))
+def _passive_half(x: Tensor, index: Tensor | None) -> Tensor:
+    """The channels that the subnet gets: the first ones as a view, or those that the index names first, in the layout of x."""
+    c1 = x.shape[1] - x.shape[1] // 2
+    return x.narrow(1, 0, c1) if index is None else x.index_select(1, index[:c1]).contiguous(memory_format=_layout(x))
 
 
 class _Fork(Function):
@@ -354,26 +353,26 @@ class _Fork(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c1: int, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.c1, ctx.c2, ctx.index = c1, x.shape[1] - c1, index
-        return _passive_half(x, c1, index), x.view_as(x)
+        ctx.c2, ctx.index = x.shape[1] // 2, index
+        return _passive_half(x, index), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None, None]:
-        index = ctx.index
+    def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:
         if dx1 is None:  # the subnet does not depend on its input
-            return dx, None, None
+            return dx, None
+        c1 = dx1.shape[1]
         if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx) or dispatch.needs_composite(dx1):
             padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
-            if index is not None:
-                padded = torch.zeros_like(padded).index_add(1, index, dx1)
-            return (padded if dx is None else dx + padded), None, None
-        if index is None:
-            dx.narrow(1, 0, ctx.c1).add_(dx1)
+            if ctx.index is not None:
+                padded = torch.zeros_like(padded).index_add(1, ctx.index[:c1], dx1)
+            return (padded if dx is None else dx + padded), None
+        if ctx.index is None:
+            dx.narrow(1, 0, c1).add_(dx1)
         else:
-            dx.index_add_(1, index, dx1)
-        return dx, None, None
+            dx.index_add_(1, ctx.index[:c1], dx1)
+        return dx, None
 
 
 class _Call(NamedTuple):
