@@ -511,6 +511,40 @@ def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | No
     return u if scale is None else u.div_(scale[:, c1:])
 
 
+# --- inverse and backward in one, for chains that keep no activations -----------------------------------------------------------------
+
+
+def coupling_inv_bwd(
+    y: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    dlogdet: Tensor | None,
+    a: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    perm: Tensor | None,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`coupling_inv_active` and :func:`coupling_bwd`: writes x[:, C1:] in place and returns the gradients.
+
+    Args:
+        y: The output of :func:`coupling_fwd`.
+        x: What :func:`coupling_inv_passive` returned.
+        dy: Gradient of y, (B, C, *S).
+        dlogdet: Gradient of the log-determinant, (B,), or None.
+        a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
+        g, offset, perm, inv, spec: As given to the forward.
+        need_params: Whether the gradients of g and offset are wanted.
+
+    Returns:
+        (dx, da, dg, doffset), as :func:`coupling_bwd`.
+    """
+    coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
+    return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+
+
 # --- the same maths as differentiable operations -----------------------------------------------------------------------------------
 
 

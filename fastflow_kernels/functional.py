@@ -486,3 +486,104 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
         outputs, gradients = [t for t, _ in pairs], [dt for _, dt in pairs]
         found = iter(torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in wanted]
+
+
+# --- the backward of a block from its output alone, for chains that keep no activations ---------------------------------------------------
+
+
+class Reversed(NamedTuple):
+    """What :func:`all_in_one_block_bwd` finds.
+
+    Attributes:
+        x: The block's input, computed from its output.
+        dx, dg, doffset: The gradients of x, global_scale and global_offset; the latter two None unless wanted, dg None for GIN.
+    """
+
+    x: Tensor
+    dx: Tensor
+    dg: Tensor | None
+    doffset: Tensor | None
+
+
+def all_in_one_block_bwd(
+    y: Tensor,
+    dy: Tensor,
+    dlogdet: Tensor | None,
+    subnet: Callable[[Tensor], Tensor],
+    global_scale: Tensor,
+    global_offset: Tensor,
+    permutation: Permutation,
+    spec: CouplingSpec,
+    conditions: Sequence[Tensor] = (),
+    *,
+    needs: tuple[bool, bool],
+    reverse_permutation: bool = False,
+    backend: str = "auto",
+) -> Reversed:
+    """Undo :func:`all_in_one_block` and differentiate it, running the subnet once for both.
+
+    The gradients of the conditions, of a :class:`HouseholderPermutation`'s vectors and of what the subnet depends on are added to the
+    ``grad`` of those tensors, which therefore should be leaves that nobody else holds.
+
+    Args:
+        y: The block's output, (B, C, *S).
+        dy, dlogdet: Gradients of its two results; dlogdet may be None.
+        subnet, global_scale, global_offset, permutation, spec, conditions, reverse_permutation, backend: As given to the block.
+        needs: Whether the gradient of x, and whether those of global_scale and global_offset are wanted.
+    """
+    layout = _layout(y)
+    rows = not spec.gin and layout is not torch.contiguous_format
+    operations = dispatch.pick(_as_rows(y) if rows else y, dispatch.resolved(backend)) or eager
+    g, offset = global_scale.contiguous(), global_offset.contiguous()
+    if isinstance(permutation, IndexPermutation):
+        (perm, inv), v, dv = permutation, y, dy
+    else:
+        (perm, inv), (v, dv) = (None, None), _unpermuted(permutation, y, dy)
+    given = v
+    if rows:
+        v, dv = _as_rows(v), _as_rows(dv)
+        dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(v.shape[0] // dlogdet.shape[0])
+    elif operations is not eager:
+        v = dispatch.packed(operations, v)
+    x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
+    whole = _from_rows(x, given) if rows else x
+    with torch.enable_grad():
+        # .data, lest autograd takes the active channels, written below, for a change of what the subnet keeps
+        x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(needs[0])
+        a = _coefficients(subnet, x1, conditions, whole)
+    a_taken = _as_rows(a.detach()) if rows else dispatch.packed(operations, a.detach())
+    dx, da, dg, doffset = operations.coupling_inv_bwd(v, x, dv, dlogdet, a_taken, g, offset, perm, inv, spec, needs[1])
+    del v, dv, y, dy
+    if rows:
+        dx, da = _from_rows(dx, given), _from_rows(da, given)
+    if a.requires_grad:
+        torch.autograd.backward(a, da)
+    if x1.grad is not None:
+        dx.narrow(1, 0, x1.shape[1]).add_(x1.grad)
+    if reverse_permutation:
+        whole, dx = _repermuted(permutation, whole, dx)
+    return Reversed(_in_layout(whole, layout), _in_layout(dx, layout), dg, doffset)
+
+
+def _in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
+    return x if layout is torch.contiguous_format else x.contiguous(memory_format=layout)
+
+
+def _unpermuted(permutation: MatrixPermutation | HouseholderPermutation, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """v with permute(v) = y, and its gradient; those of a permutation's parameters are added to their ``grad``."""
+    v = permutation.unpermute(y)
+    return v, permutation.permute_bwd(dy) if isinstance(permutation, MatrixPermutation) else _pulled(permutation.permute, v, dy)
+
+
+def _repermuted(permutation: Permutation, v: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
+    """x with unpermute(x) = v, and its gradient; those of a permutation's parameters are added to their ``grad``."""
+    x = permutation.permute(v)
+    return x, _pulled(permutation.unpermute, x, dv) if isinstance(permutation, HouseholderPermutation) else permutation.unpermute_bwd(dv)
+
+
+def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of x from that of function(x)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        torch.autograd.backward(function(x), gradient)
+    return x.grad

@@ -7,7 +7,7 @@ whose ``forward`` is the fused one. Containers that keep references of their own
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -318,14 +318,20 @@ class _Accelerated(_Stock):
     subnet: nn.Module
 
     def forward(
-        self, x: Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+        self,
+        x: Sequence[Tensor],
+        c: Sequence[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+        *,
+        run: Callable[..., tuple[Tensor, Tensor]] = all_in_one_block,
     ) -> tuple[tuple[Tensor], Tensor]:
         """The fused form of the stock block's forward; see :class:`fastflow_kernels.AllInOneBlock`."""
         held = self._fastflow
-        if self.__dict__.get("global_scale_activation") is not held.function or any(step in self.__dict__ for step in _STEPS):
-            return super().forward(x, c, rev=rev, jac=jac)  # a step was exchanged on this very block since
+        if self._exchanged():
+            return super().forward(x, c, rev=rev, jac=jac)
         x = single_input(x, self.in_channels, self.input_rank)
-        y, logdet = all_in_one_block(
+        y, logdet = run(
             x,
             self.subnet,
             self.global_scale,
@@ -339,6 +345,15 @@ class _Accelerated(_Stock):
             backend=held.backend,
         )
         return (y,), logdet
+
+    def _exchanged(self) -> bool:
+        """Whether a step was exchanged on this very block since."""
+        own = self.__dict__
+        return own.get("global_scale_activation") is not self._fastflow.function or any(step in own for step in _STEPS)
+
+    def _takes_run(self) -> bool:
+        """Whether ``forward`` is this class's own and hands everything to ``run``."""
+        return type(self).forward is _Accelerated.forward and not self._exchanged()
 
     def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
         if not self.conditional:

@@ -36,6 +36,10 @@ class IndexPermutation(NamedTuple):
     def unpermute(self, y: Tensor) -> Tensor:
         return gather_channels(y, self.inv, self.perm)
 
+    def unpermute_bwd(self, dv: Tensor) -> Tensor:
+        """The gradient of y from that of unpermute(y)."""
+        return self.permute(dv)
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The one-hot (C, C) matrix w with w @ v = v[perm]."""
         return one_hot(self.perm, dtype)
@@ -57,6 +61,14 @@ class MatrixPermutation(NamedTuple):
 
     def unpermute(self, y: Tensor) -> Tensor:
         return multiply_channels(y, self.w_inv)
+
+    def permute_bwd(self, dy: Tensor) -> Tensor:
+        """The gradient of v from that of permute(v)."""
+        return multiply_channels(dy, self.w.T.to(dy.dtype))
+
+    def unpermute_bwd(self, dv: Tensor) -> Tensor:
+        """The gradient of y from that of unpermute(y)."""
+        return multiply_channels(dv, self.w_inv.T.to(dv.dtype))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.w.to(dtype)

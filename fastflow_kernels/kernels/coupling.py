@@ -27,7 +27,7 @@ from fastflow_kernels.kernels.reduce import ACCUMULATORS, GinSums, logdet_launch
 from fastflow_kernels.kernels.tiles import columns, index, load, log_scale_sum, scale, total
 from fastflow_kernels.spec import CouplingSpec
 
-__all__ = ["coupling_bwd", "coupling_fwd", "coupling_inv_active", "coupling_inv_passive", "uncovered"]
+__all__ = ["coupling_bwd", "coupling_fwd", "coupling_inv_active", "coupling_inv_bwd", "coupling_inv_passive", "uncovered"]
 
 # A program's channel constants (index, scale, offset: up to 16 bytes a channel) and partial sums are small against 3 and 5 values a
 # column from these many columns on.
@@ -618,3 +618,34 @@ def coupling_inv_active(
         prepared.finish(is_aligned, sums, g, logdet)
         return logdet
     return _gin_logdet(means, x.shape[0], acc, x.device) if jac and spec.gin else sums
+
+
+def coupling_inv_bwd(
+    y: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    dlogdet: Tensor | None,
+    a: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    perm: Tensor | None,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+    need_params: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`coupling_inv_active` and :func:`coupling_bwd`: writes x[:, C1:] in place and returns the gradients.
+
+    Args:
+        y: The output of :func:`coupling_fwd`.
+        x: What :func:`coupling_inv_passive` returned.
+        dy: Gradient of y, (B, C, *S), in any layout.
+        dlogdet: Gradient of the log-determinant, (B,), or None.
+        a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
+        g, offset, perm, inv, spec: As given to the forward.
+        need_params: Whether the gradients of g and offset are wanted.
+
+    Returns:
+        (dx, da, dg, doffset), as :func:`coupling_bwd`.
+    """
+    coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
+    return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
