@@ -2,6 +2,7 @@
 
 from fastflow_kernels.modules import AllInOneBlock, InvertibleModule
 from fastflow_kernels.patch import Report, accelerate, restore
+from fastflow_kernels.reversible import ReversibleSequence
 
 __version__ = "0.1.0"
-__all__ = ["AllInOneBlock", "InvertibleModule", "Report", "__version__", "accelerate", "restore"]
+__all__ = ["AllInOneBlock", "InvertibleModule", "Report", "ReversibleSequence", "__version__", "accelerate", "restore"]

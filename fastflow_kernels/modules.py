@@ -220,7 +220,7 @@ class AllInOneBlock(InvertibleModule):
             c: Conditions, one (B, C_k, *S) each.
             rev: Compute the inverse.
             jac: Compute the log-determinant; zeros are returned in its place otherwise.
-            run: What evaluates the checked call, with the arguments of ``functional.all_in_one_block``; a reversible chain hands in its own.
+            run: What evaluates the checked call, with ``functional.all_in_one_block``'s arguments; a reversible chain hands in its own.
 
         Returns:
             ``((y,), logdet)``, see the class.

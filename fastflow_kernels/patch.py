@@ -1,4 +1,4 @@
-"""``accelerate(model)`` and ``restore(model)``: the fused block inside models that hold FrEIA's or anomalib's.
+"""``accelerate(model)`` and ``restore(model)``: the fused block, and reversible chains, inside models that hold FrEIA's or anomalib's.
 
 A stock block stays the object it is, with its parameters, hooks and state-dict keys; only its class is exchanged for a subclass of its own
 whose ``forward`` is the fused one. Containers that keep references of their own (GraphINN's nodes) and optimizers notice nothing.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastflow_kernels import dispatch, eager, modules
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
+from fastflow_kernels.reversible import Reversible, is_reversible
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
 _STEPS = ("forward", *modules.STEPS)
@@ -50,10 +51,12 @@ class Report:
     Attributes:
         action: "accelerated" or "restored".
         entries: One per block found, in the model's order.
+        chains: One per chain found, where reversible chains were asked for.
     """
 
     action: str
     entries: tuple[Entry, ...]
+    chains: tuple[Entry, ...] = ()
 
     @property
     def changed(self) -> tuple[Entry, ...]:
@@ -69,11 +72,16 @@ class Report:
         lines = [f"{len(self.changed)} of {len(self.entries)} blocks {self.action}"]
         if not self.entries:
             lines = ["no AllInOneBlock found in the model"]
-        for entry in self.entries:
-            lines.append(
-                f"  {self.action if entry.changed else 'left':<11} {entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}"
-            )
+        lines += [f"  {self.action if entry.changed else 'left':<11} {_line(entry)}" for entry in self.entries]
+        if self.chains:
+            changed = sum(entry.changed for entry in self.chains)
+            lines.append(f"{changed} of {len(self.chains)} chains {'restored' if self.action == 'restored' else 'made reversible'}")
+            lines += [f"  {'changed' if entry.changed else 'left':<11} {_line(entry)}" for entry in self.chains]
         return "\n".join(lines)
+
+
+def _line(entry: Entry) -> str:
+    return f"{entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}"
 
 
 class _Left(Exception):
@@ -83,7 +91,7 @@ class _Left(Exception):
 # --- the two functions -------------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
+def accelerate(model: nn.Module, *, backend: str = "auto", reversible: bool = False) -> Report:
     """Make every AllInOneBlock of FrEIA or anomalib in ``model`` run fused, in place.
 
     Parameters and their identity, hooks, state-dict keys and values stay what they are. Each block is asked, by running a copy of it on a
@@ -93,6 +101,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
     Args:
         model: Any module; a block itself will do.
         backend: "auto", "eager" or "triton", for the changed blocks.
+        reversible: Also make every SequenceINN of FrEIA train in memory that does not grow with its depth, as
+            :class:`~fastflow_kernels.ReversibleSequence` does; its ``checkpoint_every``, ``debug`` and ``drift`` are attributes then.
 
     Returns:
         What was changed and what was left, with reasons.
@@ -108,7 +118,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
         no AllInOneBlock found in the model
     """
     dispatch.validated(backend)
-    entries = []
+    entries, chains = [], []
     for name, block in _modules_of(model):
         kind = _kind(type(block))
         if isinstance(block, modules.AllInOneBlock):
@@ -124,11 +134,15 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> Report:
                 continue
             _exchange(block, dialect, activation, backend)
             entries.append(Entry(name, kind, True, f"computes dialect {dialect!r}, {activation}, {_permutation_kind(block)}"))
-    return Report("accelerated", tuple(entries))
+    for name, chain in _modules_of(model) if reversible else ():
+        kind = _kind(type(chain))
+        if (found := _made_reversible(chain)) is not None:
+            chains.append(Entry(name, kind, *found))
+    return Report("accelerated", tuple(entries), tuple(chains))
 
 
 def restore(model: nn.Module) -> Report:
-    """Give every block that :func:`accelerate` changed its own class back, in place.
+    """Give every block and chain that :func:`accelerate` changed its own class back, in place.
 
     Args:
         model: The model given to :func:`accelerate`, a copy of it, or a part.
@@ -139,20 +153,21 @@ def restore(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
-    entries = []
+    entries, chains = [], []
     for name, block in _modules_of(model):
-        if isinstance(block, _Accelerated):
-            if type(block) is not _accelerated_class(block._fastflow_stock):
-                entries.append(
-                    Entry(name, _kind(type(block)), False, "its class was changed since (parametrized, perhaps): undo that first")
-                )
+        if isinstance(block, (_Accelerated, _Reversible)):
+            addition = _Accelerated if isinstance(block, _Accelerated) else _Reversible
+            found = entries if addition is _Accelerated else chains
+            if type(block) is not _derived(addition, block._fastflow_stock):
+                found.append(Entry(name, _kind(type(block)), False, "its class was changed since (parametrized, perhaps): undo that first"))
                 continue
-            del block.__dict__["_fastflow"]
+            for attribute in addition._fastflow_attributes:
+                block.__dict__.pop(attribute, None)
             block.__class__ = block._fastflow_stock
-            entries.append(Entry(name, _kind(type(block)), True, "has its own class again"))
+            found.append(Entry(name, _kind(type(block)), True, "has its own class again"))
         elif isinstance(block, modules.AllInOneBlock):
             entries.append(Entry(name, _kind(type(block)), False, "was built fused, not made so by accelerate"))
-    return Report("restored", tuple(entries))
+    return Report("restored", tuple(entries), tuple(chains))
 
 
 def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -303,6 +318,7 @@ class _Accelerated(_Stock):
 
     _fastflow: _Held
     _fastflow_stock: type
+    _fastflow_attributes = ("_fastflow",)
 
     # the stock block's
     in_channels: int
@@ -388,7 +404,7 @@ class _Accelerated(_Stock):
             state["_fastflow"] = replace(held, function=function)
         if "<lambda>" in getattr(state.get("permute_function"), "__qualname__", ""):
             state["permute_function"] = _take_channels
-        return _new_accelerated, (self._fastflow_stock,), state
+        return _new, (_Accelerated, self._fastflow_stock), state
 
 
 @dataclass(frozen=True)
@@ -407,13 +423,16 @@ def _take_channels(x: Tensor, index: Tensor) -> Tensor:
 
 
 @cache
-def _accelerated_class(cls: type) -> Any:
-    return type(f"Accelerated{cls.__name__}", (_Accelerated, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls})
+def _derived(addition: type, cls: type) -> Any:
+    """The subclass of a stock class that has what ``addition`` adds."""
+    name = f"{addition.__name__.removeprefix('_')}{cls.__name__}"
+    return type(name, (addition, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls})
 
 
-def _new_accelerated(cls: type) -> nn.Module:
-    accelerated = _accelerated_class(cls)
-    return accelerated.__new__(accelerated)
+def _new(addition: type, cls: type) -> nn.Module:
+    """An empty instance, for pickle, which finds no class of :func:`_derived` by its name."""
+    derived = _derived(addition, cls)
+    return derived.__new__(derived)
 
 
 def _exchange(block: Any, dialect: str, activation: str, backend: str) -> None:
@@ -423,4 +442,59 @@ def _exchange(block: Any, dialect: str, activation: str, backend: str) -> None:
     held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
     block.__dict__["_fastflow"] = held
     stock: type = type(block)
-    block.__class__ = _accelerated_class(stock)
+    block.__class__ = _derived(_Accelerated, stock)
+
+
+# --- chains --------------------------------------------------------------------------------------------------------------------------
+
+
+class _Reversible(Reversible):
+    """What the class of a SequenceINN that was made reversible adds to its own."""
+
+    _fastflow_stock: type
+    _fastflow_attributes = ("checkpoint_every", "debug", "drift", "_measured_spacing")
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return _new, (_Reversible, self._fastflow_stock), self.__dict__.copy()
+
+
+def _made_reversible(chain: nn.Module) -> tuple[bool, str] | None:
+    """Make a SequenceINN reversible: whether that was done, and why; None for another module."""
+    if isinstance(chain, Reversible):
+        return False, "is reversible already"
+    stock = next((base for base in type(chain).__mro__ if base.__name__ == "SequenceINN" and "forward" in vars(base)), None)
+    if stock is None:
+        return None
+    if type(chain).forward is not stock.forward or "forward" in vars(chain):
+        return False, f"{type(chain).__name__} overrides forward"
+    try:
+        reversible = _derived(_Reversible, type(chain))
+        alike = all(_answers(type(chain), chain, rev) == _answers(reversible, chain, rev) for rev in (False, True))
+    except Exception as error:
+        return False, f"it could not be asked: {type(error).__name__}: {error}"
+    if not alike:
+        return False, "it computes something else than FrEIA's SequenceINN"
+    chain.__class__ = reversible
+    count = sum(map(is_reversible, chain.module_list))
+    return True, f"{count} of its {len(chain.module_list)} modules are undone in the backward pass"
+
+
+class _Step(nn.Module):
+    """A module of one number: x -> factor * x + c, with itself for a log-determinant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True) -> tuple[tuple[Tensor], float]:
+        return (self.factor * x[0] + sum(c),), self.factor * (1 + 2 * rev + 4 * jac)
+
+
+def _answers(cls: type, chain: nn.Module, rev: bool) -> list[float]:
+    """What a chain of two such modules, the second with a condition, returns as one of class ``cls``."""
+    asked = copy.copy(chain)
+    asked.__class__ = cls
+    asked.__dict__["_modules"] = {"module_list": nn.ModuleList([_Step(2.0), _Step(3.0)])}
+    asked.conditions, asked.force_tuple_output = [None, 1], False
+    y, log_det = asked.forward(torch.ones(1), [torch.ones(1), torch.full((1,), 7.0)], rev=rev, jac=not rev)
+    return [float(y), float(log_det)]
