@@ -48,27 +48,28 @@ class _Subnet:
         self.training = [(m, m.training) for m in modules]
         self.places = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
         self.parameters = list(dict.fromkeys(p for *_, p in self.places))
-        self.buffers = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
-        self.changed: list[tuple[dict[str, Tensor | None], str, Tensor]] = []  # buffers that a run changes, as they were before it
+        self.buffers = [(m._buffers, name, b, m.training) for m in modules for name, b in m._buffers.items() if b is not None]
+        self.changed: list[tuple[dict[str, Tensor | None], str, Tensor]] = []  # buffers that a run may change, as they were before it
         self.random: list[Tensor] | None = None
         self.autocast = _autocast(device.type)
 
     def __call__(self, x: Tensor) -> Tensor:
         random = self._random_state()
-        before = [(b._version, b.clone()) for *_, b in self.buffers]
+        before = [(b._version, b.clone()) for _, _, b, _ in self.buffers]
         with self.autocast():
             a = self.evaluate(x)
         if random is not None and not all(map(torch.equal, random, self._random_state())):
             self.random = random
-        for (holder, name, b), (version, value) in zip(self.buffers, before, strict=True):
-            if holder[name] is not b or b._version != version:  # a batch norm's statistics, a spectral norm's vectors
+        for (holder, name, b, training), (version, value) in zip(self.buffers, before, strict=True):
+            # a spectral norm's vectors; a batch norm's statistics, whose change shows in no version
+            if training or holder[name] is not b or b._version != version:
                 self.changed.append((holder, name, value))
         return a
 
     def constants(self) -> list[Tensor]:
         """The buffers that the run has left alone."""
         changed = {(id(holder), name) for holder, name, _ in self.changed}
-        return [b for holder, name, b in self.buffers if (id(holder), name) not in changed]
+        return [b for holder, name, b, _ in self.buffers if (id(holder), name) not in changed]
 
     def again(self, x: Tensor) -> Tensor:
         """What the run returned, from the same random numbers."""

@@ -1,0 +1,730 @@
+"""Reversible chains: the gradients of a plain chain, in memory that does not grow with depth, wherever training gets complicated."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import reference
+from bench.memory import bytes_kept_for_backward
+from bench.peers import anomalib_block, freia, freia_block
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, dispatch, restore, reversible
+from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
+from tests.compare import assert_close
+
+DEPTH = 5
+SHAPE = Shape(2, 6, (3, 5))
+
+
+class Plain(ReversibleSequence):
+    """The same chain as an ordinary one."""
+
+    def _links(self, x: Any) -> dict[int, Any]:
+        return {}
+
+
+def chain_of(case: Case, depth: int = DEPTH, dtype: torch.dtype = torch.float64, **options: Any) -> ReversibleSequence:
+    chain = ReversibleSequence(*case.shape.full[1:], **options)
+    for seed in range(depth):
+        chain.append(make_block(AllInOneBlock, case, dtype, seed=seed), cond=0 if case.conditions else None)
+    return chain
+
+
+def simple(depth: int = DEPTH, dtype: torch.dtype = torch.float64, subnet: Callable | None = None, shape: tuple[int, ...] = (6, 3, 5),
+           **options: Any) -> ReversibleSequence:  # fmt: skip
+    torch.manual_seed(0)
+    chain = ReversibleSequence(*shape, **options)
+    for _ in range(depth):
+        chain.append(AllInOneBlock, subnet_constructor=subnet or make_subnet(len(shape) - 1, 3.0))
+    return chain.to(dtype)
+
+
+def plain_of(chain: ReversibleSequence) -> ReversibleSequence:
+    other = copy.deepcopy(chain)
+    other.__class__ = Plain
+    return other
+
+
+def loss_of(z: Tensor, log_det: Tensor) -> Tensor:
+    weights = torch.linspace(-1.0, 1.0, z.numel(), dtype=z.dtype).view(z.shape)
+    return (z * weights).sum() + 0.1 * z.square().sum() - (log_det * torch.linspace(0.5, 1.0, len(log_det), dtype=log_det.dtype)).sum()
+
+
+def gradients(chain: nn.Module, x: Tensor, c: list[Tensor] | None = None, backward: bool = True) -> dict[str, Tensor | None]:
+    """Result, log-determinant and every gradient; parameters' gradients are added up over calls."""
+    x = x.detach().requires_grad_()
+    c = None if c is None else [t.detach().clone().requires_grad_() for t in c]
+    z, log_det = chain(x, c)
+    if backward:
+        loss_of(z, log_det).backward()
+    found = {"z": z, "log_det": log_det, "dx": x.grad, **{f"dc{i}": t.grad for i, t in enumerate(c or ())}}
+    return found | {name: p.grad for name, p in chain.named_parameters()}
+
+
+def assert_same(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], tolerance: float = 1e-8) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, truth in theirs.items():
+        mine = ours[name]
+        assert (mine is None) == (truth is None), name
+        if truth is not None and truth.numel():
+            error, magnitude = (mine - truth).abs().max().item(), truth.abs().max().item()
+            assert error <= tolerance * max(magnitude, 1e-3), f"{name}: {error} of {magnitude}"
+
+
+def assert_like_plain(chain: ReversibleSequence, x: Tensor, c: list[Tensor] | None = None, tolerance: float = 1e-8) -> None:
+    plain = plain_of(chain)
+    assert_same(gradients(chain, x, c), gradients(plain, x, c), tolerance)
+
+
+def links_in(z: Tensor) -> int:
+    """How many reversible nodes there are in the graph of z."""
+    seen, todo = set(), [z.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return sum(type(node).__name__ == "_BlockBackward" for node in seen)
+
+
+# --- every kind of block -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", [0, dispatch.SMALL], ids=["fused", "small"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2])
+def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "SMALL", small)
+    for shape in (Shape(3, 7), Shape(2, 5, (7,)), SHAPE, Shape(2, 6, (2, 3, 2)), Shape(2, 2), Shape(2, 1, (3,))):
+        for layout in ("contiguous", "channels_last", "expanded"):
+            case = Case(shape, name)
+            x, c = make_input(case)
+            chain = chain_of(case)
+            assert_like_plain(chain, LAYOUTS[layout](x), c)
+            for every in (1, 2):
+                chain.checkpoint_every = every
+                chain.zero_grad()
+                assert_like_plain(chain, LAYOUTS[layout](x), c)
+
+
+def test_the_chain_is_what_is_tested() -> None:
+    z, _ = simple()(torch.randn(2, 6, 3, 5, dtype=torch.float64))
+    assert links_in(z) == DEPTH
+    assert links_in(plain_of(simple())(torch.randn(2, 6, 3, 5, dtype=torch.float64))[0]) == 0
+
+
+def test_float32_is_as_accurate_as_a_plain_chain() -> None:
+    """By the norm over each kind of parameter; at most three times the plain chain's own error."""
+    chain = simple(32, torch.float64, shape=(8, 6, 6))
+    x = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    for p in chain.parameters():
+        if p.requires_grad:
+            p.data.copy_(p.data.float())
+    x = x.float().double()
+    truth = gradients(plain_of(chain), x)
+    chain.float()
+    ours, theirs = gradients(chain, x.float()), gradients(plain_of(chain), x.float())
+    assert 0 < chain.drift[0] < 1e-5
+    errors = {}
+    for found in (ours, theirs):
+        for name, t in found.items():
+            if truth[name] is not None:
+                error = (t.double() - truth[name]).norm().item() / truth[name].norm().item()
+                errors.setdefault(name.split(".", 2)[-1], {}).setdefault(id(found), []).append(error**2)
+    for kind, pair in errors.items():
+        mine, plain = (sum(values) ** 0.5 for values in pair.values())
+        assert mine <= 3 * plain, kind
+
+
+def test_no_gradient_of_the_input() -> None:
+    chain = simple()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    plain = plain_of(chain)
+    for model in (chain, plain):
+        loss_of(*model(x)).backward()
+    assert_same(dict(chain.named_parameters()), dict(plain.named_parameters()))
+    for name, p in chain.named_parameters():
+        torch.testing.assert_close(p.grad, dict(plain.named_parameters())[name].grad, rtol=1e-8, atol=1e-10)
+
+
+def test_without_gradients_in_reverse_and_without_log_determinant() -> None:
+    chain = simple()
+    plain, x = plain_of(chain), torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            z, log_det = chain(x)
+            assert torch.equal(z, plain(x)[0])
+            torch.testing.assert_close(chain(z, rev=True)[0], x)
+    z, log_det = chain(x.requires_grad_(), jac=False)
+    assert log_det.count_nonzero() == 0
+    z.square().sum().backward()
+    expected = x.clone().detach().requires_grad_()
+    plain(expected)[0].square().sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad, rtol=1e-9, atol=1e-9)
+    back = chain(z.detach().requires_grad_(), rev=True)[0]
+    assert back.requires_grad
+    assert links_in(back) == 0
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_kept_do_not_grow_with_depth() -> None:
+    x = torch.randn(8, 16, 12, 12)
+    kept = {}
+    for depth in (4, 32):
+        chain = simple(depth, torch.float32, shape=(16, 12, 12))
+        kept[depth] = bytes_kept_for_backward(chain, lambda chain=chain: loss_of(*chain(x)))
+    index = 2 * 8 * 16  # of each further block: its permutation, both ways
+    assert kept[32] <= kept[4] + 28 * index
+    assert kept[32] <= 1.2 * kept[4]
+    assert bytes_kept_for_backward(plain := plain_of(chain), lambda: loss_of(*plain(x))) > 10 * kept[32]
+
+
+def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None:
+    chain = simple(8, torch.float32, shape=(16, 12, 12))
+    born: list[weakref.ref] = []
+
+    def note(module: nn.Module, arguments: Any, result: Any) -> None:
+        born.append(weakref.ref(result[0][0].untyped_storage()))
+
+    for block in chain:
+        block.register_forward_hook(note)
+    x = torch.randn(8, 16, 12, 12)
+    z, log_det = chain(x)
+    assert [ref() is not None for ref in born] == [False] * 7 + [True]
+    undone: list[weakref.ref] = []
+    undo = reversible.all_in_one_block_bwd
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        alive = sum(ref() is not None for ref in undone)
+        assert alive <= 2, alive  # what the blocks behind have reconstructed: this block's output, and while it is handed on, another
+        found = undo(*args, **kwargs)
+        undone.append(weakref.ref(found.x.untyped_storage()))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reversible, "all_in_one_block_bwd", noted)
+        loss_of(z, log_det).backward()
+    assert len(undone) == 8
+    assert not any(ref() is not None for ref in undone)
+
+
+# --- where others are not correct ----------------------------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(8, o, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_dropout_is_replayed_and_the_random_state_goes_on_as_without() -> None:
+    chain = simple(subnet=Dropping)
+    x, after = torch.randn(2, 6, 3, 5, dtype=torch.float64), []
+    found = []
+    for model in (chain, plain_of(chain)):
+        torch.manual_seed(5)
+        found.append(gradients(model, x))
+        after.append(torch.get_rng_state())
+    assert_same(*found)
+    assert torch.equal(*after)
+
+
+def test_training_flags_are_those_of_the_forward_pass() -> None:
+    chain, x = simple(subnet=Dropping), torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    found = []
+    for model in (chain, plain_of(chain)):
+        torch.manual_seed(5)
+        z, log_det = model(x)
+        model.eval()
+        loss_of(z, log_det).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert not any(m.training for m in chain.modules())
+    assert_same(*found)
+
+
+class Normed(nn.Module):
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(i, 8, 3, padding=1))
+        self.layers = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, o, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_batch_and_spectral_norm_are_updated_once(training: bool) -> None:
+    chain, x = simple(subnet=Normed).train(training), torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    plain = plain_of(chain)
+    for _ in range(2):
+        assert_same(gradients(chain, x), gradients(plain, x))
+    for (name, ours), (_, theirs) in zip(chain.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert int(chain[0].subnet.layers[1].num_batches_tracked) == 2 * training
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_inside_a_subnet(use_reentrant: bool) -> None:
+    class Checkpointed(Dropping):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.layers, x, use_reentrant=use_reentrant)
+
+    chain = simple(subnet=Checkpointed)
+    found = []
+    for model in (chain, plain_of(chain)):
+        torch.manual_seed(5)
+        found.append(gradients(model, torch.randn(2, 6, 3, 5, dtype=torch.float64)))
+    assert_same(*found)
+
+
+def test_checkpoint_around_the_chain() -> None:
+    chain, x = simple(subnet=Dropping), torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    plain = plain_of(chain)
+    found = []
+    for run in (lambda: checkpoint(chain, x, use_reentrant=False), lambda: plain(x)):
+        torch.manual_seed(5)
+        x.grad = None
+        loss_of(*run()).backward()
+        found.append({"dx": x.grad})
+    assert_same(*found)
+
+
+def test_frozen_blocks_and_parts() -> None:
+    for frozen in ([0, 1], [2], [4], [0, 1, 2, 3, 4]):
+        chain = simple()
+        for i in frozen:
+            chain[i].requires_grad_(False)
+        chain[3].global_scale.requires_grad_(False)
+        assert_like_plain(chain, torch.randn(2, 6, 3, 5, dtype=torch.float64))
+        plain = plain_of(chain)
+        if len(frozen) < 5:
+            x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+            for model in (chain, plain):
+                model.zero_grad()
+                loss_of(*model(x)).backward()
+            assert_same(*({name: p.grad for name, p in m.named_parameters()} for m in (chain, plain)))
+
+
+def test_gradients_accumulate_and_a_graph_can_be_kept() -> None:
+    chain = simple()
+    plain = plain_of(chain)
+    for _ in range(2):
+        x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+        assert_same(gradients(chain, x), gradients(plain, x))
+    x.requires_grad_()
+    loss = loss_of(*chain(x))
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, x)[0])
+
+
+def test_one_block_twice_in_a_chain() -> None:
+    chain = simple(2)
+    chain.append(chain[0])
+    chain.append(chain[1])
+    chain.append(chain[0])
+    assert_like_plain(chain, torch.randn(2, 6, 3, 5, dtype=torch.float64))
+
+
+def test_hooks_fire_as_often_as_in_a_plain_chain() -> None:
+    counts = []
+    chain = simple()
+    for model in (chain, plain_of(chain)):
+        fired: dict[str, int] = {}
+
+        def count(key: str, fired: dict[str, int] = fired) -> None:
+            fired[key] = fired.get(key, 0) + 1
+
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.register_hook(lambda g, name=name: (count(f"hook {name}"), 2 * g)[1])
+                p.register_post_accumulate_grad_hook(lambda p, name=name: count(f"accumulated {name}"))
+        for i, block in enumerate(model):
+            block.register_forward_pre_hook(lambda *_, i=i: count(f"pre {i}"))
+            block.register_forward_hook(lambda *_, i=i: count(f"forward {i}"))
+            block.register_full_backward_hook(lambda *_, i=i: count(f"backward {i}"))
+        counts.append((fired, gradients(model, torch.ones(2, 6, 3, 5, dtype=torch.float64))))
+    assert counts[0][0] == counts[1][0]
+    assert set(counts[0][0].values()) == {1}
+    assert_same(counts[0][1], counts[1][1])
+
+
+def test_a_loss_on_what_a_hook_saw_in_between() -> None:
+    chain, found = simple(), []
+    for model in (chain, plain_of(chain)):
+        seen = []
+        model[2].register_forward_hook(lambda module, arguments, result, seen=seen: seen.append(result[0][0]))
+        z, log_det = model(torch.ones(2, 6, 3, 5, dtype=torch.float64))
+        (loss_of(z, log_det) + seen[0].square().sum()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same(*found)
+    seen = []
+    chain[2].register_forward_hook(lambda module, arguments, result: seen.append(result[0][0]))
+    chain(torch.ones(2, 6, 3, 5, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="block 2 of the reversible chain has no output to start from"):
+        seen[0].square().sum().backward()
+
+
+def test_conditions_with_gradients_and_the_log_determinant_alone() -> None:
+    case = Case(SHAPE, "cond")
+    x, c = make_input(case)
+    chain = chain_of(case)
+    plain = plain_of(chain)
+    found = []
+    for model in (chain, plain):
+        condition = c[0].clone().requires_grad_()
+        model(x, [condition])[1].sum().backward()
+        found.append({"dc": condition.grad} | {name: p.grad for name, p in model.named_parameters()})
+    # of the last block's offset: none in one, zero in the other
+    found = [{k: v for k, v in f.items() if k != f"module_list.{DEPTH - 1}.global_offset"} for f in found]
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
+def test_autocast_keeps_the_chain_in_float32(permute_soft: bool) -> None:
+    torch.manual_seed(0)
+    chain = ReversibleSequence(16, 8, 8)
+    seen = []
+
+    class Seeing(Dropping):
+        def forward(self, x: Tensor) -> Tensor:
+            a = super().forward(x)
+            seen.append((x.dtype, a.dtype))
+            return a
+
+    for _ in range(DEPTH):
+        chain.append(AllInOneBlock, subnet_constructor=Seeing, permute_soft=permute_soft)
+    plain, x = plain_of(chain), torch.randn(4, 16, 8, 8)
+    exact = copy.deepcopy(plain).double()
+    found = []
+    for model, like in ((chain, x), (plain, x), (exact, x.double())):
+        torch.manual_seed(5)
+        for m in model.modules():
+            m.training = False
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
+            z, log_det = model(like)
+        if model is chain:
+            assert z.dtype == log_det.dtype == torch.float32
+            assert set(seen) == {(torch.float32, torch.bfloat16)}
+            assert chain.drift == {}
+        loss_of(z, log_det).backward()  # outside of autocast, as is usual
+        if model is chain:
+            assert set(seen) == {(torch.float32, torch.bfloat16)}
+            assert len(seen) == 2 * DEPTH
+            assert chain.drift[0] < 1e-5  # the subnet's coefficients are the same half precision numbers both times
+        found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+    ours, theirs, truth = found
+    for name, t in truth.items():
+        error, allowed = ((g[name] - t).norm() for g in (ours, theirs))
+        assert error <= 2 * allowed + 1e-5 * t.norm(), name
+
+
+def test_grad_scaler_steps_and_skips_as_with_a_plain_chain() -> None:
+    chain = simple(dtype=torch.float32, subnet=Dropping).eval()
+    for scale, steps in ((2.0**10, True), (2.0**127, False)):
+        model = copy.deepcopy(chain)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        before = model[0].global_offset.clone()
+        with torch.autocast("cpu", torch.bfloat16):
+            z, log_det = model(torch.randn(2, 6, 3, 5))
+        scaler.scale(1e3 * loss_of(z, log_det)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(model[0].global_offset, before) != steps
+        assert (scaler.get_scale() < scale) != steps
+
+
+def test_half_precision_keeps_activations_but_not_coefficients() -> None:
+    chain = simple(dtype=torch.bfloat16, shape=(16, 12, 12))
+    x = torch.randn(8, 16, 12, 12, dtype=torch.bfloat16)
+    assert_like_plain(chain, x, tolerance=0.0)  # what runs again is the same
+    kept = bytes_kept_for_backward(chain, lambda: chain(x)[0])
+    assert DEPTH * x.nbytes <= kept <= (DEPTH + 0.5) * x.nbytes
+
+
+def test_a_changed_parameter_result_or_buffer_is_noticed() -> None:
+    def changed(what: Callable[[nn.Module, Tensor], Tensor], **options: Any) -> None:
+        chain = simple(**options).eval()
+        z, log_det = chain(torch.randn(2, 6, 3, 5, dtype=torch.float64))
+        with torch.no_grad():
+            what(chain, z).add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss_of(z.clone(), log_det).backward()
+
+    changed(lambda chain, z: chain[1].subnet.w1)
+    changed(lambda chain, z: chain[1].global_scale)
+    changed(lambda chain, z: z)
+    changed(lambda chain, z: chain[1].subnet.layers[1].running_mean, subnet=Normed)
+
+
+def test_what_cannot_be_had_says_so() -> None:
+    chain, x = simple(), torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no second or batched gradients"):
+        torch.autograd.grad(loss_of(*chain(x)), x, create_graph=True)
+    chain[1].register_forward_hook(lambda module, arguments, result: ((2 * result[0][0],), result[1]))
+    with pytest.raises(RuntimeError, match="a hook exchanged the input or the output of block 1"):
+        chain(x)
+
+
+def test_transformed_traced_and_compiled_calls_run_an_ordinary_chain() -> None:
+    chain, x = simple(2), torch.randn(3, 6, 3, 5, dtype=torch.float64)
+    single = torch.stack([chain(sample[None])[0][0] for sample in x])
+    torch.testing.assert_close(torch.func.vmap(lambda sample: chain(sample[None])[0][0])(x), single)
+    torch.testing.assert_close(torch.func.grad(lambda x: loss_of(*chain(x)))(x), gradients(plain_of(chain), x)["dx"])
+    compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
+    assert_same({"dx": gradients(compiled, x)["dx"]}, {"dx": gradients(plain_of(chain), x)["dx"]})
+
+
+def test_functional_call_reaches_the_given_parameters() -> None:
+    chain, x = simple(), torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    given = {name: (0.9 * p).detach().requires_grad_(p.requires_grad) for name, p in chain.named_parameters() if "perm" not in name}
+    loss_of(*torch.func.functional_call(chain, given, (x,))).backward()
+    other = plain_of(chain)
+    other.load_state_dict(given, strict=False)
+    expected = gradients(other, x)
+    assert_same({name: p.grad for name, p in given.items()}, {name: expected[name] for name in given})
+
+
+# --- other modules, other classes ----------------------------------------------------------------------------------------------------
+
+
+class Doubled(reference.InvertibleModule):
+    """An invertible module that is no block of ours."""
+
+    def forward(self, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
+        n = x[0][0].numel() * 0.6931471805599453
+        return (x[0] * (0.5 if rev else 2.0),), x[0].new_full((len(x[0]),), -n if rev else n)
+
+    def output_dims(self, input_dims: Any) -> Any:
+        return input_dims
+
+
+class Overriding(AllInOneBlock):
+    def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        return super()._affine(x, 0.5 * a, rev)
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_mixed_chains(every: int | None) -> None:
+    torch.manual_seed(0)
+    chain = ReversibleSequence(6, 3, 5, checkpoint_every=every)
+    for kind in (Doubled, AllInOneBlock, AllInOneBlock, Doubled, AllInOneBlock, Overriding, AllInOneBlock, AllInOneBlock, Doubled):
+        chain.append(kind, **({} if kind is Doubled else {"subnet_constructor": make_subnet(2)}))
+    chain.double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    assert_like_plain(chain, x)
+    assert links_in(chain(x)[0]) == 5
+
+
+@pytest.mark.peers
+def test_mixed_chains_with_modules_of_freia() -> None:
+    import FrEIA.modules as fm
+
+    torch.manual_seed(0)
+    chain = ReversibleSequence(6, 4, 4)
+    for kind in (fm.PermuteRandom, AllInOneBlock, AllInOneBlock, fm.ActNorm, AllInOneBlock, fm.IRevNetDownsampling, AllInOneBlock):
+        chain.append(kind, **({"subnet_constructor": make_subnet(2)} if kind is AllInOneBlock else {}))
+    chain.double()
+    x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
+    chain(x)  # ActNorm initialises itself
+    assert_like_plain(chain, x)
+    assert links_in(chain(x)[0]) == 4
+    torch.testing.assert_close(chain(chain(x)[0], rev=True)[0], x)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
+def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: Callable) -> None:
+    chain = freia().framework.SequenceINN(6, 4, 4)
+    for i in range(DEPTH):
+        chain.append(peer(), cond=0 if i % 2 else None, cond_shape=(2, 4, 4), subnet_constructor=make_subnet(2))
+    model = nn.Sequential(chain.double())
+    x, c = torch.randn(2, 6, 4, 4, dtype=torch.float64), [torch.randn(2, 2, 4, 4, dtype=torch.float64)]
+    before, state = gradients(chain, x, c), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    report = accelerate(model, reversible=True)
+    assert [(entry.name, entry.changed) for entry in report.chains] == [("0", True)]
+    assert f"{DEPTH} of its {DEPTH} modules" in str(report)
+    assert [id(p) for p in model.parameters()] == [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert state.keys() == model.state_dict().keys()
+    chain.zero_grad()
+    assert_same(gradients(chain, x, c), before)
+    assert links_in(chain(x, c)[0]) == DEPTH
+    assert isinstance(chain, freia().framework.SequenceINN)
+    for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        other.zero_grad()
+        assert_same(gradients(other, x, c), before)
+        assert links_in(other(x, c)[0]) == DEPTH
+    assert "is reversible already" in str(accelerate(model, reversible=True))
+    chain.checkpoint_every = 2
+    assert [entry.changed for entry in restore(model).chains] == [True]
+    assert type(chain) is freia().framework.SequenceINN
+    assert not {"checkpoint_every", "drift"} & vars(chain).keys()
+    chain.zero_grad()
+    assert_same(gradients(chain, x, c), before)
+
+
+@pytest.mark.peers
+def test_accelerate_leaves_chains_of_another_kind() -> None:
+    base = freia().framework.SequenceINN
+
+    class Overridden(base):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    class SequenceINN(nn.Module):
+        """A copy that counts the log-determinant twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module_list, self.conditions, self.force_tuple_output = nn.ModuleList(), [], False
+
+        def forward(self, x: Tensor, c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Tensor, Any]:
+            total: Any = 0
+            for i in reversed(range(2)) if rev else range(2):
+                (x,), j = self.module_list[i]((x,), c=[] if self.conditions[i] is None else [c[self.conditions[i]]], rev=rev, jac=jac)
+                total = total + 2 * j
+            return x, total
+
+    report = accelerate(nn.ModuleList([Overridden(4), SequenceINN()]), reversible=True)
+    assert [(entry.changed, entry.reason) for entry in report.chains] == [
+        (False, "Overridden overrides forward"),
+        (False, "it computes something else than FrEIA's SequenceINN"),
+    ]
+
+
+@pytest.mark.peers
+def test_sequence_is_freias_sequence() -> None:
+    ours, theirs = ReversibleSequence(6, 4, 4, force_tuple_output=True), freia().framework.SequenceINN(6, 4, 4, force_tuple_output=True)
+    for chain in (ours, theirs):
+        torch.manual_seed(0)
+        chain.append(anomalib_block(), subnet_constructor=make_subnet(2))
+        chain.append(anomalib_block(), cond=1, cond_shape=(3, 4, 4), subnet_constructor=make_subnet(2))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    ours.load_state_dict(theirs.state_dict())
+    assert (ours.shapes, ours.conditions, len(ours)) == (theirs.shapes, theirs.conditions, len(theirs))
+    assert [type(b) for b in ours] == [type(b) for b in theirs]
+    assert ours[1] is ours.module_list[1]
+    assert len(ours[0:1]) == 1
+    assert ours.output_dims([(6, 4, 4)]) == theirs.output_dims([(6, 4, 4)])
+    c = [torch.zeros(0), torch.randn(2, 3, 4, 4)]
+    x = torch.randn(2, 6, 4, 4)
+    for rev in (False, True):
+        for given in (x, (x,), [x]):
+            mine, other = (chain(given, c, rev=rev) for chain in (ours, theirs))
+            assert isinstance(mine[0], tuple)
+            torch.testing.assert_close(mine, other)
+
+
+def test_append_refuses_what_does_not_fit() -> None:
+    chain = ReversibleSequence(6, 4, 4)
+    block = AllInOneBlock([(6, 4, 4)], subnet_constructor=make_subnet(2))
+    with pytest.raises(ValueError, match="expected a module for inputs of shape"):
+        chain.append(AllInOneBlock([(4, 4, 4)], subnet_constructor=make_subnet(2)))
+    with pytest.raises(TypeError, match="expected no arguments beside an instance, got affine_clamping"):
+        chain.append(block, affine_clamping=1.0)
+    with pytest.raises(TypeError, match="expected cond_shape"):
+        chain.append(AllInOneBlock, cond=0, subnet_constructor=make_subnet(2))
+    assert len(chain) == len(chain.conditions) == 0
+    with pytest.raises(ValueError, match="force_tuple_output"):
+        chain.output_dims([(6, 4, 4)])
+    with pytest.raises(ValueError, match="checkpoint_every of 1 or more, got 0"):
+        ReversibleSequence(6, checkpoint_every=0)
+    with pytest.raises(TypeError, match="checkpoint_every as an integer or None, got 1.5"):
+        ReversibleSequence(6, checkpoint_every=1.5)
+
+
+def test_copies_and_files() -> None:
+    chain, x = simple(checkpoint_every=2), torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    expected = gradients(chain, x)
+    file = io.BytesIO()
+    torch.save(simple(), file)
+    file.seek(0)
+    for other in (copy.deepcopy(chain), torch.load(file, weights_only=False)):
+        other.load_state_dict(chain.state_dict())
+        other.zero_grad()
+        assert_same(gradients(other, x), expected)
+
+
+# --- the drift -----------------------------------------------------------------------------------------------------------------------
+
+
+def drifting(factor: float, depth: int = 8, **options: Any) -> ReversibleSequence:
+    """A float32 chain that loses digits in block 3, which scales one channel by ``factor`` and then adds 1."""
+    chain = simple(depth, torch.float32, **options)
+    with torch.no_grad():
+        g = chain[3].global_scale
+        g.copy_(2 * torch.log(torch.expm1(torch.tensor([1.0, 1.0, 1.0, factor, 1.0, 1.0]) / 0.2)).view_as(g))
+        chain[3].global_offset.fill_(1.0)
+    return chain
+
+
+def test_drift_is_measured_and_makes_later_passes_keep_more() -> None:
+    chain, x = drifting(1.0), torch.randn(2, 6, 3, 5)
+    gradients(chain, x)
+    assert list(chain.drift) == [0]
+    assert 0 < chain.drift[0] < 2**-17
+    chain = drifting(1e-3)
+    gradients(chain, x)
+    assert chain.drift[0] > 2**-17
+    first = chain.drift[0]
+    gradients(chain, x)
+    assert len(chain.drift) > 1
+    assert max(chain.drift.values()) < first
+
+
+def test_drift_warns_and_refuses_and_debug_names_the_block() -> None:
+    x = torch.randn(2, 6, 3, 5)
+    with pytest.warns(RuntimeWarning, match="input of block 0 of the reversible chain, reconstructed from the output of block 7"):
+        gradients(drifting(1e-5), x)
+    with pytest.raises(RuntimeError, match="input of block 0 of the reversible chain, reconstructed from the output of block 7"):
+        gradients(drifting(1e-7), x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chain = drifting(1e-5, debug=True)
+        gradients(chain, x)
+    assert sorted(chain.drift) == list(range(8))
+    assert "worst: block 3, whose inverse multiplies the error by" in chain.drift_report()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(drifting(1e-5, checkpoint_every=1), x)
+    with pytest.warns(RuntimeWarning, match="input of block 0 of the reversible chain, .* set a smaller checkpoint_every"):
+        gradients(drifting(1e-5, checkpoint_every=4), x)
+
+
+def test_values_out_of_range_give_nan_as_a_plain_chain() -> None:
+    chain, x = simple(dtype=torch.float32), torch.randn(2, 6, 3, 5)
+    x[0, 0, 0, 0] = float("nan")
+    ours, theirs = gradients(chain, x), gradients(plain_of(chain), x)
+    assert ours["module_list.0.subnet.w1"].isnan().any()
+    assert theirs["module_list.0.subnet.w1"].isnan().any()
+
+
+def test_gradients_by_the_criterion() -> None:
+    """One block of a chain, in float32, by the criterion that every result of a block is held to."""
+    for name in ("hard", "gin", "soft", "hh1"):
+        case = Case(Shape(4, 7, (6, 5)), name)
+        x, _ = make_input(case, torch.float32)
+        chain = chain_of(case, 2, torch.float32)
+        plain = ReversibleSequence(*case.shape.full[1:])
+        for seed in range(2):
+            plain.append(make_block(reference.AllInOneBlock, case, torch.float32, seed=seed))
+        plain.load_state_dict(chain.state_dict())
+        baseline, truth = gradients(plain, x), gradients(copy.deepcopy(plain).double(), x.double())
+        for key, found in gradients(chain, x).items():
+            if truth[key] is not None:
+                assert_close(found, truth[key], baseline[key], f"{name} {key}", magnitude=4 * truth[key].abs().max().item())
