@@ -350,6 +350,22 @@ def coupling_bwd(
         (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN, doffset None
         where it is folded.
     """
+    return _backward(dy, dlogdet, x, a, g, offset, inv, spec, need_params, False)
+
+
+def _backward(
+    dy: Tensor,
+    dlogdet: Tensor | None,
+    x: Tensor,
+    a: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+    need_params: bool,
+    invert: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """:func:`coupling_bwd`; with ``invert`` the active channels of x hold u, in the accumulator's dtype, and x is written there."""
     acc = _accumulator(promoted(x, a, g))
     in_place = spec.folded and dy.dtype is x.dtype is acc  # a pass over memory less
     dx = dy if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -380,11 +396,16 @@ def coupling_bwd(
             sigma_i, e_i, ui = (_fit(buffer, a_si) for buffer in (sigma, e, u))
             _log2_factor(_sigmoid(a_si, spec, sigma_i, e_i, ui), spec, e_i).exp2_()
             if need_scale:
-                part = torch.mul(du2i, a_ti, out=dti).sum((0, 2))
+                part = torch.mul(du2i, x2i if invert else a_ti, out=dti).sum((0, 2))
             torch.mul(du2i, _constant(0.1, acc), out=dti)
-            torch.mul(du2i.mul_(e_i), x2i, out=dsi)
+            if invert:
+                torch.mul(du2i, x2i.sub_(a_ti, alpha=0.1), out=dsi)  # u - 0.1 a_t is x exp(s)
+                x2i.div_(e_i)
+                du2i.mul_(e_i)
+            else:
+                torch.mul(du2i.mul_(e_i), x2i, out=dsi)
             if need_scale:
-                parts.append(torch.add(dsi.sum((0, 2)), part, alpha=0.1))
+                parts.append(part if invert else torch.add(dsi.sum((0, 2)), part, alpha=0.1))
             if spec.gin:
                 _less_mean(dsi, spec).mul_(_constant(slope, acc))
             elif direct_b:
@@ -541,8 +562,10 @@ def coupling_inv_bwd(
     Returns:
         (dx, da, dg, doffset), as :func:`coupling_bwd`.
     """
-    coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
-    return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+    if x.dtype is not _accumulator(promoted(x, a, g)) or not x.is_contiguous():  # u would not fit in x
+        coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
+        return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+    return _backward(dy, dlogdet, x, a, g, offset, inv, spec, need_params, True)
 
 
 # --- the same maths as differentiable operations -----------------------------------------------------------------------------------
