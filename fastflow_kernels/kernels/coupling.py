@@ -136,6 +136,34 @@ def _coupling_rows_fwd_kernel(
 
 
 @triton.jit
+def _store_gradients(
+    dx_at, da_at, dv1, dv2, x2_e, t, e, dlogdet, scale1, scale2, passive, active, P,
+    C1: tl.constexpr, C2: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr,
+):  # fmt: skip
+    """dx and da as in :func:`_coupling_bwd_kernel`, from x2 * exp(s), t = tanh, e = exp(s) and what is added to the gradient of s."""
+    du2 = dv2 * scale2
+    tl.store(dx_at, dv1 * scale1, mask=passive)
+    tl.store(dx_at + C1 * P, du2 * e, mask=active)
+    tl.store(da_at + C2 * P, 0.1 * du2, mask=active)
+    tl.store(da_at, (du2 * x2_e + dlogdet) * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active)
+
+
+@triton.jit
+def _store_sums(
+    part_ptr, group, c, is_passive, is_active, doffset1, doffset2, dscale1, dscale2,
+    C: tl.constexpr, C1: tl.constexpr, TILES: tl.constexpr, ACT: tl.constexpr,
+):  # fmt: skip
+    """A program's sums for offset and, but for ACT = None (GIN), for scale: part_ptr (2, groups, C)."""
+    part_at = part_ptr + group.to(tl.int64) * C + c
+    tl.store(part_at, doffset1, mask=is_passive)
+    tl.store(part_at + C1, doffset2, mask=is_active)
+    if ACT is not None:
+        part_at += (tl.num_programs(0) // TILES).to(tl.int64) * C
+        tl.store(part_at, dscale1, mask=is_passive)
+        tl.store(part_at + C1, dscale2, mask=is_active)
+
+
+@triton.jit
 def _coupling_bwd_kernel(
     dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, inv_ptr, sums_ptr, dx_ptr, da_ptr, part_ptr, B, P, stride_xb, stride_ab, stride_l,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
@@ -224,14 +252,7 @@ def _coupling_bwd_kernel(
                 dscale1 += tl.sum(dv1 * x1, axis=1)
                 dscale2 += tl.sum(dv2 * (x2 * e + 0.1 * a_t), axis=1)
     if part_ptr is not None:
-        groups = tl.num_programs(0) // TILES
-        part_at = part_ptr + group.to(tl.int64) * C + c
-        tl.store(part_at, doffset1, mask=is_passive)
-        tl.store(part_at + C1, doffset2, mask=is_active)
-        if ACT is not None:
-            part_at += groups.to(tl.int64) * C
-            tl.store(part_at, dscale1, mask=is_passive)
-            tl.store(part_at + C1, dscale2, mask=is_active)
+        _store_sums(part_ptr, group, c, is_passive, is_active, doffset1, doffset2, dscale1, dscale2, C, C1, TILES, ACT)
 
 
 @triton.jit
@@ -322,6 +343,82 @@ def _coupling_inv_active_kernel(
             s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
         x = ((y - offset) * factor - 0.1 * a_t) * exp_of_bounded(-s)
         tl.store(x_ptr + b * C * P + x_at, x, mask=active)
+
+
+@triton.jit
+def _coupling_inv_bwd_kernel(
+    y_ptr, dy_ptr, dlogdet_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, x_ptr, dx_ptr, da_ptr, part_ptr, B, P, stride_ab, stride_l,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACT: tl.constexpr, MUL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr, LOOPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The active half of the inverse and the backward in one, but for GIN.
+
+    With u2 = (y[:, inv[C1:]] - offset) / scale, x2 * exp(s) is u2 - 0.1 * a_t, and x[:, C1:] that times exp(-s); the rest as in
+    :func:`_coupling_bwd_kernel`. Program: one tile of channel pairs, LOOPS tiles of columns. P (unless ROWS) and the stride come divided
+    by MUL.
+
+    y_ptr, dy_ptr: (B, C, P) contiguous.
+    dlogdet_ptr: (B,) with stride_l, or None.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    x_ptr: (B, C, P) contiguous; x[:, :C1] is read, x[:, C1:] is out.
+    dx_ptr: (B, C, P) contiguous, out.
+    da_ptr: (B, 2*C2, P) contiguous, out.
+    part_ptr: (2, groups, C), out: sums of dv and of dv * u; or None.
+    """
+    if not ROWS:
+        P = P * MUL
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    TILES: tl.constexpr = (C1 + BLOCK_C - 1) // BLOCK_C
+    group = tl.program_id(0) // TILES
+    c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_passive = c < C1
+    is_active = c < C2
+    j1 = index(inv_ptr, c, is_passive)[:, None]
+    j2 = index(inv_ptr, C1 + c, is_active)[:, None]
+    scale1 = scale(g_ptr, c, is_passive, ACT, ACC)[:, None]
+    scale2 = scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None]
+    factor2 = 1.0 / scale2
+    offset2 = load(offset_ptr + C1 + c, is_active, ACC)[:, None]
+    doffset1 = tl.zeros((BLOCK_C,), ACC)
+    doffset2 = tl.zeros((BLOCK_C,), ACC)
+    dscale1 = tl.zeros((BLOCK_C,), ACC)
+    dscale2 = tl.zeros((BLOCK_C,), ACC)
+    for i in range(LOOPS):
+        b, p, exists = columns(group * LOOPS + i, B, P, BLOCK_Q, ROWS)
+        passive = is_passive[:, None] & exists
+        active = is_active[:, None] & exists
+        at = c[:, None] * P + p
+        x_at = x_ptr + b * C * P + at
+        a_at = a_ptr + b * (stride_ab * MUL) + at
+
+        a_s = load(a_at, active, ACC)
+        a_t = load(a_at + C2 * P, active, ACC)
+        y2 = load(y_ptr + b * C * P + (j2 * P + p), active, ACC)
+        dv2 = load(dy_ptr + b * C * P + (j2 * P + p), active, ACC)
+        dv1 = load(dy_ptr + b * C * P + (j1 * P + p), passive, ACC)
+        t = tanh(TANH_SCALE * a_s)
+        s = CLAMP * t
+        u2 = (y2 - offset2) * factor2
+        x2_e = u2 - 0.1 * a_t
+        tl.store(x_at + C1 * P, x2_e * exp_of_bounded(-s), mask=active)
+        dlogdet = tl.zeros((1, 1), ACC)
+        if dlogdet_ptr is not None:
+            dlogdet = load(dlogdet_ptr + b * stride_l, b < B, ACC)
+        _store_gradients(
+            dx_ptr + b * C * P + at, da_ptr + b * (2 * C2) * P + at, dv1, dv2, x2_e, t, exp_of_bounded(s), dlogdet, scale1, scale2,
+            passive, active, P, C1, C2, CLAMP, TANH_SCALE,
+        )  # fmt: skip
+        if part_ptr is not None:
+            x1 = load(x_at, passive, ACC)
+            doffset1 += tl.sum(dv1, axis=1)
+            doffset2 += tl.sum(dv2, axis=1)
+            dscale1 += tl.sum(dv1 * x1, axis=1)
+            dscale2 += tl.sum(dv2 * u2, axis=1)
+    if part_ptr is not None:
+        _store_sums(part_ptr, group, c, is_passive, is_active, doffset1, doffset2, dscale1, dscale2, C, C1, TILES, ACT)
 
 
 # --- launchers: what depends on shapes, dtypes and constants alone is worked out once -------------------------------------------------
@@ -474,6 +571,28 @@ def _prepare_bwd(
     return _Backward(acc, launch, gin, (1 if spec.gin else 2, cut.groups, channels), finish)
 
 
+@lru_cache(maxsize=1024)
+def _prepare_inv_bwd(
+    shape: tuple[int, ...], stride_ab: int, stride_l: int | None, y: torch.dtype, x: torch.dtype, dy: torch.dtype,
+    dlogdet: torch.dtype | None, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec, need_params: bool, indexed: bool,
+    device: int,
+) -> _Backward:  # fmt: skip
+    batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
+    acc = _accumulator(_promoted(x, a, g))
+    rows = by_rows(channels, pixels, acc.itemsize)
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    mul = alignment(0 if rows else pixels, stride_ab)
+    launch = Launch(
+        _coupling_inv_bwd_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_ab // mul, stride_l or 0), cut.warps,
+        C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), MUL=mul,
+        ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
+    )  # fmt: skip
+    if not need_params:
+        return _Backward(acc, launch, None, None, None)
+    finish = params_launch(cut.groups, batch, pixels, channels, stride_l or 0, spec, acc)
+    return _Backward(acc, launch, None, (2, cut.groups, channels), finish)
+
+
 @_on_its_device
 def coupling_bwd(
     dy: Tensor,
@@ -620,6 +739,7 @@ def coupling_inv_active(
     return _gin_logdet(means, x.shape[0], acc, x.device) if jac and spec.gin else sums
 
 
+@_on_its_device
 def coupling_inv_bwd(
     y: Tensor,
     x: Tensor,
@@ -647,5 +767,21 @@ def coupling_inv_bwd(
     Returns:
         (dx, da, dg, doffset), as :func:`coupling_bwd`.
     """
-    coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
-    return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+    if spec.gin:  # its means would have to be taken first, and then everything read again
+        coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
+        return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
+    y, dy = y.contiguous(), dy.contiguous()
+    stride_l, dlogdet_dtype = (None, None) if dlogdet is None else (dlogdet.stride(0), dlogdet.dtype)
+    prepared = _prepare_inv_bwd(
+        x.shape, a.stride(0), stride_l, y.dtype, x.dtype, dy.dtype, dlogdet_dtype,
+        a.dtype, g.dtype, offset.dtype, spec, need_params, inv is not None, x.get_device(),
+    )  # fmt: skip
+    is_aligned = aligned(y, dy, dlogdet, a, g, offset, inv, x)
+    dx, da = _allocated(x, x.shape, x.dtype), _allocated(a, a.shape, a.dtype)
+    sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=prepared.acc, device=x.device)
+    prepared.launch(is_aligned, y, dy, dlogdet, a, g, offset, inv, x, dx, da, sums)
+    if prepared.finish is None:
+        return dx, da, None, None
+    dg, doffset = torch.empty_like(g), torch.empty_like(offset)
+    prepared.finish(is_aligned, sums, dlogdet, g, dg, doffset)
+    return dx, da, dg, doffset
