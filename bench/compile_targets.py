@@ -100,6 +100,19 @@ def launches_of_passes(shape: tuple[int, ...], dtype: torch.dtype, spec: Couplin
     }
 
 
+def launches_of_undoing(shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec) -> list[Recorded]:
+    """What a reversible chain's backward launches for an input of this shape, the parameters' gradients included.
+
+    ``dtype`` is the subnet's; the chain itself is in float32 where that is a half precision.
+    """
+    batch, channels, *spatial = shape
+    state = torch.promote_types(dtype, torch.float32)
+    y, a = torch.empty(shape, dtype=state), torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype)
+    g, perm, dlogdet = torch.zeros(channels, dtype=state), torch.arange(channels), torch.zeros(batch)
+    shared = (g, g, perm, perm, spec)
+    return launches_of(lambda: coupling.coupling_inv_bwd(y, coupling.coupling_inv_passive(y, *shared), y, dlogdet, a, *shared, True))
+
+
 def compile_for(target: str, launch: Recorded) -> Code:
     """Compile one recorded launch for a target of :data:`TARGETS`."""
     kernel, values = launch.kernel, launch.values

@@ -137,15 +137,15 @@ def _coupling_rows_fwd_kernel(
 
 @triton.jit
 def _store_gradients(
-    dx_at, da_at, dv1, dv2, x2_e, t, e, dlogdet, scale1, scale2, passive, active, P,
-    C1: tl.constexpr, C2: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr,
+    dx1_at, dx2_at, da_at, dv1, dv2, x2_e, t, e, ds, scale1, scale2, passive, active, P,
+    C2: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """dx and da as in :func:`_coupling_bwd_kernel`, from x2 * exp(s), t = tanh, e = exp(s) and what is added to the gradient of s."""
+    """dx and da as in :func:`_coupling_bwd_kernel`, from x2 * exp(s), t = tanh, e = exp(s) and ds, what else the gradient of s has."""
     du2 = dv2 * scale2
-    tl.store(dx_at, dv1 * scale1, mask=passive)
-    tl.store(dx_at + C1 * P, du2 * e, mask=active)
+    tl.store(dx1_at, dv1 * scale1, mask=passive)
+    tl.store(dx2_at, du2 * e, mask=active)
     tl.store(da_at + C2 * P, 0.1 * du2, mask=active)
-    tl.store(da_at, (du2 * x2_e + dlogdet) * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active)
+    tl.store(da_at, (du2 * x2_e + ds) * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active)
 
 
 @triton.jit
@@ -231,18 +231,16 @@ def _coupling_bwd_kernel(
             mean = total(sums_ptr, b, B, PARTS) / (C2 * P)
             s -= mean
         e = exp_of_bounded(s)
-        du2 = dv2 * scale2
-        dx2 = du2 * e
-        tl.store(dx_at + x_at1, dv1 * scale1, mask=passive)
-        tl.store(dx_at + x_at2, dx2, mask=active)
-        tl.store(da_at + C2 * P, 0.1 * du2, mask=active)
-        ds = dx2 * x2
+        x2_e = x2 * e
+        ds = tl.zeros((1, 1), ACC)
         if sums_ptr is not None:
-            # the sum was taken with exp(s + mean)
+            # the sum was taken with exp(s + mean), and before the scale, which GIN has none of
             ds -= total(sums_ptr + B * PARTS, b, B, PARTS) * exp_of_bounded(-mean) / (C2 * P)
         if dlogdet_ptr is not None:
             ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)
-        tl.store(da_at, ds * (CLAMP * TANH_SCALE * (1.0 - t * t)), mask=active)
+        _store_gradients(
+            dx_at + x_at1, dx_at + x_at2, da_at, dv1, dv2, x2_e, t, e, ds, scale1, scale2, passive, active, P, C2, CLAMP, TANH_SCALE
+        )  # fmt: skip
         if part_ptr is not None:
             doffset1 += tl.sum(dv1, axis=1)
             doffset2 += tl.sum(dv2, axis=1)
@@ -250,7 +248,7 @@ def _coupling_bwd_kernel(
                 x1 = load(x_at + x_at1, passive, ACC)
                 a_t = load(a_at + C2 * P, active, ACC)
                 dscale1 += tl.sum(dv1 * x1, axis=1)
-                dscale2 += tl.sum(dv2 * (x2 * e + 0.1 * a_t), axis=1)
+                dscale2 += tl.sum(dv2 * (x2_e + 0.1 * a_t), axis=1)
     if part_ptr is not None:
         _store_sums(part_ptr, group, c, is_passive, is_active, doffset1, doffset2, dscale1, dscale2, C, C1, TILES, ACT)
 
@@ -393,6 +391,7 @@ def _coupling_inv_bwd_kernel(
         at = c[:, None] * P + p
         x_at = x_ptr + b * C * P + at
         a_at = a_ptr + b * (stride_ab * MUL) + at
+        dx_at = dx_ptr + b * C * P + at
 
         a_s = load(a_at, active, ACC)
         a_t = load(a_at + C2 * P, active, ACC)
@@ -404,12 +403,12 @@ def _coupling_inv_bwd_kernel(
         u2 = (y2 - offset2) * factor2
         x2_e = u2 - 0.1 * a_t
         tl.store(x_at + C1 * P, x2_e * exp_of_bounded(-s), mask=active)
-        dlogdet = tl.zeros((1, 1), ACC)
+        ds = tl.zeros((1, 1), ACC)
         if dlogdet_ptr is not None:
-            dlogdet = load(dlogdet_ptr + b * stride_l, b < B, ACC)
+            ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)
         _store_gradients(
-            dx_ptr + b * C * P + at, da_ptr + b * (2 * C2) * P + at, dv1, dv2, x2_e, t, exp_of_bounded(s), dlogdet, scale1, scale2,
-            passive, active, P, C1, C2, CLAMP, TANH_SCALE,
+            dx_at, dx_at + C1 * P, da_ptr + b * (2 * C2) * P + at, dv1, dv2, x2_e, t, exp_of_bounded(s), ds, scale1, scale2,
+            passive, active, P, C2, CLAMP, TANH_SCALE,
         )  # fmt: skip
         if part_ptr is not None:
             x1 = load(x_at, passive, ACC)
@@ -580,7 +579,9 @@ def _prepare_inv_bwd(
     batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     acc = _accumulator(_promoted(x, a, g))
     rows = by_rows(channels, pixels, acc.itemsize)
-    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    # half the columns where coefficients in half precision are unpacked beside seven rows of float32: 140 registers a thread otherwise
+    widest = 2 * acc.itemsize if rows and a.itemsize < acc.itemsize else acc.itemsize
+    cut = plan(channels - channels // 2, batch, pixels, widest, rows, _COLUMNS_BWD if need_params else _COLUMNS)
     mul = alignment(0 if rows else pixels, stride_ab)
     launch = Launch(
         _coupling_inv_bwd_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_ab // mul, stride_l or 0), cut.warps,
