@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 
 from bench import textures
-from fastflow_kernels import dispatch, eager
+from fastflow_kernels import dispatch, eager, lightning
 from fastflow_kernels.lightning import Accelerate
 
 pytestmark = [
@@ -161,6 +162,11 @@ def test_every_block_runs_fused_under_the_engine(
     messages = [record.message for record in caplog.records if "fastflow_kernels" in record.message]
     assert messages == ["fastflow_kernels: 12 of 12 blocks accelerated"]  # once: prediction finds it done
     assert run.checkpoint.exists()
+
+
+def test_example_of_the_docstring_runs() -> None:
+    failed, attempted = doctest.testmod(lightning)
+    assert (failed, attempted > 0) == (0, True)
 
 
 def test_callback_refuses_a_backend_it_does_not_know() -> None:
