@@ -38,9 +38,12 @@ class Goal:
 
 def goals(rows: list[Row]) -> list[Goal]:
     """The goals for the rows of one device and dtype, which are other ones on a GPU than on a CPU."""
-    rows = [row for row in rows if "skipped" not in row and row["kind"] != "sweep"]
+    depths = [row for row in rows if row["kind"] == "depth"]
+    rows = [row for row in rows if "skipped" not in row and row["kind"] not in ("sweep", "depth")]
+    if not rows:
+        return _of_reversible_chains(depths)
     own = _on_cpu if any(row["device"].startswith("cpu") for row in rows) else _on_gpu
-    return [*own(rows), *_everywhere(rows)]
+    return [*own(rows), *_everywhere(rows), *(_of_reversible_chains(depths) if depths else [])]
 
 
 def _on_gpu(rows: list[Row]) -> list[Goal]:
@@ -81,6 +84,24 @@ def _on_cpu(rows: list[Row]) -> list[Goal]:
                 ("channels-last", 2.0, {"workload": "channels-last"}),
             )
         ),
+    ]
+
+
+def _of_reversible_chains(rows: list[Row]) -> list[Goal]:
+    ours = _of(rows, provider=("reversible",))
+    kept = {(tuple(row["shape"]), row["depth"]): row["kept_bytes"] for row in ours}
+    growth = [(kept[shape, 32] / kept[shape, 4], shape) for shape, depth in kept if depth == 32 and (shape, 4) in kept]
+    most, where = max(growth, default=(None, ()))
+    theirs = {(tuple(row["shape"]), row["depth"]): row["times_plain"] for row in _of(rows, provider=("anomalib",))}
+
+    def share(row: Row) -> float | None:
+        stock = theirs.get((tuple(row["shape"]), row["depth"]))
+        return row["times_plain"] / stock if stock else None
+
+    return [
+        Goal("reversible chain: bytes kept for backward at 32 blocks, times those at 4", 1.2, most, "x".join(map(str, where)), True),
+        _decided_by(max, "reversible chain: time of a train step, times our plain chain's", 1.4, ours, lambda r: r["times_plain"], True),
+        _decided_by(max, "reversible chain: time of a train step, times anomalib's plain chain's", 1.0, ours, share, True),
     ]
 
 

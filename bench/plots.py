@@ -21,6 +21,7 @@ from bench.subject import MODES
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
 MODE_STYLES = {"forward": (BLUE, "o"), "inverse": (SKY, "s"), "backward": (RED, "^"), "train": (ORANGE, "D")}
 BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
+DEPTH_STYLES = {"plain": (SKY, "s"), "checkpoint": (GREEN, "^"), "anomalib": (RED, "D"), "reversible": (BLUE, "o")}
 EXECUTION_MARKERS = {"": "o", "-compiled": "^", "-graphs": "s"}
 LINES = {"o": "-", "^": "--", "s": ":"}
 MARGIN = {"left": 2.9, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
@@ -116,6 +117,25 @@ def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
     figure.tight_layout(rect=(0, 0.1, 1, 0.88))
     _finish(figure, f"Cost as the input grows: train step of the block alone\n{title}", [_handle(p, p) for p in providers], path)
     return True
+
+
+def save_depth(rows: list[Row], title: str, path: Path) -> None:
+    """Peak memory and time of a train step as a chain gets longer."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.6), dpi=120, squeeze=False)
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    for axis, key, unit, text in zip(axes[0], ("peak_bytes", "median_us"), (1e-6, 1e-3), ("peak, MB", "ms per train step"), strict=True):
+        for provider in providers:
+            points = sorted((row["depth"], row[key] * unit) for row in rows if row["provider"] == provider)
+            colour, marker = DEPTH_STYLES[provider]
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3)
+        axis.set(xscale="log", yscale="log", xlabel="blocks")
+        axis.set_title(text, fontsize=9)
+        _plain_ticks(axis, sorted({row["depth"] for row in rows}))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.grid(True, which="major", color="0.88")
+    figure.tight_layout(rect=(0, 0.1, 1, 0.88))
+    handles = [Line2D([], [], color=DEPTH_STYLES[p][0], marker=DEPTH_STYLES[p][1], label=p) for p in providers]
+    _finish(figure, f"Training a chain: memory and time against depth\n{title}", handles, path)
 
 
 def _fixed_part(name: str, shape: Sequence[int]) -> str:

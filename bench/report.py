@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.cases import WORKLOADS
 from bench.goals import Goal, goals
-from bench.plots import label, save_share, save_speedup, save_sweep
+from bench.plots import label, save_depth, save_share, save_speedup, save_sweep
 from bench.providers import PROVIDERS
 from bench.records import RESULTS, Row, newest, read
 from bench.subject import MODES
@@ -75,11 +75,38 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
         save, more = plots[file]
         if save(rows, *more, title, out / file):
             parts += [f"![{file.removesuffix('.png')}]({file})", ""]
+    parts += _depths(rows, title, name, out)
     for kind, heading in HEADINGS.items():
         chosen = [row for row in rows if row["kind"] == kind]
         if chosen:
             parts += [f"### {heading}", "", *figure_table(chosen), "", *_notes(chosen)]
     return parts
+
+
+def _depths(rows: list[Row], title: str, name: str, out: Path) -> list[str]:
+    """Memory and time against depth: for every shape a plot and a table."""
+    parts = []
+    for shape, found in _grouped((row for row in rows if row["kind"] == "depth"), lambda row: "x".join(map(str, row["shape"]))):
+        file = f"depth-{shape}-{name}.png"
+        save_depth(found, f"{shape}, {title}", out / file)
+        parts += [f"### Against depth, {shape}", "", f"![{file.removesuffix('.png')}]({file})", "", *depth_table(found), ""]
+    return parts
+
+
+def depth_table(rows: list[Row]) -> list[str]:
+    """A line per depth: peak memory and time per step of every chain, the time also as a multiple of the plain chain's."""
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = ["Peak MB of a train step; ms, and times the plain chain's.", "", f"| blocks | {' | '.join(providers)} |"]
+    lines.append("|---:|" + "---:|" * len(providers))
+    for depth, group in _grouped(sorted(rows, key=lambda row: row["depth"]), lambda row: row["depth"]):
+        cells = [
+            f"{row['peak_bytes'] * 1e-6:,.1f} MB; {row['median_us'] * 1e-3:,.0f} ms ({row['times_plain']:.2f}x)"
+            for provider in providers
+            for row in group
+            if row["provider"] == provider
+        ]
+        lines.append(f"| {depth} | {' | '.join(cells)} |")
+    return lines
 
 
 def _provenance(rows: list[Row]) -> str:
