@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow_kernels import ReversibleSequence
+
 
 class SequenceFlow(nn.Module):
     """A chain of invertible blocks whose log-dets add up."""
@@ -38,6 +40,21 @@ class SequenceFlow(nn.Module):
         return [block.subnet for block in self.blocks]
 
 
+class ReversibleFlow(SequenceFlow):
+    """The same chain, trained in memory that does not grow with the number of blocks; same state dict."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__(blocks)
+        chain = ReversibleSequence(*blocks[0].dims_in[0])
+        for block in blocks:
+            chain.append(block)
+        self.__dict__["chain"] = chain  # no submodule, or the state dict would hold everything twice
+
+    def forward(self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False) -> tuple[Tensor, Tensor]:
+        """As the plain chain; without conditions."""
+        return self.chain(x, c, rev)
+
+
 def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, int], nn.Sequential]:
     """A constructor of anomalib's FastFlow subnet: convolution, ReLU, convolution."""
 
@@ -52,17 +69,18 @@ def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, i
     return construct
 
 
-def fastflow(block_class: Callable[..., nn.Module], shape: tuple[int, int, int], steps: int = 8) -> SequenceFlow:
+def fastflow(
+    block_class: Callable[..., nn.Module], shape: tuple[int, int, int], steps: int = 8, flow: type[SequenceFlow] = SequenceFlow
+) -> SequenceFlow:
     """Build FastFlow's chain for features of ``shape`` (C, H, W): 3x3 and 1x1 subnets in turn, clamp 2, hard permutations.
 
     Args:
         block_class: The AllInOneBlock to use. Exchanging it here is all it takes to exchange the maths.
         shape: Channels, height and width of the features.
         steps: Number of blocks.
+        flow: The chain's class.
     """
-    return SequenceFlow(
-        [block_class([shape], subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1), affine_clamping=2.0) for i in range(steps)]
-    )
+    return flow([block_class([shape], subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1), affine_clamping=2.0) for i in range(steps)])
 
 
 def negative_log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:

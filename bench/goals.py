@@ -88,7 +88,8 @@ def _on_cpu(rows: list[Row]) -> list[Goal]:
 
 
 def _of_reversible_chains(rows: list[Row]) -> list[Goal]:
-    ours = _of(rows, provider=("reversible",))
+    """Of chains of 4 blocks and more: shorter ones have nothing to gain."""
+    ours = [row for row in _of(rows, provider=("reversible",)) if row["depth"] >= 4]
     kept = {(tuple(row["shape"]), row["depth"]): row["kept_bytes"] for row in ours}
     growth = [(kept[shape, 32] / kept[shape, 4], shape) for shape, depth in kept if depth == 32 and (shape, 4) in kept]
     most, where = max(growth, default=(None, ()))

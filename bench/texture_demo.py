@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import fastflow_kernels
 import reference
-from bench.fastflow import SequenceFlow, anomaly_map, fastflow, negative_log_likelihood
+from bench.fastflow import ReversibleFlow, SequenceFlow, anomaly_map, fastflow, negative_log_likelihood
 from bench.features import CHANNELS, STRIDE, filter_bank, standardise
 from bench.machine import describe_machine
 from bench.memory import bytes_kept_for_backward
@@ -155,11 +155,12 @@ def our_block() -> Callable[..., nn.Module]:
     return partial(fastflow_kernels.AllInOneBlock, dialect="anomalib")
 
 
-def equal_runs(stock: Callable[..., nn.Module], seed: int) -> dict[str, Run]:
-    """Build the three runs with equal weights: stock, ours, and stock with nudged inputs."""
+def equal_runs(stock: Callable[..., nn.Module], seed: int, reversible: bool = False) -> dict[str, Run]:
+    """Build the three runs with equal weights: stock, ours (perhaps as a reversible chain), and stock with nudged inputs."""
     torch.manual_seed(seed)
     blocks = {"stock": stock, "ours": our_block(), "nudged": stock}
-    runs = {name: Run(fastflow(block, SHAPE, FLOW_STEPS)) for name, block in blocks.items()}
+    flows = {"ours": ReversibleFlow} if reversible else {}
+    runs = {name: Run(fastflow(block, SHAPE, FLOW_STEPS, flows.get(name, SequenceFlow))) for name, block in blocks.items()}
     for name in ("ours", "nudged"):
         runs[name].model.load_state_dict(runs["stock"].model.state_dict(), strict=True)
     runs["nudged"].nudge = EPS
@@ -346,6 +347,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="torch threads (default: 1, which stays steady on a busy machine)",
     )
+    parser.add_argument("--reversible", action="store_true", help="train ours as a reversible chain, which keeps no activations")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights, crops and defects (default: 0)")
     options = parser.parse_args(arguments)
     if options.steps is None:
@@ -362,7 +364,8 @@ def introduce(options: argparse.Namespace) -> None:
         "FastFlow, an anomaly detector, trained on photographs: the stock maths and fastflow_kernels side by side.\n"
         f"machine  {describe_machine()}\n"
         f"stock    {STOCK[options.stock]}\n"
-        "ours     fastflow_kernels.AllInOneBlock: from the same weights, on the same batches, one step of each in turn\n"
+        f"ours     fastflow_kernels.AllInOneBlock{' in a reversible chain' if options.reversible else ''}: "
+        "from the same weights, on the same batches, one step of each in turn\n"
         f"data     {', '.join(TEXTURES)} (in scikit-image); trained on clean crops, tested on held-out crops with painted defects\n"
         f"model    {FLOW_STEPS} flow steps on filter-bank features {CHANNELS} x {CROP // STRIDE} x {CROP // STRIDE}, float32\n"
         f"training {options.steps} steps per texture, batches of {BATCH}",
@@ -388,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name in TEXTURES:
             bar.set_postfix_str(f"{name}: features")
             task = prepare(name, photographs, crops=16 if options.short else 96, per_kind=2 if options.short else 4, seed=options.seed)
-            runs = equal_runs(stock, options.seed)
+            runs = equal_runs(stock, options.seed, options.reversible)
             kept = kept or kept_bytes(runs, task.train[:BATCH].clone())  # the same for every texture
             train(task, runs, options.steps, options.seed, bar)
             results.append(evaluate(task, runs))
@@ -399,6 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         "steps": options.steps,
         "seed": options.seed,
         "stock": options.stock,
+        "reversible": options.reversible,
         "batch": BATCH,
         "test_crops": sum(len(r.task.examples) for r in results),
     }

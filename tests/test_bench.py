@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import reference
-from bench import measure, providers, records, timing
+from bench import measure, providers, records, reversible, timing
 from bench.cases import QUICK, WORKLOADS, Workload, workloads
 from bench.goals import goals
 from bench.measure import Settings, Task
@@ -306,3 +306,47 @@ def test_a_spent_budget_begins_no_group() -> None:
     for provider in ("ours", "freia"):
         assert run.outcome("block", SMALL, "train", "float32", provider) is None
     assert run.left_out == ["block small 3x6x4x4 train float32"]
+
+
+# --- against depth -------------------------------------------------------------------------------------------------------------------
+
+
+def test_depth_rows_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.report import write_report
+
+    monkeypatch.setattr(reversible, "anomalib_block", providers.peers.anomalib_block)
+    options = ["--shape", "2,16,24,24", "--depths", "4,32", "--repeats", "2", "--out", str(tmp_path), "--device", "cpu"]
+    reversible.main(options)
+    rows = records.read([tmp_path])
+    assert {(r["provider"], r["depth"]) for r in rows} == {(p, d) for p in ("plain", "checkpoint", "reversible") for d in (4, 32)}
+    by = {(r["provider"], r["depth"]): r for r in rows}
+    assert by["plain", 32]["peak_bytes"] > 3 * by["plain", 4]["peak_bytes"]
+    assert by["reversible", 32]["peak_bytes"] < 1.5 * by["reversible", 4]["peak_bytes"]
+    found = {goal.text: goal for goal in goals(rows)}
+    kept = found["reversible chain: bytes kept for backward at 32 blocks, times those at 4"]
+    assert kept.found == by["reversible", 32]["kept_bytes"] / by["reversible", 4]["kept_bytes"]
+    assert (kept.verdict, kept.where) == ("reached", "2x16x24x24")
+    assert found["reversible chain: time of a train step, times anomalib's plain chain's"].verdict == "not measured"
+    text = write_report([*rows, row()], tmp_path / "report").read_text()
+    assert "### Against depth, 2x16x24x24" in text
+    assert len(list((tmp_path / "report").glob("depth-2x16x24x24-*.png"))) == 1
+
+
+def test_peak_counts_what_is_alive_at_a_time() -> None:
+    with reversible.Peak() as peak:
+        a = torch.zeros(1000)
+        for _ in range(3):
+            b = a + 1
+            b.view(10, 100).add_(1)
+            del b
+    assert (peak.most, peak.now) == (8000, 4000)
+
+
+def test_depth_compares_chains_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, other = (reversible.build("plain", (2, 8, 4, 4), 2, "cpu") for _ in range(2))
+    for c in (chain, other):
+        reversible.loss_of(c, torch.ones(2, 8, 4, 4)).backward()
+    reversible.assert_alike({"plain": chain, "other": other})
+    other[0].global_scale.grad.mul_(10.0)
+    with pytest.raises(AssertionError, match="other: the gradients are off"):
+        reversible.assert_alike({"plain": chain, "other": other})
