@@ -1,6 +1,6 @@
 # make demo   train the anomaly detector of the README with the stock block and with this package, side by side
 # make test   style, tests, kernels without a GPU, and the comparison with FrEIA and anomalib
-# make ecosystem  anomalib, FrEIA, Lightning, exporters as PyPI ships them, in an environment of their own (.venv-ecosystem)
+# make ecosystem  anomalib, FrEIA, Lightning and exporters as PyPI ships them (an environment of their own)
 # make bench  the benchmarks, e.g. make bench BENCH_ARGS="--workloads fastflow-wrn50 --record" (options: bench/conftest.py); make report
 # make package | docs   the wheel, built and used in an empty environment; the documentation, docs/build/index.html
 # make oldest | newest  a part of the tests on the oldest supported versions, on the newest that can be had (an environment of its own each)
@@ -15,8 +15,7 @@ REPORT_ARGS ?=
 OUT ?= out/gpu
 VENV := .venv/.stamp
 
-.PHONY: demo test lint bench report package docs oldest newest gpu clean
-.PHONY: demo test ecosystem lint bench report gpu clean
+.PHONY: demo test ecosystem lint bench report package docs oldest newest gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)
@@ -55,6 +54,5 @@ $(VENV): pyproject.toml constraints.txt ci/peers.txt ci/triton.txt ci/venv.sh
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks build dist out docs/build docs/generated *.egg-info
-	rm -rf .venv .venv-ecosystem .pytest_cache .ruff_cache .hypothesis .benchmarks build dist out *.egg-info
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks build dist out docs/build docs/generated *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
