@@ -171,10 +171,7 @@ def all_in_one_block(
     direction = _inverse if rev else _forward
     layout = _layout(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
-    rows = layout is not torch.contiguous_format
-    if rows and spec.gin:  # its mean runs over all rows of a sample: the eager functions are told, the kernels take a contiguous copy
-        rows = dispatch.pick(_as_rows(x), backend) is eager
-        spec = spec._replace(gin_rows=math.prod(x.shape[2:]))
+    rows, spec = _pixels_as_rows(x, spec, backend)
     x = x if rows else dispatch.coverable(x, backend)
     spec = spec._replace(reverse=reverse_permutation and _folds_reverse(_as_rows(x) if rows else x, permutation, rev, backend))
     gathers = reverse_permutation and not spec.reverse
@@ -311,6 +308,15 @@ def _layout(x: Tensor) -> torch.memory_format:
         if x.is_contiguous(memory_format=layout):
             return layout
     return torch.contiguous_format
+
+
+def _pixels_as_rows(x: Tensor, spec: CouplingSpec, backend: str) -> tuple[bool, CouplingSpec]:
+    """Whether the coupling is given pixels as rows, and what it is then told."""
+    if _layout(x) is torch.contiguous_format or not spec.gin:
+        return _layout(x) is not torch.contiguous_format, spec
+    if dispatch.pick(_as_rows(x), backend) is not eager:
+        return False, spec  # the mean of GIN runs over all rows of a sample, which the kernels have no form for: a contiguous copy
+    return True, spec._replace(gin_rows=math.prod(x.shape[2:]))
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -531,9 +537,11 @@ def all_in_one_block_bwd(
         subnet, global_scale, global_offset, permutation, spec, conditions, reverse_permutation, backend: As given to the block.
         needs: Whether the gradient of x, and whether those of global_scale and global_offset are wanted.
     """
+    backend = dispatch.resolved(backend)
     layout = _layout(y)
-    rows = not spec.gin and layout is not torch.contiguous_format
-    operations = dispatch.pick(_as_rows(y) if rows else y, dispatch.resolved(backend)) or eager
+    rows, spec = _pixels_as_rows(y, spec, backend)
+    y = y if rows else dispatch.coverable(y, backend)
+    operations = dispatch.pick(_as_rows(y) if rows else y, backend) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()
     if isinstance(permutation, IndexPermutation):
         (perm, inv), v, dv = permutation, y, dy
@@ -586,4 +594,5 @@ def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         torch.autograd.backward(function(x), gradient)
+    assert x.grad is not None  # no permutation ignores its input
     return x.grad

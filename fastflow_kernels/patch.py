@@ -153,7 +153,8 @@ def restore(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
-    entries, chains = [], []
+    entries: list[Entry] = []
+    chains: list[Entry] = []
     for name, block in _modules_of(model):
         if isinstance(block, (_Accelerated, _Reversible)):
             addition = _Accelerated if isinstance(block, _Accelerated) else _Reversible
@@ -454,22 +455,23 @@ class _Reversible(Reversible):
     _fastflow_stock: type
     _fastflow_attributes = ("checkpoint_every", "debug", "drift", "_measured_spacing")
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new, (_Reversible, self._fastflow_stock), self.__dict__.copy()
 
 
-def _made_reversible(chain: nn.Module) -> tuple[bool, str] | None:
+def _made_reversible(chain: Any) -> tuple[bool, str] | None:
     """Make a SequenceINN reversible: whether that was done, and why; None for another module."""
     if isinstance(chain, Reversible):
         return False, "is reversible already"
-    stock = next((base for base in type(chain).__mro__ if base.__name__ == "SequenceINN" and "forward" in vars(base)), None)
+    cls: type = type(chain)
+    stock: Any = next((base for base in cls.__mro__ if base.__name__ == "SequenceINN" and "forward" in vars(base)), None)
     if stock is None:
         return None
-    if type(chain).forward is not stock.forward or "forward" in vars(chain):
-        return False, f"{type(chain).__name__} overrides forward"
+    if getattr(cls, "forward", None) is not stock.forward or "forward" in vars(chain):
+        return False, f"{cls.__name__} overrides forward"
     try:
-        reversible = _derived(_Reversible, type(chain))
-        alike = all(_answers(type(chain), chain, rev) == _answers(reversible, chain, rev) for rev in (False, True))
+        reversible = _derived(_Reversible, cls)
+        alike = all(_answers(cls, chain, rev) == _answers(reversible, chain, rev) for rev in (False, True))
     except Exception as error:
         return False, f"it could not be asked: {type(error).__name__}: {error}"
     if not alike:
@@ -490,7 +492,7 @@ class _Step(nn.Module):
         return (self.factor * x[0] + sum(c),), self.factor * (1 + 2 * rev + 4 * jac)
 
 
-def _answers(cls: type, chain: nn.Module, rev: bool) -> list[float]:
+def _answers(cls: type, chain: Any, rev: bool) -> list[float]:
     """What a chain of two such modules, the second with a condition, returns as one of class ``cls``."""
     asked = copy.copy(chain)
     asked.__class__ = cls

@@ -49,7 +49,7 @@ class _Subnet:
         self.places = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
         self.parameters = list(dict.fromkeys(p for *_, p in self.places))
         self.buffers = [(m._buffers, name, b, m.training) for m in modules for name, b in m._buffers.items() if b is not None]
-        self.changed: list[tuple[dict[str, Tensor | None], str, Tensor]] = []  # buffers that a run may change, as they were before it
+        self.changed: list[tuple[dict[str, Any], str, Tensor]] = []  # buffers that a run may change, as they were before it
         self.random: list[Tensor] | None = None
         self.autocast = _autocast(device.type)
 
@@ -58,7 +58,7 @@ class _Subnet:
         before = [(b._version, b.clone()) for _, _, b, _ in self.buffers]
         with self.autocast():
             a = self.evaluate(x)
-        if random is not None and not all(map(torch.equal, random, self._random_state())):
+        if random is not None and not all(map(torch.equal, random, self._random_state() or random)):
             self.random = random
         for (holder, name, b, training), (version, value) in zip(self.buffers, before, strict=True):
             # a spectral norm's vectors; a batch norm's statistics, whose change shows in no version
@@ -92,7 +92,7 @@ class _Subnet:
         only then.
         """
         now = [(m, m.training) for m, _ in self.training]
-        mine = [(holder, name, stand_ins[p]) for holder, name, p in self.places]
+        mine: list[tuple[dict[str, Any], str, Tensor]] = [(holder, name, stand_ins[p]) for holder, name, p in self.places]
         mine += [(holder, name, value.clone()) for holder, name, value in self.changed]  # a copy, for a run changes it
         outside = [(holder, name, holder.get(name)) for holder, name, _ in mine]
         try:
@@ -252,14 +252,16 @@ class _Block(Function):
         x, y, g, offset, vectors, *rest = ctx.saved_tensors
         rest = rest[: call.conditions + len(call.subnet.parameters)]
         needs = ctx.needs_input_grad
-        leaves = [
+        leaves: list[Any] = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip((g, offset, vectors, *rest), needs[2:], strict=True)
         ]
         g, offset, vectors, *rest = leaves
-        permutation = call.permutation if vectors is None else call.permutation._replace(vectors=vectors)
+        permutation = call.permutation
+        if isinstance(permutation, HouseholderPermutation) and vectors is not None:
+            permutation = permutation._replace(vectors=vectors)
         conditions, parameters = rest[: call.conditions], rest[call.conditions :]
-        arguments = (call.subnet.again, g, offset, permutation, call.spec, conditions)
-        options = {"reverse_permutation": call.reverse_permutation, "backend": call.backend}
+        arguments: Any = (call.subnet.again, g, offset, permutation, call.spec, conditions)
+        options: Any = {"reverse_permutation": call.reverse_permutation, "backend": call.backend}
         with (
             _without_autocast(call.subnet.device.type),
             call.subnet.as_it_was(dict(zip(call.subnet.parameters, parameters, strict=True))),
@@ -272,14 +274,12 @@ class _Block(Function):
             found = all_in_one_block_bwd(y, dy, dlogdet, *arguments, needs=(needs[1], needs[2] or needs[3]), **options)
         if x is not None:
             call.link.compare(found.x, x, y)
-        if needs[1] and not call.link.first:
+        if needs[1] and not call.link.first and call.link.previous is not None:
             call.link.previous.output = found.x
         return None, found.dx if needs[1] else None, found.dg, found.doffset, *(None if t is None else t.grad for t in leaves[2:])
 
 
-def _differentiated(
-    x: Tensor, dy: Tensor | None, dlogdet: Tensor | None, need: bool, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> Tensor | None:
+def _differentiated(x: Tensor, dy: Tensor | None, dlogdet: Tensor | None, need: bool, arguments: Any, options: Any) -> Tensor | None:
     """The gradient of x where x itself was kept: the block runs once more, for autograd."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(need)
@@ -302,7 +302,7 @@ def _fixed(permutation: Permutation) -> tuple[Tensor, ...]:
 class Reversible:
     """What the class of a reversible chain adds to that of FrEIA's SequenceINN; see :class:`ReversibleSequence`."""
 
-    module_list: nn.ModuleList
+    module_list: Any  # an nn.ModuleList of modules of which no type tells the attributes
     conditions: list[int | None]
     force_tuple_output: bool
     checkpoint_every: int | None = None
@@ -312,7 +312,7 @@ class Reversible:
 
     def forward(
         self, x_or_z: Tensor | Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
-    ) -> tuple[Tensor | tuple[Tensor, ...], Tensor | int]:
+    ) -> tuple[Any, Any]:
         """Evaluate the chain or its inverse.
 
         Args:
@@ -327,7 +327,7 @@ class Reversible:
         Raises:
             RuntimeError: A hook exchanged a block's input or output.
         """
-        x = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
+        x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
         links = {} if rev else self._links(x)
         if 0 in links:  # under autocast the chain stays in the parameters' dtype from the start
             x = (x[0].to(eager.promoted(x[0], self.module_list[0].global_scale)),)
@@ -335,8 +335,8 @@ class Reversible:
         log_det: Tensor | int = 0
         for i in reversed(order) if rev else order:
             given, link, condition = x, links.get(i), self.conditions[i]
-            arguments = {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "run": link}
-            if condition is not None:
+            arguments: dict[str, Any] = {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "run": link}
+            if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]
             x, j = self.module_list[i](x, **arguments)
             if link is not None and link.seen != (_identity(given[0]), _identity(x[0])):
@@ -352,7 +352,7 @@ class Reversible:
         lines = [f"block {place}: its input is off by {self.drift[place]:.2g} of its norm" for place in places]
         growth = {after: self.drift[after] / max(self.drift[before], 1e-30) for before, after in pairwise(places) if before == after + 1}
         if growth:
-            worst = max(growth, key=growth.get)
+            worst = max(growth, key=growth.__getitem__)
             lines.append(f"worst: block {worst}, whose inverse multiplies the error by {growth[worst]:.2g}")
         return "\n".join(lines)
 
@@ -361,7 +361,8 @@ class Reversible:
         if not torch.is_grad_enabled() or len(x) != 1 or not isinstance(x[0], Tensor) or not x[0].numel() or dispatch.needs_composite(x[0]):
             return {}
         links: dict[int, _Link] = {}
-        self.drift = drift = {}
+        drift: dict[int, float] = {}
+        self.drift = drift
         for i, module in enumerate(self.module_list):
             if not is_reversible(module):
                 continue
@@ -383,7 +384,7 @@ class Reversible:
     def _heed(self, error: float, segment: list[int], dtype: torch.dtype) -> None:
         """Draw the conclusions from the error that has built up between the last and the first block of a segment."""
         first, last = segment
-        eps, wanted = torch.finfo(dtype).eps, _WANTED[dtype]
+        eps, wanted = torch.finfo(dtype).eps, _WANTED.get(dtype, _WARNED)
         if not error > wanted:  # nan: a value has overflowed, and the gradients are nan as those of a plain chain are
             return
         blocks = last - first + 1
@@ -480,7 +481,7 @@ class ReversibleSequence(Reversible, InvertibleModule):
         if isinstance(module_class, nn.Module):
             if kwargs or cond_shape is not None:
                 raise TypeError(f"expected no arguments beside an instance, got {', '.join([*kwargs, *['cond_shape'] * bool(cond_shape)])}")
-            module = module_class
+            module: Any = module_class
             expected = [tuple(shape) for shape in getattr(module, "dims_in", dims_in)]
             if expected != dims_in:
                 raise ValueError(f"expected a module for inputs of shape {dims_in}, got one for {expected}")
@@ -490,7 +491,7 @@ class ReversibleSequence(Reversible, InvertibleModule):
                     raise TypeError(f"expected cond_shape, the shape of condition {cond}, got None")
                 kwargs["dims_c"] = [cond_shape]
             module = module_class(dims_in, **kwargs)
-        dims_out = module.output_dims(dims_in)
+        dims_out: list[tuple[int, ...]] = module.output_dims(dims_in)
         if len(dims_out) != 1:
             raise ValueError(f"expected a module with one output, got {len(dims_out)} of {type(module).__name__}")
         self.conditions.append(cond)
