@@ -341,7 +341,7 @@ def coupling_bwd(
     """Gradients of :func:`coupling_fwd`; tanh and exp are computed again rather than kept.
 
     Args:
-        dy: Gradient of y, (B, C, *S); where scale and offset are folded, that of log(scale) * u, contiguous, whose memory may become dx.
+        dy: Gradient of y, (B, C, *S); where scale and offset are folded, that of log(scale) * u, whose memory may become dx.
         dlogdet: Gradient of the log-determinant, (B,), or None.
         x, a, g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
@@ -367,7 +367,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """:func:`coupling_bwd`; with ``invert`` the active channels of x hold u, in the accumulator's dtype, and x is written there."""
     acc = _accumulator(promoted(x, a, g))
-    in_place = spec.folded and dy.dtype is x.dtype is acc  # a pass over memory less
+    in_place = spec.folded and dy.dtype is x.dtype is acc and dy.is_contiguous()  # a pass over memory less
     dx = dy if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     scale, _ = _channelwise_constants(g, offset, spec, acc)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflow_kernels import dispatch, eager
+from fastflow_kernels.layouts import as_rows, from_rows, memory_format
 from fastflow_kernels.permutations import (
     HouseholderPermutation,
     IndexPermutation,
@@ -20,6 +21,7 @@ from fastflow_kernels.permutations import (
     gather_channels,
     reflect,
     reflect_bwd,
+    take_channels,
 )
 from fastflow_kernels.spec import CouplingSpec
 
@@ -169,11 +171,11 @@ def all_in_one_block(
     """
     backend = dispatch.resolved(backend)
     direction = _inverse if rev else _forward
-    layout = _layout(x)
+    layout = memory_format(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     rows, spec = _pixels_as_rows(x, spec, backend)
     x = x if rows else dispatch.coverable(x, backend)
-    spec = spec._replace(reverse=reverse_permutation and _folds_reverse(_as_rows(x) if rows else x, permutation, rev, backend))
+    spec = spec._replace(reverse=reverse_permutation and _folds_reverse(as_rows(x) if rows else x, permutation, rev, backend))
     gathers = reverse_permutation and not spec.reverse
     if gathers and not rev:
         x = permutation.unpermute(x).contiguous(memory_format=layout)
@@ -211,7 +213,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(_as_rows(x) if rows else x, backend)
+    operations = dispatch.pick(as_rows(x) if rows else x, backend)
     if operations is None:
         x1, x2 = eager.halves(x)
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
@@ -228,7 +230,7 @@ def _forward(
     else:
         x1, x = _Fork.apply(x, index)
     a = _coefficients(subnet, x1, conditions, x)
-    a = a.contiguous(memory_format=_layout(x)) if rows else dispatch.packed(operations, a)
+    a = a.contiguous(memory_format=memory_format(x)) if rows else dispatch.packed(operations, a)
     # what of the permutation is part of the coupling: an index, reflections, or a fixed matrix where the kernels do not apply scale and
     # offset for nothing; the rest comes after it
     inner = outer = matrix = rest = None
@@ -241,7 +243,7 @@ def _forward(
         rest = permutation
     call = _Call(perm, inv, matrix, spec, jac, rows, operations)
     if grad:  # where nothing takes a gradient, autograd makes no node
-        y, logdet = _Coupling.apply(x, *halves, a, g, offset, inner, outer, call)
+        y, logdet = _Coupling.apply(x, *halves, a, g.detach() if spec.gin else g, offset, inner, outer, call)  # GIN does not depend on g
     else:
         y, logdet = _coupling(x, a, g, offset, inner, outer, call)
     return (y if rest is None else rest.permute(y)), logdet
@@ -260,7 +262,7 @@ def _inverse(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(_as_rows(y) if rows else y, backend)
+    operations = dispatch.pick(as_rows(y) if rows else y, backend)
     if operations is None or torch.is_grad_enabled():
         if operations is not None and backend == "triton":
             raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
@@ -272,16 +274,16 @@ def _inverse(
         x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec, jac)
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
-    as_taken: Callable[[Tensor], Tensor] = _as_rows if rows else _itself
+    as_taken: Callable[[Tensor], Tensor] = as_rows if rows else _itself
     if isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(y) and _keeps_dtype(y, g):
         spec = spec._replace(folded=True)
         with torch.inference_mode(False), torch.no_grad():  # see coupling_inv_passive
             x = v = permutation.unpermute_affine(y, eager.scale_or_none(g, spec), offset)
-        x = v = x.contiguous(memory_format=_layout(y) if rows else torch.contiguous_format)
+        x = v = x.contiguous(memory_format=memory_format(y) if rows else torch.contiguous_format)
     else:
         v = y if indexed else permutation.unpermute(y)
         x = operations.coupling_inv_passive(as_taken(v), g, offset, perm, inv, spec)
-        x = _from_rows(x, y) if rows else x
+        x = from_rows(x, y) if rows else x
     a = _coefficients(subnet, _passive_half(x, inv if spec.reverse else None), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
@@ -301,40 +303,18 @@ def _keeps_dtype(y: Tensor, g: Tensor) -> bool:
 # --- channels last: the coupling runs on pixels as on samples of rank 0 -------------------------------------------------------------
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The memory format that the result should have."""
-    if x.dim() > 3 and not x.is_contiguous():
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        if x.is_contiguous(memory_format=layout):
-            return layout
-    return torch.contiguous_format
-
-
 def _pixels_as_rows(x: Tensor, spec: CouplingSpec, backend: str) -> tuple[bool, CouplingSpec]:
     """Whether the coupling is given pixels as rows, and what it is then told."""
-    if _layout(x) is torch.contiguous_format or not spec.gin:
-        return _layout(x) is not torch.contiguous_format, spec
-    if dispatch.pick(_as_rows(x), backend) is not eager:
+    rows = memory_format(x) is not torch.contiguous_format
+    if not (rows and spec.gin):
+        return rows, spec
+    if dispatch.pick(as_rows(x), backend) is not eager:
         return False, spec  # the mean of GIN runs over all rows of a sample, which the kernels have no form for: a contiguous copy
     return True, spec._replace(gin_rows=math.prod(x.shape[2:]))
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(B, C, *S) -> (B * P, C), contiguous; a view where x is channels-last."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()  # one sample of another layout would be a transposed view
-
-
-def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """(B * P, C) -> (B, C, *S), channels-last, on the same memory; no view to autograd, which forbids to change a Function's views."""
-    batch, _, *spatial = like.shape
-    view = rows.view(batch, *spatial, rows.shape[1]).movedim(-1, 1)
-    return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
-        rows.untyped_storage(), rows.storage_offset(), view.shape, view.stride()
-    )
 
 
 def _per_sample(logdet: Tensor | None, x: Tensor) -> Tensor | None:
@@ -348,7 +328,7 @@ def _per_sample(logdet: Tensor | None, x: Tensor) -> Tensor | None:
 def _passive_half(x: Tensor, index: Tensor | None) -> Tensor:
     """The channels that the subnet gets: the first ones as a view, or those that the index names first, in the layout of x."""
     c1 = x.shape[1] - x.shape[1] // 2
-    return x.narrow(1, 0, c1) if index is None else x.index_select(1, index[:c1]).contiguous(memory_format=_layout(x))
+    return x.narrow(1, 0, c1) if index is None else take_channels(x, index[:c1])
 
 
 class _Fork(Function):
@@ -370,9 +350,10 @@ class _Fork(Function):
             return dx, None
         c1 = dx1.shape[1]
         if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx) or dispatch.needs_composite(dx1):
-            padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
-            if ctx.index is not None:
-                padded = torch.zeros_like(padded).index_add(1, ctx.index[:c1], dx1)
+            if ctx.index is None:
+                padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
+            else:
+                padded = dx1.new_zeros(dx1.shape[0], c1 + ctx.c2, *dx1.shape[2:]).index_add(1, ctx.index[:c1], dx1)
             return (padded if dx is None else dx + padded), None
         if ctx.index is None:
             dx.narrow(1, 0, c1).add_(dx1)
@@ -398,12 +379,12 @@ def _coupling(
 ) -> tuple[Tensor, Tensor | None]:
     """The coupling and what it takes of the permutation."""
     v, logdet = call.operations.coupling_fwd(
-        *((_as_rows(x), _as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, call.jac
+        *((as_rows(x), as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, call.jac
     )
     if inner is not None and outer is not None:
-        v = reflect(v, inner, outer)
+        v = reflect(v, inner.detach(), outer.detach())  # what takes a gradient would make matmul copy v
     if call.rows:
-        v, logdet = _from_rows(v, x), _per_sample(logdet, x)
+        v, logdet = from_rows(v, x), _per_sample(logdet, x)
     if call.matrix is not None:
         v = call.matrix.permute_affine(v, eager.scale_or_none(g, call.spec), offset)
     return v, logdet
@@ -447,15 +428,15 @@ class _Coupling(Function):
         du = dy if matrix is None else matrix.permute_affine_bwd(dy, eager.scale_or_none(g, spec), eager.promoted(x, a, g))
         given = x
         if rows:
-            du, x, a = _as_rows(du), _as_rows(x), _as_rows(a)
+            du, x, a = as_rows(du), as_rows(x), as_rows(a)
             dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(du.shape[0] // dlogdet.shape[0])
         if inner is not None:
             v, _ = operations.coupling_fwd(x, a, g, offset, None, None, spec, False)  # again rather than kept
-            du, dinner, douter = reflect_bwd(du, v, inner, outer)
+            du, dinner, douter = reflect_bwd(du, v, inner.detach(), outer.detach())
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
         dx, da, dg, doffset = operations.coupling_bwd(du, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
         if rows:
-            dx, da = _from_rows(dx, given), _from_rows(da, given)
+            dx, da = from_rows(dx, given), from_rows(da, given)
         if matrix is not None and need_params:
             doffset = matrix.offset_bwd(dy, offset)
         if x1 is None:
@@ -538,10 +519,10 @@ def all_in_one_block_bwd(
         needs: Whether the gradient of x, and whether those of global_scale and global_offset are wanted.
     """
     backend = dispatch.resolved(backend)
-    layout = _layout(y)
+    layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, spec, backend)
     y = y if rows else dispatch.coverable(y, backend)
-    operations = dispatch.pick(_as_rows(y) if rows else y, backend) or eager
+    operations = dispatch.pick(as_rows(y) if rows else y, backend) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()
     if isinstance(permutation, IndexPermutation):
         (perm, inv), v, dv = permutation, y, dy
@@ -549,21 +530,21 @@ def all_in_one_block_bwd(
         (perm, inv), (v, dv) = (None, None), _unpermuted(permutation, y, dy)
     given = v
     if rows:
-        v, dv = _as_rows(v), _as_rows(dv)
+        v, dv = as_rows(v), as_rows(dv)
         dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(v.shape[0] // dlogdet.shape[0])
     elif operations is not eager:
         v = dispatch.packed(operations, v)
     x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
-    whole = _from_rows(x, given) if rows else x
+    whole = from_rows(x, given) if rows else x
     with torch.enable_grad():
         # .data, lest autograd takes the active channels, written below, for a change of what the subnet keeps
         x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(needs[0])
         a = _coefficients(subnet, x1, conditions, whole)
-    a_taken = _as_rows(a.detach()) if rows else dispatch.packed(operations, a.detach())
+    a_taken = as_rows(a.detach()) if rows else dispatch.packed(operations, a.detach())
     dx, da, dg, doffset = operations.coupling_inv_bwd(v, x, dv, dlogdet, a_taken, g, offset, perm, inv, spec, needs[1])
     del v, dv, y, dy
     if rows:
-        dx, da = _from_rows(dx, given), _from_rows(da, given)
+        dx, da = from_rows(dx, given), from_rows(da, given)
     if a.requires_grad:
         torch.autograd.backward(a, da)
     if x1.grad is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import reference
 from fastflow_kernels import AllInOneBlock, dispatch
+from fastflow_kernels.layouts import memory_format
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, ids, make_block, make_input, make_subnet
 
 DIALECTS = ("anomalib", "freia")
@@ -680,8 +681,48 @@ def test_channels_last_stays(name: str, shape: Shape, plain: bool, monkeypatch: 
     assert y.is_contiguous(memory_format=layout)
     assert back.is_contiguous(memory_format=layout)
     assert (back - x).abs().max() < 1e-4
-    if not plain and not block.reverse_pre_permute:
+    product_first = block.reverse_pre_permute and (block.permute_soft or block.householder)
+    if not plain and not (product_first and len(shape.spatial) == 3):  # torch's convolution in 3-D gives another format
         assert dx.is_contiguous(memory_format=layout)
+
+
+def test_a_slice_of_a_channels_last_batch_stays_channels_last() -> None:
+    block = make_block(AllInOneBlock, Case(Shape(4, 7, (3, 5)), "rev"), torch.float64)
+    x = make_input(Case(Shape(4, 7, (3, 5)), "rev"))[0].contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        (y,), _ = block([x[::2]])
+        expected = block([x])[0][0][::2]
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+    flat = torch.randn(4, 7, 1, 1, dtype=torch.float64)[::2]  # of a single pixel every format is contiguous: it has none to keep
+    assert memory_format(flat) is torch.contiguous_format
+
+
+@pytest.mark.parametrize("of_x", LAYOUTS)
+@pytest.mark.parametrize("of_dy", LAYOUTS)
+@pytest.mark.parametrize("name", ["soft", "gin-soft", "hard", "rev", "gin", "hh1"])
+def test_gradients_come_in_any_layout(name: str, of_x: str, of_dy: str) -> None:
+    """Of the output's gradient and of the input independently, as the layers on the two sides have it."""
+    case = Case(Shape(4, 6, (4, 4)), name)
+    block = make_block(AllInOneBlock, case)
+    x, c = make_input(case)
+    dy = torch.randn_like(x)
+
+    def gradient(x: Tensor, dy: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (y,), logdet = block([x], c)
+        return torch.autograd.grad([y, logdet], x, [dy, torch.ones_like(logdet)])[0]
+
+    x, dy = LAYOUTS[of_x](x), LAYOUTS[of_dy](dy)
+    torch.testing.assert_close(gradient(x, dy), gradient(x.contiguous(), dy.contiguous()))
+
+
+def test_gin_hands_no_gradient_to_hooks_of_the_scale() -> None:
+    """Its scale is 1: a hook that clips gradients must not be called with None."""
+    block = AllInOneBlock([(8,)], subnet_constructor=nn.Linear, gin_block=True)
+    block.global_scale.register_hook(lambda g: g.clamp(-1, 1))
+    block([torch.randn(4, 8)])[0][0].sum().backward()
+    assert block.global_scale.grad is None
 
 
 # --- lower precision -------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ rows                                     permuted: x and a forward,   32        
 ======================================== ============================ ============ ============
 
 A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a binary of its own, with single values.
-Samples with strides inside, and expanded ones, are not taken (:func:`uncovered`): the caller makes them contiguous. Narrower accesses move
+Samples with strides inside are not taken (:func:`uncovered`): the caller makes them contiguous. Narrower accesses move
 the same bytes.
 """
 

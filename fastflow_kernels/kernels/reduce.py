@@ -129,11 +129,11 @@ def _params_bwd_kernel(
         if dlogdet_ptr is not None:
             # in float64: its rounding would be the same in every channel; channels-last, a sample's value is summed once for each pixel
             dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), tl.float64)
-            start = 0
-            while start < B:
-                b = start + tl.arange(0, BLOCK_K * BLOCK_C)
-                dlogdet += load(dlogdet_ptr + b.to(tl.int64) * stride_l, b < B, tl.float64)
-                start += BLOCK_K * BLOCK_C
+            first = tl.full((), 0, tl.int64)  # rows may be more than 2^31
+            while first < B:
+                b = first + tl.arange(0, BLOCK_K * BLOCK_C)
+                dlogdet += load(dlogdet_ptr + b * stride_l, b < B, tl.float64)
+                first += BLOCK_K * BLOCK_C
             total += (P * tl.sum(dlogdet)).to(ACC) / scale
         tl.store(dg_ptr + c, total * scale_slope(g, scale, ACT), mask=exists)
 

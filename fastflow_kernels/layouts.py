@@ -1,0 +1,30 @@
+"""Memory formats: which one a tensor has, and channels-last tensors as rows, one for each pixel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The format that a result should have: channels-last where each sample of x is, else contiguous."""
+    if x.dim() > 3 and not x.is_contiguous():
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        sample = x[:1]
+        if sample.is_contiguous(memory_format=layout) and not sample.is_contiguous():
+            return layout
+    return torch.contiguous_format
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(B, C, *S) -> (B * P, C), contiguous; a view where x is channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()  # one sample of another layout would be a transposed view
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(B * P, C) -> (B, C, *S), channels-last, on the same memory; no view to autograd, which forbids to change a Function's views."""
+    batch, _, *spatial = like.shape
+    view = rows.view(batch, *spatial, rows.shape[1]).movedim(-1, 1)
+    return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
+        rows.untyped_storage(), rows.storage_offset(), view.shape, view.stride()
+    )
