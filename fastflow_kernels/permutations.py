@@ -210,26 +210,31 @@ class _Cached:
         """
         if self.ones is None or self.ones[0].device.type != "cpu":
             return True
+        return self._has_ones(w, w_inv)
+
+    def _has_ones(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
         places, transposed, one = self.ones
         return (w is None or torch.equal(w.take(places), one)) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
 
+    def is_all_of(self, w: Tensor, w_inv: Tensor | None) -> bool:
+        """Whether the matrix and its inverse are zero but for the ones that were found."""
+        channels, matrices = self.index.perm.numel(), [t for t in (w, w_inv) if t is not None]
+        if any(t.numel() != channels**2 for t in matrices):
+            return False
+        return self._has_ones(w, w_inv) and all(int(t.count_nonzero()) == channels for t in matrices)
+
 
 def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
+    """Look for the index. FSDP makes new matrices for every pass, so this looks at each element two times and no more."""
     with torch.inference_mode(False), torch.no_grad():
         channels = w.shape[0]
-        matrix = w.detach().flatten(1)
-        perm = matrix.argmax(1)
+        perm = w.detach().flatten(1).argmax(1)
         inv = torch.argsort(perm)
         each = torch.arange(channels, device=w.device)
-        rebuilt = one_hot(perm, matrix.dtype)
-        hard = torch.equal(rebuilt, matrix) and torch.equal(perm[inv], each)
-        if hard and w_inv is not None:
-            hard = torch.equal(w_inv.detach().flatten(1), rebuilt.T)
-        if not hard:
-            return _Cached(key, (w, w_inv), None, None)
-        return _Cached(
-            key, (w, w_inv), IndexPermutation(perm, inv), (each * channels + perm, perm * channels + each, matrix.new_ones(channels))
-        )
+        ones = (each * channels + perm, perm * channels + each, w.new_ones(channels))
+        found = _Cached(key, (w, w_inv), IndexPermutation(perm, inv), ones)
+        hard = torch.equal(perm[inv], each) and found.is_all_of(w.detach(), None if w_inv is None else w_inv.detach())
+        return found if hard else _Cached(key, (w, w_inv), None, None)
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
