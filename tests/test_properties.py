@@ -50,7 +50,7 @@ def test_reflections_are_orthogonal_and_equal_their_matrix(count: int, channels:
     v = torch.randn(3, channels, 4, generator=generator, dtype=torch.float64)
     y = permutation.permute(v)
     torch.testing.assert_close(permutation.unpermute(y), v, rtol=0, atol=1e-12)
-    torch.testing.assert_close(y, permutation.matrix() @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(y, permutation.matrix(v.dtype) @ v, rtol=0, atol=1e-12)
     torch.testing.assert_close(y.square().sum(1), v.square().sum(1), rtol=1e-12, atol=1e-12)
 
 
