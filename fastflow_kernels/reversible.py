@@ -174,6 +174,12 @@ class _Link:
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         recorded = _Subnet(self.subnet_module, subnet, x.device)
+        for p in recorded.parameters:
+            if type(p) is not Tensor and type(p) is not nn.Parameter:
+                raise TypeError(
+                    f"expected the parameters of the subnet of block {self.place} in a reversible chain to be plain tensors, got "
+                    f"{type(p).__name__}; shard whole blocks or the chain, not the subnet"
+                )
         call = _Call(self, recorded, permutation, spec, len(conditions), jac, reverse_permutation, backend)
         vectors = permutation.vectors if isinstance(permutation, HouseholderPermutation) else None
         y, logdet = _Block.apply(call, x, global_scale, global_offset, vectors, *conditions, *recorded.parameters)
@@ -326,6 +332,7 @@ class Reversible:
 
         Raises:
             RuntimeError: A hook exchanged a block's input or output.
+            TypeError: A subnet's parameters are no plain tensors while its block runs, or it widens the dtype.
         """
         x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
         links = {} if rev else self._links(x)

@@ -629,3 +629,32 @@ def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> Non
         (back,), minus = block([y], rev=True)
     assert (back - x).abs().max() < 1e-5  # the rotation was drawn in float32
     assert (logdet + minus).abs().max() < 1e-5  # the rotation was drawn in float32
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
+def test_a_reversible_chain_runs_the_kernels(shape, gin):
+    case = Case(Shape(shape[0], shape[1], shape[2:]), "gin" if gin else "hard")
+    chain = fastflow_kernels.ReversibleSequence(*shape[1:])
+    for seed in range(3):
+        chain.append(make_block(fastflow_kernels.AllInOneBlock, case, torch.float32, seed, backend="triton"))
+    x = torch.randn(shape, requires_grad=True)
+    with sanitize() as launches:
+        z, log_det = chain(x)
+        (z**3).sum().sub(log_det.sum()).backward()
+    expected_kernel = "_coupling_bwd_kernel" if gin else "_coupling_inv_bwd_kernel"
+    assert sum(run.kernel == expected_kernel for run in launches) == 3
+    assert chain.drift[0] < 1e-5
+    exact = copy.deepcopy(chain).double()
+    for block in exact:
+        block.backend = "eager"
+    wide = x.detach().double().requires_grad_()
+    z, log_det = wide, 0.0
+    for block in exact:
+        (z,), j = block([z])
+        log_det = log_det + j
+    (z**3).sum().sub(log_det.sum()).backward()
+    pairs = [(x.grad, wide.grad), *((p.grad, q.grad) for p, q in zip(chain.parameters(), exact.parameters(), strict=True))]
+    for mine, truth in pairs:
+        if mine is not None and truth is not None:
+            assert (mine - truth).norm() <= 1e-4 * truth.norm().clamp(min=1e-3)
