@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels import eager
+from fastflow_kernels.layouts import as_rows
 
 BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
@@ -71,12 +72,13 @@ def why_not_triton(x: Tensor) -> str | None:
     return _kernels().uncovered(x)
 
 
-def pick(x: Tensor, backend: str) -> ModuleType | None:
+def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType | None:
     """The module whose ``coupling_*`` functions take this input, or None for plain differentiable operations.
 
     Args:
         x: The block's input, (B, C, *S).
         backend: "auto", "eager" or "triton", :func:`resolved`.
+        rows: Whether it will be given as rows.
 
     Raises:
         RuntimeError: If the backend is "triton" and it cannot be honoured; the message says why.
@@ -90,7 +92,7 @@ def pick(x: Tensor, backend: str) -> ModuleType | None:
     elif backend == "auto" and not x.is_cuda:
         return None if is_small(x) else eager
     else:
-        choice, reason = eager, why_not_triton(x)
+        choice, reason = eager, why_not_triton(as_rows(x) if rows else x)
         if reason is None:
             return _kernels()
     if backend == "triton":

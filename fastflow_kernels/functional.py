@@ -175,7 +175,7 @@ def all_in_one_block(
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     rows, spec = _pixels_as_rows(x, spec, backend)
     x = x if rows else dispatch.coverable(x, backend)
-    spec = spec._replace(reverse=reverse_permutation and _folds_reverse(as_rows(x) if rows else x, permutation, rev, backend))
+    spec = spec._replace(reverse=reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend))
     gathers = reverse_permutation and not spec.reverse
     if gathers and not rev:
         x = permutation.unpermute(x).contiguous(memory_format=layout)
@@ -189,7 +189,7 @@ def all_in_one_block(
     return out, logdet
 
 
-def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, backend: str) -> bool:
+def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, rows: bool, backend: str) -> bool:
     """Whether undoing the permutation ahead of the coupling costs no pass over x: the kernels read it through the index.
 
     Not the eager functions: they would gather piece by piece what one index_select takes at once (0.3 ns an element at rank 0, 0.1 on
@@ -197,7 +197,7 @@ def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, backend: str)
     """
     if not isinstance(permutation, IndexPermutation) or (rev and torch.is_grad_enabled()):
         return False
-    return dispatch.pick(x, backend) not in (None, eager)
+    return dispatch.pick(x, backend, rows) not in (None, eager)
 
 
 def _forward(
@@ -213,7 +213,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(as_rows(x) if rows else x, backend)
+    operations = dispatch.pick(x, backend, rows)
     if operations is None:
         x1, x2 = eager.halves(x)
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
@@ -262,7 +262,7 @@ def _inverse(
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(as_rows(y) if rows else y, backend)
+    operations = dispatch.pick(y, backend, rows)
     if operations is None or torch.is_grad_enabled():
         if operations is not None and backend == "triton":
             raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
@@ -308,7 +308,7 @@ def _pixels_as_rows(x: Tensor, spec: CouplingSpec, backend: str) -> tuple[bool, 
     rows = memory_format(x) is not torch.contiguous_format
     if not (rows and spec.gin):
         return rows, spec
-    if dispatch.pick(as_rows(x), backend) is not eager:
+    if dispatch.pick(x, backend, rows) is not eager:
         return False, spec  # the mean of GIN runs over all rows of a sample, which the kernels have no form for: a contiguous copy
     return True, spec._replace(gin_rows=math.prod(x.shape[2:]))
 
@@ -382,7 +382,7 @@ def _coupling(
         *((as_rows(x), as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, call.jac
     )
     if inner is not None and outer is not None:
-        v = reflect(v, inner.detach(), outer.detach())  # what takes a gradient would make matmul copy v
+        v = reflect(v, inner, outer)
     if call.rows:
         v, logdet = from_rows(v, x), _per_sample(logdet, x)
     if call.matrix is not None:
@@ -432,7 +432,7 @@ class _Coupling(Function):
             dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(du.shape[0] // dlogdet.shape[0])
         if inner is not None:
             v, _ = operations.coupling_fwd(x, a, g, offset, None, None, spec, False)  # again rather than kept
-            du, dinner, douter = reflect_bwd(du, v, inner.detach(), outer.detach())
+            du, dinner, douter = reflect_bwd(du, v, inner, outer)
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
         dx, da, dg, doffset = operations.coupling_bwd(du, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
         if rows:
@@ -522,7 +522,7 @@ def all_in_one_block_bwd(
     layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, spec, backend)
     y = y if rows else dispatch.coverable(y, backend)
-    operations = dispatch.pick(as_rows(y) if rows else y, backend) or eager
+    operations = dispatch.pick(y, backend, rows) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()
     if isinstance(permutation, IndexPermutation):
         (perm, inv), v, dv = permutation, y, dy

@@ -10,7 +10,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
     """The format that a result should have: channels-last where each sample of x is, else contiguous."""
     if x.dim() > 3 and not x.is_contiguous():
         layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        sample = x[:1]
+        if x.is_contiguous(memory_format=layout):
+            return layout
+        sample = x[:1]  # of a batch with gaps
         if sample.is_contiguous(memory_format=layout) and not sample.is_contiguous():
             return layout
     return torch.contiguous_format

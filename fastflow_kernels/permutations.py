@@ -208,20 +208,12 @@ class _Cached:
 
         Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
         """
-        if self.ones is None or self.ones[0].device.type != "cpu":
-            return True
-        return self._has_ones(w, w_inv)
+        return self.ones is None or self.ones[0].device.type != "cpu" or _has_ones(self.ones, w, w_inv)
 
-    def _has_ones(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
-        places, transposed, one = self.ones
-        return (w is None or torch.equal(w.take(places), one)) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
 
-    def is_all_of(self, w: Tensor, w_inv: Tensor | None) -> bool:
-        """Whether the matrix and its inverse are zero but for the ones that were found."""
-        channels, matrices = self.index.perm.numel(), [t for t in (w, w_inv) if t is not None]
-        if any(t.numel() != channels**2 for t in matrices):
-            return False
-        return self._has_ones(w, w_inv) and all(int(t.count_nonzero()) == channels for t in matrices)
+def _has_ones(ones: tuple[Tensor, Tensor, Tensor], w: Tensor | None, w_inv: Tensor | None) -> bool:
+    places, transposed, one = ones
+    return (w is None or torch.equal(w.take(places), one)) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
 
 
 def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
@@ -232,9 +224,12 @@ def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
         inv = torch.argsort(perm)
         each = torch.arange(channels, device=w.device)
         ones = (each * channels + perm, perm * channels + each, w.new_ones(channels))
-        found = _Cached(key, (w, w_inv), IndexPermutation(perm, inv), ones)
-        hard = torch.equal(perm[inv], each) and found.is_all_of(w.detach(), None if w_inv is None else w_inv.detach())
-        return found if hard else _Cached(key, (w, w_inv), None, None)
+        matrices = [t.detach() for t in (w, w_inv) if t is not None]
+        hard = torch.equal(perm[inv], each) and all(t.numel() == channels**2 for t in matrices)
+        hard = hard and _has_ones(ones, w.detach(), None if w_inv is None else w_inv.detach())
+        if hard and all(int(t.count_nonzero()) == channels for t in matrices):  # nothing beside the ones
+            return _Cached(key, (w, w_inv), IndexPermutation(perm, inv), ones)
+        return _Cached(key, (w, w_inv), None, None)
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -313,7 +308,7 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
     Returns:
         (B, C, *S).
     """
-    if w.requires_grad or dispatch.needs_composite(x) or not (x.requires_grad and torch.is_grad_enabled()):
+    if w.requires_grad or dispatch.needs_composite(x) or dispatch.is_small(x) or not (x.requires_grad and torch.is_grad_enabled()):
         return _product(x, w)
     return _Multiply.apply(x, w)
 
@@ -354,6 +349,10 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return reflect(v, inner, outer)
+    if not torch.is_grad_enabled():
+        inner, outer = inner.detach(), outer.detach()  # else matmul, which looks at what takes a gradient, copies v
+        if memory_format(v) is not torch.contiguous_format:
+            return from_rows(reflect(as_rows(v), inner, outer), v)
     dtype = torch.promote_types(v.dtype, inner.dtype)
     v, inner, outer = (t.to(dtype) for t in (v, inner, outer))
     if v.dim() == 2:
@@ -364,7 +363,7 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
 
 def reflect_bwd(dz: Tensor, v: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`reflect` to v, inner and outer, all in the dtype of its result."""
-    v, inner, outer = (t.to(dz.dtype) for t in (v, inner, outer))
+    v, inner, outer = (t.detach().to(dz.dtype) for t in (v, inner, outer))  # detached: see reflect
     if v.dim() == 2:
         dq = dz @ outer.T
         return torch.addmm(dz, dq, inner, alpha=-1.0), -(dq.T @ v), -((v @ inner.T).T @ dz)

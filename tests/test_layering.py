@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "eager": set(),
     "kernels": set(),
     "layouts": set(),
-    "dispatch": {"eager", "kernels"},
+    "dispatch": {"layouts", "eager", "kernels"},
     "permutations": {"layouts", "dispatch", "eager"},
     "functional": {"permutations", "layouts", "dispatch", "eager"},
     "modules": {"functional", "permutations", "dispatch", "eager"},
