@@ -72,7 +72,8 @@ def _one_rank(rank: int, folder: str) -> None:
             for wrapper in WRAPPERS:
                 flow = Flow(name, kind)
                 if wrapper == "ddp":
-                    model = DistributedDataParallel(flow)
+                    # as in the stock block, no result of GIN depends on its scale
+                    model = DistributedDataParallel(flow, find_unused_parameters="gin" in name)
                 else:
                     mesh = dist.init_device_mesh("cpu", (2,))
                     for block in flow.blocks:
