@@ -30,6 +30,7 @@ napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 100
 nitpicky = True
 nitpick_ignore_regex = [
+    ("py:class", r"fastflow_kernels\.reversible\.Reversible"),  # what ReversibleSequence shares with chains made so by accelerate
     ("py:class", r"(torch|collections|nn|typing)\..*|Tensor|Path|optional"),
     ("py:.*", r"FrEIA\..*|(fastflow_kernels\.)?(eager|permutations\._|functional\._).*"),
 ]
