@@ -3,20 +3,19 @@
 # their own, .venv-ecosystem, with pinned versions: some 1.3 GB beside torch, made in a minute or two. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. ci/common.sh
 base=${PYTHON:-python3}
 venv=.venv-ecosystem
 
 if ! [ "$venv/.stamp" -nt ci/ecosystem.txt ] || ! [ "$venv/.stamp" -nt constraints.txt ]; then
-    [ -x "$venv/bin/python" ] || "$base" -m venv "$venv"
-    quiet=()
-    [ -t 1 ] || quiet=(-qq)
-    install() {
-        echo "[$venv] $1" && shift
-        "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} "$@"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "ci/ecosystem.sh: the pinned versions need Python 3.11 or newer, $base is $("$base" -V 2>&1)" >&2 && exit 1
     }
-    install "torch, as pinned" -c constraints.txt torch setuptools
-    install "what constraints.txt pins" -c constraints.txt numpy pytest scikit-image matplotlib tqdm
-    install "anomalib, FrEIA, Lightning, ONNX, OpenVINO" --no-deps -r ci/ecosystem.txt
+    command -v g++ >/dev/null || echo "ci/ecosystem.sh: there is no g++, which torch.compile asks for: those tests will fail" >&2
+    make_venv "$venv" "$base"
+    install "$venv" "torch, as pinned" -c constraints.txt torch setuptools
+    install "$venv" "what constraints.txt pins" -c constraints.txt numpy pytest scikit-image matplotlib tqdm
+    install "$venv" "anomalib, FrEIA, Lightning, ONNX, OpenVINO" --no-deps -r ci/ecosystem.txt
     "$venv/bin/python" -m pip check
     touch "$venv/.stamp"
 fi

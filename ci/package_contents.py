@@ -26,7 +26,7 @@ def main(source: Path, dist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
     names = {name for name in names if not name.startswith(f"{PACKAGE}.egg-info/")} - {"PKG-INFO", "setup.cfg"}
-    expect(tracked <= names, f"all files in the source distribution, {sorted(tracked - names)} are missing")
+    expect(tracked <= names, f"all files in the source distribution; missing, or left in the checkout: {sorted(tracked - names)}")
     expect(names <= tracked, f"nothing else in the source distribution, got {sorted(names - tracked)}")
     print(f"{wheel.name}: {len(files)} files; {sdist.name}: {len(names)} files")
 

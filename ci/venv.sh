@@ -2,24 +2,18 @@
 # Makes .venv in the checkout: the pinned dependencies, this package (editable), and the peers that the tests compare with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. ci/common.sh
 
 base=${PYTHON:-python3}
 "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "ci/venv.sh: the pinned versions need Python 3.11 or newer, $base is $("$base" -V 2>&1). Name another one: make PYTHON=python3.12" >&2
     exit 1
 }
-[ -x .venv/bin/python ] || "$base" -m venv .venv
+make_venv .venv "$base"
 
-quiet=()
-[ -t 1 ] || quiet=(-qq) # a terminal gets pip's progress bars, a log file only the lines below
-install() {
-    echo "[.venv] $1" && shift
-    .venv/bin/python -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} "$@"
-}
-
-install "torch, as pinned (a few hundred MB the first time)" -c constraints.txt torch setuptools
+install .venv "torch, as pinned (a few hundred MB the first time)" -c constraints.txt torch setuptools
 # CUDA builds of torch demand, and have just brought, the Triton they were built with; CPU builds demand none.
 .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch")))' ||
-    install "Triton, where there is one for this platform" -c constraints.txt -r ci/triton.txt
-install "this package, with what the tests and the demo need" -c constraints.txt --no-build-isolation -e '.[test,demo]'
-install "the peers: FrEIA and anomalib, without their dependencies" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt
+    install .venv "Triton, where there is one for this platform" -c constraints.txt -r ci/triton.txt
+install .venv "this package, with what the tests and the demo need" -c constraints.txt --no-build-isolation -e '.[test,demo]'
+install .venv "the peers: FrEIA and anomalib, without their dependencies" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt

@@ -7,6 +7,7 @@
 # Pythons are looked for on the PATH and among pyenv's. Without a Python 3.10 the default one is taken for `oldest`, and said so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. ci/common.sh
 which=${1:?usage: ci/versions.sh oldest|newest}
 case "$which" in
 oldest) versions=(3.10) pins=(-c ci/oldest.txt) ;;
@@ -17,7 +18,7 @@ started=$SECONDS
 
 python_of() { # python_of VERSION: the first interpreter of that version that runs
     local candidate
-    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+    for candidate in "python$1" "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$1".*/bin/python; do
         "$candidate" -c "import sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$1')" 2>/dev/null && echo "$candidate" && return
     done
     return 1
@@ -27,13 +28,13 @@ base=
 for version in "${versions[@]}"; do base=$(python_of "$version") && break; done
 [ -n "$base" ] || { base=${PYTHON:-python3} && echo "== no Python ${versions[*]} here: with $("$base" -V)"; }
 
-[ -z "${CI:-}" ] || trap 'rm -rf ".venv-$which"' EXIT # which nobody uses again, and which takes 6 GB
-python=.venv-$which/bin/python
-[ -x "$python" ] || "$base" -m venv ".venv-$which"
-install=("$python" -m pip install -qq --disable-pip-version-check)
-"${install[@]}" ${pins[@]+"${pins[@]}"} "setuptools>=77.0.3" torch numpy
-"${install[@]}" ${pins[@]+"${pins[@]}"} --no-build-isolation -e '.[test,triton]'
-"${install[@]}" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt
+venv=.venv-$which
+[ -z "${CI:-}" ] || trap 'rm -rf "$venv"' EXIT # which nobody uses again, and which takes 6 GB
+"$base" -m venv --clear "$venv"                # anew, for pip keeps what it finds
+python=$venv/bin/python
+install "$venv" "torch" ${pins[@]+"${pins[@]}"} "setuptools>=77.0.3" torch numpy
+install "$venv" "this package, with what the tests need" ${pins[@]+"${pins[@]}"} --no-build-isolation -e '.[test,triton]'
+install "$venv" "the peers" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt
 "$python" -m fastflow_kernels info
 "$python" -m pip list --disable-pip-version-check 2>/dev/null | grep -iE '^(hypothesis|numpy|pytest|scipy|setuptools) '
 
@@ -42,7 +43,8 @@ run() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
 echo "== the block"
 # SciPy before 1.16 draws no rotation of one channel, so that the stock block cannot be built with one.
 run tests/test_reference.py tests/test_peers.py tests/test_checkpoints.py tests/test_patch.py tests/test_autograd.py tests/test_layering.py \
-    tests/test_docs.py -k 'not (C1 and soft)'
+    tests/test_docs.py tests/test_compile.py tests/test_torch_features.py tests/test_distributed.py tests/test_reversible.py \
+    tests/test_reversible_distributed.py -k 'not (C1- and -soft)'
 echo "== the kernels, interpreted"
 TRITON_INTERPRET=1 run tests/test_kernels_interpreter.py -k 'test_coupling_parity and fp32 or loops or soft or without'
 echo "== the kernels, compiled"

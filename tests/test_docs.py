@@ -21,7 +21,7 @@ MODULES = sorted(
     for path in (ROOT / folder).glob("*.py")
     if ">>>" in path.read_text() and path.stem != "lightning"  # which needs Lightning: tests/ecosystem runs its example
 )
-BLOCK = re.compile(r"^(?P<excuse><!-- not run: .+ -->\n)?```(?P<kind>python|pycon)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?P<excuse><!-- not run: [^\n]+ -->\n)?```(?P<kind>python|pycon)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> list[tuple[str, int, str]]:
@@ -57,6 +57,13 @@ def test_examples_of_the_page_run(path: Path) -> None:
     assert run(path.read_text(), str(path))
 
 
+def test_every_example_is_found() -> None:
+    for path in PAGES:
+        page = path.read_text()
+        assert len(BLOCK.findall(page)) == len(re.findall(r"^```py", page, re.MULTILINE)), path
+    assert blocks((ROOT / "README.md").read_text())
+
+
 @pytest.mark.plain
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings_run(name: str) -> None:
@@ -68,6 +75,9 @@ def test_examples_of_the_docstrings_run(name: str) -> None:
 def test_a_wrong_example_is_noticed() -> None:
     assert run("```python\na = 1\n```\ntext\n```pycon\n>>> a + 1\n2\n```\n", "page") == 2
     assert run("<!-- not run: it is wrong -->\n```python\nraise ValueError\n```\n", "page") == 0
+    with pytest.raises(ZeroDivisionError):  # between two that are excused
+        excused = "<!-- not run: it is wrong -->\n```python\nraise ValueError\n```\n"
+        run(f"{excused}```python\n1 / 0\n```\n{excused}", "page")
     with pytest.raises(AssertionError):
         run("```pycon\n>>> 1 + 1\n3\n```\n", "page")
     with pytest.raises(ZeroDivisionError):
