@@ -37,7 +37,7 @@ PROVIDERS = ("plain", "checkpoint", "anomalib", "reversible")
 class Plain(ReversibleSequence):
     """The same chain as an ordinary one."""
 
-    def _links(self, x: Any) -> dict[int, Any]:
+    def _links(self, x: Any, c: Any) -> dict[int, Any]:
         return {}
 
 

@@ -175,8 +175,9 @@ def all_in_one_block(
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     rows, spec = _pixels_as_rows(x, spec, backend)
     x = x if rows else dispatch.coverable(x, backend)
-    spec = spec._replace(reverse=reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend))
-    gathers = reverse_permutation and not spec.reverse
+    gathers = reverse_permutation
+    if reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend):
+        gathers, spec = False, spec._replace(reverse=True)
     if gathers and not rev:
         x = permutation.unpermute(x).contiguous(memory_format=layout)
     out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)

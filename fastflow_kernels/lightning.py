@@ -17,6 +17,7 @@ class Accelerate(Callback):
 
     Args:
         backend: "auto", "eager" or "triton", for the blocks.
+        reversible: Also make the model's chains reversible, see :func:`fastflow_kernels.accelerate`.
 
     Raises:
         TypeError, ValueError: An unknown backend.
@@ -27,12 +28,12 @@ class Accelerate(Callback):
         >>> engine = Engine(callbacks=[Accelerate()], max_epochs=100)
     """
 
-    def __init__(self, backend: str = "auto") -> None:
-        self.backend = dispatch.validated(backend)
+    def __init__(self, backend: str = "auto", reversible: bool = False) -> None:
+        self.backend, self.reversible = dispatch.validated(backend), reversible
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called by Lightning; logs what was changed, and warns if the model holds no block."""
-        report = accelerate(pl_module, backend=self.backend)
+        report = accelerate(pl_module, backend=self.backend, reversible=self.reversible)
         if not report.entries:
             rank_zero_warn(f"fastflow_kernels: {report}; {type(pl_module).__name__} runs as it is")
         elif report.changed:

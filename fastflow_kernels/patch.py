@@ -51,12 +51,12 @@ class Report:
     Attributes:
         action: "accelerated" or "restored".
         entries: One per block found, in the model's order.
-        chains: One per chain found, where reversible chains were asked for.
+        chains: One per chain found; None where none was asked for.
     """
 
     action: str
     entries: tuple[Entry, ...]
-    chains: tuple[Entry, ...] = ()
+    chains: tuple[Entry, ...] | None = None
 
     @property
     def changed(self) -> tuple[Entry, ...]:
@@ -73,6 +73,8 @@ class Report:
         if not self.entries:
             lines = ["no AllInOneBlock found in the model"]
         lines += [f"  {self.action if entry.changed else 'left':<11} {_line(entry)}" for entry in self.entries]
+        if self.chains is not None and not self.chains:
+            lines.append("no SequenceINN found: no chain was made reversible (a GraphINN cannot be)")
         if self.chains:
             changed = sum(entry.changed for entry in self.chains)
             lines.append(f"{changed} of {len(self.chains)} chains {'restored' if self.action == 'restored' else 'made reversible'}")
@@ -102,7 +104,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto", reversible: bool = Fa
         model: Any module; a block itself will do.
         backend: "auto", "eager" or "triton", for the changed blocks.
         reversible: Also make every SequenceINN of FrEIA train in memory that does not grow with its depth, as
-            :class:`~fastflow_kernels.ReversibleSequence` does; its ``checkpoint_every``, ``debug`` and ``drift`` are attributes then.
+            :class:`~fastflow_kernels.ReversibleSequence` does; its ``checkpoint_every``, ``debug`` and ``drift`` are attributes then,
+            which can be set.
 
     Returns:
         What was changed and what was left, with reasons.
@@ -138,7 +141,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", reversible: bool = Fa
         kind = _kind(type(chain))
         if (found := _made_reversible(chain)) is not None:
             chains.append(Entry(name, kind, *found))
-    return Report("accelerated", tuple(entries), tuple(chains))
+    return Report("accelerated", tuple(entries), tuple(chains) if reversible else None)
 
 
 def restore(model: nn.Module) -> Report:
@@ -168,7 +171,7 @@ def restore(model: nn.Module) -> Report:
             found.append(Entry(name, _kind(type(block)), True, "has its own class again"))
         elif isinstance(block, modules.AllInOneBlock):
             entries.append(Entry(name, _kind(type(block)), False, "was built fused, not made so by accelerate"))
-    return Report("restored", tuple(entries), tuple(chains))
+    return Report("restored", tuple(entries), tuple(chains) or None)
 
 
 def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -453,7 +456,7 @@ class _Reversible(Reversible):
     """What the class of a SequenceINN that was made reversible adds to its own."""
 
     _fastflow_stock: type
-    _fastflow_attributes = ("checkpoint_every", "debug", "drift", "_measured_spacing")
+    _fastflow_attributes = ("_checkpoint_every", "debug", "drift", "_measured_spacing")
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new, (_Reversible, self._fastflow_stock), self.__dict__.copy()

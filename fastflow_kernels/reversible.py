@@ -8,9 +8,11 @@ activation that a block has reconstructed travels to the block before it by way 
 from __future__ import annotations
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.utils import parametrize
 
 from fastflow_kernels import dispatch, eager
 from fastflow_kernels.functional import all_in_one_block, all_in_one_block_bwd
@@ -32,6 +35,9 @@ _WANTED = {torch.float32: 2.0**-17, torch.float64: 2.0**-33}  # above this, the 
 _WARNED = 2.0**-11  # above this, the user is told
 _REFUSED = 2.0**-6  # above this, the gradients are wrong
 _SMALL_INPUT = 2.0**-10  # an input that is smaller than this times the output is measured by the output
+
+_swapping = threading.RLock()  # of a subnet's parameters, while a backward pass runs it again
+
 
 # --- a subnet that runs twice --------------------------------------------------------------------------------------------------------
 
@@ -134,17 +140,30 @@ def _without_autocast(device_type: str) -> AbstractContextManager:
 # --- one block of a chain ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Segment:
+    """A part of a chain in one forward pass: its first block's input is kept, to compare with, and its last one's output, to start from.
+
+    Attributes:
+        first, last: The blocks' places.
+        largest: The largest magnitude in that output, once the backward pass has begun: not finite only if the forward pass overflowed.
+    """
+
+    first: int
+    last: int
+    largest: Tensor | None = None
+
+
 class _Link:
     """One block's place in one forward pass of a chain: evaluates it without keeping its input or output.
 
     Attributes:
         drift: The errors found in this pass, by block.
-        segment: Places of the first and the last block of a part of the chain: the input of the one is kept, to compare with, and the
-            output of the other, to start from.
+        segment: The part of the chain that it belongs to.
         output: The block's output, as the block after it has reconstructed it; only while the backward pass is between the two.
     """
 
-    def __init__(self, chain: Reversible, place: int, segment: list[int], previous: _Link | None, drift: dict[int, float]) -> None:
+    def __init__(self, chain: Reversible, place: int, segment: _Segment, previous: _Link | None, drift: dict[int, float]) -> None:
         self.chain, self.place, self.segment, self.previous, self.drift = chain, place, segment, previous, drift
         self.subnet_module = chain.module_list[place].subnet
         self.output: Tensor | None = None
@@ -152,11 +171,11 @@ class _Link:
 
     @property
     def first(self) -> bool:
-        return self.place == self.segment[0]
+        return self.place == self.segment.first
 
     @property
     def last(self) -> bool:
-        return self.place == self.segment[1]
+        return self.place == self.segment.last
 
     def __call__(
         self,
@@ -178,7 +197,7 @@ class _Link:
             if type(p) is not Tensor and type(p) is not nn.Parameter:
                 raise TypeError(
                     f"expected the parameters of the subnet of block {self.place} in a reversible chain to be plain tensors, got "
-                    f"{type(p).__name__}; shard whole blocks or the chain, not the subnet"
+                    f"{type(p).__name__}; initialise lazy modules first, and shard whole blocks or the chain, not the subnet"
                 )
         call = _Call(self, recorded, permutation, spec, len(conditions), jac, reverse_permutation, backend)
         vectors = permutation.vectors if isinstance(permutation, HouseholderPermutation) else None
@@ -199,15 +218,22 @@ class _Link:
         """Note how far the reconstructed input is from the kept one, and say so where that is too much for the gradients to be right."""
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return  # nothing can be asked of values now
-        norm = torch.linalg.vector_norm
-        error = (norm(found - x) / torch.maximum(norm(x), norm(y) * _SMALL_INPUT)).item()
+        norm = partial(torch.linalg.vector_norm, dtype=torch.float64)  # else squares overflow
+        whole = torch.maximum(norm(x), norm(y) * _SMALL_INPUT)
+        # by halves, for one that is small beside the other is lost first
+        least = 64 * torch.finfo(x.dtype).eps * whole
+        off = [norm(d) / torch.maximum(norm(h), least) for d, h in zip(eager.halves(found - x), eager.halves(x), strict=True)]
+        error = torch.stack(off).amax().item()
+        largest = self.segment.largest
+        if math.isnan(error) and largest is not None and largest.isfinite():
+            error = math.inf  # the inverse has overflowed, not the forward pass, whose gradients would be nan in a plain chain, too
         self.drift[self.place] = error
         if self.first:
             self.chain._heed(error, self.segment, x.dtype)
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x.shape, x.dtype
+    return x.data_ptr(), x.shape, x.dtype, None if x.is_inference() else x._version
 
 
 class _Call(NamedTuple):
@@ -252,7 +278,8 @@ class _Block(Function):
     def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() or any(t is not None and dispatch.needs_composite(t) for t in (dy, dlogdet)):
             raise RuntimeError(
-                "a reversible chain has no second or batched gradients (create_graph, is_grads_batched): use one that is not"
+                "a reversible chain has no second or batched gradients (create_graph, is_grads_batched): use FrEIA's SequenceINN, or "
+                "accelerate without reversible=True"
             )
         call: _Call = ctx.call
         x, y, g, offset, vectors, *rest = ctx.saved_tensors
@@ -269,13 +296,17 @@ class _Block(Function):
         arguments: Any = (call.subnet.again, g, offset, permutation, call.spec, conditions)
         options: Any = {"reverse_permutation": call.reverse_permutation, "backend": call.backend}
         with (
+            _swapping,
             _without_autocast(call.subnet.device.type),
             call.subnet.as_it_was(dict(zip(call.subnet.parameters, parameters, strict=True))),
         ):
             if call.link.first and call.link.last:
                 dx = _differentiated(x, dy, dlogdet, needs[1], arguments, options)
                 return None, dx, *(None if t is None else t.grad for t in leaves)
-            y = call.link.take_output() if y is None else y
+            if y is None:
+                y = call.link.take_output()
+            else:
+                call.link.segment.largest = torch.linalg.vector_norm(y, math.inf)
             dy = torch.zeros_like(y) if dy is None else dy
             found = all_in_one_block_bwd(y, dy, dlogdet, *arguments, needs=(needs[1], needs[2] or needs[3]), **options)
         if x is not None:
@@ -311,10 +342,23 @@ class Reversible:
     module_list: Any  # an nn.ModuleList of modules of which no type tells the attributes
     conditions: list[int | None]
     force_tuple_output: bool
-    checkpoint_every: int | None = None
     debug: bool = False
     drift: Mapping[int, float] = MappingProxyType({})
+    _checkpoint_every: int | None = None
     _measured_spacing: float = math.inf  # what checkpoint_every = None stands for
+
+    @property
+    def checkpoint_every(self) -> int | None:
+        """How many blocks lie between two activations that are kept, None for as many as the measured error allows; can be set."""
+        return self._checkpoint_every
+
+    @checkpoint_every.setter
+    def checkpoint_every(self, value: int | None) -> None:
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"expected checkpoint_every as an integer or None, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"expected checkpoint_every of 1 or more, got {value}")
+        self._checkpoint_every = value
 
     def forward(
         self, x_or_z: Tensor | Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
@@ -335,17 +379,18 @@ class Reversible:
             TypeError: A subnet's parameters are no plain tensors while its block runs, or it widens the dtype.
         """
         x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
-        links = {} if rev else self._links(x)
-        if 0 in links:  # under autocast the chain stays in the parameters' dtype from the start
-            x = (x[0].to(eager.promoted(x[0], self.module_list[0].global_scale)),)
+        links = {} if rev else self._links(x, c)
         order = range(len(self.module_list))
         log_det: Tensor | int = 0
         for i in reversed(order) if rev else order:
-            given, link, condition = x, links.get(i), self.conditions[i]
+            module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
+            if link is not None and x[0].is_floating_point() and _is_autocast(x[0].device.type):
+                x = (x[0].to(eager.promoted(x[0], module.global_scale)),)  # the chain's state stays in the parameters' dtype
+            given = x
             arguments: dict[str, Any] = {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "run": link}
             if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]
-            x, j = self.module_list[i](x, **arguments)
+            x, j = module(x, **arguments)
             if link is not None and link.seen != (_identity(given[0]), _identity(x[0])):
                 raise RuntimeError(f"a hook exchanged the input or the output of block {i}, which a reversible chain cannot undo")
             log_det = j + log_det
@@ -363,23 +408,28 @@ class Reversible:
             lines.append(f"worst: block {worst}, whose inverse multiplies the error by {growth[worst]:.2g}")
         return "\n".join(lines)
 
-    def _links(self, x: Sequence[Tensor]) -> dict[int, _Link]:
+    def _links(self, x: Sequence[Tensor], c: Sequence[Tensor] | None) -> dict[int, _Link]:
         """A link for every block that can be undone; none where plain operations must do, or where no gradients are wanted."""
         if not torch.is_grad_enabled() or len(x) != 1 or not isinstance(x[0], Tensor) or not x[0].numel() or dispatch.needs_composite(x[0]):
+            return {}
+        if parametrize._cache_enabled:  # the cache would hand a first run's parameters to the second
             return {}
         links: dict[int, _Link] = {}
         drift: dict[int, float] = {}
         self.drift = drift
-        for i, module in enumerate(self.module_list):
-            if not is_reversible(module):
-                continue
-            spacing = self._spacing(eager.promoted(x[0], module.global_scale))
-            previous = links.get(i - 1)
-            segment = None if previous is None else previous.segment
-            if segment is None or i - segment[0] >= spacing:
-                segment = [i, i]
-            segment[1] = i
-            links[i] = _Link(self, i, segment, previous, drift)
+        needed = x[
+            0
+        ].requires_grad  # whether the backward pass goes on beyond the block: where it ends, there must be something to compare with
+        for i, (module, condition) in enumerate(zip(self.module_list, self.conditions, strict=True)):
+            if is_reversible(module):
+                previous = links.get(i - 1)
+                segment = None if previous is None or not needed else previous.segment
+                if segment is None or i - segment.first >= self._spacing(eager.promoted(x[0], module.global_scale)):
+                    segment = _Segment(i, i)
+                segment.last = i
+                links[i] = _Link(self, i, segment, previous, drift)
+            given = None if condition is None or c is None else c[condition]
+            needed = needed or any(p.requires_grad for p in module.parameters()) or (isinstance(given, Tensor) and given.requires_grad)
         return links
 
     def _spacing(self, dtype: torch.dtype) -> float:
@@ -388,13 +438,12 @@ class Reversible:
             return self.checkpoint_every
         return 1 if dtype.itemsize == 2 else self._measured_spacing  # half precision loses too much in a single block
 
-    def _heed(self, error: float, segment: list[int], dtype: torch.dtype) -> None:
+    def _heed(self, error: float, segment: _Segment, dtype: torch.dtype) -> None:
         """Draw the conclusions from the error that has built up between the last and the first block of a segment."""
-        first, last = segment
         eps, wanted = torch.finfo(dtype).eps, _WANTED.get(dtype, _WARNED)
-        if not error > wanted:  # nan: a value has overflowed, and the gradients are nan as those of a plain chain are
+        if not error > wanted:  # nan: the forward pass has overflowed
             return
-        blocks = last - first + 1
+        blocks = segment.last - segment.first + 1
         if self.checkpoint_every is None:  # as if every block multiplied the error alike
             share = math.log(wanted / eps) / math.log(error / eps)
             self._measured_spacing = max(1, min(self._measured_spacing, int(blocks * share)))
@@ -402,9 +451,9 @@ class Reversible:
         else:
             remedy = "set a smaller checkpoint_every"
         said = (
-            f"the input of block {first} of the reversible chain, reconstructed from the output of block {last}, is off by "
-            f"{error:.2g} of its norm, and the gradients are off accordingly; {remedy}. With debug=True, drift_report() names the block "
-            "that amplifies most"
+            f"the input of block {segment.first} of the reversible chain, reconstructed from the output of block {segment.last}, is off by "
+            f"{error:.2g} of its norm, and the gradients are off accordingly: discard them; {remedy}. With debug=True, drift_report() "
+            "names the block that amplifies most"
         )
         if error > _REFUSED:
             raise RuntimeError(said)
@@ -462,7 +511,7 @@ class ReversibleSequence(Reversible, InvertibleModule):
         self.conditions: list[int | None] = []
         self.module_list = nn.ModuleList()
         self.force_tuple_output = force_tuple_output
-        self.checkpoint_every = checked_spacing(checkpoint_every)
+        self.checkpoint_every = checkpoint_every
         self.debug = debug
 
     def append(
@@ -526,14 +575,3 @@ class ReversibleSequence(Reversible, InvertibleModule):
         if not self.force_tuple_output:
             raise ValueError("output_dims needs force_tuple_output=True, which makes the chain a module of other containers")
         return [self.shapes[-1]]
-
-
-def checked_spacing(checkpoint_every: int | None) -> int | None:
-    """``checkpoint_every``, or TypeError or ValueError if it is neither None nor a positive integer."""
-    if checkpoint_every is None:
-        return None
-    if not isinstance(checkpoint_every, int) or isinstance(checkpoint_every, bool):
-        raise TypeError(f"expected checkpoint_every as an integer or None, got {checkpoint_every!r}")
-    if checkpoint_every < 1:
-        raise ValueError(f"expected checkpoint_every of 1 or more, got {checkpoint_every}")
-    return checkpoint_every

@@ -75,8 +75,8 @@ def test_examples_of_the_docstrings_run(name: str) -> None:
 def test_a_wrong_example_is_noticed() -> None:
     assert run("```python\na = 1\n```\ntext\n```pycon\n>>> a + 1\n2\n```\n", "page") == 2
     assert run("<!-- not run: it is wrong -->\n```python\nraise ValueError\n```\n", "page") == 0
-    with pytest.raises(ZeroDivisionError):  # between two that are excused
-        excused = "<!-- not run: it is wrong -->\n```python\nraise ValueError\n```\n"
+    excused = "<!-- not run: it is wrong -->\n```python\nraise ValueError\n```\n"
+    with pytest.raises(ZeroDivisionError):
         run(f"{excused}```python\n1 / 0\n```\n{excused}", "page")
     with pytest.raises(AssertionError):
         run("```pycon\n>>> 1 + 1\n3\n```\n", "page")
