@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import socket
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
 from tests.cases import make_subnet
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 RANKS, BATCH, SHAPE = 2, 2, (6, 4, 4)
+HOOKS = ["register_hook", "register_post_accumulate_grad_hook"]
 
 
 def chain_of(depth: int = 4) -> ReversibleSequence:
@@ -35,10 +36,10 @@ def backward(model: nn.Module, x: Tensor) -> None:
     (z**3 + z.square()).flatten(1).sum(1).sub(log_det).mean().backward()
 
 
-def expected() -> dict[str, Tensor]:
+def expected(x: Tensor) -> dict[str, Tensor]:
     """Gradients in one process, of a chain that is not reversible."""
     chain = nn.Sequential(*chain_of())
-    x, total = data(), torch.zeros(RANKS * BATCH, dtype=torch.float64)
+    total = x.new_zeros(len(x))
     for block in chain:
         (x,), log_det = block([x])
         total = total + log_det
@@ -56,63 +57,75 @@ def nodes(z: Tensor) -> Counter:
     return Counter(type(node).__name__ for node in seen)
 
 
-def count_hooks(model: nn.Module) -> Counter:
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def count_hooks(model: nn.Module, register: str) -> Counter:
+    """Counts what the parameters' hooks of one kind see, from now on."""
     fired: Counter = Counter()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.register_hook(lambda g, name=name: fired.update([name]))
+    for name, p in trained(model).items():
+        getattr(p, register)(lambda _, name=name: fired.update([name]))
     return fired
 
 
-def check(found: dict[str, Tensor], fired: Counter) -> None:
-    truth = expected()
-    assert found.keys() == truth.keys()
-    for name, gradient in truth.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-10)
-    assert set(fired.values()) == {1}, fired
+def check(model: nn.Module, truth: dict[str, Tensor], *hooks: Counter) -> None:
+    """That the model holds these gradients, and that every parameter's hooks have fired once since the last check."""
+    assert trained(model).keys() == truth.keys()
+    for name, p in trained(model).items():
+        gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        torch.testing.assert_close(gradient, truth[name], rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    for fired in hooks:
+        assert fired == Counter(truth.keys())
+        fired.clear()
 
 
 def under_ddp(rank: int) -> None:
     chain = chain_of()
-    fired = count_hooks(chain)
+    hooks = [count_hooks(chain, kind) for kind in HOOKS]
     model = nn.parallel.DistributedDataParallel(chain, bucket_cap_mb=1e-3)  # many buckets: they leave while blocks behind still compute
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
     assert nodes(model(mine)[0])["_BlockBackward"] == len(chain)
     backward(model, mine)
-    check({name: p.grad for name, p in chain.named_parameters() if p.requires_grad}, fired)
-    before = copy.deepcopy(chain.module_list[0].global_scale.grad)
+    truth = expected(data())
+    check(chain, truth, *hooks)
+    chain.zero_grad()
     with model.no_sync():
         backward(model, mine)
+    check(chain, expected(mine), *hooks)  # this rank's alone
     backward(model, mine)
-    assert not torch.equal(before, chain.module_list[0].global_scale.grad)
+    check(chain, {name: 2 * gradient for name, gradient in truth.items()}, *hooks)
 
 
 def under_fsdp(rank: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     chain = chain_of()
     for name in ("w_perm", "w_perm_inv"):  # FSDP2 asks for a sharded first dimension; these stay whole for the index to be read
         for block in chain:
             assert not getattr(block, name).requires_grad
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
     for block in chain:
         kept = {block.w_perm, block.w_perm_inv}
         fully_shard(block, mesh=mesh, ignored_params=kept)
     fully_shard(chain, mesh=mesh, ignored_params={p for block in chain for p in (block.w_perm, block.w_perm_inv)})
+    # A sharded parameter gets its gradient from FSDP2, which runs hooks of the second kind only; autograd's see the whole parameters.
+    hooks = [count_hooks(chain, "register_post_accumulate_grad_hook")]
+    for block in chain:
+        block.unshard()
+    hooks.append(count_hooks(chain, "register_hook"))
+    for block in chain:
+        block.reshard()
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
     for _ in range(2):
         chain.zero_grad()
         assert nodes(chain(mine)[0])["_BlockBackward"] == len(chain)
         backward(chain, mine)
-    found = {name: p.grad.full_tensor() for name, p in chain.named_parameters() if p.requires_grad}
-    check(found, Counter(none=1))
+        check(chain, expected(data()), *hooks)
 
 
-def work(rank: int, kind: str, port: int) -> None:
+def work(rank: int, kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dispatch.SMALL = 0
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     try:
         {"ddp": under_ddp, "fsdp": under_fsdp}[kind](rank)
     finally:
@@ -120,8 +133,5 @@ def work(rank: int, kind: str, port: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_find_the_gradients_of_one_process(kind: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (kind, port), nprocs=RANKS)
+def test_two_ranks_find_the_gradients_of_one_process(kind: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (kind, tmp_path), nprocs=RANKS)
