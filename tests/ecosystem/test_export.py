@@ -20,6 +20,7 @@ from anomalib.models.image.patchflow.torch_model import PatchflowModel
 from anomalib.models.image.uflow.torch_model import UflowModel
 from torch import Tensor, nn
 
+from bench.ecosystem import file_sizes
 from fastflow_kernels import accelerate
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -61,14 +62,22 @@ def _assert_close(actual: Tensor | np.ndarray, expected: Tensor) -> None:
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def _namespaces(program: torch.export.ExportedProgram) -> set[str]:
+    """Of all its operators, of higher order and in nested graphs as well; what remains are Python's own functions, on sizes."""
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    targets = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    operators = [target for target in targets if isinstance(target, torch._ops.OperatorBase)]
+    assert {target.__module__ for target in targets if target not in operators} <= {"_operator", "math", "torch"}
+    return {operator.namespace for operator in operators}
+
+
 def test_exported_program_holds_gathers_and_no_operator_of_ours() -> None:
     stock, ours = _flow()
     programs = [
         torch.export.export(m, (torch.randn(2, 16, 12, 10),), dynamic_shapes=({0: BATCH, 2: HEIGHT, 3: WIDTH},)) for m in (stock, ours)
     ]
+    assert _namespaces(programs[1]) == {"aten"}
     names = [Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function") for program in programs]
-    assert {name.split(".")[0] for name in names[1] if name.startswith(("aten", "fastflow"))} == {"aten"}
-    assert not [name for name in names[1] if "custom" in name or "autograd" in name]
     assert names[1]["aten.index_select.default"] == 3
     products = [sum(count for name, count in found.items() if "conv" in name) for found in names]
     assert products[1] == products[0] - 3
@@ -123,6 +132,13 @@ def test_the_file_holds_the_index_and_not_the_matrix(tmp_path: Path) -> None:
     assert sizes[1] <= 2 * 8 * 256 * 3  # an int64 index, and two or three float32 vectors
 
 
+def test_onnx_of_fastflows_flow_part_is_smaller() -> None:
+    """Not at 60% of stock's size, which was once the aim: the subnets' weights, which are the same, are 79% of it alone."""
+    found = file_sizes("wide_resnet50_2")
+    assert found["ours_mb"] <= 0.80 * found["stock_mb"], found
+    assert found["ours_without_subnets_mb"] <= 0.05 * found["stock_without_subnets_mb"], found
+
+
 def test_torchscript_trace() -> None:
     stock, ours = _flow()
     x = torch.randn(2, 16, 12, 10)
@@ -138,6 +154,7 @@ def test_torchscript_trace() -> None:
 
 def test_anomalibs_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Engine.export does it: pre- and post-processing are part of the file."""
+    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves its cache where it runs
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # anomalib asks for it before it unpickles a whole model, stock or not
     model = Fastflow(
         "resnet18", pre_trained=False, flow_steps=2, pre_processor=Fastflow.configure_pre_processor((64, 64)), visualizer=False
