@@ -99,7 +99,10 @@ def _run(
     callbacks = [Accelerate()] if accelerated else []
     engine = Engine(callbacks=callbacks, default_root_dir=out, max_epochs=epochs, accelerator="cpu", enable_progress_bar=False)
     engine.fit(model, datamodule=data, ckpt_path=resume)
-    metrics = {key: float(value) for key, value in engine.trainer.callback_metrics.items()}
+    metrics = dict(engine.trainer.callback_metrics)
+    for tested in engine.test(model, datamodule=data, verbose=False):
+        metrics |= tested
+    metrics = {key: float(value) for key, value in metrics.items()}
     batches = engine.predict(model, datamodule=data)
     predictions = {
         key: torch.cat([getattr(batch, key) for batch in batches]) for key in ("pred_score", "pred_label", "anomaly_map", "pred_mask")
@@ -112,7 +115,7 @@ def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
 
     Not by the criterion of tests/compare.py: Adam's first step is the sign of a gradient, also where that is rounding only.
     """
-    assert ours.metrics.keys() == stock.metrics.keys() >= {"train_loss"}
+    assert ours.metrics.keys() == stock.metrics.keys() >= {"train_loss", "image_AUROC", "pixel_AUROC"}
     for key, value in stock.metrics.items():
         assert ours.metrics[key] == pytest.approx(value, rel=1e-3), key
     weights, expected, begun = (dict(model.named_parameters()) for model in (ours.model, stock.model, start))
