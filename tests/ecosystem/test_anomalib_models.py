@@ -16,6 +16,7 @@ from anomalib.models.image.patchflow.loss import PatchflowLoss
 from anomalib.models.image.patchflow.torch_model import PatchflowModel
 from anomalib.models.image.uflow.loss import UFlowLoss
 from anomalib.models.image.uflow.torch_model import UflowModel
+from FrEIA.framework import SequenceINN
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,10 +106,25 @@ def _built(model: Model) -> nn.Module:
     return made
 
 
-def _train_step(model: nn.Module, step: Step, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """What one training step gives, and the gradients, with the batch-norm statistics that it leaves behind."""
+def _reversible_blocks(loss: Tensor) -> int:
+    """How many blocks of the graph behind the loss keep no activations."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return sum(type(node).__name__ == "_BlockBackward" for node in seen)
+
+
+def _train_step(model: nn.Module, step: Step, images: Tensor, undone: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """What one training step gives, and the gradients, with the batch-norm statistics that it leaves behind.
+
+    ``undone``: how many blocks must have a reversible chain's node in the graph.
+    """
     model.train()
     results = step(model, images)
+    assert _reversible_blocks(results["loss"]) == undone
     results["loss"].backward()
     gradients = {f"{key}.grad": p.grad for key, p in model.named_parameters()}
     return {key: t.detach() for key, t in results.items()}, gradients | dict(model.named_buffers())
@@ -121,15 +137,20 @@ def _anomaly_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {"anomaly_map": batch.anomaly_map, "pred_score": batch.pred_score}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_accelerated_model_gives_the_same(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "reversible"),
+    [(name, False) for name in MODELS] + [(name, True) for name in ("fastflow-resnet18", "cflow")],  # UFlow holds a GraphINN
+)
+def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
     """Every result in float32 by the criterion; gradients in float64, where no rounding switches a ReLU's gate (in float32 one does)."""
     model = MODELS[name]
     stock = _built(model)
     images = torch.rand(model.batch, 3, model.size, model.size)
     ours = copy.deepcopy(stock)
-    report = accelerate(ours)
+    report = accelerate(ours, reversible=reversible)
     assert (len(report.changed), len(report.left)) == (model.blocks, 0), str(report)
+    chains = [module for module in stock.modules() if reversible and isinstance(module, SequenceINN)]
+    assert [chain.changed for chain in report.chains] == [True] * len(chains), str(report)
 
     exact, exact_ours = copy.deepcopy(stock).double(), copy.deepcopy(ours).double()
     truth = _anomaly_maps(exact, images.double())
@@ -139,9 +160,10 @@ def test_accelerated_model_gives_the_same(name: str) -> None:
 
     truth, true_gradients = _train_step(exact, model.step, images.double())
     baseline, rough_gradients = _train_step(stock, model.step, images)
-    for key, actual in _train_step(ours, model.step, images)[0].items():
+    undone = model.blocks if reversible else 0
+    for key, actual in _train_step(ours, model.step, images, undone)[0].items():
         assert_close(actual, truth[key].double(), baseline[key], f"float32 {key}")
-    results, gradients = _train_step(exact_ours, model.step, images.double())
+    results, gradients = _train_step(exact_ours, model.step, images.double(), undone)
     for key, actual in results.items():
         if actual.dtype is torch.float64:  # anomalib adds FastFlow's loss up in float32
             assert_close(actual, truth[key], baseline[key], f"float64 {key}")
