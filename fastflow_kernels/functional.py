@@ -235,7 +235,7 @@ def _forward(
     # what of the permutation is part of the coupling: an index, reflections, or a fixed matrix where the kernels do not apply scale and
     # offset for nothing; the rest comes after it
     inner = outer = matrix = rest = None
-    if isinstance(permutation, HouseholderPermutation) and not permutation.dense:
+    if isinstance(permutation, HouseholderPermutation) and not permutation.is_dense():
         inner, outer = permutation.factors()
         rest = permutation.base
     elif isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(x):

@@ -129,12 +129,12 @@ class HouseholderPermutation(NamedTuple):
         return solved.to(self.vectors.dtype), v.to(self.vectors.dtype)
 
     def permute(self, v: Tensor) -> Tensor:
-        if self.dense:
+        if self.is_dense():
             return multiply_channels(v, self.matrix(self.vectors.dtype))
         return self.base.permute(reflect(v, *self.factors()))
 
     def unpermute(self, y: Tensor) -> Tensor:
-        if self.dense:
+        if self.is_dense():
             return multiply_channels(y, self.matrix(self.vectors.dtype).T)
         solved, vectors = self.factors()
         return reflect(self.base.unpermute(y), vectors, solved)  # the transpose: I - V^T T^T V = I - (T V)^T V
@@ -146,8 +146,7 @@ class HouseholderPermutation(NamedTuple):
             w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
         return w
 
-    @property
-    def dense(self) -> bool:
+    def is_dense(self) -> bool:
         """Whether the one product of C x C is the smaller work; also the thin ones lose digits where V has more rows than columns."""
         count, channels = self.vectors.shape
         return 2 * count >= channels
