@@ -100,9 +100,14 @@ def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType | None:
     return choice
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether what a call costs outweighs what it computes; never on a GPU, where fused kernels save launches."""
-    return x.numel() <= SMALL and not x.is_cuda
+def is_small(x: Tensor, times: int = 1) -> bool:
+    """Whether what a call costs outweighs what it computes; never on a GPU, where fused kernels save launches.
+
+    Args:
+        x: The block's input, (B, C, *S).
+        times: By how much the computation is dearer without being shorter when fused.
+    """
+    return x.numel() <= times * SMALL and not x.is_cuda
 
 
 def coverable(x: Tensor, backend: str) -> Tensor:
