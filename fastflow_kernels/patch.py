@@ -51,12 +51,14 @@ class Report:
     Attributes:
         action: "accelerated" or "restored".
         entries: One per block found, in the model's order.
-        chains: One per chain found; None where none was asked for.
+        chains: One per chain found, where reversible chains were asked for.
+        reversible: Whether they were.
     """
 
     action: str
     entries: tuple[Entry, ...]
-    chains: tuple[Entry, ...] | None = None
+    chains: tuple[Entry, ...] = ()
+    reversible: bool = False
 
     @property
     def changed(self) -> tuple[Entry, ...]:
@@ -73,7 +75,7 @@ class Report:
         if not self.entries:
             lines = ["no AllInOneBlock found in the model"]
         lines += [f"  {self.action if entry.changed else 'left':<11} {_line(entry)}" for entry in self.entries]
-        if self.chains is not None and not self.chains:
+        if self.reversible and not self.chains:
             lines.append("no SequenceINN found: no chain was made reversible (a GraphINN cannot be)")
         if self.chains:
             changed = sum(entry.changed for entry in self.chains)
@@ -141,7 +143,7 @@ def accelerate(model: nn.Module, *, backend: str = "auto", reversible: bool = Fa
         kind = _kind(type(chain))
         if (found := _made_reversible(chain)) is not None:
             chains.append(Entry(name, kind, *found))
-    return Report("accelerated", tuple(entries), tuple(chains) if reversible else None)
+    return Report("accelerated", tuple(entries), tuple(chains), reversible)
 
 
 def restore(model: nn.Module) -> Report:
@@ -171,7 +173,7 @@ def restore(model: nn.Module) -> Report:
             found.append(Entry(name, _kind(type(block)), True, "has its own class again"))
         elif isinstance(block, modules.AllInOneBlock):
             entries.append(Entry(name, _kind(type(block)), False, "was built fused, not made so by accelerate"))
-    return Report("restored", tuple(entries), tuple(chains) or None)
+    return Report("restored", tuple(entries), tuple(chains))
 
 
 def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

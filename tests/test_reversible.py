@@ -618,6 +618,13 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: C
 
 
 @pytest.mark.peers
+def test_accelerate_says_where_there_is_no_chain() -> None:
+    blocks = nn.ModuleList(simple())
+    assert "no SequenceINN found" in str(accelerate(blocks, reversible=True))
+    assert "no SequenceINN found" not in str(accelerate(blocks))
+    assert accelerate(blocks).chains == ()
+
+
 def test_accelerate_leaves_chains_of_another_kind() -> None:
     base = freia().framework.SequenceINN
 
