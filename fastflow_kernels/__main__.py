@@ -20,7 +20,7 @@ _COVERAGE = (
     ("soft and Householder permutations", "as above, then matrix products"),
     ("channels-last input", "as above, pixel by pixel; the format stays (GIN on a GPU: on a contiguous copy)"),
     ("other strides of the input", "as above, on a contiguous copy"),
-    ("gradients of the inverse", "plain operations"),
+    ("every inverse while gradients are enabled", "plain operations"),
     ("empty input; compile, export, trace, torch.func, forward mode", "plain operations"),
 )
 

@@ -105,7 +105,7 @@ def is_small(x: Tensor, times: int = 1) -> bool:
 
     Args:
         x: The block's input, (B, C, *S).
-        times: By how much the computation is dearer without being shorter when fused.
+        times: How many times dearer the computation is by what fusing does not shorten, such as a matrix product.
     """
     return x.numel() <= times * SMALL and not x.is_cuda
 

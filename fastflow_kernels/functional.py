@@ -506,7 +506,8 @@ def all_in_one_block_bwd(
     spec: CouplingSpec,
     conditions: Sequence[Tensor] = (),
     *,
-    needs: tuple[bool, bool],
+    need_x: bool,
+    need_params: bool,
     reverse_permutation: bool = False,
     backend: str = "auto",
 ) -> Reversed:
@@ -519,7 +520,8 @@ def all_in_one_block_bwd(
         y: The block's output, (B, C, *S).
         dy, dlogdet: Gradients of its two results; dlogdet may be None.
         subnet, global_scale, global_offset, permutation, spec, conditions, reverse_permutation, backend: As given to the block.
-        needs: Whether the gradient of x, and whether those of global_scale and global_offset are wanted.
+        need_x: Whether the gradient of x is wanted.
+        need_params: Whether those of global_scale and global_offset are.
     """
     backend = dispatch.resolved(backend)
     layout = memory_format(y)
@@ -541,10 +543,10 @@ def all_in_one_block_bwd(
     whole = from_rows(x, given) if rows else x
     with torch.enable_grad():
         # .data, lest autograd takes the active channels, written below, for a change of what the subnet keeps
-        x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(needs[0])
+        x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(need_x)
         a = _coefficients(subnet, x1, conditions, whole)
     a_taken = as_rows(a.detach()) if rows else dispatch.packed(operations, a.detach())
-    dx, da, dg, doffset = operations.coupling_inv_bwd(v, x, dv, dlogdet, a_taken, g, offset, perm, inv, spec, needs[1])
+    dx, da, dg, doffset = operations.coupling_inv_bwd(v, x, dv, dlogdet, a_taken, g, offset, perm, inv, spec, need_params)
     del v, dv, y, dy
     if rows:
         dx, da = from_rows(dx, given), from_rows(da, given)

@@ -165,7 +165,6 @@ class _Link:
 
     def __init__(self, chain: Reversible, place: int, segment: _Segment, previous: _Link | None, drift: dict[int, float]) -> None:
         self.chain, self.place, self.segment, self.previous, self.drift = chain, place, segment, previous, drift
-        self.subnet_module = chain.module_list[place].subnet
         self.output: Tensor | None = None
         self.seen: tuple[Any, Any] | None = None  # which tensors came in and went out
 
@@ -192,7 +191,7 @@ class _Link:
         reverse_permutation: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        recorded = _Subnet(self.subnet_module, subnet, x.device)
+        recorded = _Subnet(self.chain.module_list[self.place].subnet, subnet, x.device)
         for p in recorded.parameters:
             if type(p) is not Tensor and type(p) is not nn.Parameter:
                 raise TypeError(
@@ -308,7 +307,7 @@ class _Block(Function):
             else:
                 call.link.segment.largest = torch.linalg.vector_norm(y, math.inf)
             dy = torch.zeros_like(y) if dy is None else dy
-            found = all_in_one_block_bwd(y, dy, dlogdet, *arguments, needs=(needs[1], needs[2] or needs[3]), **options)
+            found = all_in_one_block_bwd(y, dy, dlogdet, *arguments, need_x=needs[1], need_params=needs[2] or needs[3], **options)
         if x is not None:
             call.link.compare(found.x, x, y)
         if needs[1] and not call.link.first and call.link.previous is not None:
