@@ -23,6 +23,7 @@ from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, disp
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
+from tests.graph import reversible_blocks
 
 DEPTH = 5
 SHAPE = Shape(2, 6, (3, 5))
@@ -81,17 +82,6 @@ def assert_like_plain(chain: ReversibleSequence, x: Tensor, c: list[Tensor] | No
     assert_same(gradients(chain, x, c), gradients(plain, x, c), tolerance)
 
 
-def links_in(z: Tensor) -> int:
-    """How many reversible nodes there are in the graph of z."""
-    seen, todo = set(), [z.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return sum(type(node).__name__ == "_BlockBackward" for node in seen)
-
-
 # --- every kind of block -------------------------------------------------------------------------------------------------------------
 
 
@@ -113,8 +103,8 @@ def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(name: str, 
 
 def test_the_chain_is_what_is_tested() -> None:
     z, _ = simple()(torch.randn(2, 6, 3, 5, dtype=torch.float64))
-    assert links_in(z) == DEPTH
-    assert links_in(plain_of(simple())(torch.randn(2, 6, 3, 5, dtype=torch.float64))[0]) == 0
+    assert reversible_blocks(z) == DEPTH
+    assert reversible_blocks(plain_of(simple())(torch.randn(2, 6, 3, 5, dtype=torch.float64))[0]) == 0
 
 
 def test_float32_is_as_accurate_as_a_plain_chain() -> None:
@@ -165,7 +155,7 @@ def test_without_gradients_in_reverse_and_without_log_determinant() -> None:
     torch.testing.assert_close(x.grad, expected.grad, rtol=1e-9, atol=1e-9)
     back = chain(z.detach().requires_grad_(), rev=True)[0]
     assert back.requires_grad
-    assert links_in(back) == 0
+    assert reversible_blocks(back) == 0
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------------------
@@ -566,7 +556,7 @@ def test_mixed_chains(every: int | None) -> None:
     chain.double()
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
     assert_like_plain(chain, x)
-    assert links_in(chain(x)[0]) == 5
+    assert reversible_blocks(chain(x)[0]) == 5
 
 
 @pytest.mark.peers
@@ -581,7 +571,7 @@ def test_mixed_chains_with_modules_of_freia() -> None:
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     chain(x)  # ActNorm initialises itself
     assert_like_plain(chain, x)
-    assert links_in(chain(x)[0]) == 4
+    assert reversible_blocks(chain(x)[0]) == 4
     torch.testing.assert_close(chain(chain(x)[0], rev=True)[0], x)
 
 
@@ -602,12 +592,12 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: C
     assert state.keys() == model.state_dict().keys()
     chain.zero_grad()
     assert_same(gradients(chain, x, c), before)
-    assert links_in(chain(x, c)[0]) == DEPTH
+    assert reversible_blocks(chain(x, c)[0]) == DEPTH
     assert isinstance(chain, freia().framework.SequenceINN)
     for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
         other.zero_grad()
         assert_same(gradients(other, x, c), before)
-        assert links_in(other(x, c)[0]) == DEPTH
+        assert reversible_blocks(other(x, c)[0]) == DEPTH
     assert "is reversible already" in str(accelerate(model, reversible=True))
     chain.checkpoint_every = 2
     assert [entry.changed for entry in restore(model).chains] == [True]

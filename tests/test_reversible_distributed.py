@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
 from tests.cases import make_subnet
+from tests.graph import nodes
 
 RANKS, BATCH, SHAPE = 2, 2, (6, 4, 4)
 HOOKS = ["register_hook", "register_post_accumulate_grad_hook"]
@@ -45,16 +46,6 @@ def expected(x: Tensor) -> dict[str, Tensor]:
         total = total + log_det
     (x**3 + x.square()).flatten(1).sum(1).sub(total).mean().backward()
     return {f"module_list.{name}": p.grad for name, p in chain.named_parameters() if p.grad is not None}
-
-
-def nodes(z: Tensor) -> Counter:
-    seen, todo = set(), [z.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return Counter(type(node).__name__ for node in seen)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fastflow_kernels import accelerate, restore
 from tests.compare import assert_close
+from tests.graph import reversible_blocks
 
 Step = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
@@ -106,17 +107,6 @@ def _built(model: Model) -> nn.Module:
     return made
 
 
-def _reversible_blocks(loss: Tensor) -> int:
-    """How many blocks of the graph behind the loss keep no activations."""
-    seen, todo = set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return sum(type(node).__name__ == "_BlockBackward" for node in seen)
-
-
 def _train_step(model: nn.Module, step: Step, images: Tensor, undone: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """What one training step gives, and the gradients, with the batch-norm statistics that it leaves behind.
 
@@ -124,7 +114,7 @@ def _train_step(model: nn.Module, step: Step, images: Tensor, undone: int = 0) -
     """
     model.train()
     results = step(model, images)
-    assert _reversible_blocks(results["loss"]) == undone
+    assert reversible_blocks(results["loss"]) == undone
     results["loss"].backward()
     gradients = {f"{key}.grad": p.grad for key, p in model.named_parameters()}
     return {key: t.detach() for key, t in results.items()}, gradients | dict(model.named_buffers())
