@@ -72,13 +72,14 @@ def why_not_triton(x: Tensor) -> str | None:
     return _kernels().uncovered(x)
 
 
-def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType | None:
+def pick(x: Tensor, backend: str, rows: bool = False, times: int = 1) -> ModuleType | None:
     """The module whose ``coupling_*`` functions take this input, or None for plain differentiable operations.
 
     Args:
         x: The block's input, (B, C, *S).
         backend: "auto", "eager" or "triton", :func:`resolved`.
         rows: Whether it will be given as rows.
+        times: See :func:`is_small`.
 
     Raises:
         RuntimeError: If the backend is "triton" and it cannot be honoured; the message says why.
@@ -90,7 +91,7 @@ def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType | None:
     elif backend == "eager":
         return eager
     elif backend == "auto" and not x.is_cuda:
-        return None if is_small(x) else eager
+        return None if is_small(x, times) else eager
     else:
         choice, reason = eager, why_not_triton(as_rows(x) if rows else x)
         if reason is None:
