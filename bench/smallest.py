@@ -1,33 +1,47 @@
-"""Every kernel once on a small, odd shape, forward, backward and inverse: what compute-sanitizer watches (ci/gpu.sh)."""
+"""Every kernel once on a small, odd shape, forward, backward, inverse and undone: what compute-sanitizer watches (ci/gpu.sh)."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastflow_kernels import AllInOneBlock
+from fastflow_kernels import AllInOneBlock, ReversibleSequence
 
 SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
+
+
+class Subnet(nn.Module):
+    """Its input twice, times a weight: no library's kernels, which the sanitizer would watch as well."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.channels_out, self.weight = channels_out, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * torch.cat((x, x), 1)[:, : self.channels_out]
+
+
+def run(device: str) -> None:
+    """A block by itself and in a reversible chain; affine, and GIN."""
+    for batch, *shape in SHAPES:
+        for gin in (False, True):
+            block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
+            chain = ReversibleSequence(*shape)
+            chain.append(block)
+            chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")  # one that has to be undone
+            chain.to(device)
+            x = torch.randn(batch, *shape, device=device, requires_grad=True)
+            for call in (lambda x, block=block: block([x]), chain):
+                z, logdet = call(x)
+                (sum(t.square().sum() for t in z) - logdet.sum()).backward()
+            with torch.no_grad():
+                block([x], rev=True)
 
 
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.smallest: torch finds no GPU")
-    for batch, channels, *spatial in SHAPES:
-        for gin in (False, True):
-            subnet = nn.Conv2d if spatial else nn.Linear
-            size = (1,) if spatial else ()
-            block = AllInOneBlock(
-                [(channels, *spatial)],
-                subnet_constructor=lambda i, o, subnet=subnet, size=size: subnet(i, o, *size),
-                gin_block=gin,
-                backend="triton",
-            ).cuda()
-            x = torch.randn(batch, channels, *spatial, device="cuda", requires_grad=True)
-            (y,), logdet = block([x])
-            (y.square().sum() - logdet.sum()).backward()
-            with torch.no_grad():
-                block([y], rev=True)
+    run("cuda")
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -12,5 +12,5 @@ if ! "$python" -c 'import triton'; then
     esac
 fi
 
-TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 tests/test_kernels_interpreter.py
+TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 tests/test_kernels.py
 "$python" -m pytest -q --durations=5 tests/test_kernels_compiled.py tests/test_bench_compiled.py

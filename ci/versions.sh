@@ -46,7 +46,7 @@ run tests/test_reference.py tests/test_peers.py tests/test_checkpoints.py tests/
     tests/test_docs.py tests/test_compile.py tests/test_torch_features.py tests/test_distributed.py tests/test_reversible.py \
     tests/test_reversible_distributed.py -k "not (C1- and -soft)$more"
 echo "== the kernels, interpreted"
-TRITON_INTERPRET=1 run tests/test_kernels_interpreter.py -k 'test_coupling_parity and fp32 or loops or soft or without'
+TRITON_INTERPRET=1 run tests/test_kernels.py -k 'test_coupling_parity and fp32 or loops or soft or without'
 echo "== the kernels, compiled"
 run tests/test_kernels_compiled.py -k 'not gfx942 and not fp16 and not fp64' # gfx942: old versions ask for a linker of ROCm's
 echo "== $which versions are fine ($((SECONDS - started)) s)"

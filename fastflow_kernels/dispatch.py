@@ -135,6 +135,11 @@ def needs_composite(x: Tensor) -> bool:
     )
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors on this device; never on one that has none, such as "meta"."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 @cache
 def _kernels() -> ModuleType:
     return importlib.import_module("fastflow_kernels.kernels.coupling")

@@ -298,8 +298,7 @@ def _inverse(
 
 def _keeps_dtype(y: Tensor, g: Tensor) -> bool:
     """Whether a product of y has the dtype that the inverse promises; not so under autocast, or where g is wider."""
-    device = y.device.type
-    return y.dtype is eager.promoted(y, g) and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device))
+    return y.dtype is eager.promoted(y, g) and not dispatch.is_autocast(y.device)
 
 
 # --- channels last: the coupling runs on pixels as on samples of rank 0 -------------------------------------------------------------

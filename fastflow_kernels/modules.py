@@ -288,7 +288,7 @@ class AllInOneBlock(InvertibleModule):
 
     def _checked_subnet(self, x: Tensor) -> Tensor:
         a = self.subnet(x.clone() if self._subnet_starts_in_place else x)
-        if isinstance(a, Tensor) and a.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if isinstance(a, Tensor) and a.dtype != x.dtype and not dispatch.is_autocast(x.device):
             raise TypeError(f"expected the subnet to return {x.dtype}, its input's dtype; got {a.dtype}")
         return a
 

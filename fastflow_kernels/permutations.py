@@ -344,9 +344,8 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     Returns:
         (B, C, *S) in the promoted dtype.
     """
-    device = v.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if dispatch.is_autocast(v.device):
+        with torch.autocast(v.device.type, enabled=False):
             return reflect(v, inner, outer)
     if not torch.is_grad_enabled():
         inner, outer = inner.detach(), outer.detach()  # else matmul, which looks at what takes a gradient, copies v

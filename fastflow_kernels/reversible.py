@@ -57,7 +57,7 @@ class _Subnet:
         self.buffers = [(m._buffers, name, b, m.training) for m in modules for name, b in m._buffers.items() if b is not None]
         self.changed: list[tuple[dict[str, Any], str, Tensor]] = []  # buffers that a run may change, as they were before it
         self.random: list[Tensor] | None = None
-        self.autocast = _autocast(device.type)
+        self.autocast = _autocast(device)
 
     def __call__(self, x: Tensor) -> Tensor:
         random = self._random_state()
@@ -122,19 +122,15 @@ def _assign(training: list[tuple[nn.Module, bool]], tensors: list[tuple[dict[str
         holder[name] = tensor
 
 
-def _autocast(device_type: str) -> Callable[[], AbstractContextManager]:
+def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
     """A context manager's constructor: autocast as it is now."""
-    if not _is_autocast(device_type):
+    if not dispatch.is_autocast(device):
         return nullcontext
-    return partial(torch.autocast, device_type, torch.get_autocast_dtype(device_type), True, torch.is_autocast_cache_enabled())
+    return partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled())
 
 
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if _is_autocast(device_type) else nullcontext()
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False) if dispatch.is_autocast(device) else nullcontext()
 
 
 # --- one block of a chain ------------------------------------------------------------------------------------------------------------
@@ -258,7 +254,7 @@ class _Block(Function):
         ctx.set_materialize_grads(False)
         ctx.call = call
         link = call.link
-        with _without_autocast(x.device.type):
+        with _without_autocast(x.device):
             y, logdet = all_in_one_block(
                 x, call.subnet, g, offset, call.permutation, call.spec, rest[: call.conditions],
                 jac=call.jac, reverse_permutation=call.reverse_permutation, backend=call.backend,
@@ -296,7 +292,7 @@ class _Block(Function):
         options: Any = {"reverse_permutation": call.reverse_permutation, "backend": call.backend}
         with (
             _swapping,
-            _without_autocast(call.subnet.device.type),
+            _without_autocast(call.subnet.device),
             call.subnet.as_it_was(dict(zip(call.subnet.parameters, parameters, strict=True))),
         ):
             if call.link.first and call.link.last:
@@ -383,7 +379,7 @@ class Reversible:
         log_det: Tensor | int = 0
         for i in reversed(order) if rev else order:
             module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
-            if link is not None and x[0].is_floating_point() and _is_autocast(x[0].device.type):
+            if link is not None and x[0].is_floating_point() and dispatch.is_autocast(x[0].device):
                 x = (x[0].to(eager.promoted(x[0], module.global_scale)),)  # the chain's state stays in the parameters' dtype
             given = x
             arguments: dict[str, Any] = {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "run": link}
@@ -411,14 +407,15 @@ class Reversible:
         """A link for every block that can be undone; none where plain operations must do, or where no gradients are wanted."""
         if not torch.is_grad_enabled() or len(x) != 1 or not isinstance(x[0], Tensor) or not x[0].numel() or dispatch.needs_composite(x[0]):
             return {}
+        if x[0].is_meta:  # there is nothing to look at for drift
+            return {}
         if parametrize._cache_enabled:  # the cache would hand a first run's parameters to the second
             return {}
         links: dict[int, _Link] = {}
         drift: dict[int, float] = {}
         self.drift = drift
-        needed = x[
-            0
-        ].requires_grad  # whether the backward pass goes on beyond the block: where it ends, there must be something to compare with
+        # whether the backward pass goes on beyond the block: where it ends, there must be something to compare with
+        needed = x[0].requires_grad
         for i, (module, condition) in enumerate(zip(self.module_list, self.conditions, strict=True)):
             if is_reversible(module):
                 previous = links.get(i - 1)

@@ -14,6 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastflow_kernels import dispatch
+
+# of the tests that run kernels: a GPU where there is one, but the interpreter's checks are made on the CPU's memory
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIALECTS = ("anomalib", "freia")
 
@@ -231,8 +235,9 @@ def make_block(cls: type, case: Case, dtype: torch.dtype = torch.float64, seed: 
 def make_input(case: Case, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """``(x, c)`` with values that ``dtype`` represents."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(case.shape.full, generator=generator, dtype=torch.float64).to(dtype)
-    c = [torch.randn(case.shape.batch, *dims, generator=generator, dtype=torch.float64).to(dtype) for dims in case.dims_c]
+    drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    x = torch.randn(case.shape.full, **drawn).to(dtype)
+    c = [torch.randn(case.shape.batch, *dims, **drawn).to(dtype) for dims in case.dims_c]
     return x, c
 
 

@@ -6,6 +6,8 @@ The interpreter itself lets kernels read and write anywhere and write twice. Ins
 - no address is stored to twice in one launch, whatever the programs' order would be;
 - the bytes that each tensor's loads and stores move are counted, masked lanes excepted;
 - ``torch.empty`` and its kin hand out NaN (integers: the least value), so that a value read or returned unwritten shows.
+
+Where kernels run on a GPU only the last one holds.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def _poisoned(real):
 
 @contextlib.contextmanager
 def sanitize() -> Iterator[list[Launch]]:
-    """Check every kernel launch inside the block; yields the list of launches, which grows as they finish.
+    """Check every kernel launch inside the block; yields the list of launches, which grows as they finish (on a GPU it stays empty).
 
     Raises:
         InterpreterError: From the launch, naming the out-of-bounds access.

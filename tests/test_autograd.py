@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, functional
-from tests.cases import CASES, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.cases import CASES, OPTIONS, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
 
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
@@ -298,15 +298,18 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     torch.testing.assert_close(block([y], rev=True)[0][0], x)
 
 
-@pytest.mark.parametrize("options", [{}, {"gin_block": True}, {"reverse_permutation": True}], ids=["hard", "gin", "reverse"])
-def test_no_operand_lies_on_another_device(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_operand_lies_on_another_device(name: str, layout: torch.memory_format) -> None:
     """On the meta device, where mixing devices raises as on a GPU: forward, backward and inverse of the eager path."""
-    block = AllInOneBlock([(6, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1), dialect="freia", **options).to("meta")
-    x = torch.empty(2, 6, 4, 4, device="meta", requires_grad=True)
-    (y,), logdet = block([x])
+    case = Case(Shape(2, 6, (4, 4)), name)
+    block = make_block(AllInOneBlock, case, torch.float32, dialect="freia").to("meta")
+    x = torch.empty(case.shape.full, device="meta").contiguous(memory_format=layout).requires_grad_()
+    c = [torch.empty(2, *dims, device="meta") for dims in case.dims_c]
+    (y,), logdet = block([x], c)
     (y.sum() + logdet.sum()).backward()
     with torch.no_grad():
-        block([x], rev=True)
+        block([x], c, rev=True)
     assert x.grad.shape == x.shape
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import reference
-from bench import measure, providers, records, reversible, timing
+from bench import measure, providers, records, reversible, timing, warm
 from bench.cases import QUICK, WORKLOADS, Workload, workloads
 from bench.goals import goals
 from bench.measure import Settings, Task
@@ -350,3 +350,14 @@ def test_depth_compares_chains_that_agree(monkeypatch: pytest.MonkeyPatch) -> No
     other[0].global_scale.grad.mul_(10.0)
     with pytest.raises(AssertionError, match="other: the gradients are off"):
         reversible.assert_alike({"plain": chain, "other": other})
+
+
+def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = warm.jobs(on_cpu=False)
+    assert len(todo) == len(set(map(repr, todo)))
+    assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads("block", False)
+    assert {name for _, _, name in todo} == {"ours", "ours-freia"}
+    modes = []
+    monkeypatch.setattr(warm.Subject, "results", lambda self, mode: modes.append((self.provider.name, self.samples[0].x.dtype, mode)))
+    warm.run((SMALL, "bfloat16", "ours-freia"), "cpu")
+    assert modes == [("ours-freia", torch.bfloat16, mode) for mode in ("train", "inverse")]

@@ -22,8 +22,10 @@ from triton.runtime.jit import JITFunction
 
 from bench import mock_driver
 from bench.compile_targets import Code, Recorded, compile_for, launches_of_passes, launches_of_undoing
-from fastflow_kernels.kernels import coupling
+from fastflow_kernels import AllInOneBlock
+from fastflow_kernels.kernels import coupling, prepared
 from fastflow_kernels.spec import CouplingSpec
+from tests.cases import OPTIONS, Case, Shape, make_block
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
 REGISTERS = 128
@@ -195,3 +197,28 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(shape: tuple[in
                 assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
             elif not isinstance(mine, LazyDict):  # what profilers are told
                 assert mine == theirs
+
+
+@pytest.mark.parametrize("shape", [Shape(2, 6, (4, 4)), Shape(2, 7)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_pointer_lies_on_another_device(name: str, channels_last: bool, shape: Shape) -> None:
+    """On the meta device, where mixing devices raises as on a GPU: every operation around the launches, and what they are given."""
+    case, found = Case(shape, name), []
+    x = torch.empty(shape.full, device="meta")
+    x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x).requires_grad_()
+    with (
+        mock_driver.mock_gpu(),
+        mock.patch.object(coupling, "aligned", return_value=True),
+        mock.patch.object(prepared.Launch, "__call__", lambda self, _, *pointers: found.append((self.kernel.__name__, pointers))),
+    ):
+        block = make_block(AllInOneBlock, case, torch.float32, dialect="freia", backend="triton").to("meta")
+        c = [torch.empty(2, *dims, device="meta") for dims in case.dims_c]
+        (y,), logdet = block([x], c)
+        torch.autograd.backward([y, logdet], [y, logdet])
+        with torch.no_grad():
+            (back,), minus = block([y], c, rev=True)
+    assert all(t.is_meta for t in (y, logdet, x.grad, back, minus))
+    assert {"_coupling_bwd_kernel", "_coupling_inv_active_kernel"} <= {kernel for kernel, _ in found}
+    for kernel, pointers in found:
+        assert all(t is None or t.is_meta for t in pointers), kernel

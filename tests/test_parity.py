@@ -13,10 +13,9 @@ import fastflow_kernels
 import reference
 from fastflow_kernels import eager
 from fastflow_kernels.spec import CouplingSpec
-from tests.cases import CASES, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, Shape, ids, make_block, make_input
+from tests.cases import CASES, DEVICE, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, Shape, ids, make_block, make_input
 from tests.compare import assert_close
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["eager", "triton"] if DEVICE.type == "cuda" else ["eager"]
 HALF = {name: DTYPES[name] for name in ("bf16", "fp16")}
 
@@ -33,7 +32,7 @@ def evaluate(block: nn.Module, x: Tensor, c: list[Tensor], rev: bool = False, gr
     if not grad:
         return results
     generator = torch.Generator().manual_seed(2)
-    dy, dlogdet = (torch.randn(t.shape, generator=generator).to(t) for t in (y, logdet))
+    dy, dlogdet = (torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in (y, logdet))
     block.zero_grad()
     torch.autograd.backward([y, logdet], [dy, dlogdet])  # both: also GIN's log-determinant, 0, is part of the graph
     results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
@@ -148,9 +147,12 @@ def test_block_parity_on_a_large_channels_last_input(name: str, backend: str) ->
     compare(Case(Shape(5, 64, (32, 32)), name), torch.float32, False, grad=True, backend=backend, layout="channels_last")
 
 
-@pytest.mark.gpu  # without one, the interpreter's tests run the kernels
-@pytest.mark.parametrize("case", HARD_CASES if DEVICE.type == "cuda" else HARD_CASES[:1], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+# Compiling takes half a second a kernel: every case in float32, some in every dtype.
+KERNEL_CASES = [(case, dtype) for dtype in DTYPES for case in (HARD_CASES if dtype == "fp32" else HARD_CASES[::4])]
+
+
+@pytest.mark.gpu  # without one, tests/test_kernels.py runs them in the interpreter
+@pytest.mark.parametrize(("case", "dtype"), KERNEL_CASES, ids=lambda value: str(value))
 @both_directions
 def test_kernels_parity(case: Case, dtype: str, rev: bool) -> None:
     compare(case, DTYPES[dtype], rev, grad=not rev, backend="triton")

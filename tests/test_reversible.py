@@ -477,6 +477,14 @@ def test_what_cannot_be_had_says_so() -> None:
         chain(x)
 
 
+def test_the_meta_device_runs_an_ordinary_chain() -> None:
+    chain = simple(2).to("meta")
+    x = torch.empty(2, 6, 3, 5, device="meta", dtype=torch.float64, requires_grad=True)
+    z, log_det = chain(x)
+    (z.sum() + log_det.sum()).backward()
+    assert x.grad.shape == x.shape
+
+
 def test_transformed_traced_and_compiled_calls_run_an_ordinary_chain() -> None:
     chain, x = simple(2), torch.randn(3, 6, 3, 5, dtype=torch.float64)
     single = torch.stack([chain(sample[None])[0][0] for sample in x])
@@ -607,7 +615,6 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: C
     assert_same(gradients(chain, x, c), before)
 
 
-@pytest.mark.peers
 def test_accelerate_says_where_there_is_no_chain() -> None:
     blocks = nn.ModuleList(simple())
     assert "no SequenceINN found" in str(accelerate(blocks, reversible=True))
@@ -615,6 +622,7 @@ def test_accelerate_says_where_there_is_no_chain() -> None:
     assert accelerate(blocks).chains == ()
 
 
+@pytest.mark.peers
 def test_accelerate_leaves_chains_of_another_kind() -> None:
     base = freia().framework.SequenceINN
 
