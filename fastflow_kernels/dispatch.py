@@ -123,16 +123,23 @@ def packed(operations: ModuleType, a: Tensor) -> Tensor:
     return a if operations is eager or _kernels().uncovered(a) is None else a.contiguous()
 
 
-def needs_composite(x: Tensor) -> bool:
-    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, tensor subclasses."""
-    return (
-        (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=True)
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+def needs_composite(*tensors: Tensor | None) -> bool:
+    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, tensor subclasses.
+
+    Args:
+        tensors: What they would be given from outside; None counts for nothing.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not torch.nn.Parameter)
+            or torch._C._functorch.is_legacy_batchedtensor(t)  # autograd.grad(is_grads_batched=True)
+        ):
+            return True
+    return False
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -173,7 +173,7 @@ def all_in_one_block(
     direction = _inverse if rev else _forward
     layout = memory_format(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
-    rows, spec = _pixels_as_rows(x, spec, backend)
+    rows, spec = _pixels_as_rows(x, layout, spec, backend)
     x = x if rows else dispatch.coverable(x, backend)
     gathers = reverse_permutation
     if reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend):
@@ -245,7 +245,7 @@ def _forward(
         rest = permutation
     call = _Call(perm, inv, matrix, spec, jac, rows, operations)
     if grad:  # where nothing takes a gradient, autograd makes no node
-        y, logdet = _Coupling.apply(x, *halves, a, g.detach() if spec.gin else g, offset, inner, outer, call)  # GIN does not depend on g
+        y, logdet = _apply_coupling(x, *halves, a, g.detach() if spec.gin else g, offset, inner, outer, call)  # GIN does not depend on g
     else:
         y, logdet = _coupling(x, a, g, offset, inner, outer, call)
     return (y if rest is None else rest.permute(y)), logdet
@@ -304,9 +304,9 @@ def _keeps_dtype(y: Tensor, g: Tensor) -> bool:
 # --- channels last: the coupling runs on pixels as on samples of rank 0 -------------------------------------------------------------
 
 
-def _pixels_as_rows(x: Tensor, spec: CouplingSpec, backend: str) -> tuple[bool, CouplingSpec]:
+def _pixels_as_rows(x: Tensor, layout: torch.memory_format, spec: CouplingSpec, backend: str) -> tuple[bool, CouplingSpec]:
     """Whether the coupling is given pixels as rows, and what it is then told."""
-    rows = memory_format(x) is not torch.contiguous_format
+    rows = layout is not torch.contiguous_format
     if not (rows and spec.gin):
         return rows, spec
     if dispatch.pick(x, backend, rows) is not eager:
@@ -350,7 +350,7 @@ class _Fork(Function):
         if dx1 is None:  # the subnet does not depend on its input
             return dx, None
         c1 = dx1.shape[1]
-        if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx) or dispatch.needs_composite(dx1):
+        if dx is None or torch.is_grad_enabled() or dispatch.needs_composite(dx, dx1):
             if ctx.index is None:
                 padded = torch.nn.functional.pad(dx1, (0, 0) * (dx1.dim() - 2) + (0, ctx.c2))
             else:
@@ -413,7 +413,7 @@ class _Coupling(Function):
         ctx.set_materialize_grads(False)
         w = None if call.matrix is None else call.matrix.w  # saved for autograd to notice if it is changed meanwhile
         ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, call.perm, call.inv, w)
-        ctx.call = call._replace(perm=None, inv=None)
+        ctx.call = call
         return _coupling(x, a, g, offset, inner, outer, call)
 
     @staticmethod
@@ -421,7 +421,7 @@ class _Coupling(Function):
         x, x1, _, a, g, offset, inner, outer, perm, inv, _ = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros(x.shape, dtype=eager.promoted(x, a, g), device=x.device)
-        if torch.is_grad_enabled() or dispatch.needs_composite(dy) or (dlogdet is not None and dispatch.needs_composite(dlogdet)):
+        if torch.is_grad_enabled() or dispatch.needs_composite(dy, dlogdet):
             return *_composite_backward(ctx, dy, dlogdet), None
         dinner = douter = None
         _, _, matrix, spec, _, rows, operations = ctx.call
@@ -443,6 +443,11 @@ class _Coupling(Function):
         if x1 is None:
             return dx, None, None, da, dg, doffset, dinner, douter, None
         return None, *eager.halves(dx), da, dg, doffset, dinner, douter, None
+
+
+# Function.apply but for what it does in Python first, 5 us for nine arguments: looking for transforms, which needs_composite has done, and
+# for a setup_context, which there is none of.
+_apply_coupling = super(Function, _Coupling).apply
 
 
 def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Tensor | None]:
@@ -523,7 +528,7 @@ def all_in_one_block_bwd(
     """
     backend = dispatch.resolved(backend)
     layout = memory_format(y)
-    rows, spec = _pixels_as_rows(y, spec, backend)
+    rows, spec = _pixels_as_rows(y, layout, spec, backend)
     y = y if rows else dispatch.coverable(y, backend)
     operations = dispatch.pick(y, backend, rows) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()

@@ -231,15 +231,16 @@ class AllInOneBlock(InvertibleModule):
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
         c = check_conditions(c, [shape[0] for shape in self.dims_c], x)
-        if x.device != self.global_scale.device:
-            raise ValueError(f"expected the input on {self.global_scale.device}, where the block is; got {x.device}")
+        global_scale = self.global_scale
+        if x.device != global_scale.device:
+            raise ValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
         if self._overridden():
             y, logdet = self._composed(x, c, rev, jac)
         else:
             y, logdet = run(
                 x,
                 self._checked_subnet,
-                self.global_scale,
+                global_scale,
                 self.global_offset,
                 self._index.permutation(self, rev),
                 self._spec(),
@@ -350,10 +351,14 @@ class AllInOneBlock(InvertibleModule):
         return type(self).forward is AllInOneBlock.forward and "forward" not in self.__dict__ and not self._overridden()
 
     def _overridden(self) -> bool:
-        cls, own = type(self), self.__dict__
+        cls = type(self)
         if cls is not AllInOneBlock and any(getattr(cls, name) is not getattr(AllInOneBlock, name) for name in _OVERRIDABLE):
             return True
-        return any(name in own for name in _OVERRIDABLE)
+        own = self.__dict__
+        for name in _OVERRIDABLE:  # noqa: SIM110  a generator is slower, and this is asked in every call
+            if name in own:
+                return True
+        return False
 
     def _overridable_permutation(self) -> Permutation:
         construct = getattr(self._construct_householder_permutation, "__func__", None)

@@ -271,7 +271,7 @@ class _Block(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or any(t is not None and dispatch.needs_composite(t) for t in (dy, dlogdet)):
+        if torch.is_grad_enabled() or dispatch.needs_composite(dy, dlogdet):
             raise RuntimeError(
                 "a reversible chain has no second or batched gradients (create_graph, is_grads_batched): use FrEIA's SequenceINN, or "
                 "accelerate without reversible=True"
