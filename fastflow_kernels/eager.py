@@ -582,7 +582,7 @@ def composite_fwd(
     u = torch.cat((_as(x1, acc), u2), 1)
     offset = _channelwise(offset, u.dim(), acc)
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
-    v = u + offset if scale is None else torch.addcmul(offset, u, scale)
+    v = (u if scale is None else u * scale) + offset  # not addcmul, whose backward takes a pass over u more
     return _as(v, dtype), None if sum_s is None else _composite_logdet(sum_s, scale, u, 1.0)
 
 
@@ -612,10 +612,15 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, jac: 
     dims = tuple(range(1, x2.dim()))
     a_s, a_t = _halves(a, c2, c2)
     s = torch.tanh(a_s * spec.tanh_scale) * (-spec.clamp if rev else spec.clamp)
+    sum_s = None
     if spec.gin and s.numel():
-        s = s - s.mean(dims, keepdim=True)
+        mean = s.mean(dims, keepdim=True)
+        s = s - mean
+        sum_s = 0.0 * mean.flatten() if jac else None  # exact, and part of the graph as the stock block's is
+    elif jac:
+        sum_s = s.sum(dims)
     e = torch.exp(s)
-    return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), s.sum(dims) if jac else None
+    return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), sum_s
 
 
 def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -624,7 +629,7 @@ def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 
 def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: float) -> Tensor:
     if scale is None:
-        return 0.0 * sum_s  # exact: the mean was taken out; still part of the graph
+        return sum_s
     return torch.add(sum_s, scale.log().sum(), alpha=sign * math.prod(x.shape[2:]))
 
 

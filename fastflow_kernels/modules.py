@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager
+from fastflow_kernels.attributes import has_any, parameter
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import (
     IndexCache,
@@ -230,8 +231,8 @@ class AllInOneBlock(InvertibleModule):
         """
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
-        c = check_conditions(c, [shape[0] for shape in self.dims_c], x)
-        global_scale = self.global_scale
+        c = check_conditions(c, self.dims_c, x)
+        global_scale = parameter(self, "global_scale")
         if x.device != global_scale.device:
             raise ValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
         if self._overridden():
@@ -241,7 +242,7 @@ class AllInOneBlock(InvertibleModule):
                 x,
                 self._checked_subnet,
                 global_scale,
-                self.global_offset,
+                parameter(self, "global_offset"),
                 self._index.permutation(self, rev),
                 self._spec(),
                 c,
@@ -354,11 +355,7 @@ class AllInOneBlock(InvertibleModule):
         cls = type(self)
         if cls is not AllInOneBlock and any(getattr(cls, name) is not getattr(AllInOneBlock, name) for name in _OVERRIDABLE):
             return True
-        own = self.__dict__
-        for name in _OVERRIDABLE:  # noqa: SIM110  a generator is slower, and this is asked in every call
-            if name in own:
-                return True
-        return False
+        return has_any(self.__dict__, _OVERRIDABLE)
 
     def _overridable_permutation(self) -> Permutation:
         construct = getattr(self._construct_householder_permutation, "__func__", None)

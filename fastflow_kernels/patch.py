@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager, modules
+from fastflow_kernels.attributes import has_any, parameter
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.reversible import Reversible, is_reversible
@@ -356,8 +357,8 @@ class _Accelerated(_Stock):
         y, logdet = run(
             x,
             self.subnet,
-            self.global_scale,
-            self.global_offset,
+            parameter(self, "global_scale"),
+            parameter(self, "global_offset"),
             held.index.permutation(self, rev),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c, x),
@@ -371,7 +372,7 @@ class _Accelerated(_Stock):
     def _exchanged(self) -> bool:
         """Whether a step was exchanged on this very block since."""
         own = self.__dict__
-        return own.get("global_scale_activation") is not self._fastflow.function or any(step in own for step in _STEPS)
+        return own.get("global_scale_activation") is not self._fastflow.function or has_any(own, _STEPS)
 
     def _takes_run(self) -> bool:
         """Whether ``forward`` is this class's own and hands everything to ``run``."""
@@ -380,10 +381,9 @@ class _Accelerated(_Stock):
     def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
         if not self.conditional:
             return ()  # like the stock block, which ignores what it did not declare
-        widths = [t.shape[1] if isinstance(t, Tensor) and t.dim() > 1 else 0 for t in c] if isinstance(c, (list, tuple)) else []
-        if widths and sum(widths) == self.condition_channels:  # the stock block does not mind how they are split
-            return check_conditions(c, widths, x)
-        return check_conditions(c, [shape[0] for shape in self.dims_c], x)
+        given = [t.shape[1:] if isinstance(t, Tensor) and t.dim() > 1 else (0,) for t in c] if isinstance(c, (list, tuple)) else []
+        alike = given and sum(shape[0] for shape in given) == self.condition_channels  # the stock block does not mind how they are split
+        return check_conditions(c, given if alike else self.dims_c, x)
 
     def extra_repr(self) -> str:
         held, own = self._fastflow, super().extra_repr()
