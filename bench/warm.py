@@ -10,7 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
 
 import torch
 
@@ -39,21 +41,25 @@ def run(job: Job, device: str) -> None:
         subject.results(mode)
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.warm: torch finds no GPU")
-    started, todo = time.perf_counter(), jobs(on_cpu=False)
+def in_parallel(run: Callable[[Any, str], None], todo: list[Any]) -> list[Any]:
+    """Call ``run(job, "cuda")`` for every job, in as many processes as there are cores; those that failed, after saying why."""
+    started, failed = time.perf_counter(), []
     processes = min(MOST_PROCESSES, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run, job, "cuda"): job for job in todo}
-        failed = []
         for future in as_completed(futures):
             if error := future.exception():
                 failed.append(futures[future])
-                workload, dtype, name = futures[future]
-                print(f"{workload.name} {dtype} {name}: {type(error).__name__}: {error}", flush=True)
-    print(f"warmed {len(todo) - len(failed)} of {len(todo)} cases in {time.perf_counter() - started:.0f} s, {processes} processes")
-    if failed:
+                print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
+    seconds = time.perf_counter() - started
+    print(f"compiled {len(todo) - len(failed)} of {len(todo)} cases in {seconds:.0f} s, {processes} processes", flush=True)
+    return failed
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.warm: torch finds no GPU")
+    if in_parallel(run, jobs(on_cpu=False)):
         raise SystemExit(1)
 
 

@@ -2,17 +2,19 @@
 # On a machine with a GPU, without a network, with the torch, Triton and pytest it has: the test suite, the benchmarks, and a pass of
 # compute-sanitizer over a small case.
 #
-#   ci/gpu.sh OUTDIR [tests|bench|sanitize]
+#   ci/gpu.sh OUTDIR [tests|bench|sanitize|tune]
 #
-# Leaves at most 8 files in OUTDIR: summary.txt, stderr.log, check.json, tests.xml, tests.log, bench.jsonl, bench.log, sanitize.log. It goes
-# on after a failure and exits with 1 at the end if there was one. Every step has a time limit; together they stay under 9.5 minutes.
-# Kernels are compiled on all cores: the tests where pytest-xdist is installed (one after the other they would not end in time), the
-# benchmarks by bench/warm.py.
+# tune is no part of the whole: the kernels with other values of the constants that cut their work (bench/tune.py).
+#
+# Leaves at most 8 files in OUTDIR: summary.txt, stderr.log, check.json, tests.xml, tests.log, bench.jsonl, bench.log, sanitize.log; of tune
+# summary.txt, stderr.log, tune.jsonl, tune.log. It goes on after a failure and exits with 1 at the end if there was one. Every step has a
+# time limit; together they stay under 9.5 minutes. Kernels are compiled on all cores: the tests where pytest-xdist is installed (one after
+# the other they would not end in time), the benchmarks by bench/warm.py.
 # Elsewhere: python -m bench.records OUTDIR/bench.jsonl takes the rows over, python -m bench.report draws them.
 set -uo pipefail
-out=${1:?usage: ci/gpu.sh OUTDIR [tests|bench|sanitize]}
+out=${1:?usage: ci/gpu.sh OUTDIR [tests|bench|sanitize|tune]}
 what=${2:-all}
-case "$what" in all | tests | bench | sanitize) ;; *) echo "ci/gpu.sh: tests, bench or sanitize, not $what" >&2 && exit 2 ;; esac
+case "$what" in all | tests | bench | sanitize | tune) ;; *) echo "ci/gpu.sh: tests, bench, sanitize or tune, not $what" >&2 && exit 2 ;; esac
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
@@ -73,5 +75,9 @@ if wanted sanitize; then
     else
         echo "sanitize: SKIPPED, compute-sanitizer is not installed" | tee "$out/sanitize.log" | tee -a "$out/summary.txt"
     fi
+fi
+if [ "$what" = tune ]; then
+    rm -f "$out/tune.jsonl" "$out/tune.log"
+    step tune 300 "$out/tune.log" "$PYTHON" -m bench.tune --out "$out/tune.jsonl"
 fi
 exit "$failed"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from bench import compiled
+from bench import compiled, timing, tune
 from bench.cases import Workload
 from bench.compiled import Loop, executed, parse, waits
+from bench.mock_driver import mock_gpu
+from bench.subject import draw_samples
+from fastflow_kernels.kernels import prepared
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
@@ -76,3 +80,54 @@ def test_workloads_are_those_of_the_kernels() -> None:
     assert "tabular GIN" in names
     assert "tabular soft" not in names
     assert len({(w.shape, compiled.spec_of(w.options)) for w in compiled.workloads()}) == len(names)
+
+
+CPU = torch.device("cpu")
+PLANES = Workload("planes", (2, 8, 32, 32))
+ROWS = Workload("rows", (512, 128))
+
+
+@pytest.mark.parametrize("question", tune.QUESTIONS, ids=lambda question: question.constant)
+def test_a_question_asks_about_what_is_there(question: tune.Question) -> None:
+    assert tune.present(question) in question.values
+    assert tune.jobs([question.constant])
+    assert {job[2].name for job in tune.jobs([question.constant])} == set(question.workloads)
+
+
+@pytest.mark.parametrize(("constant", "workload"), [("TILE_BYTES", PLANES), ("BUSY", ROWS), ("_SUMS_BLOCK_K", PLANES)])
+def test_a_variant_launches_what_its_value_cuts(constant: str, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    (question,) = (q for q in tune.QUESTIONS if q.constant == constant)
+    question = question._replace(values=(1 if constant == "BUSY" else question.values[0], tune.present(question)))
+    launched: list[tuple[object, ...]] = []
+    monkeypatch.setattr(prepared.Launch, "__call__", lambda self, *_: launched.append((self.grid, self.options, *self.constants.values())))
+
+    def launches(variant: tune.Variant) -> list[tuple[object, ...]]:
+        (call,) = variant.ready("backward", 1)
+        launched.clear()
+        call()
+        return list(launched)
+
+    with mock_gpu():
+        samples = draw_samples("block", workload, torch.float32, CPU)
+        other, now = (tune.Variant(question, value, workload, samples) for value in question.values)
+        assert launches(other) != launches(now)
+        assert launches(other) == launches(other)
+
+
+def test_tuning_times_every_value_and_leaves_the_code_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SPAN", {"cpu": 0.0})
+    monkeypatch.setattr(tune, "REPEATS", (2, 2))
+    question = tune.Question("TILE_BYTES", "launch", (2048, tune.present(tune.QUESTIONS[0])), ("planes",), ("forward", "inverse", "undo"))
+    rows: list[dict] = []
+    with mock_gpu():
+        todo = [(question, value, PLANES, "bfloat16") for value in question.values]
+        tune.compile_variant(todo[0], "cpu")
+        tune.measure(todo, CPU, rows.append, lambda line: None)
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        (f"TILE_BYTES={value}", mode) for mode in question.passes for value in question.values
+    ]
+    assert all(row["ratio"] == 1.0 for row in rows if row["provider"] == "TILE_BYTES=4096")
+    lines = tune.table(rows).splitlines()
+    assert len(lines) == 4
+    assert lines[3].startswith("| TILE_BYTES=4096 | 1.000 | 1.000 | 1.000, planes, ")
+    assert tune.present(question) == 4096
