@@ -342,7 +342,7 @@ def coupling_bwd(
 
     Args:
         dy: Gradient of y, (B, C, *S); where scale and offset are folded, that of log(scale) * u, whose memory may become dx.
-        dlogdet: Gradient of the log-determinant, (B,), or None.
+        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows of x make one.
         x, a, g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
 
@@ -377,7 +377,10 @@ def _backward(
     c1 = channels - c2
     samples, pairs = _chunks(x, acc, spec.gin_rows if spec.gin else 0)
     slope = 4.0 * spec.clamp * spec.tanh_scale  # d s / d a_s = slope * sigma * (1 - sigma)
-    direct = None if dlogdet is None or spec.gin else (_as(dlogdet, acc) * slope).view(-1, 1, 1)
+    rows = 1 if dlogdet is None else batch // dlogdet.shape[0]
+    direct = None
+    if dlogdet is not None and not spec.gin:
+        direct = _as(dlogdet if rows == 1 else dlogdet.repeat_interleave(rows), acc).mul(slope).view(-1, 1, 1)
     sigma, e, u = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 3)
     need_scale = need_params and scale is not None
     doffset: Tensor | None = None
@@ -421,7 +424,7 @@ def _backward(
             dab.copy_(dab_acc)
     if doffset is not None:
         doffset = _as(doffset, offset.dtype).view(offset.shape)
-    return dx, da, _scale_gradient(products, dlogdet, g, scale, pixels, spec, acc), doffset
+    return dx, da, _scale_gradient(products, dlogdet, g, scale, rows * pixels, spec, acc), doffset
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:
@@ -444,7 +447,6 @@ def _scale_gradient(
     if products is None or scale is None:
         return None
     if dlogdet is not None:
-        # in float64: its rounding would be the same in every channel; channels-last, a sample's value is summed once for each pixel
         products = products.add_(dlogdet.sum(dtype=torch.float64).to(acc), alpha=pixels)
     return _as(products.mul_(_log_scale_slope(scale.view(-1), spec.activation)), g.dtype).view(g.shape)
 
@@ -554,7 +556,7 @@ def coupling_inv_bwd(
         y: The output of :func:`coupling_fwd`.
         x: What :func:`coupling_inv_passive` returned.
         dy: Gradient of y, (B, C, *S).
-        dlogdet: Gradient of the log-determinant, (B,), or None.
+        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows of x make one.
         a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
         g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.

@@ -440,7 +440,6 @@ class _Coupling(Function):
         given = x
         if rows:
             du, x, a = as_rows(du), as_rows(x), as_rows(a)
-            dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(du.shape[0] // dlogdet.shape[0])
         if inner is not None:
             v, _ = operations.coupling_fwd(x, a, g, offset, None, None, spec, False)  # again rather than kept
             du, dinner, douter = reflect_bwd(du, v, inner, outer)
@@ -549,7 +548,6 @@ def all_in_one_block_bwd(
     given = v
     if rows:
         v, dv = as_rows(v), as_rows(dv)
-        dlogdet = None if dlogdet is None else dlogdet.repeat_interleave(v.shape[0] // dlogdet.shape[0])
     elif operations is not eager:
         v = dispatch.packed(operations, v)
     x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastflow_kernels import dispatch
+from fastflow_kernels import dispatch, eager
 
 if not dispatch.interpreted() and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or a process of its own with TRITON_INTERPRET=1 (ci/kernels.sh)", allow_module_level=True)
@@ -321,6 +321,21 @@ def test_coupling_without_a_permutation(shape):
         results.append([*coupling.coupling_fwd(*args, True), *coupling.coupling_bwd(dy, dlogdet, *args, True), *poisoned_inverse(x, args)])
     for with_index, without in zip(*results, strict=True):
         assert torch.equal(with_index, without)
+
+
+@pytest.mark.parametrize("operations", [coupling, eager], ids=["kernels", "eager"])
+def test_rows_that_share_a_log_determinant(operations):
+    """A gradient for each sample of three rows is what it is repeated for each row."""
+    x, a, *rest = make((6, 9), a=torch.float32)
+    dy, dlogdet = torch.randn(6, 9), torch.randn(1, 2)[:, :1].expand(1, 2)[0]  # of stride 0
+    back = operations.coupling_inv_passive(x, *rest)
+    for function, arguments in ((operations.coupling_bwd, (x, a)), (operations.coupling_inv_bwd, None)):
+        found = []
+        for gradient in (dlogdet, dlogdet.repeat_interleave(3)):
+            given = (dy, gradient, *arguments) if arguments else (x, back.clone(), dy, gradient, a)
+            found.append(function(*given, *rest, True))
+        for per_sample, per_row in zip(*found, strict=True):
+            torch.testing.assert_close(per_sample, per_row)
 
 
 # --- options ------------------------------------------------------------------------------------------------------------------------

@@ -546,8 +546,9 @@ class _Backward(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _prepare_bwd(
-    shape: tuple[int, ...], stride_xb: int, stride_ab: int, stride_l: int | None, dy: torch.dtype, dlogdet: torch.dtype | None,
-    x: torch.dtype, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec, need_params: bool, indexed: bool, device: int,
+    shape: tuple[int, ...], rows_of_sample: int, stride_xb: int, stride_ab: int, stride_l: int | None, dy: torch.dtype,
+    dlogdet: torch.dtype | None, x: torch.dtype, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec,
+    need_params: bool, indexed: bool, device: int,
 ) -> _Backward:  # fmt: skip
     """See :class:`_Backward`; the last arguments and the dtypes are there to tell compiled kernels apart."""
     batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
@@ -566,13 +567,13 @@ def _prepare_bwd(
     )  # fmt: skip
     if not need_params:
         return _Backward(acc, launch, gin, None, None)
-    finish = params_launch(cut.groups, batch, pixels, channels, stride_l or 0, spec, acc)
+    finish = params_launch(cut.groups, batch // rows_of_sample, rows_of_sample * pixels, channels, stride_l or 0, spec, acc)
     return _Backward(acc, launch, gin, (1 if spec.gin else 2, cut.groups, channels), finish)
 
 
 @lru_cache(maxsize=1024)
 def _prepare_inv_bwd(
-    shape: tuple[int, ...], stride_ab: int, stride_l: int | None, y: torch.dtype, x: torch.dtype, dy: torch.dtype,
+    shape: tuple[int, ...], rows_of_sample: int, stride_ab: int, stride_l: int | None, y: torch.dtype, x: torch.dtype, dy: torch.dtype,
     dlogdet: torch.dtype | None, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec, need_params: bool, indexed: bool,
     device: int,
 ) -> _Backward:  # fmt: skip
@@ -590,8 +591,17 @@ def _prepare_inv_bwd(
     )  # fmt: skip
     if not need_params:
         return _Backward(acc, launch, None, None, None)
-    finish = params_launch(cut.groups, batch, pixels, channels, stride_l or 0, spec, acc)
+    finish = params_launch(cut.groups, batch // rows_of_sample, rows_of_sample * pixels, channels, stride_l or 0, spec, acc)
     return _Backward(acc, launch, None, (2, cut.groups, channels), finish)
+
+
+def _spread(dlogdet: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None, int]:
+    """The gradient of the log-determinant per sample, the same per row of x, and how many rows make a sample."""
+    rows = 1 if dlogdet is None else batch // dlogdet.shape[0]
+    if dlogdet is None or rows == 1:
+        return dlogdet, dlogdet, rows
+    dlogdet = dlogdet.contiguous()  # so that one stride holds for both
+    return dlogdet, dlogdet.repeat_interleave(rows), rows
 
 
 @_on_its_device
@@ -611,7 +621,7 @@ def coupling_bwd(
 
     Args:
         dy: Gradient of y, (B, C, *S), in any layout.
-        dlogdet: Gradient of the log-determinant, (B,), or None.
+        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows of x make one.
         x, a, g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
 
@@ -619,17 +629,17 @@ def coupling_bwd(
         (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN.
     """
     dy = dy.contiguous()
-    dlogdet = None if spec.gin else dlogdet
+    dlogdet, dlogdet_of_row, rows = _spread(None if spec.gin else dlogdet, x.shape[0])
     stride_l, dlogdet_dtype = (None, None) if dlogdet is None else (dlogdet.stride(0), dlogdet.dtype)
     prepared = _prepare_bwd(
-        x.shape, x.stride(0), a.stride(0), stride_l, dy.dtype, dlogdet_dtype,
+        x.shape, rows, x.stride(0), a.stride(0), stride_l, dy.dtype, dlogdet_dtype,
         x.dtype, a.dtype, g.dtype, offset.dtype, spec, need_params, inv is not None, x.get_device(),
     )  # fmt: skip
-    is_aligned = aligned(dy, dlogdet, x, a, g, offset, inv)
+    is_aligned = aligned(dy, dlogdet, dlogdet_of_row, x, a, g, offset, inv)
     dx, da = _allocated(x, x.shape, x.dtype), _allocated(a, a.shape, a.dtype)
     means = None if prepared.gin is None else prepared.gin(is_aligned, a, inv, dy, x)
     sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=prepared.acc, device=x.device)
-    prepared.launch(is_aligned, dy, dlogdet, x, a, g, inv, means, dx, da, sums)
+    prepared.launch(is_aligned, dy, dlogdet_of_row, x, a, g, inv, means, dx, da, sums)
     if prepared.finish is None:
         return dx, da, None, None
     dg, doffset = None if spec.gin else torch.empty_like(g), torch.empty_like(offset)
@@ -760,7 +770,7 @@ def coupling_inv_bwd(
         y: The output of :func:`coupling_fwd`.
         x: What :func:`coupling_inv_passive` returned.
         dy: Gradient of y, (B, C, *S), in any layout.
-        dlogdet: Gradient of the log-determinant, (B,), or None.
+        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows of x make one.
         a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
         g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
@@ -772,15 +782,16 @@ def coupling_inv_bwd(
         coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
         return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
     y, dy = y.contiguous(), dy.contiguous()
+    dlogdet, dlogdet_of_row, rows = _spread(dlogdet, x.shape[0])
     stride_l, dlogdet_dtype = (None, None) if dlogdet is None else (dlogdet.stride(0), dlogdet.dtype)
     prepared = _prepare_inv_bwd(
-        x.shape, a.stride(0), stride_l, y.dtype, x.dtype, dy.dtype, dlogdet_dtype,
+        x.shape, rows, a.stride(0), stride_l, y.dtype, x.dtype, dy.dtype, dlogdet_dtype,
         a.dtype, g.dtype, offset.dtype, spec, need_params, inv is not None, x.get_device(),
     )  # fmt: skip
-    is_aligned = aligned(y, dy, dlogdet, a, g, offset, inv, x)
+    is_aligned = aligned(y, dy, dlogdet, dlogdet_of_row, a, g, offset, inv, x)
     dx, da = _allocated(x, x.shape, x.dtype), _allocated(a, a.shape, a.dtype)
     sums = None if prepared.sums is None else torch.empty(prepared.sums, dtype=prepared.acc, device=x.device)
-    prepared.launch(is_aligned, y, dy, dlogdet, a, g, offset, inv, x, dx, da, sums)
+    prepared.launch(is_aligned, y, dy, dlogdet_of_row, a, g, offset, inv, x, dx, da, sums)
     if prepared.finish is None:
         return dx, da, None, None
     dg, doffset = torch.empty_like(g), torch.empty_like(offset)

@@ -127,9 +127,8 @@ def _params_bwd_kernel(
         scale = scale_of(g, ACT)
         total = tl.sum(dscale, axis=0)
         if dlogdet_ptr is not None:
-            # in float64: its rounding would be the same in every channel; channels-last, a sample's value is summed once for each pixel
-            dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), tl.float64)
-            first = tl.full((), 0, tl.int64)  # rows may be more than 2^31
+            dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), tl.float64)  # its rounding would be the same in every channel
+            first = tl.full((), 0, tl.int64)
             while first < B:
                 b = first + tl.arange(0, BLOCK_K * BLOCK_C)
                 dlogdet += load(dlogdet_ptr + b * stride_l, b < B, tl.float64)
