@@ -160,14 +160,16 @@ def test_kernels_parity(case: Case, dtype: str, rev: bool) -> None:
 
 def compare_fresh(activation: str, shape: tuple[int, ...], backend: str) -> None:
     """The log-determinant of a block as it is built: log(scale) is near 0 and the same in every channel, so that its error adds up."""
-    x, a = torch.randn(2, *shape), torch.randn(2, shape[0] // 2 * 2, *shape[1:])
     results = []
-    for cls, dtype in ((reference.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float64)):
-        block = cls([shape], subnet_constructor=lambda *_: Stored(a), global_affine_type=activation)
-        results.append([flat(block.to(dtype)([x.to(dtype)], rev=rev))[1].detach() for rev in (False, True)])
-    block = fastflow_kernels.AllInOneBlock([shape], subnet_constructor=lambda *_: Stored(a), global_affine_type=activation, backend=backend)
+    with torch.device("cpu"):  # where every block is built, for the initial scale to have the same bits in all
+        x, a = torch.randn(2, *shape), torch.randn(2, shape[0] // 2 * 2, *shape[1:])
+        options = {"subnet_constructor": lambda *_: Stored(a), "global_affine_type": activation}
+        for dtype in (torch.float32, torch.float64):
+            block = reference.AllInOneBlock([shape], **options).to(dtype)
+            results.append([flat(block([x.to(dtype)], rev=rev))[1].detach() for rev in (False, True)])
+        block = fastflow_kernels.AllInOneBlock([shape], **options, backend=backend).to(DEVICE)
     with torch.no_grad():
-        actual = [flat(block.to(DEVICE)([x.to(DEVICE)], rev=rev))[1] for rev in (False, True)]
+        actual = [flat(block([x.to(DEVICE)], rev=rev))[1] for rev in (False, True)]
     for mine, baseline, truth in zip(actual, *results, strict=True):
         assert_close(mine, truth, baseline, f"{activation} {shape}")
 
