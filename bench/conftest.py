@@ -19,7 +19,7 @@ RUN = pytest.StashKey[Run]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of fastflow_kernels")
     group.addoption("--kinds", help=f"of {','.join(KINDS)} (default: all)")
-    group.addoption("--workloads", help="only those whose name contains one of these, separated by commas")
+    group.addoption("--workloads", help="only those whose name is, or contains, one of these, separated by commas, in this order")
     group.addoption("--modes", help=f"of {','.join(MODES)} (default: all; train alone in sweeps)")
     group.addoption("--dtypes", help=f"of {','.join(DTYPES)} (default: both; float32 alone in sweeps)")
     group.addoption("--providers", help=f"of {','.join(PROVIDERS)} (default: the eager ones, see --compiled)")

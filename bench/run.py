@@ -36,7 +36,8 @@ class Run:
     def begin(self) -> None:
         """Measure what is measured once."""
         bandwidth = copy_bandwidth(self.device)
-        self.settings = Settings(self.device, (3, 5) if self.quick else (5, 25), 1.0 if self.quick else 8.0, bandwidth)
+        seconds = 8.0 if self.device.type == "cpu" else 3.0  # a GPU's samples are short, and its time is dear
+        self.settings = Settings(self.device, (3, 5) if self.quick else (5, 25), 1.0 if self.quick else seconds, bandwidth)
         self.provenance = records.provenance(self.device)
         self.say(f"{self.provenance['device_name']}: copies at {bandwidth * 1e-9:.1f} GB/s; rows go to {self.target}")
 
@@ -48,7 +49,7 @@ class Run:
         dtypes = self._chosen("dtypes", DTYPES, ["float32"] if kind == "sweep" else None)
         found, parts = workloads(kind, self.device.type == "cpu"), self._given("workloads")
         if parts:
-            found = [w for w in found if any(part in w.name for part in parts)]
+            found = _named(found, parts)
         elif self.quick:
             found = [w for w in found if w.name in QUICK[kind]]
         return [(w, m, d) for w in found for d in dtypes for m in modes]
@@ -104,6 +105,13 @@ class Run:
             print(f"[{time.perf_counter() - self.started:4.0f} s] {line}", file=sys.stderr, flush=True)
 
 
+def _named(found: list[Workload], parts: list[str]) -> list[Workload]:
+    """Those whose name contains a part, in the order of the parts; a part that is a whole name stands for nothing else."""
+    names = {w.name for w in found}
+    chosen = {id(w): w for part in parts for w in found if (w.name == part if part in names else part in w.name)}
+    return list(chosen.values())
+
+
 def _label(kind: str, name: str, shape: tuple[int, ...], dtype: str, mode: str) -> str:
     return f"{kind} {name} {'x'.join(map(str, shape))} {mode} {dtype}"
 
@@ -112,7 +120,7 @@ def _in_a_line(outcomes: dict[str, Outcome]) -> str:
     parts = []
     for name, outcome in outcomes.items():
         if outcome.failure:
-            parts.append(f"{name} FAILED")
+            parts.append(f"{name} FAILED ({outcome.failure})")
         elif outcome.times:
             ratio = outcome.row["ratio"]
             times_ours = "" if ratio is None or name.startswith("ours") else f" ({ratio:.2f}x)"

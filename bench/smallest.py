@@ -22,20 +22,26 @@ class Subnet(nn.Module):
 
 
 def run(device: str) -> None:
-    """A block by itself and in a reversible chain; affine, and GIN."""
-    for batch, *shape in SHAPES:
+    """All cases: affine, and GIN."""
+    for shape in SHAPES:
         for gin in (False, True):
-            block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
-            chain = ReversibleSequence(*shape)
-            chain.append(block)
-            chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")  # one that has to be undone
-            chain.to(device)
-            x = torch.randn(batch, *shape, device=device, requires_grad=True)
-            for call in (lambda x, block=block: block([x]), chain):
-                z, logdet = call(x)
-                (sum(t.square().sum() for t in z) - logdet.sum()).backward()
-            with torch.no_grad():
-                block([x], rev=True)
+            run_one(shape, gin, device)
+
+
+def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
+    """A block by itself and in a reversible chain."""
+    batch, *shape = full
+    block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
+    chain = ReversibleSequence(*shape)
+    chain.append(block)
+    chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")  # one that has to be undone
+    chain.to(device)
+    x = torch.randn(batch, *shape, device=device, requires_grad=True)
+    for call in (lambda x: block([x]), chain):
+        z, logdet = call(x)
+        (sum(t.square().sum() for t in z) - logdet.sum()).backward()
+    with torch.no_grad():
+        block([x], rev=True)
 
 
 def main() -> None:

@@ -1,25 +1,30 @@
-"""Compile the kernels that the benchmarks of a block launch, on all cores at once: time on a borrowed GPU is short.
+"""Compile kernels on all cores at once, ahead of what launches them from a single process: time on a borrowed GPU is short.
 
-    python -m bench.warm
+    python -m bench.warm [tests|bench]
 
-One process takes 5 minutes for these 546 binaries (Triton 3.6 for sm_90, AMD EPYC). The benchmarks find them in Triton's cache.
+tests: what bench/smallest.py and ``python -m fastflow_kernels check`` launch, 80 binaries. bench: also what the benchmarks of a block do,
+546 binaries, for which one process takes 5 minutes (Triton 3.6 for sm_90, AMD EPYC). Triton has the C compiler make a launcher as well, for
+each combination of argument types: 24 for ``check``, 0.7 s each. Later processes find all of it in Triton's cache.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from functools import partial
 
 import torch
 
+from bench import smallest
 from bench.cases import Workload, workloads
 from bench.providers import PROVIDERS, block_class, why_not
 from bench.run import DTYPES
 from bench.subject import Subject, build_model, draw_samples
+from fastflow_kernels import check
 
 MOST_PROCESSES = 16  # each holds a CUDA context and the tensors of a workload
 Job = tuple[Workload, str, str]
@@ -41,27 +46,50 @@ def run(job: Job, device: str) -> None:
         subject.results(mode)
 
 
-def in_parallel(run: Callable[[Any, str], None], todo: list[Any]) -> list[Any]:
-    """Call ``run(job, "cuda")`` for every job, in as many processes as there are cores; those that failed, after saying why."""
+def run_check(name: str, dtype: str) -> None:
+    """What the check launches on one of its shapes."""
+    check._evaluate(check._backend("triton"), check._tensors(check.SHAPES[name], getattr(torch, dtype)))
+
+
+def todo(bench: bool, device: str) -> dict[str, Callable[[], None]]:
+    """What is to be run, by its name."""
+    found = {
+        f"smallest {shape} GIN {gin}": partial(smallest.run_one, shape, gin, device) for shape in smallest.SHAPES for gin in (False, True)
+    }
+    found |= {f"check {name} {dtype}": partial(run_check, name, dtype) for name in check.SHAPES for dtype in DTYPES}
+    if bench:
+        found |= {f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device) for job in jobs(on_cpu=False)}
+    return found
+
+
+def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
+    """Call everything, in as many processes as there are cores; the names of what failed, after saying why."""
     started, failed = time.perf_counter(), []
     processes = min(MOST_PROCESSES, os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, job, "cuda"): job for job in todo}
-        for future in as_completed(futures):
-            if error := future.exception():
-                failed.append(futures[future])
-                print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
+    # one thread each: all cores are taken
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(call): name for name, call in calls.items()}
+        try:
+            for future in as_completed(futures):
+                if error := future.exception():
+                    failed.append(futures[future])
+                    print(f"{futures[future]}: {type(error).__name__}: {error}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     seconds = time.perf_counter() - started
-    print(f"compiled {len(todo) - len(failed)} of {len(todo)} cases in {seconds:.0f} s, {processes} processes", flush=True)
+    print(f"compiled {len(calls) - len(failed)} of {len(calls)} cases in {seconds:.0f} s, {processes} processes", flush=True)
     return failed
 
 
-def main() -> None:
+def main(part: str = "bench") -> None:
+    if part not in ("tests", "bench"):
+        raise SystemExit(f"bench.warm: tests or bench, not {part}")
     if not torch.cuda.is_available():
         raise SystemExit("bench.warm: torch finds no GPU")
-    if in_parallel(run, jobs(on_cpu=False)):
+    if in_parallel(todo(part == "bench", "cuda")):
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

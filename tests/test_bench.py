@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,6 +294,9 @@ def test_a_run_chooses() -> None:
         ("bgad", "train"),
     ]
     assert run_with(kinds="flow").groups("block") == []
+    # in the order that is asked for, and a whole name means nothing else ("tabular soft")
+    named = run_with(workloads="tabular,cflow/", modes="train", dtypes="float32").groups("block")
+    assert [w.name for w, _, _ in named] == ["tabular", "cflow/1", "cflow/2", "cflow/3"]
     assert run_with().providers() == ["ours", "ours-freia", "anomalib", "freia"]
     assert run_with(providers="freia-compiled").providers() == ["ours", "ours-freia", "freia-compiled"]
     assert "freia-compiled" in run_with(compiled=True).providers()
@@ -357,6 +361,9 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
     assert len(todo) == len(set(map(repr, todo)))
     assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads("block", False)
     assert {name for _, _, name in todo} == {"ours", "ours-freia"}
+    calls = warm.todo(True, "cuda")
+    assert len(calls) == len(todo) + 2 * len(warm.smallest.SHAPES) + 2 * len(warm.check.SHAPES)
+    assert all(map(pickle.dumps, calls.values()))  # for other processes
     modes = []
     monkeypatch.setattr(warm.Subject, "results", lambda self, mode: modes.append((self.provider.name, self.samples[0].x.dtype, mode)))
     warm.run((SMALL, "bfloat16", "ours-freia"), "cpu")
