@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -29,7 +32,27 @@ def _small_inputs_run_fused(request: pytest.FixtureRequest, monkeypatch: pytest.
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        items.sort(key=lambda item: "gpu" not in item.keywords)  # what only a GPU can show comes first: a run may be cut off
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once what failed where there is a GPU: a run that is cut off says nothing at its end."""
+    if report.failed and torch.cuda.is_available() and "PYTEST_XDIST_WORKER" not in os.environ:
+        said = report.longrepr.reprcrash.message if hasattr(report.longrepr, "reprcrash") else report.longreprtext
+        print(f"FAILED {report.nodeid}: {said.partition(chr(10))[0]}", file=sys.__stderr__, flush=True)
+
+
+def pytest_runtest_logfinish() -> None:
+    """End a process of pytest-xdist's whose CUDA context a kernel has wrecked, for it would fail every test that follows.
+
+    Another one takes its place; the test that is reported as crashed is the one after the culprit.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
