@@ -38,7 +38,7 @@ step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the 
 # benchmarks stop by themselves: no group is begun after the budget, and a long one then has 25 s to end.
 warm_limit=70 tests_limit=145 flow_budget=25 graphs_budget=45 block_budget=60 sanitize_limit=50 tools=memcheck
 [ "$what" = all ] || {
-    warm_limit=90 tests_limit=380 flow_budget=60 graphs_budget=110 block_budget=200
+    warm_limit=90 tests_limit=380 flow_budget=60 graphs_budget=110 block_budget=170
     sanitize_limit=200 tools="memcheck racecheck"
 }
 case "$what" in all | bench) warmed=bench ;; *) warmed=tests ;; esac
@@ -50,11 +50,12 @@ bench() { # bench NAME BUDGET OPTIONS...
 }
 
 rm -f "$out"/check.json "$out"/{tests,bench,sanitize,tune}.{xml,log,jsonl}
-step info 20 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
+step info 30 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
 # Triton compiles a launcher with the C compiler that it finds, against Python's headers: without them no kernel runs.
 step warm "$warm_limit" "$out/summary.txt" "$PYTHON" -m bench.warm "$warmed"
 step smallest 30 "$out/summary.txt" "$PYTHON" -m bench.smallest
 if wanted tests; then
+    rm -f "$out/check.json" "$out/tests.log"
     step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
     # What runs on a GPU; the rest is the same on any machine (make test). "plain" is about small inputs, which are no matter on a GPU.
     parallel=()
@@ -65,6 +66,7 @@ if wanted tests; then
         tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
 fi
 if wanted bench; then
+    rm -f "$out/bench.jsonl" "$out/bench.log"
     # What the goals ask for comes first (bench/goals.py). Compiled and graphed providers take long to build: a few groups only.
     bench flow "$flow_budget" --kinds flow --workloads cflow/,fastflow-wrn50 --modes train --dtypes float32
     bench graphs "$graphs_budget" --kinds block --workloads cflow/1,tabular,fastflow-wrn50 --modes train --dtypes float32 \
@@ -72,6 +74,7 @@ if wanted bench; then
     bench block "$block_budget" --kinds block
 fi
 if wanted sanitize; then
+    rm -f "$out/sanitize.log"
     if command -v compute-sanitizer >/dev/null; then
         for tool in $tools; do
             # Every tensor its own allocation, or what lies beyond one is the next in torch's pool, and no error. Errors of the driver's own

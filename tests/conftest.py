@@ -49,7 +49,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtest_logfinish() -> None:
     """End a process of pytest-xdist's whose CUDA context a kernel has wrecked, for it would fail every test that follows.
 
-    Another one takes its place; the test that is reported as crashed is the one after the culprit.
+    Another one takes its place; the culprit is reported as failed and once more as crashed.
     """
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:
