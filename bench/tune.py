@@ -16,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -129,6 +130,11 @@ def jobs(only: Iterable[str] = (), chosen: Iterable[Question] = QUESTIONS) -> li
     return [(q, value, known[name], dtype) for q in asked for name in q.workloads for dtype in DTYPES for value in q.values]
 
 
+def name_of(job: Job) -> str:
+    question, value, workload, dtype = job
+    return f"{question.constant}={value} {workload.name} {dtype}"
+
+
 def compile_variant(job: Job, device: str) -> None:
     """Launch everything once, so that Triton's cache has it."""
     question, value, workload, dtype = job
@@ -195,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("bench.tune: torch finds no GPU")
     device, started, rows = torch.device("cuda"), time.perf_counter(), []
     todo = jobs(only)
-    broken = warm.in_parallel(compile_variant, todo)
+    broken = warm.in_parallel({name_of(job): partial(compile_variant, job, "cuda") for job in todo})
     where = records.provenance(device) | {"copy_gbs": copy_bandwidth(device) * 1e-9}
 
     def keep(row: Row) -> None:
@@ -205,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     def say(line: str) -> None:
         print(f"[{time.perf_counter() - started:4.0f} s] {line}", file=sys.stderr, flush=True)
 
-    measure([job for job in todo if job not in broken], device, keep, say)
+    measure([job for job in todo if name_of(job) not in broken], device, keep, say)
     print(table(rows))
     if broken:
         raise SystemExit(1)
