@@ -7,14 +7,13 @@ import numbers
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager
-from fastflow_kernels.attributes import has_any, parameter
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import (
     IndexCache,
@@ -232,7 +231,7 @@ class AllInOneBlock(InvertibleModule):
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
         c = check_conditions(c, self.dims_c, x)
-        global_scale = parameter(self, "global_scale")
+        global_scale = self.global_scale
         if x.device != global_scale.device:
             raise ValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
         if self._overridden():
@@ -242,7 +241,7 @@ class AllInOneBlock(InvertibleModule):
                 x,
                 self._checked_subnet,
                 global_scale,
-                parameter(self, "global_offset"),
+                self.global_offset,
                 self._index.permutation(self, rev),
                 self._spec(),
                 c,
@@ -445,6 +444,14 @@ class AllInOneBlock(InvertibleModule):
         kind = "soft" if self.permute_soft else "hard"
         more = f", householder={self.householder}" if self.householder else ""
         return f"{self.in_channels} channels, rank {self.input_rank}, {kind}{more}, dialect={self.dialect!r}, backend={self.backend!r}"
+
+
+def has_any(own: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """Whether one of the names is among an object's own attributes, without the cost of a generator: it is asked in every call."""
+    for name in names:  # noqa: SIM110
+        if name in own:
+            return True
+    return False
 
 
 # --- options -----------------------------------------------------------------------------------------------------------------------

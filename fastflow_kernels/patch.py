@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager, modules
-from fastflow_kernels.attributes import has_any, parameter
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.reversible import Reversible, is_reversible
@@ -357,8 +356,8 @@ class _Accelerated(_Stock):
         y, logdet = run(
             x,
             self.subnet,
-            parameter(self, "global_scale"),
-            parameter(self, "global_offset"),
+            self.global_scale,
+            self.global_offset,
             held.index.permutation(self, rev),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c, x),
@@ -372,7 +371,7 @@ class _Accelerated(_Stock):
     def _exchanged(self) -> bool:
         """Whether a step was exchanged on this very block since."""
         own = self.__dict__
-        return own.get("global_scale_activation") is not self._fastflow.function or has_any(own, _STEPS)
+        return own.get("global_scale_activation") is not self._fastflow.function or modules.has_any(own, _STEPS)
 
     def _takes_run(self) -> bool:
         """Whether ``forward`` is this class's own and hands everything to ``run``."""

@@ -15,7 +15,6 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from fastflow_kernels import dispatch
-from fastflow_kernels.attributes import parameter
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -173,7 +172,7 @@ class IndexCache:
         """The permutation of a block with the stock block's attributes, for one direction: an index wherever its matrix is one."""
         if block.householder:
             return HouseholderPermutation(self._of(block.w_0, None, True, False), block.vk_householder)
-        w, w_inv = parameter(block, "w_perm"), parameter(block, "w_perm_inv")
+        w, w_inv = block.w_perm, block.w_perm_inv
         if w.dim() == 1:
             return IndexPermutation(w, w_inv)
         both = block.reverse_pre_permute
@@ -182,15 +181,17 @@ class IndexCache:
     def _of(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> IndexPermutation | MatrixPermutation:
         """The index of a one-hot matrix whose inverse, if given, is its transpose; other matrices as they are."""
         cached = self._cached
-        if torch.compiler.is_compiling():  # nothing can be asked of the values now; every load and move has refreshed what is kept
-            return _as_matrix(w, w_inv) if cached is None or isinstance(cached.permutation, MatrixPermutation) else cached.permutation
-        if w.requires_grad or w.is_meta or type(w) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(w):
-            self._cached = None  # lest a compiled forward takes what was read of other matrices
-            return _as_matrix(w, w_inv)
-        key = (_state_of(w), _state_of(w_inv))
-        if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
-            cached = self._cached = _read(key, w, w_inv)
-        return cached.permutation
+        if not torch.compiler.is_compiling():  # else nothing can be asked of the values; every load and move has refreshed what is kept
+            if not _is_fixed(w) or not (w_inv is None or _is_fixed(w_inv)):
+                cached = self._cached = None  # lest a compiled forward takes what was read of other matrices
+            else:
+                key = (_state_of(w), _state_of(w_inv))
+                if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
+                    cached = self._cached = _read(key, w, w_inv)
+        if cached is not None and cached.index is not None:
+            return cached.index
+        w = w.flatten(1)  # in every call: a view that is kept would miss gradients and strides, and forbid that parameters are swapped
+        return MatrixPermutation(w, w.T if w_inv is None else w_inv.flatten(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +200,7 @@ class _Cached:
 
     key: tuple[Any, ...]
     seen: tuple[Tensor | None, ...]  # the matrices themselves, so that their ids stay theirs
-    permutation: IndexPermutation | MatrixPermutation
+    index: IndexPermutation | None
     ones: tuple[Tensor, Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory, and as many ones
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
@@ -210,9 +211,11 @@ class _Cached:
         return self.ones is None or self.ones[0].device.type != "cpu" or _has_ones(self.ones, w, w_inv)
 
 
-def _as_matrix(w: Tensor, w_inv: Tensor | None) -> MatrixPermutation:
-    w = w.flatten(1)
-    return MatrixPermutation(w, w.T if w_inv is None else w_inv.flatten(1))
+def _is_fixed(w: Tensor) -> bool:
+    """Whether the values can be asked for, and stay."""
+    if w.requires_grad or w.is_meta or (type(w) is not Tensor and type(w) is not nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(w)
 
 
 def _state_of(t: Tensor | None) -> tuple[Any, ...] | None:
@@ -238,7 +241,7 @@ def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
         hard = hard and _has_ones(ones, w.detach(), None if w_inv is None else w_inv.detach())
         if hard and all(int(t.count_nonzero()) == channels for t in matrices):  # nothing beside the ones
             return _Cached(key, (w, w_inv), IndexPermutation(perm, inv), ones)
-        return _Cached(key, (w, w_inv), _as_matrix(w, w_inv), None)
+        return _Cached(key, (w, w_inv), None, None)
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:

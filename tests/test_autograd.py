@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, functional
+from fastflow_kernels import AllInOneBlock, accelerate, dispatch, eager, functional
 from tests.cases import CASES, OPTIONS, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
 
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
@@ -402,3 +402,44 @@ def test_inverse_of_a_rotation_keeps_its_dtype_under_autocast() -> None:
     block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert block([torch.randn(30, 6)], rev=True)[0][0].dtype is torch.float32
+
+
+class Derived(AllInOneBlock):
+    """A block whose scale and permutation are computed."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.raw = nn.Parameter(torch.full((1, 6, 1, 1), 0.3))
+
+    @property
+    def global_scale(self) -> Tensor:
+        return 2.0 * self.raw
+
+
+def test_attributes_that_a_subclass_computes_are_asked_for() -> None:
+    block = Derived([(6, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
+    block([torch.ones(2, 6, 4, 4)])[0][0].sum().backward()
+    assert block.raw.grad.abs().max() > 0
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 2)])
+def test_small_is_larger_for_a_soft_permutation(grad: bool, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to so many times dispatch.SMALL a product takes most of the time, fused or not."""
+    picked: list[Any] = []
+    pick = dispatch.pick
+
+    def spy(*arguments: Any) -> Any:
+        picked.append(pick(*arguments))
+        return picked[-1]
+
+    monkeypatch.setattr(dispatch, "SMALL", 6 * 8)
+    monkeypatch.setattr(dispatch, "pick", spy)
+    for soft in (False, True):
+        block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, permute_soft=soft)
+        limit = 8 * times if soft else 8
+        for batch, expected in ((limit, None), (limit + 1, eager)):
+            for rev in (False, True):
+                with torch.set_grad_enabled(grad):
+                    block([torch.randn(batch, 6)], rev=rev)
+                assert picked[-1] is expected, (soft, batch, rev)

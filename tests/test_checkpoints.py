@@ -669,3 +669,48 @@ def test_rotations_differ_even_if_nothing_else_is_drawn() -> None:
     assert all(map(torch.equal, two(), (first, second)))
     with torch.device("meta"):
         assert AllInOneBlock([(6,)], permute_soft=True, subnet_constructor=nn.Linear).w_perm.is_meta
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 6), Shape(3, 6, (2, 2))], ids=str)
+@pytest.mark.parametrize("name", ["hard", "soft", "soft-rev-exp"])
+def test_matrices_that_are_trained_get_their_gradients(name: str, shape: Shape) -> None:
+    """Either of them, in both directions; also a one-hot one, where it is no index any more."""
+    case, x = Case(shape, name), torch.randn(shape.full, dtype=torch.float64)
+    theirs = make_block(reference.AllInOneBlock, case)
+    for trained in ("w_perm", "w_perm_inv"):
+        for rev in (False, True):
+            ours = make_block(AllInOneBlock, case)
+            ours.load_state_dict(theirs.state_dict())
+            ours([x], rev=rev)  # what is kept of the permutation is of matrices that are fixed
+            gradients = []
+            for block in (ours, copy.deepcopy(theirs)):
+                getattr(block, trained).requires_grad_(True)
+                block([x], rev=rev)[0][0].square().sum().backward()
+                gradients.append(getattr(block, trained).grad)
+            assert (gradients[0] is None) == (gradients[1] is None), (trained, rev)
+            if gradients[1] is not None:
+                torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["hard", "soft", "hh1", "hh2-soft-sigmoid"])
+def test_parameters_can_be_swapped(name: str) -> None:
+    """Nothing that is kept may be a view of them."""
+    block = make_block(AllInOneBlock, Case(Shape(2, 6, (2, 2)), name), torch.float32)
+    x = torch.randn(2, 6, 2, 2)
+    with torch.no_grad():  # a graph would hold them as well
+        expected = block([x])[0][0]
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        block.double().load_state_dict(copy.deepcopy(block.state_dict()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.testing.assert_close(block([x.double()])[0][0].float(), expected)
+
+
+def test_a_rotation_that_is_transposed_where_it_lies_is_seen() -> None:
+    block = make_block(AllInOneBlock, Case(Shape(2, 6, (2, 2)), "soft"), torch.float32)
+    x = torch.randn(2, 6, 2, 2)
+    block([x])
+    for w in (block.w_perm, block.w_perm_inv):
+        w.data = w.data.transpose(0, 1)
+    torch.testing.assert_close(block([x])[0][0], copy.deepcopy(block)([x])[0][0])

@@ -39,7 +39,7 @@ SIZES = [(4, 9, 7), (2, 8, 8), (9, 64, 40), (4, 64, 64)]
 
 @pytest.mark.plain
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
-@pytest.mark.parametrize("name", ["hard", "gin-rev-cond", "soft", "hh3-rev-cond"])
+@pytest.mark.parametrize("name", ["hard", "gin-rev-cond", "soft", "hh1", "hh3-rev-cond"])
 def test_every_batch_and_image_size_runs_the_same_graph(name: str, rev: bool) -> None:
     case = Case(Shape(2, 6, (8, 8)), name)
     block = make_block(AllInOneBlock, case, torch.float32)
@@ -65,6 +65,18 @@ def test_every_batch_of_rows_runs_the_same_graph() -> None:
         x, c = torch.randn(batch, 64), [torch.randn(batch, 3)]
         for actual, expected in zip(compiled([x], c), block([x], c), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+    assert _graphs() == 1
+
+
+@pytest.mark.parametrize("name", ["hard", "soft", "hh1"])
+def test_autocast_runs_one_graph(name: str) -> None:
+    block = make_block(AllInOneBlock, Case(Shape(2, 6, (8, 8)), name), torch.float32)
+    compiled, x = _compiled(block), torch.randn(2, 6, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = compiled([x]), block([x])
+    for mine, other in zip((actual[0][0], actual[1]), (expected[0][0], expected[1]), strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05 * other.abs().max().item())
     assert _graphs() == 1
 
 
