@@ -1,4 +1,4 @@
-"""Compile kernels on all cores at once, ahead of what launches them from a single process: time on a borrowed GPU is short.
+"""Compile kernels on all cores at once, ahead of what launches them from a single process: time on a GPU may be short.
 
     python -m bench.warm [tests|bench]
 
