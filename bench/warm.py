@@ -30,10 +30,11 @@ MOST_PROCESSES = 16  # each holds a CUDA context and the tensors of a workload
 Job = tuple[Workload, str, str]
 
 
-def jobs(on_cpu: bool) -> list[Job]:
+def jobs() -> list[Job]:
     """The (workload, dtype, provider) that launch kernels of ours, in the order of the benchmarks."""
     ours = [provider for provider in PROVIDERS.values() if provider.ours and provider.execution == "eager"]
-    return [(w, dtype, p.name) for w in workloads("block", on_cpu) for dtype in DTYPES for p in ours if not why_not(p, w, on_cpu)]
+    found = workloads("block", on_cpu=False)
+    return [(w, dtype, p.name) for w in found for dtype in DTYPES for p in ours if not why_not(p, w, on_cpu=False)]
 
 
 def run(job: Job, device: str) -> None:
@@ -58,7 +59,7 @@ def todo(bench: bool, device: str) -> dict[str, Callable[[], None]]:
     }
     found |= {f"check {name} {dtype}": partial(run_check, name, dtype) for name in check.SHAPES for dtype in DTYPES}
     if bench:
-        found |= {f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device) for job in jobs(on_cpu=False)}
+        found |= {f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device) for job in jobs()}
     return found
 
 

@@ -49,13 +49,12 @@ bench() { # bench NAME BUDGET OPTIONS...
     step "bench $name" $((budget + 25)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$budget" "$@"
 }
 
-rm -f "$out"/check.json "$out"/{tests,bench,sanitize,tune}.{xml,log,jsonl}
 step info 30 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
 # Triton compiles a launcher with the C compiler that it finds, against Python's headers: without them no kernel runs.
 step warm "$warm_limit" "$out/summary.txt" "$PYTHON" -m bench.warm "$warmed"
 step smallest 30 "$out/summary.txt" "$PYTHON" -m bench.smallest
 if wanted tests; then
-    rm -f "$out/check.json" "$out/tests.log"
+    rm -f "$out/check.json" "$out/tests.xml" "$out/tests.log"
     step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
     # What runs on a GPU; the rest is the same on any machine (make test). "plain" is about small inputs, which are no matter on a GPU.
     parallel=()
@@ -87,6 +86,7 @@ if wanted sanitize; then
     fi
 fi
 if [ "$what" = tune ]; then
+    rm -f "$out/tune.jsonl" "$out/tune.log"
     step tune 300 "$out/tune.log" "$PYTHON" -m bench.tune --out "$out/tune.jsonl"
 fi
 exit "$failed"

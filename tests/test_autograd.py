@@ -405,7 +405,7 @@ def test_inverse_of_a_rotation_keeps_its_dtype_under_autocast() -> None:
 
 
 class Derived(AllInOneBlock):
-    """A block whose scale and permutation are computed."""
+    """A block whose scale is computed."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -357,7 +357,7 @@ def test_depth_compares_chains_that_agree(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    todo = warm.jobs(on_cpu=False)
+    todo = warm.jobs()
     assert len(todo) == len(set(map(repr, todo)))
     assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads("block", False)
     assert {name for _, _, name in todo} == {"ours", "ours-freia"}

@@ -35,9 +35,9 @@ PLANES = ((2, 7, 4, 5), (3, 2, 3, 3), (2, 1, 2, 3), (1, 9, 7), (2, 6, 2, 4, 2))
 ROWS = ((5, 7), (3, 2), (4, 1), (2, 9, 1, 1), (9, 130))
 TILED = ((1, 3, 1100), (2, 70, 64), (3, 33, 14, 14))  # more than one tile along the pixels, the channels, both
 EXTREME = ((70_000, 2), (2, 4096), (1, 4097, 1, 2))  # a batch beyond a grid's 65535 in y and z; rows too wide for one tile
-LOW = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if dispatch.interpreted() else {}
 
 INTERPRETED = dispatch.interpreted()
+LOW = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter sees")
 
 

@@ -128,7 +128,7 @@ def _params_bwd_kernel(
         total = tl.sum(dscale, axis=0)
         if dlogdet_ptr is not None:
             dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), tl.float64)  # its rounding would be the same in every channel
-            first = tl.full((), 0, tl.int64)
+            first = tl.full((), 0, tl.int64)  # for offsets beyond 2^31
             while first < B:
                 b = first + tl.arange(0, BLOCK_K * BLOCK_C)
                 dlogdet += load(dlogdet_ptr + b * stride_l, b < B, tl.float64)
