@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterable
@@ -51,8 +52,11 @@ def provenance(device: torch.device) -> Row:
 def commit(root: Path = ROOT) -> str:
     """The checkout's commit, with "-dirty" where tracked files were changed, or "unknown" where there is no repository.
 
-    Result files do not count: a run that appends to them is no other code.
+    Result files do not count: a run that appends to them is no other code. A copy of a checkout has no repository: there
+    FASTFLOW_KERNELS_COMMIT may name the commit.
     """
+    if named := os.environ.get("FASTFLOW_KERNELS_COMMIT"):
+        return named
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")

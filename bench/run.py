@@ -36,8 +36,10 @@ class Run:
     def begin(self) -> None:
         """Measure what is measured once."""
         bandwidth = copy_bandwidth(self.device)
-        seconds = 8.0 if self.device.type == "cpu" else 3.0  # a GPU's samples are short, and its time is dear
-        self.settings = Settings(self.device, (3, 5) if self.quick else (5, 25), 1.0 if self.quick else seconds, bandwidth)
+        # a GPU's samples are short, and its time is dear
+        repeats, seconds = ((5, 25), 8.0) if self.device.type == "cpu" else ((5, 15), 1.0)
+        repeats, seconds = ((3, 5), 1.0) if self.quick else (repeats, seconds)
+        self.settings = Settings(self.device, repeats, seconds, bandwidth)
         self.provenance = records.provenance(self.device)
         self.say(f"{self.provenance['device_name']}: copies at {bandwidth * 1e-9:.1f} GB/s; rows go to {self.target}")
 

@@ -26,11 +26,10 @@ import torch
 
 from bench import records, warm
 from bench.cases import Workload, workloads
+from bench.passes import Passes
 from bench.records import Row
 from bench.run import DTYPES
-from bench.subject import Sample, draw_samples
 from bench.timing import copy_bandwidth, interleaved
-from fastflow_kernels.spec import CouplingSpec
 
 REPEATS = (5, 15)
 SECONDS = 1.0  # of one group, once it has the least repeats
@@ -50,7 +49,7 @@ _PLANES = ("fastflow-wrn50/1", "fastflow-wrn50/3", "fastflow-r18/1 one image")
 _ROWS = ("cflow/1", "cflow large batch", "tabular")
 # In the order of what they may bring: a run that is cut short has answered what matters most.
 QUESTIONS = (
-    Question("TILE_BYTES", "launch", (2048, 4096, 8192), _PLANES, ("forward", "backward", "inverse", "undo")),
+    Question("TILE_BYTES", "launch", (2048, 4096, 8192), _PLANES, ("forward", "backward", "inverse", "reversible")),
     Question("ROW_THREAD_VALUES", "launch", ({4: 2, 8: 1}, {4: 4, 8: 1}, {4: 8, 8: 1}), _ROWS, ("forward", "backward", "inverse")),
     Question("BUSY", "launch", (128, 256, 512), ("cflow large batch", "tabular", "hyperspectral"), ("forward", "backward", "inverse")),
     Question("_COLUMNS_BWD", "coupling", (32, 64, 128), ("fastflow-wrn50/1", "cflow large batch", "hyperspectral"), ("backward",)),
@@ -81,43 +80,14 @@ def _forget() -> None:
 class Variant:
     """The launches of one workload with one value of a constant, as bench.timing times them: ``ready`` prepares, the calls only launch."""
 
-    def __init__(self, question: Question, value: Any, workload: Workload, samples: list[Sample]) -> None:
-        self.question, self.value, self.samples, self.next = question, value, samples, 0
-        channels, device, dtype = workload.shape[1], samples[0].x.device, samples[0].x.dtype
-        options = workload.options
-        self.spec = CouplingSpec.of(options.get("affine_clamping", 2.0), "anomalib", "SOFTPLUS", options.get("gin_block", False))
-        self.g, self.offset = (torch.randn(channels, device=device, dtype=dtype) for _ in range(2))
-        self.perm = torch.randperm(channels, device=device)
-        self.inv = self.perm.argsort()
-        self.dlogdet = [sample.dlogdet.float() for sample in samples]
+    def __init__(self, question: Question, value: Any, passes: Passes) -> None:
+        self.question, self.value, self.passes = question, value, passes
 
     def ready(self, mode: str, calls: int) -> list[Callable[[], object]]:
         with mock.patch.object(_module(self.question.module), self.question.constant, self.value):
             _forget()
-            self._call(mode, 0)()  # from here on the launches are prepared
-        chosen = [(self.next + i) % len(self.samples) for i in range(calls)]
-        self.next = (self.next + calls) % len(self.samples)
-        return [self._call(mode, i) for i in chosen]
-
-    def _call(self, mode: str, i: int) -> Callable[[], object]:
-        coupling = _module("coupling")
-        x, a, dy = (t.detach() for t in (self.samples[i].x, self.samples[i].a, self.samples[i].dy))
-        shared = (self.g, self.offset, self.perm, self.inv, self.spec)
-
-        def inverse() -> object:
-            u = coupling.coupling_inv_passive(x, *shared)
-            return coupling.coupling_inv_active(x, u, a, *shared, True)
-
-        def undo() -> object:
-            u = coupling.coupling_inv_passive(x, *shared)
-            return coupling.coupling_inv_bwd(x, u, dy, self.dlogdet[i], a, *shared, True)
-
-        return {
-            "forward": lambda: coupling.coupling_fwd(x, a, *shared, True),
-            "backward": lambda: coupling.coupling_bwd(dy, self.dlogdet[i], x, a, *shared, True),
-            "inverse": inverse,
-            "undo": undo,
-        }[mode]
+            self.passes.calls(mode, 1)[0]()  # from here on the launches are prepared
+        return self.passes.calls(mode, calls)
 
 
 Job = tuple[Question, Any, Workload, str]
@@ -138,7 +108,7 @@ def name_of(job: Job) -> str:
 def compile_variant(job: Job, device: str) -> None:
     """Launch everything once, so that Triton's cache has it."""
     question, value, workload, dtype = job
-    variant = Variant(question, value, workload, draw_samples("block", workload, getattr(torch, dtype), torch.device(device))[:1])
+    variant = Variant(question, value, Passes(workload, getattr(torch, dtype), torch.device(device), most=1))
     for mode in question.passes:
         variant.ready(mode, 0)
 
@@ -150,8 +120,8 @@ def measure(todo: list[Job], device: torch.device, keep: Callable[[Row], None], 
         cases[job[0], job[2].name, job[3]].append(job)
     for (question, name, dtype), alike in cases.items():
         workload = alike[0][2]
-        samples = draw_samples("block", workload, getattr(torch, dtype), device)
-        variants = {str(value): Variant(question, value, workload, samples) for _, value, *_ in alike}
+        passes = Passes(workload, getattr(torch, dtype), device)
+        variants = {str(value): Variant(question, value, passes) for _, value, *_ in alike}
         for mode in question.passes:
             times = interleaved(variants, mode, device, REPEATS, SECONDS)
             medians = {value: statistics.median(found.seconds) for value, found in times.items()}

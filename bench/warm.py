@@ -49,7 +49,7 @@ def run(job: Job, device: str) -> None:
 
 def run_check(name: str, dtype: str) -> None:
     """What the check launches on one of its shapes."""
-    check._evaluate(check._backend("triton"), check._tensors(check.SHAPES[name], getattr(torch, dtype)))
+    check._evaluate(check._backend("triton"), check._tensors(check.GPU_SHAPES[name], getattr(torch, dtype)))
 
 
 def todo(bench: bool, device: str) -> dict[str, Callable[[], None]]:
@@ -57,7 +57,7 @@ def todo(bench: bool, device: str) -> dict[str, Callable[[], None]]:
     found = {
         f"smallest {shape} GIN {gin}": partial(smallest.run_one, shape, gin, device) for shape in smallest.SHAPES for gin in (False, True)
     }
-    found |= {f"check {name} {dtype}": partial(run_check, name, dtype) for name in check.SHAPES for dtype in DTYPES}
+    found |= {f"check {name} {dtype}": partial(run_check, name, dtype) for name in check.GPU_SHAPES for dtype in DTYPES}
     if bench:
         found |= {f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device) for job in jobs()}
     return found

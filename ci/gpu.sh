@@ -1,92 +1,115 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, without a network, with the torch, Triton and pytest it has: the test suite, the benchmarks, and a pass of
-# compute-sanitizer over a small case.
+# Proves and measures the kernels on a machine with a GPU, with the torch, Triton and pytest it has. No network.
 #
-#   ci/gpu.sh OUTDIR [tests|bench|sanitize|tune]
+#   ci/gpu.sh OUTDIR [first | second | PART[:SECONDS] ...]
 #
-# tune is no part of the whole: the kernels with other values of the constants that cut their work (bench/tune.py).
+# Parts, in the order of their worth. Without any, all of them run; without SECONDS, a part has the limit below.
+#   smallest   every kernel once
+#   tests      the tests that use a GPU
+#   goals      the block benchmarks that decide the goals (bench/goals.py)
+#   graphs     one block compiled, and in CUDA graphs
+#   flow       whole flows with their subnets
+#   kernels    what each kernel takes by itself (bench/kernel_times.py)
+#   sanitize   compute-sanitizer over `smallest`
+#   tune       the kernels with other values of their constants (bench/tune.py)
+#   block      the block benchmarks of every other workload
+#   reversible chains against depth
 #
-# Leaves at most 8 files in OUTDIR: summary.txt, stderr.log, check.json, tests.xml, tests.log, bench.jsonl, bench.log, sanitize.log; of tune
-# summary.txt, stderr.log, tune.jsonl, tune.log. It goes on after a failure and exits with 1 at the end if there was one. Every step has a
-# time limit; together they stay under 9.5 minutes. Kernels are compiled on all cores: by bench/warm.py what single processes launch later,
-# and by the tests where pytest-xdist is installed (one after the other they would not end in time).
-# Elsewhere: python -m bench.records OUTDIR/bench.jsonl takes the rows over, python -m bench.report draws them.
+# For a GPU that is borrowed by the minute: `first` takes at most 6.5 minutes and says whether the kernels are right and how fast they are,
+# `second` at most 5 and proves a changed state.
+#
+# OUTDIR gets summary.txt (read it first), stderr.log, check.json, tests.log, bench.log, sanitize.log, and rows.jsonl, which is written as
+# it is measured: `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
+# A part that fails or reaches its limit does not stop the others; the exit status is 1 then.
 set -uo pipefail
-out=${1:?usage: ci/gpu.sh OUTDIR [tests|bench|sanitize|tune]}
-what=${2:-all}
-case "$what" in all | tests | bench | sanitize | tune) ;; *) echo "ci/gpu.sh: tests, bench, sanitize or tune, not $what" >&2 && exit 2 ;; esac
+usage="usage: ci/gpu.sh OUTDIR [first | second | PART[:SECONDS] ...]"
+out=${1:?$usage}
+shift
+case "${*:-all}" in
+all) parts=(smallest tests goals graphs flow kernels sanitize tune block reversible) ;;
+first) parts=(warm:60 smallest:20 tests:100 goals:110 flow:50 graphs:60 kernels:30 sanitize:40) ;;
+second) parts=(warm:40 smallest:20 tests:90 goals:110 block:60) ;;
+*) parts=("$@") ;;
+esac
+for part in "${parts[@]}"; do
+    [[ $part =~ ^(warm|smallest|tests|goals|graphs|flow|kernels|sanitize|tune|block|reversible)(:[0-9]+)?$ ]] || {
+        echo "ci/gpu.sh: no part is called $part. $usage" >&2
+        exit 2
+    }
+done
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=0
+rm -f "$out"/{check.json,tests.log,bench.log,sanitize.log,rows.jsonl}
 : >"$out/summary.txt" >"$out/stderr.log"
-
-wanted() { [ "$what" = all ] || [ "$what" = "$1" ]; }
 
 step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log, both go to the screen
     local name=$1 limit=$2 log=$3 start=$SECONDS rc
     shift 3
     echo "== $name (at most $limit s)"
+    # interrupted at its limit, so that pytest still says what failed until then
     timeout -s INT -k 10 "$limit" "$@" 2> >(tee -a "$out/stderr.log" >&2) | tee -a "$log"
     rc=${PIPESTATUS[0]}
     [ "$rc" -eq 0 ] || failed=1
     echo "$name: exit $rc after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
 }
 
-# Limits of the whole, and of each part alone. At its limit a step is interrupted, so that pytest still says what failed until then. The
-# benchmarks stop by themselves: no group is begun after the budget, and a long one then has 25 s to end.
-warm_limit=70 tests_limit=145 flow_budget=25 graphs_budget=45 block_budget=60 sanitize_limit=50 tools=memcheck
-[ "$what" = all ] || {
-    warm_limit=90 tests_limit=380 flow_budget=60 graphs_budget=110 block_budget=170
-    sanitize_limit=200 tools="memcheck racecheck"
-}
-case "$what" in all | bench) warmed=bench ;; *) warmed=tests ;; esac
-
-bench() { # bench NAME BUDGET OPTIONS...
-    local name=$1 budget=$2
-    shift 2
-    step "bench $name" $((budget + 25)) "$out/bench.log" ci/bench.sh --out "$out/bench.jsonl" --budget "$budget" "$@"
+bench() { # bench SECONDS OPTIONS...: no group is begun in the last 15 seconds
+    local limit=$1
+    shift
+    step "bench $part" "$limit" "$out/bench.log" ci/bench.sh --out "$out/rows.jsonl" --budget $((limit - 15)) "$@"
 }
 
-step info 30 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
-# Triton compiles a launcher with the C compiler that it finds, against Python's headers: without them no kernel runs.
-step warm "$warm_limit" "$out/summary.txt" "$PYTHON" -m bench.warm "$warmed"
-step smallest 30 "$out/summary.txt" "$PYTHON" -m bench.smallest
-if wanted tests; then
-    rm -f "$out/check.json" "$out/tests.xml" "$out/tests.log"
-    step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
-    # What runs on a GPU; the rest is the same on any machine (make test). "plain" is about small inputs, which are no matter on a GPU.
-    parallel=()
-    "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
-    # few processes of Inductor's own, beside those of pytest-xdist
-    step tests "$tests_limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 "$PYTHON" -m pytest -q --tb=short --durations=15 \
-        --junitxml="$out/tests.xml" -p no:cacheprovider -m "not plain" ${parallel[@]+"${parallel[@]}"} \
-        tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
-fi
-if wanted bench; then
-    rm -f "$out/bench.jsonl" "$out/bench.log"
-    # What the goals ask for comes first (bench/goals.py). Compiled and graphed providers take long to build: a few groups only.
-    bench flow "$flow_budget" --kinds flow --workloads cflow/,fastflow-wrn50 --modes train --dtypes float32
-    bench graphs "$graphs_budget" --kinds block --workloads cflow/1,tabular,fastflow-wrn50 --modes train --dtypes float32 \
-        --providers freia-compiled,freia-graphs,ours-freia-graphs
-    bench block "$block_budget" --kinds block
-fi
-if wanted sanitize; then
-    rm -f "$out/sanitize.log"
-    if command -v compute-sanitizer >/dev/null; then
-        for tool in $tools; do
-            # Every tensor its own allocation, or what lies beyond one is the next in torch's pool, and no error. Errors of the driver's own
-            # calls are not counted: libraries ask for symbols that are not there.
-            step "$tool" "$sanitize_limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+run() { # run PART SECONDS
+    local part=$1 limit=$2 tool parallel=()
+    case "$part" in
+    warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.warm ;;
+    smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.smallest ;;
+    tests)
+        # "plain" is about small inputs on a CPU; the tests that need no GPU run in `make test`.
+        "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
+        # few processes of Inductor's own, beside those of pytest-xdist
+        step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 "$PYTHON" -m pytest -q --tb=short --durations=15 \
+            -p no:cacheprovider -m "not plain" ${parallel[@]+"${parallel[@]}"} \
+            tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
+        step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
+        ;;
+    goals)
+        bench "$limit" --kinds block --workloads fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3
+        ;;
+    graphs)
+        bench "$limit" --kinds block --workloads cflow/1,fastflow-wrn50/1,tabular --modes train --dtypes float32 \
+            --providers freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
+        ;;
+    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50,cflow/ --modes train ;;
+    kernels) step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.kernel_times --out "$out/rows.jsonl" ;;
+    block) bench "$limit" --kinds block ;;
+    tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.tune --out "$out/rows.jsonl" ;;
+    reversible)
+        step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible --shape 32,256,64,64 --depths 1,4,8 --out "$out/rows.jsonl"
+        ;;
+    sanitize)
+        command -v compute-sanitizer >/dev/null || {
+            echo "sanitize: SKIPPED, compute-sanitizer is not installed" | tee -a "$out/sanitize.log" "$out/summary.txt"
+            return
+        }
+        for tool in memcheck racecheck; do
+            # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's pool, and no error. Errors of the
+            # driver's own calls do not count: libraries ask for symbols that are not there.
+            step "$tool" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
                 --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.smallest
         done
-    else
-        echo "sanitize: SKIPPED, compute-sanitizer is not installed" | tee "$out/sanitize.log" | tee -a "$out/summary.txt"
-    fi
-fi
-if [ "$what" = tune ]; then
-    rm -f "$out/tune.jsonl" "$out/tune.log"
-    step tune 300 "$out/tune.log" "$PYTHON" -m bench.tune --out "$out/tune.jsonl"
-fi
+        ;;
+    esac
+}
+
+declare -A limits=([warm]=120 [smallest]=60 [tests]=600 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120 [sanitize]=300 [tune]=600 [block]=900 [reversible]=300)
+step info 30 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
+for item in "${parts[@]}"; do
+    name=${item%%:*} seconds=${item#*:}
+    [ "$seconds" != "$item" ] || seconds=${limits[$name]}
+    run "$name" "$seconds"
+done
 exit "$failed"

@@ -84,6 +84,8 @@ def _check(as_json: bool) -> int:
                 print(f"backend {name} is not available: {reason}")
         print(check.table(rows))
         print("vs plain: the same formula in plain PyTorch operations; the stock blocks are slower than those (`make bench` compares)")
+        if torch.cuda.is_available():
+            print("of copy: the bytes that must be moved, per second, as a share of what a large copy moves")
         print(
             "every backend is accurate" if not failed else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`"
         )

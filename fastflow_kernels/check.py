@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,21 @@ from fastflow_kernels.functional import all_in_one_block
 from fastflow_kernels.permutations import IndexPermutation
 from fastflow_kernels.spec import CouplingSpec
 
-# blocks of published models, the batch cut down so that a laptop is done in seconds; one odd shape
-SHAPES = {
+# Blocks of published models, and one odd shape. On a CPU the batch of images is smaller, so that a laptop is done in seconds.
+CPU_SHAPES = {
     "FastFlow wide-resnet50, stage 3": (4, 1024, 16, 16),
     "FastFlow resnet18, stage 1": (4, 64, 64, 64),
     "CFlow": (64, 512),
     "odd": (3, 33, 7, 9),
 }
+GPU_SHAPES = {
+    "FastFlow wide-resnet50, stage 1": (32, 256, 64, 64),
+    "FastFlow wide-resnet50, stage 3": (32, 1024, 16, 16),
+    "FastFlow resnet18, stage 1": (32, 64, 64, 64),
+    "CFlow": (64, 512),
+    "odd": (3, 33, 7, 9),
+}
+MINIMAL_BYTES = 8  # of forward and backward, in inputs: read x, a, then dy, x, a; write y, then dx, da
 
 Run = Callable[[dict[str, Tensor], bool], tuple[Tensor, Tensor]]
 
@@ -33,7 +42,7 @@ class Row:
 
     Attributes:
         backend: "eager" or "triton".
-        workload: Name in :data:`SHAPES`.
+        workload: Name in :func:`shapes`.
         shape: (B, C, *S).
         dtype: Of the data.
         worst: The quantity nearest to its limit, and its error as a fraction of that limit.
@@ -41,6 +50,7 @@ class Row:
         milliseconds: Median time of forward and backward.
         speedup: Against the formula in plain operations (indexing, tanh, exp), in the same interleaved run. Not against a stock block,
             which is slower than those: `make bench` compares with them.
+        share: On a GPU, the bytes that forward and backward must move, per second, as a share of what a large copy moves.
     """
 
     backend: str
@@ -52,6 +62,12 @@ class Row:
     passed: bool
     milliseconds: float
     speedup: float
+    share: float | None
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The shapes that are run on this machine's device, by name."""
+    return GPU_SHAPES if _device().type == "cuda" else CPU_SHAPES
 
 
 def backends() -> dict[str, str | None]:
@@ -73,7 +89,8 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
     """
     rows = []
     available = [name for name, reason in backends().items() if reason is None]
-    for workload, shape in SHAPES.items():
+    bandwidth = _copy_bandwidth() if _device().type == "cuda" else None
+    for workload, shape in shapes().items():
         for dtype in (torch.float32, torch.bfloat16):
             progress(f"{workload} {shape} {_name(dtype)}")
             tensors = _tensors(shape, dtype)
@@ -82,9 +99,19 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
             for backend in available:
                 worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
                 seconds, speedup = _time(_backend(backend), tensors, repeats)
+                share = MINIMAL_BYTES * tensors["x"].nbytes / seconds / bandwidth if bandwidth else None
                 rows.append(
                     Row(
-                        backend, workload, shape, _name(dtype), worst, round(fraction, 3), fraction <= 1.0, 1e3 * seconds, round(speedup, 2)
+                        backend=backend,
+                        workload=workload,
+                        shape=shape,
+                        dtype=_name(dtype),
+                        worst=worst,
+                        fraction=round(fraction, 3),
+                        passed=fraction <= 1.0,
+                        milliseconds=1e3 * seconds,
+                        speedup=round(speedup, 2),
+                        share=share and round(share, 3),
                     )
                 )
     return rows
@@ -92,12 +119,14 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>10} {'vs plain':>9}"]
+    of_copy = f" {'of copy':>8}" if any(row.share for row in rows) else ""
+    head = f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>11} {'vs plain':>9}"
+    lines = [head + of_copy]
     for row in rows:
         error = f"{row.fraction:.2f} ({row.worst}) {'ok' if row.passed else 'FAILED'}"
         lines.append(
             f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} "
-            f"{row.milliseconds:>7.2f} ms {row.speedup:>8.2f}x"
+            f"{row.milliseconds:>8.3f} ms {row.speedup:>8.2f}x" + (f" {row.share:>8.0%}" if row.share else "")
         )
     return "\n".join(lines)
 
@@ -190,16 +219,34 @@ def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, fl
     """Median seconds of forward and backward, and the median ratio of plain operations to it."""
     leaves = {key: tensors[key].detach().requires_grad_() for key in ("x", "a", "scale", "offset")}
 
-    def once(function: Run) -> float:
-        if _device().type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+    def step(function: Run) -> None:
         y, logdet = function({**tensors, **leaves}, False)
         torch.autograd.grad([y, logdet], list(leaves.values()), [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
-        if _device().type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    once(run), once(_plain)
-    pairs = [(once(run), once(_plain)) for _ in range(repeats)]
+    for function in (run, _plain):
+        _seconds(partial(step, function))
+    pairs = [(_seconds(partial(step, run)), _seconds(partial(step, _plain))) for _ in range(repeats)]
     return statistics.median(mine for mine, _ in pairs), statistics.median(other / mine for mine, other in pairs)
+
+
+def _seconds(call: Callable[[], object], calls: int = 5) -> float:
+    """Seconds of a call: by the clock on a CPU; on a GPU by the device's events, of several calls in a row."""
+    if _device().type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e-3 / calls
+
+
+def _copy_bandwidth() -> float:
+    """Bytes per second, read and written together, of a large copy on this GPU."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(5))

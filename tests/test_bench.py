@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -362,9 +363,26 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
     assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads("block", False)
     assert {name for _, _, name in todo} == {"ours", "ours-freia"}
     calls = warm.todo(True, "cuda")
-    assert len(calls) == len(todo) + 2 * len(warm.smallest.SHAPES) + 2 * len(warm.check.SHAPES)
+    assert len(calls) == len(todo) + 2 * len(warm.smallest.SHAPES) + 2 * len(warm.check.GPU_SHAPES)
     assert all(map(pickle.dumps, calls.values()))  # for other processes
     modes = []
     monkeypatch.setattr(warm.Subject, "results", lambda self, mode: modes.append((self.provider.name, self.samples[0].x.dtype, mode)))
     warm.run((SMALL, "bfloat16", "ours-freia"), "cpu")
     assert modes == [("ours-freia", torch.bfloat16, mode) for mode in ("train", "inverse")]
+
+
+# --- a run on a GPU ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_run_knows_its_parts(tmp_path: Path) -> None:
+    done = subprocess.run(["bash", "ci/gpu.sh", str(tmp_path), "tests:90", "everything"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no part is called everything. usage: ci/gpu.sh OUTDIR" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "minutes"), [("first", 8.0), ("second", 6.0)])
+def test_a_borrowed_gpu_is_given_back_in_time(mode: str, minutes: float) -> None:
+    """The limits of all steps together; a part of benchmarks ends 15 seconds before its own."""
+    (line,) = (line for line in (ROOT / "ci/gpu.sh").read_text().splitlines() if line.startswith(f"{mode}) parts="))
+    assert sum(map(int, re.findall(r":(\d+)", line))) <= 60 * minutes

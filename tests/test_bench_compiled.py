@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from bench import compiled, timing, tune
+from bench import compiled, kernel_times, timing, tune
 from bench.cases import Workload
 from bench.compiled import Loop, executed, parse, waits
 from bench.mock_driver import mock_gpu
-from bench.subject import draw_samples
-from fastflow_kernels.kernels import prepared
+from bench.passes import PASSES, Passes
+from fastflow_kernels.kernels import coupling, prepared, reduce
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
@@ -108,8 +109,8 @@ def test_a_variant_launches_what_its_value_cuts(constant: str, workload: Workloa
         return list(launched)
 
     with mock_gpu():
-        samples = draw_samples("block", workload, torch.float32, CPU)
-        other, now = (tune.Variant(question, value, workload, samples) for value in question.values)
+        passes = Passes(workload, torch.float32, CPU)
+        other, now = (tune.Variant(question, value, passes) for value in question.values)
         assert launches(other) != launches(now)
         assert launches(other) == launches(other)
 
@@ -117,7 +118,9 @@ def test_a_variant_launches_what_its_value_cuts(constant: str, workload: Workloa
 def test_tuning_times_every_value_and_leaves_the_code_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SPAN", {"cpu": 0.0})
     monkeypatch.setattr(tune, "REPEATS", (2, 2))
-    question = tune.Question("TILE_BYTES", "launch", (2048, tune.present(tune.QUESTIONS[0])), ("planes",), ("forward", "inverse", "undo"))
+    question = tune.Question(
+        "TILE_BYTES", "launch", (2048, tune.present(tune.QUESTIONS[0])), ("planes",), ("forward", "inverse", "reversible")
+    )
     rows: list[dict] = []
     with mock_gpu():
         todo = [(question, value, PLANES, "bfloat16") for value in question.values]
@@ -131,3 +134,24 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(monkeypatch: pyt
     assert len(lines) == 4
     assert lines[3].startswith("| TILE_BYTES=4096 | 1.000 | 1.000 | 1.000, planes, ")
     assert tune.present(question) == 4096
+
+
+@pytest.mark.parametrize("workload", [PLANES, ROWS], ids=lambda workload: workload.name)
+def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(prepared.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__))
+    with mock_gpu():
+        passes = Passes(workload, torch.float32, CPU)
+        for name in PASSES:
+            for call in passes.calls(name, 2):
+                call()
+    defined = {name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")} - {"_gin_sums_kernel"}
+    other = {"_coupling_fwd_kernel", "_logdet_kernel"} if workload is ROWS else {"_coupling_rows_fwd_kernel"}
+    assert set(launched) == defined - other
+
+
+def test_kernel_times_are_medians_of_the_device_s_own() -> None:
+    events = [SimpleNamespace(name="_logdet_kernel", device_time=t) for t in (2.0, 1.0, 9.0)]
+    events += [SimpleNamespace(name="void at::native::fill", device_time=50.0), SimpleNamespace(name="_logdet_kernel", device_time=0)]
+    (row,) = kernel_times.rows_of(events, PLANES, "forward", "float32")
+    assert (row["provider"], row["median_us"], row["repeats"], row["kind"]) == ("_logdet_kernel", 2.0, 3, "kernel")

@@ -14,7 +14,7 @@ from fastflow_kernels import check, dispatch
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "SHAPES", {"planes": (2, 10, 4, 4), "rows": (6, 7)})
+    monkeypatch.setattr(check, "shapes", lambda: {"planes": (2, 10, 4, 4), "rows": (6, 7)})
 
 
 def test_info_names_versions_backends_and_switches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
