@@ -1,6 +1,7 @@
 """What each kernel takes by itself on this GPU, beside the time that its bytes take at the bandwidth of a copy.
 
     python -m bench.kernel_times [--only NAME,...] [--out FILE.jsonl]
+    ncu --clock-control none --section SpeedOfLight python -m bench.kernel_times --once     # for a profiler of your own
 
 Times are the device's own (CUPTI, through torch.profiler): neither Python nor the launch is in them. Inputs take turns, so that none is
 found in the L2 cache. `python -m bench.compiled` predicts the same figures from the compiled code.
@@ -54,6 +55,14 @@ def measure(workload: Workload, dtype: str, device: torch.device) -> list[Row]:
     return rows
 
 
+def run_once(workload: Workload, dtype: str, device: torch.device) -> None:
+    """Every kernel of every pass once."""
+    passes = Passes(workload, getattr(torch, dtype), device, most=1)
+    for name in PASSES:
+        passes.calls(name, 1)[0]()
+    torch.cuda.synchronize()
+
+
 def rows_of(events: Iterable[Any], workload: Workload, mode: str, dtype: str) -> list[Row]:
     """A row for every kernel of ours among a profiler's events."""
     times: dict[str, list[float]] = defaultdict(list)
@@ -72,6 +81,7 @@ def rows_of(events: Iterable[Any], workload: Workload, mode: str, dtype: str) ->
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description="What each kernel takes by itself on this GPU.")
     parser.add_argument("--only", default=",".join(DEFAULT), help="names of workloads (default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="run every pass once and time nothing")
     parser.add_argument("--out", type=Path, default=Path("out/kernels.jsonl"), help="a .jsonl file to append the rows to")
     options = parser.parse_args(arguments)
     known = {workload.name: workload for workload in WORKLOADS}
@@ -81,6 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.kernel_times: torch finds no GPU")
     device = torch.device("cuda")
+    if options.once:
+        for name in names:
+            for dtype in DTYPES:
+                run_once(known[name], dtype, device)
+        return
     where = records.provenance(device) | {"copy_gbs": copy_bandwidth(device) * 1e-9}
     for name in names:
         for dtype in DTYPES:
