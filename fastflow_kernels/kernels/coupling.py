@@ -546,7 +546,7 @@ class _Backward(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _prepare_bwd(
-    shape: tuple[int, ...], rows_of_sample: int, stride_xb: int, stride_ab: int, stride_l: int | None, dy: torch.dtype,
+    shape: tuple[int, ...], rows_of_sample: int, stride_xb: int, stride_ab: int, strides_l: tuple[int, int], dy: torch.dtype,
     dlogdet: torch.dtype | None, x: torch.dtype, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec,
     need_params: bool, indexed: bool, device: int,
 ) -> _Backward:  # fmt: skip
@@ -558,7 +558,7 @@ def _prepare_bwd(
     # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the tile and not the width of an access
     cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
     mul = alignment(0 if rows else pixels, stride_xb, stride_ab)
-    sizes = (batch, pixels if rows else pixels // mul, stride_xb // mul, stride_ab // mul, stride_l or 0)
+    sizes = (batch, pixels if rows else pixels // mul, stride_xb // mul, stride_ab // mul, strides_l[1])
     launch = Launch(
         _coupling_bwd_kernel, cut.programs, sizes, cut.warps,
         C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), REVERSE=spec.reverse,
@@ -567,15 +567,15 @@ def _prepare_bwd(
     )  # fmt: skip
     if not need_params:
         return _Backward(acc, launch, gin, None, None)
-    finish = params_launch(cut.groups, batch // rows_of_sample, rows_of_sample * pixels, channels, stride_l or 0, spec, acc)
+    finish = params_launch(cut.groups, batch // rows_of_sample, rows_of_sample * pixels, channels, strides_l[0], spec, acc)
     return _Backward(acc, launch, gin, (1 if spec.gin else 2, cut.groups, channels), finish)
 
 
 @lru_cache(maxsize=1024)
 def _prepare_inv_bwd(
-    shape: tuple[int, ...], rows_of_sample: int, stride_ab: int, stride_l: int | None, y: torch.dtype, x: torch.dtype, dy: torch.dtype,
-    dlogdet: torch.dtype | None, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec, need_params: bool, indexed: bool,
-    device: int,
+    shape: tuple[int, ...], rows_of_sample: int, stride_ab: int, strides_l: tuple[int, int], y: torch.dtype, x: torch.dtype,
+    dy: torch.dtype, dlogdet: torch.dtype | None, a: torch.dtype, g: torch.dtype, offset: torch.dtype, spec: CouplingSpec,
+    need_params: bool, indexed: bool, device: int,
 ) -> _Backward:  # fmt: skip
     batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     acc = _accumulator(_promoted(x, a, g))
@@ -585,23 +585,23 @@ def _prepare_inv_bwd(
     cut = plan(channels - channels // 2, batch, pixels, widest, rows, _COLUMNS_BWD if need_params else _COLUMNS)
     mul = alignment(0 if rows else pixels, stride_ab)
     launch = Launch(
-        _coupling_inv_bwd_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_ab // mul, stride_l or 0), cut.warps,
+        _coupling_inv_bwd_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_ab // mul, strides_l[1]), cut.warps,
         C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, ACT=_activation(spec), MUL=mul,
         ROWS=rows, BLOCK_C=cut.block_c, BLOCK_Q=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
     if not need_params:
         return _Backward(acc, launch, None, None, None)
-    finish = params_launch(cut.groups, batch // rows_of_sample, rows_of_sample * pixels, channels, stride_l or 0, spec, acc)
+    finish = params_launch(cut.groups, batch // rows_of_sample, rows_of_sample * pixels, channels, strides_l[0], spec, acc)
     return _Backward(acc, launch, None, (2, cut.groups, channels), finish)
 
 
-def _spread(dlogdet: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None, int]:
-    """The gradient of the log-determinant per sample, the same per row of x, and how many rows make a sample."""
-    rows = 1 if dlogdet is None else batch // dlogdet.shape[0]
-    if dlogdet is None or rows == 1:
-        return dlogdet, dlogdet, rows
-    dlogdet = dlogdet.contiguous()  # so that one stride holds for both
-    return dlogdet, dlogdet.repeat_interleave(rows), rows
+def _spread(dlogdet: Tensor | None, batch: int) -> tuple[Tensor | None, tuple[int, int], int]:
+    """The gradient of the log-determinant per row of x, the strides per sample and per row, and how many rows make a sample."""
+    if dlogdet is None:
+        return None, (0, 0), 1
+    rows = batch // dlogdet.shape[0]
+    dlogdet_of_row = dlogdet if rows == 1 else dlogdet.repeat_interleave(rows)
+    return dlogdet_of_row, (dlogdet.stride(0), dlogdet_of_row.stride(0)), rows
 
 
 @_on_its_device
@@ -629,10 +629,11 @@ def coupling_bwd(
         (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN.
     """
     dy = dy.contiguous()
-    dlogdet, dlogdet_of_row, rows = _spread(None if spec.gin else dlogdet, x.shape[0])
-    stride_l, dlogdet_dtype = (None, None) if dlogdet is None else (dlogdet.stride(0), dlogdet.dtype)
+    dlogdet = None if spec.gin else dlogdet
+    dlogdet_of_row, strides_l, rows = _spread(dlogdet, x.shape[0])
+    dlogdet_dtype = None if dlogdet is None else dlogdet.dtype
     prepared = _prepare_bwd(
-        x.shape, rows, x.stride(0), a.stride(0), stride_l, dy.dtype, dlogdet_dtype,
+        x.shape, rows, x.stride(0), a.stride(0), strides_l, dy.dtype, dlogdet_dtype,
         x.dtype, a.dtype, g.dtype, offset.dtype, spec, need_params, inv is not None, x.get_device(),
     )  # fmt: skip
     is_aligned = aligned(dy, dlogdet, dlogdet_of_row, x, a, g, offset, inv)
@@ -782,10 +783,10 @@ def coupling_inv_bwd(
         coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
         return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
     y, dy = y.contiguous(), dy.contiguous()
-    dlogdet, dlogdet_of_row, rows = _spread(dlogdet, x.shape[0])
-    stride_l, dlogdet_dtype = (None, None) if dlogdet is None else (dlogdet.stride(0), dlogdet.dtype)
+    dlogdet_of_row, strides_l, rows = _spread(dlogdet, x.shape[0])
+    dlogdet_dtype = None if dlogdet is None else dlogdet.dtype
     prepared = _prepare_inv_bwd(
-        x.shape, rows, a.stride(0), stride_l, y.dtype, x.dtype, dy.dtype, dlogdet_dtype,
+        x.shape, rows, a.stride(0), strides_l, y.dtype, x.dtype, dy.dtype, dlogdet_dtype,
         a.dtype, g.dtype, offset.dtype, spec, need_params, inv is not None, x.get_device(),
     )  # fmt: skip
     is_aligned = aligned(y, dy, dlogdet, dlogdet_of_row, a, g, offset, inv, x)
