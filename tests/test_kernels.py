@@ -279,6 +279,7 @@ def test_coupling_parity_of_activations(shape, activation, dialect):
         (torch.float32, torch.bfloat16, torch.float32),
         (torch.bfloat16, torch.float16, torch.bfloat16),
         (torch.float32, torch.float64, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
         (torch.bfloat16, torch.bfloat16, torch.float32),
     ],
     ids=lambda dtypes: "-".join(str(d)[6:] for d in dtypes),

@@ -580,8 +580,9 @@ def _prepare_inv_bwd(
     batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     acc = _accumulator(_promoted(x, a, g))
     rows = by_rows(channels, pixels, acc.itemsize)
-    # half the columns where coefficients in half precision are unpacked beside seven rows of float32: 140 registers a thread otherwise
-    widest = 2 * acc.itemsize if rows and a.itemsize < acc.itemsize else acc.itemsize
+    # half the columns where coefficients in half precision are unpacked beside seven rows of float32: 140 registers a thread otherwise;
+    # float64 has the fewest columns anyway
+    widest = 8 if rows and a.itemsize < acc.itemsize else acc.itemsize
     cut = plan(channels - channels // 2, batch, pixels, widest, rows, _COLUMNS_BWD if need_params else _COLUMNS)
     mul = alignment(0 if rows else pixels, stride_ab)
     launch = Launch(
