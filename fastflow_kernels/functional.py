@@ -180,7 +180,8 @@ def all_in_one_block(
     if reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend):
         gathers, spec = False, spec._replace(reverse=True)
     if gathers and not rev:
-        x = permutation.unpermute(x).contiguous(memory_format=layout)
+        # in the layout of x, which is not `layout` where x is a contiguous copy for the kernels
+        x = permutation.unpermute(x).contiguous(memory_format=memory_format(x))
     out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
     if gathers and rev:
         out = permutation.permute(out)

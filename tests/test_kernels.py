@@ -673,6 +673,33 @@ def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> Non
     assert (logdet + minus).abs().max() < 1e-5  # the rotation was drawn in float32
 
 
+@pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}], ids=str)
+def test_channels_last_gin_with_reverse_permutation_on_the_triton_backend(options: dict) -> None:
+    """The contiguous copy that the kernels need stays one when the permutation is undone ahead of them."""
+    torch.manual_seed(0)
+    block = fastflow_kernels.AllInOneBlock(
+        [(4, 3, 5)],
+        subnet_constructor=lambda i, o: torch.nn.Conv2d(i, o, 1),
+        gin_block=True,
+        reverse_permutation=True,
+        backend="triton",
+        **options,
+    ).double()
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    results = []
+    for backend in ("triton", "eager"):
+        block.backend = backend
+        leaf = x.clone().requires_grad_()
+        (y,), _ = block([leaf])
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.sin().sum().backward()
+        with torch.no_grad():
+            (back,), _ = block([y], rev=True)
+        results.append((y, leaf.grad, back))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 @pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
 def test_a_reversible_chain_runs_the_kernels(shape, gin):
