@@ -19,9 +19,12 @@ if not dispatch.interpreted() and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or a process of its own with TRITON_INTERPRET=1 (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 import fastflow_kernels
 from bench import smallest
-from fastflow_kernels.kernels import coupling, launch, reduce
+from fastflow_kernels.kernels import coupling, launch, reduce, tiles
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, ids, make_block
 from tests.compare import assert_close
@@ -304,6 +307,46 @@ def test_coupling_parity_of_layouts(shape):
     check_everything((wider[:, 2:-1], a[:1].expand_as(a), *rest))
     dy = torch.randn(1, *[1] * (len(shape) - 1)).expand(shape)
     check_everything((x, a, *rest), dy=dy, dlogdet=torch.ones(1).expand(shape[0]))
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", [(2, 4, 16), (2, 16)], ids=shape_id)
+def test_coupling_of_samples_far_apart(shape, gin):
+    """2**31 elements, as in a slice of a large tensor: no product of the stride fits in 32 bits. Only a few of them are touched."""
+    x, a, *rest = make(shape, gin=gin, x=torch.float16)
+    size, stride = x[0].numel(), 2**31
+    memory = torch.empty(stride + 2 * size, dtype=torch.float16)
+    far_x, far_a = (memory.as_strided(shape, (stride, *x.stride()[1:]), k * size).copy_(t) for k, t in enumerate((x, a)))
+    dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
+    results = []
+    for inputs in ((far_x, far_a, *rest), (x, a, *rest)):
+        with sanitize():
+            forward, backward = coupling.coupling_fwd(*inputs, True), coupling.coupling_bwd(dy, dlogdet, *inputs, True)
+            back, logdet = poisoned_inverse(inputs[0], inputs)
+            undone = back.clone()
+            both = coupling.coupling_inv_bwd(inputs[0], undone, dy, dlogdet, *inputs[1:], True)
+        results.append((*forward, *backward, back, logdet, undone, *both))
+    for far, near in zip(*results, strict=True):
+        torch.testing.assert_close(far, near)
+
+
+@triton.jit
+def _columns_kernel(b_ptr, p_ptr, exists_ptr, first, B, P, BLOCK_Q: tl.constexpr):
+    b, p, exists = tiles.columns(first + tl.program_id(0), B, P, BLOCK_Q, False)
+    q = tl.arange(0, BLOCK_Q)[None, :]
+    tl.store(b_ptr + q, b)
+    tl.store(p_ptr + q, p)
+    tl.store(exists_ptr + q, exists)
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_columns_at_the_end_of_the_largest_sample(sample):
+    pixels, block = launch.MAX_SAMPLE, 1024
+    b, p, exists = (torch.zeros(block, dtype=torch.int64) for _ in range(3))
+    _columns_kernel[(1,)](b, p, exists, (sample + 1) * (2**31 // block) - 1, 2, pixels, block)
+    assert (b == sample).all()
+    assert torch.equal(p[:-1], torch.arange(pixels - block + 1, pixels))
+    assert exists.tolist() == [1] * (block - 1) + [0]  # the last column is one past the end
 
 
 def test_coupling_parity_of_global_parameter_shapes():

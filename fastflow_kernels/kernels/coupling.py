@@ -66,8 +66,8 @@ def _coupling_fwd_kernel(
     is_active = c < C2
     passive = is_passive[:, None] & exists
     active = is_active[:, None] & exists
-    x_ptr += b * (stride_xb * MUL)
-    a_ptr += b * (stride_ab * MUL)
+    x_ptr += b * stride_xb * MUL
+    a_ptr += b * stride_ab * MUL
     y_ptr += b * C * P
     at = c[:, None] * P + p
 
@@ -122,10 +122,10 @@ def _coupling_rows_fwd_kernel(
         b, _, exists = columns(tl.program_id(0) * LOOPS + i, B, 1, BLOCK_B, True)
         channel = is_channel[:, None] & exists
         active = is_active[:, None] & exists
-        a_at = a_ptr + b * (stride_ab * MUL) + (c[:, None] - C1)
+        a_at = a_ptr + b * stride_ab * MUL + (c[:, None] - C1)
         a_s = load(a_at, active, ACC)
         a_t = load(a_at + C2, active, ACC)
-        x = load(x_ptr + b * (stride_xb * MUL) + (j if REVERSE else c)[:, None], channel, ACC)
+        x = load(x_ptr + b * stride_xb * MUL + (j if REVERSE else c)[:, None], channel, ACC)
         s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
             tl.store(logdet_ptr + b, tl.sum(s, axis=0, keep_dims=True) + log_scale, mask=exists)
@@ -216,8 +216,8 @@ def _coupling_bwd_kernel(
         x_at1 = y_at1 if REVERSE else at
         x_at2 = y_at2 if REVERSE else C1 * P + at
         dy_at = dy_ptr + b * C * P
-        x_at = x_ptr + b * (stride_xb * MUL)
-        a_at = a_ptr + b * (stride_ab * MUL) + at
+        x_at = x_ptr + b * stride_xb * MUL
+        a_at = a_ptr + b * stride_ab * MUL + at
         dx_at = dx_ptr + b * C * P
         da_at = da_ptr + b * (2 * C2) * P + at
 
@@ -282,7 +282,7 @@ def _coupling_inv_passive_kernel(
         passive = is_passive[:, None] & exists
         y_at = j * P + p
         x_at = y_at if REVERSE else c[:, None] * P + p
-        y = load(y_ptr + b * (stride_yb * MUL) + y_at, passive, ACC)
+        y = load(y_ptr + b * stride_yb * MUL + y_at, passive, ACC)
         tl.store(x_ptr + b * C * P + x_at, (y - offset) * factor, mask=passive)
 
 
@@ -325,12 +325,12 @@ def _coupling_inv_active_kernel(
         b, p, exists = columns(block, B, P, BLOCK_Q, ROWS)
         active = is_active[:, None] & exists
         at = c[:, None] * P + p
-        a_at = a_ptr + b * (stride_ab * MUL) + at
+        a_at = a_ptr + b * stride_ab * MUL + at
         a_s = load(a_at, active, ACC)
         a_t = load(a_at + C2 * P, active, ACC)
         y_at = j * P + p
         x_at = y_at if REVERSE else C1 * P + at
-        y = load(y_ptr + b * (stride_yb * MUL) + y_at, active, ACC)
+        y = load(y_ptr + b * stride_yb * MUL + y_at, active, ACC)
         s = CLAMP * tanh(TANH_SCALE * a_s)  # 0 where masked
         if logdet_ptr is not None:
             if ROWS:
@@ -390,7 +390,7 @@ def _coupling_inv_bwd_kernel(
         active = is_active[:, None] & exists
         at = c[:, None] * P + p
         x_at = x_ptr + b * C * P + at
-        a_at = a_ptr + b * (stride_ab * MUL) + at
+        a_at = a_ptr + b * stride_ab * MUL + at
         dx_at = dx_ptr + b * C * P + at
 
         a_s = load(a_at, active, ACC)

@@ -45,10 +45,10 @@ def _gin_sums_kernel(
     C1: tl.constexpr = C - C2
     b = (tl.program_id(0) // PARTS).to(tl.int64)
     k = tl.program_id(0) % PARTS
-    a_ptr += b * (stride_ab * MUL)
+    a_ptr += b * stride_ab * MUL
     if dy_ptr is not None:
         dy_ptr += b * C * P
-        x_ptr += b * (stride_xb * MUL)
+        x_ptr += b * stride_xb * MUL
     across = tl.cdiv(P, BLOCK_P)
     tiles = across * tl.cdiv(C2, BLOCK_C)
     sum_t = tl.zeros((BLOCK_C, BLOCK_P), ACC)

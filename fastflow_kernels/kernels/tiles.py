@@ -25,7 +25,7 @@ def columns(block, B, P, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
         p = 0
         exists = b < B
     else:
-        tiles = tl.cdiv(P, BLOCK_Q)
+        tiles = (P - 1) // BLOCK_Q + 1  # P + BLOCK_Q - 1, as in cdiv, may not fit in 32 bits
         b = (block // tiles).to(tl.int64)
         p = (block % tiles) * BLOCK_Q + q
         exists = p < tl.where(b < B, P, 0)
