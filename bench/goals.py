@@ -39,11 +39,12 @@ class Goal:
 def goals(rows: list[Row]) -> list[Goal]:
     """The goals for the rows of one device and dtype, which are other ones on a GPU than on a CPU."""
     depths = [row for row in rows if row["kind"] == "depth"]
-    rows = [row for row in rows if "skipped" not in row and row["kind"] not in ("sweep", "depth")]
+    rows = [row for row in rows if "skipped" not in row and row["kind"] in ("block", "flow")]
     if not rows:
         return _of_reversible_chains(depths)
-    own = _on_cpu if any(row["device"].startswith("cpu") for row in rows) else _on_gpu
-    return [*own(rows), *_everywhere(rows), *(_of_reversible_chains(depths) if depths else [])]
+    on_cpu = any(row["device"].startswith("cpu") for row in rows)
+    own = _on_cpu if on_cpu else _on_gpu
+    return [*own(rows), *_everywhere(rows, on_cpu), *(_of_reversible_chains(depths) if depths else [])]
 
 
 def _on_gpu(rows: list[Row]) -> list[Goal]:
@@ -58,14 +59,19 @@ def _on_gpu(rows: list[Row]) -> list[Goal]:
     for name in ("cflow/", "tabular"):
         small = _of(rows, kind="block", mode="train", workload=name)
         found.append(
-            _worst(f"block alone, {name.rstrip('/')}, train step: times the best stock eager", 3.0, _of(small, provider=STOCK), "ratio")
+            _worst(
+                f"block alone, {name.rstrip('/')}, train step as called: times the best stock eager",
+                3.0,
+                _of(small, provider=STOCK),
+                "ratio_wall",
+            )
         )
         graphed = _of(small, provider=tuple(f"{stock}-graphs" for stock in STOCK))
-        text = f"block alone, {name.rstrip('/')}, train step, all in CUDA graphs: times the best stock"
-        found.append(_worst(text, 1.0, graphed, "ratio_alike"))
+        text = f"block alone, {name.rstrip('/')}, train step as called, all in CUDA graphs: times the best stock"
+        found.append(_worst(text, 1.0, graphed, "ratio_wall_alike"))
     for name, ratio in (("fastflow-wrn50", 1.5), ("cflow/", 3.0)):
         whole = _of(rows, kind="flow", mode="train", workload=name, provider=("anomalib",))
-        found.append(_worst(f"whole flow, {name.rstrip('/')}, train step: times anomalib", ratio, whole, "ratio"))
+        found.append(_worst(f"whole flow, {name.rstrip('/')}, train step as called: times anomalib", ratio, whole, "ratio_wall"))
     return found
 
 
@@ -106,11 +112,15 @@ def _of_reversible_chains(rows: list[Row]) -> list[Goal]:
     ]
 
 
-def _everywhere(rows: list[Row]) -> list[Goal]:
+def _everywhere(rows: list[Row], on_cpu: bool) -> list[Goal]:
     nowhere = "nowhere slower, {}: times the best stock eager"
+    clocks = {"ratio": ""} if on_cpu else {"ratio": "", "ratio_wall": " as called"}
     return [
-        _worst(nowhere.format("block alone"), 1.0, _of(rows, kind="block", provider=STOCK), "ratio"),
-        _worst(nowhere.format("whole flow"), 1.0, _of(rows, kind="flow", provider=STOCK), "ratio"),
+        *(
+            _worst(nowhere.format(f"{what}{how}"), 1.0, _of(rows, kind=kind, provider=STOCK), key)
+            for kind, what in (("block", "block alone"), ("flow", "whole flow"))
+            for key, how in clocks.items()
+        ),
         _kept(rows),
     ]
 

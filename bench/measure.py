@@ -161,6 +161,8 @@ class Task:
 
     def _figures(self, mode: str, name: str, times: dict[str, Times]) -> Row:
         mine, subject = times[name], self.subjects[name]
+        base = subject.provider.our_base
+        ours, ours_alike = times.get(base), times.get(Provider(base, subject.provider.execution).name)
         p20, *_, p80 = statistics.quantiles(mine.seconds, n=5)
         median = statistics.median(mine.seconds)
         figures: Row = {
@@ -169,8 +171,10 @@ class Task:
             "p80_us": p80 * 1e6,
             "wall_us": statistics.median(mine.wall) * 1e6,
             "repeats": len(mine.seconds),
-            "ratio": _ratio(mine, times.get(subject.provider.our_base)),
-            "ratio_alike": _ratio(mine, times.get(Provider(subject.provider.our_base, subject.provider.execution).name)),
+            "ratio": _ratio(mine, ours),
+            "ratio_alike": _ratio(mine, ours_alike),
+            "ratio_wall": _ratio(mine, ours, "wall"),
+            "ratio_wall_alike": _ratio(mine, ours_alike, "wall"),
             "copy_gbs": self.settings.copy_bandwidth * 1e-9,
         }
         if self.kind != "flow":
@@ -202,11 +206,11 @@ def assert_close_past_kinks(value: Tensor, truth: Tensor, baseline: Tensor, step
         raise AssertionError(f"{name}: rms error {got:.3g} > allowed {allowed:.3g}, of an rms of {rms(truth):.3g}")
 
 
-def _ratio(theirs: Times, ours: Times | None) -> float | None:
+def _ratio(theirs: Times, ours: Times | None, clock: str = "seconds") -> float | None:
     """How many times as long theirs takes, paired within each repetition. Above 1 ours is faster."""
     if ours is None:
         return None
-    return statistics.median(t / o for t, o in zip(theirs.seconds, ours.seconds, strict=True))
+    return statistics.median(t / o for t, o in zip(getattr(theirs, clock), getattr(ours, clock), strict=True))
 
 
 def _peak(subject: Subject, mode: str) -> int:

@@ -59,27 +59,36 @@ def save_share(rows: list[Row], title: str, path: Path) -> bool:
     return True
 
 
-def save_speedup(rows: list[Row], kind: str, title: str, path: Path) -> bool:
-    """Per mode a panel: how many times as long every peer takes as ours; False if there is nothing to draw."""
-    rows = [row for row in rows if row["kind"] == kind and not row["provider"].startswith("ours") and row.get("ratio")]
+def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -> bool:
+    """Per mode a panel: how many times as long every peer takes as ours; False if there is nothing to draw.
+
+    Args:
+        rows: Of one device and dtype.
+        kind: "block" or "flow".
+        key: "ratio", on a GPU that of the device's own times, or "ratio_wall", that of the calls.
+        title: Second line of the picture's.
+        path: Where to.
+    """
+    rows = [row for row in rows if row["kind"] == kind and not row["provider"].startswith("ours") and row.get(key)]
     if not rows:
         return False
     names, modes = list(dict.fromkeys(map(label, rows))), [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     figure, axes = _panels(len(modes), len(names), width=2.3)
-    low, high = min(0.8, *(row["ratio"] for row in rows)) / 1.1, max(2.0, *(row["ratio"] for row in rows)) * 1.1
+    low, high = min(0.8, *(row[key] for row in rows)) / 1.1, max(2.0, *(row[key] for row in rows)) * 1.1
     for axis, mode in zip(axes, modes, strict=True):
         axis.set_title(mode, fontsize=10)
         for provider in providers:
             colour, marker = _provider_style(provider)
             drawn = [row for row in rows if row["mode"] == mode and row["provider"] == provider]
-            axis.plot([row["ratio"] for row in drawn], [names.index(label(row)) for row in drawn], marker, color=colour, alpha=0.85)
+            axis.plot([row[key] for row in drawn], [names.index(label(row)) for row in drawn], marker, color=colour, alpha=0.85)
         axis.axvline(1, color=BLACK, linewidth=1)
         axis.set_xscale("log")
         axis.set_xlim(low, high)
         _plain_ticks(axis, [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
     _name_rows(axes[0], names)
     what = "block alone" if kind == "block" else "whole flow with its subnets"
+    what += ", as called from Python" if key == "ratio_wall" else ""
     handles = [_handle(provider, f"{provider} / ours") for provider in providers]
     _finish(figure, f"Time of the others / time of ours, {what} (right of the line ours is faster)\n{title}", handles, path)
     return True

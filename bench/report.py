@@ -70,7 +70,9 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
     name = f"{device}{f'-{threads}-threads' if threads > 1 else ''}-{dtype}"
     parts = [f"## {title}", "", _provenance(rows), "", "### Goals", "", *goal_table(goals(rows)), ""]
     plots = {f"share-{name}.png": (save_share, ()), f"sweep-{name}.png": (save_sweep, ())}
-    plots |= {f"speedup-{kind}-{name}.png": (save_speedup, (kind,)) for kind in ("block", "flow")}
+    plots |= {f"speedup-{kind}-{name}.png": (save_speedup, (kind, "ratio")) for kind in ("block", "flow")}
+    if threads == 0:
+        plots |= {f"speedup-{kind}-called-{name}.png": (save_speedup, (kind, "ratio_wall")) for kind in ("block", "flow")}
     for file in sorted(plots):
         save, more = plots[file]
         if save(rows, *more, title, out / file):
@@ -79,8 +81,38 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
     for kind, heading in HEADINGS.items():
         chosen = [row for row in rows if row["kind"] == kind]
         if chosen:
-            parts += [f"### {heading}", "", *figure_table(chosen), "", *_notes(chosen)]
-    return parts
+            parts += [f"### {heading}", "", *figure_table(chosen), ""]
+            if threads == 0:
+                parts += [f"### {heading}, as called from Python", "", *called_table(chosen), ""]
+            parts += _notes(chosen)
+    return parts + _kernels(rows)
+
+
+def _kernels(rows: list[Row]) -> list[str]:
+    """What each kernel takes by itself, if that was measured."""
+    chosen = [row for row in rows if row["kind"] == "kernel"]
+    if not chosen:
+        return []
+    lines = ["### Kernels by themselves", "", "| workload | pass | kernel | us (p20 to p80) |", "|---|---|---|---:|"]
+    for row in chosen:
+        kernel = row["provider"].strip("_").removesuffix("_kernel")
+        times = f"{row['median_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
+        lines.append(f"| {label(row)} | {row['mode']} | {kernel} | {times} |")
+    return [*lines, ""]
+
+
+def called_table(rows: list[Row]) -> list[str]:
+    """A line per workload and mode as Markdown: the wall clock's time of a call of ours, and the others' as multiples of it."""
+    names = [name for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row) if name != "ours"]
+    lines = [f"| workload | mode | ours, us | {' | '.join(names)} |", "|---|---|" + "---:|" * (1 + len(names))]
+    for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
+        by_name = {row["provider"]: row for row in group}
+        cells = [_number(by_name.get("ours", {}), "wall_us", "{:,.0f}")]
+        for name in names:
+            key, form = ("wall_us", "{:,.0f}") if name.startswith("ours") else ("ratio_wall", "{:.2f}x")
+            cells.append(_number(by_name.get(name, {}), key, form))
+        lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
+    return lines
 
 
 def _depths(rows: list[Row], title: str, name: str, out: Path) -> list[str]:

@@ -13,6 +13,7 @@ from bench import records
 from bench.cases import QUICK, Workload, workloads
 from bench.measure import Outcome, Settings, Task
 from bench.providers import PROVIDERS
+from bench.records import Row
 from bench.subject import MODES
 from bench.timing import copy_bandwidth
 
@@ -37,7 +38,7 @@ class Run:
         """Measure what is measured once."""
         bandwidth = copy_bandwidth(self.device)
         # a GPU's samples are short, and its time is dear
-        repeats, seconds = ((5, 25), 8.0) if self.device.type == "cpu" else ((5, 15), 1.0)
+        repeats, seconds = ((5, 25), 8.0) if self.device.type == "cpu" else ((5, 11), 0.8)
         repeats, seconds = ((3, 5), 1.0) if self.quick else (repeats, seconds)
         self.settings = Settings(self.device, repeats, seconds, bandwidth)
         self.provenance = records.provenance(self.device)
@@ -124,7 +125,12 @@ def _in_a_line(outcomes: dict[str, Outcome]) -> str:
         if outcome.failure:
             parts.append(f"{name} FAILED ({outcome.failure})")
         elif outcome.times:
-            ratio = outcome.row["ratio"]
-            times_ours = "" if ratio is None or name.startswith("ours") else f" ({ratio:.2f}x)"
-            parts.append(f"{name} {outcome.row['median_us']:,.0f} us{times_ours}")
-    return ", ".join(parts)
+            parts.append(f"{name} {_figure(outcome.row, name, 'median_us', 'ratio')}")
+            if "peak_bytes" in outcome.row:  # on a GPU
+                parts[-1] += f", as called {_figure(outcome.row, name, 'wall_us', 'ratio_wall')}"
+    return "; ".join(parts)
+
+
+def _figure(row: Row, name: str, time: str, ratio: str) -> str:
+    times_ours = "" if row[ratio] is None or name.startswith("ours") else f" ({row[ratio]:.2f}x)"
+    return f"{row[time]:,.0f} us{times_ours}"

@@ -1,9 +1,10 @@
-"""Times of several subjects in one interleaved run: by device events on a GPU, by the wall clock on a CPU."""
+"""Times of several subjects in one interleaved run: on a GPU the device's own and those of the calls, on a CPU the wall clock's."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,8 @@ import torch
 # Seconds of calls in a row that one sample averages over: small inputs are measured as a loop runs them, not from cold.
 SPAN = {"cpu": 10e-3, "cuda": 3e-3}
 MOST_CALLS = 64
-HEAD_START = 1 << 28  # bytes written before a GPU sample starts
+HEAD_START = 1 << 30  # bytes of one write ahead of a sample of the device's time
+QUEUED = 4e-3  # seconds of calls that are queued behind such writes
 COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes copied to measure the bandwidth: far above any cache
 
 
@@ -31,8 +33,8 @@ class Times:
     """Seconds per call, one entry per repetition.
 
     Attributes:
-        seconds: By device events on a GPU, by the wall clock on a CPU.
-        wall: By the wall clock on both, until the device is done.
+        seconds: On a GPU the device's own time, see :func:`device_time`. On a CPU by the wall clock.
+        wall: As called: by the wall clock on both, until the device is done.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -69,7 +71,7 @@ def interleaved(
         for name, subject in subjects.items():
             wall = wall_time(subject.ready(mode, calls[name]), device)
             times[name].wall.append(wall)
-            times[name].seconds.append(_event_time(subject.ready(mode, calls[name])) if device.type == "cuda" else wall)
+            times[name].seconds.append(device_time(subject, mode, calls[name], wall) if device.type == "cuda" else wall)
     return times
 
 
@@ -94,19 +96,54 @@ def wall_time(ready: Sequence[Callable[[], Any]], device: torch.device) -> float
         return (time.perf_counter() - begin) / len(ready)
 
 
-def _event_time(ready: Sequence[Callable[[], Any]]) -> float:
-    """Seconds per call on the GPU, of calls in a row."""
+def device_time(subject: Timeable, mode: str, calls: int, wall: float) -> float:
+    """Seconds per call on the GPU alone: what Python and the launches take is hidden.
+
+    The calls are queued behind writes that take longer than queueing does, so that the GPU finds each launch ready. The writes also
+    empty the L2 cache.
+
+    Args:
+        subject, mode: What is called.
+        calls: The most calls in a row.
+        wall: Seconds that a call takes by the wall clock.
+    """
+    calls = max(1, min(calls, int(QUEUED / wall)))
+    for patience in (1.5, 3.0, 6.0):
+        seconds, was_hidden = _queued(subject.ready(mode, calls), patience * wall * calls)
+        if was_hidden:
+            break
+    return seconds  # of a subject that waits for the device itself nothing can be hidden
+
+
+def _queued(ready: Sequence[Callable[[], Any]], delay: float) -> tuple[float, bool]:
+    """Seconds per call of calls that are queued while the GPU is busy for ``delay`` seconds, and whether it was for long enough."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    writes = math.ceil(delay / _write_seconds())
     with _no_collector():
         torch.cuda.synchronize()
-        # A long write first: it empties the L2 cache, and the first launch is prepared while it runs, as in a loop that of a later call is.
-        _head_start().zero_()
+        for _ in range(writes):
+            _head_start().zero_()
         start.record()
         for run in ready:
             run()
+        was_hidden = not start.query()
         end.record()
         torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e-3 / len(ready)
+    return start.elapsed_time(end) * 1e-3 / len(ready), was_hidden
+
+
+@cache
+def _write_seconds() -> float:
+    """Seconds of one write ahead of a sample."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _head_start().zero_()
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(10):
+        _head_start().zero_()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-4
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@
 #   block      the block benchmarks of every other workload
 #   reversible chains against depth
 #
-# For a GPU that is borrowed by the minute: `first` takes at most 6.5 minutes and says whether the kernels are right and how fast they are,
-# `second` at most 5 and proves a changed state.
+# For a GPU that is borrowed by the minute: `first` takes at most 6.5 minutes and says whether the kernels are right and how fast they are.
+# `second` takes at most 5.5 minutes and says which constants are best and what a changed state reaches.
 #
 # OUTDIR gets summary.txt (read it first), stderr.log, check.json, tests.log, bench.log, sanitize.log, and rows.jsonl, which is written as
 # it is measured: `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
@@ -27,8 +27,8 @@ out=${1:?$usage}
 shift
 case "${*:-all}" in
 all) parts=(smallest tests goals graphs flow kernels sanitize tune block reversible) ;;
-first) parts=(warm:60 smallest:20 tests:100 goals:110 flow:50 graphs:60 kernels:30 sanitize:40) ;;
-second) parts=(warm:40 smallest:20 tests:90 goals:110 block:60) ;;
+first) parts=(warm:50 smallest:20 tests:90 goals:100 kernels:35 flow:45 graphs:50) ;;
+second) parts=(smallest:20 tune:70 goals:95 tests:60 flow:40 graphs:45) ;;
 *) parts=("$@") ;;
 esac
 for part in "${parts[@]}"; do
@@ -77,13 +77,13 @@ run() { # run PART SECONDS
         step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
         ;;
     goals)
-        bench "$limit" --kinds block --workloads fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3
+        bench "$limit" --kinds block --workloads "$goals"
         ;;
     graphs)
         bench "$limit" --kinds block --workloads cflow/1,fastflow-wrn50/1,tabular --modes train --dtypes float32 \
             --providers freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
         ;;
-    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50,cflow/ --modes train ;;
+    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train ;;
     kernels) step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.kernel_times --out "$out/rows.jsonl" ;;
     block) bench "$limit" --kinds block ;;
     tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.tune --out "$out/rows.jsonl" ;;
@@ -105,6 +105,7 @@ run() { # run PART SECONDS
     esac
 }
 
+goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
 declare -A limits=([warm]=120 [smallest]=60 [tests]=600 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120 [sanitize]=300 [tune]=600 [block]=900 [reversible]=300)
 step info 30 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
 for item in "${parts[@]}"; do

@@ -85,7 +85,8 @@ def _check(as_json: bool) -> int:
         print(check.table(rows))
         print("vs plain: the same formula in plain PyTorch operations; the stock blocks are slower than those (`make bench` compares)")
         if torch.cuda.is_available():
-            print("of copy: the bytes that must be moved, per second, as a share of what a large copy moves")
+            print("device: without what Python and the launches take; of copy: the bytes that must be moved in that time, per second,")
+            print("as a share of what a large copy moves")
         print(
             "every backend is accurate" if not failed else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`"
         )

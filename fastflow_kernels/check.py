@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -47,10 +47,11 @@ class Row:
         dtype: Of the data.
         worst: The quantity nearest to its limit, and its error as a fraction of that limit.
         passed: Whether every quantity keeps err <= 2 * err(plain operations in this dtype) + 4 eps * max, by maximum and by RMS.
-        milliseconds: Median time of forward and backward.
+        milliseconds: Median time of forward and backward, as called.
         speedup: Against the formula in plain operations (indexing, tanh, exp), in the same interleaved run. Not against a stock block,
             which is slower than those: `make bench` compares with them.
-        share: On a GPU, the bytes that forward and backward must move, per second, as a share of what a large copy moves.
+        device_milliseconds: On a GPU, the same of the device alone, without what Python and the launches take.
+        share: On a GPU, the bytes that must be moved in that time, per second, as a share of what a large copy moves.
     """
 
     backend: str
@@ -62,6 +63,7 @@ class Row:
     passed: bool
     milliseconds: float
     speedup: float
+    device_milliseconds: float | None
     share: float | None
 
 
@@ -99,7 +101,8 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
             for backend in available:
                 worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
                 seconds, speedup = _time(_backend(backend), tensors, repeats)
-                share = MINIMAL_BYTES * tensors["x"].nbytes / seconds / bandwidth if bandwidth else None
+                on_device = _device_seconds(_step(_backend(backend), tensors), seconds) if bandwidth else None
+                share = MINIMAL_BYTES * tensors["x"].nbytes / on_device / bandwidth if on_device and bandwidth else None
                 rows.append(
                     Row(
                         backend=backend,
@@ -111,6 +114,7 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
                         passed=fraction <= 1.0,
                         milliseconds=1e3 * seconds,
                         speedup=round(speedup, 2),
+                        device_milliseconds=on_device and 1e3 * on_device,
                         share=share and round(share, 3),
                     )
                 )
@@ -119,14 +123,15 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    of_copy = f" {'of copy':>8}" if any(row.share for row in rows) else ""
+    of_copy = f" {'device':>11} {'of copy':>8}" if any(row.share for row in rows) else ""
     head = f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>11} {'vs plain':>9}"
     lines = [head + of_copy]
     for row in rows:
         error = f"{row.fraction:.2f} ({row.worst}) {'ok' if row.passed else 'FAILED'}"
         lines.append(
             f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} "
-            f"{row.milliseconds:>8.3f} ms {row.speedup:>8.2f}x" + (f" {row.share:>8.0%}" if row.share else "")
+            f"{row.milliseconds:>8.3f} ms {row.speedup:>8.2f}x"
+            + (f" {row.device_milliseconds:>8.3f} ms {row.share:>8.0%}" if row.share else "")
         )
     return "\n".join(lines)
 
@@ -215,38 +220,68 @@ def _worst(actual: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str,
     return max(fractions.items(), key=lambda item: item[1])
 
 
-def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, float]:
-    """Median seconds of forward and backward, and the median ratio of plain operations to it."""
+def _step(run: Run, tensors: dict[str, Tensor]) -> Callable[[], object]:
+    """Forward and backward."""
     leaves = {key: tensors[key].detach().requires_grad_() for key in ("x", "a", "scale", "offset")}
 
-    def step(function: Run) -> None:
-        y, logdet = function({**tensors, **leaves}, False)
-        torch.autograd.grad([y, logdet], list(leaves.values()), [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
+    def step() -> object:
+        y, logdet = run({**tensors, **leaves}, False)
+        return torch.autograd.grad([y, logdet], list(leaves.values()), [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
 
-    for function in (run, _plain):
-        _seconds(partial(step, function))
-    pairs = [(_seconds(partial(step, run)), _seconds(partial(step, _plain))) for _ in range(repeats)]
+    return step
+
+
+def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, float]:
+    """Median seconds of forward and backward, and the median ratio of plain operations to it."""
+    fused, plain = _step(run, tensors), _step(_plain, tensors)
+    _seconds(fused), _seconds(plain)
+    pairs = [(_seconds(fused), _seconds(plain)) for _ in range(repeats)]
     return statistics.median(mine for mine, _ in pairs), statistics.median(other / mine for mine, other in pairs)
 
 
-def _seconds(call: Callable[[], object], calls: int = 5) -> float:
-    """Seconds of a call: by the clock on a CPU; on a GPU by the device's events, of several calls in a row."""
-    if _device().type == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
+def _seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call, until the device is done; on a GPU of several in a row."""
+    wait, calls = (torch.cuda.synchronize, 5) if _device().type == "cuda" else (lambda: None, 1)
+    wait()
+    start = time.perf_counter()
     for _ in range(calls):
         call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / calls
+    wait()
+    return (time.perf_counter() - start) / calls
+
+
+def _device_seconds(call: Callable[[], object], seconds: float, calls: int = 5, repeats: int = 5) -> float:
+    """Median seconds of a call on the GPU alone.
+
+    The calls are queued behind copies that take longer than queueing does, so that the GPU waits for no launch.
+
+    Args:
+        call: What to time.
+        seconds: What it takes as called.
+        calls: Calls in a row.
+        repeats: How often.
+    """
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
+    target = torch.empty_like(source)
+
+    def timed(call: Callable[[], object], copies: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        for _ in range(copies):
+            target.copy_(source)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / calls
+
+    copy = timed(lambda: target.copy_(source), 10)
+    return statistics.median(timed(call, math.ceil(2 * calls * seconds / copy)) for _ in range(repeats))
 
 
 def _copy_bandwidth() -> float:
     """Bytes per second, read and written together, of a large copy on this GPU."""
     source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
     target = torch.empty_like(source)
-    return 2 * source.nbytes / statistics.median(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * source.nbytes / _device_seconds(lambda: target.copy_(source), 1e-3)

@@ -17,7 +17,7 @@ from bench.cases import Workload
 from bench.compiled import Loop, executed, parse, waits
 from bench.mock_driver import mock_gpu
 from bench.passes import PASSES, Passes
-from fastflow_kernels.kernels import coupling, prepared, reduce
+from fastflow_kernels.kernels import coupling, launch, prepared, reduce
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
@@ -88,17 +88,16 @@ PLANES = Workload("planes", (2, 8, 32, 32))
 ROWS = Workload("rows", (512, 128))
 
 
-@pytest.mark.parametrize("question", tune.QUESTIONS, ids=lambda question: question.constant)
+@pytest.mark.parametrize("question", tune.QUESTIONS, ids=lambda question: question.name)
 def test_a_question_asks_about_what_is_there(question: tune.Question) -> None:
-    assert tune.present(question) in question.values
-    assert tune.jobs([question.constant])
-    assert {job[2].name for job in tune.jobs([question.constant])} == set(question.workloads)
+    for module, constant, value in question.settings[0]:
+        assert getattr(tune._module(module), constant) == value
+    assert {job[2].name for job in tune.jobs([question.name])} == set(question.workloads)
 
 
-@pytest.mark.parametrize(("constant", "workload"), [("TILE_BYTES", PLANES), ("BUSY", ROWS), ("_SUMS_BLOCK_K", PLANES)])
-def test_a_variant_launches_what_its_value_cuts(constant: str, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    (question,) = (q for q in tune.QUESTIONS if q.constant == constant)
-    question = question._replace(values=(1 if constant == "BUSY" else question.values[0], tune.present(question)))
+@pytest.mark.parametrize(("name", "workload"), [("tile", PLANES), ("rows", ROWS), ("sums", PLANES)])
+def test_a_variant_launches_what_its_value_cuts(name: str, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    (question,) = (q for q in tune.QUESTIONS if q.name == name)
     launched: list[tuple[object, ...]] = []
     monkeypatch.setattr(prepared.Launch, "__call__", lambda self, *_: launched.append((self.grid, self.options, *self.constants.values())))
 
@@ -110,7 +109,7 @@ def test_a_variant_launches_what_its_value_cuts(constant: str, workload: Workloa
 
     with mock_gpu():
         passes = Passes(workload, torch.float32, CPU)
-        other, now = (tune.Variant(question, value, passes) for value in question.values)
+        now, other = (tune.Variant(setting, passes) for setting in question.settings[:2])
         assert launches(other) != launches(now)
         assert launches(other) == launches(other)
 
@@ -118,22 +117,20 @@ def test_a_variant_launches_what_its_value_cuts(constant: str, workload: Workloa
 def test_tuning_times_every_value_and_leaves_the_code_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SPAN", {"cpu": 0.0})
     monkeypatch.setattr(tune, "REPEATS", (2, 2))
-    question = tune.Question(
-        "TILE_BYTES", "launch", (2048, tune.present(tune.QUESTIONS[0])), ("planes",), ("forward", "inverse", "reversible")
-    )
+    question = tune.Question("tile", tune._tried("launch", "TILE_BYTES", 4096, 2048), ("planes",), ("forward", "inverse", "reversible"))
     rows: list[dict] = []
     with mock_gpu():
-        todo = [(question, value, PLANES, "bfloat16") for value in question.values]
+        todo = [(question, setting, PLANES, "bfloat16") for setting in question.settings]
         tune.compile_variant(todo[0], "cpu")
         tune.measure(todo, CPU, rows.append, lambda line: None)
     assert [(row["provider"], row["mode"]) for row in rows] == [
-        (f"TILE_BYTES={value}", mode) for mode in question.passes for value in question.values
+        (f"TILE_BYTES={value}", mode) for mode in question.passes for value in (4096, 2048)
     ]
     assert all(row["ratio"] == 1.0 for row in rows if row["provider"] == "TILE_BYTES=4096")
     lines = tune.table(rows).splitlines()
-    assert len(lines) == 4
-    assert lines[3].startswith("| TILE_BYTES=4096 | 1.000 | 1.000 | 1.000, planes, ")
-    assert tune.present(question) == 4096
+    assert len(lines) == 2 + 2 * len(question.passes)
+    assert lines[2] == "| TILE_BYTES=4096 | forward | 1.000 | 1.000 | 1.000, planes, bfloat16 |"
+    assert launch.TILE_BYTES == 4096
 
 
 @pytest.mark.parametrize("workload", [PLANES, ROWS], ids=lambda workload: workload.name)
