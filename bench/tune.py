@@ -68,7 +68,7 @@ _ROWS = ("cflow/1", "cflow large batch", "tabular", "hyperspectral")
 QUESTIONS = (
     Question(
         "rows",
-        (_rows(4, 256), _rows(2, 256), _rows(1, 256), _rows(2, 1024), _rows(1, 1024)),
+        (_rows(4, 256), _rows(2, 256), _rows(2, 1024), _rows(1, 256), _rows(1, 512), _rows(1, 1024)),
         _ROWS,
         ("forward", "backward", "inverse"),
     ),

@@ -6,6 +6,7 @@
 # Parts, in the order of their worth. Without any, all of them run; without SECONDS, a part has the limit below.
 #   smallest   every kernel once
 #   tests      the tests that use a GPU
+#   check      python -m fastflow_kernels check: accuracy and speed in one table
 #   goals      the block benchmarks that decide the goals (bench/goals.py)
 #   graphs     one block compiled, and in CUDA graphs
 #   flow       whole flows with their subnets
@@ -18,7 +19,7 @@
 # For a GPU that is borrowed by the minute: `first` takes at most 6.5 minutes and says whether the kernels are right and how fast they are.
 # `second` takes at most 5.5 minutes and says which constants are best and what a changed state reaches.
 #
-# OUTDIR gets summary.txt (read it first), stderr.log, check.json, tests.log, bench.log, sanitize.log, and rows.jsonl, which is written as
+# OUTDIR gets summary.txt (read it first), stderr.log, check.txt, tests.log, bench.log, sanitize.log, and rows.jsonl, which is written as
 # it is measured: `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
 # A part that fails or reaches its limit does not stop the others; the exit status is 1 then.
 set -uo pipefail
@@ -26,13 +27,13 @@ usage="usage: ci/gpu.sh OUTDIR [first | second | PART[:SECONDS] ...]"
 out=${1:?$usage}
 shift
 case "${*:-all}" in
-all) parts=(smallest tests goals graphs flow kernels sanitize tune block reversible) ;;
-first) parts=(warm:50 smallest:20 tests:90 goals:100 kernels:35 flow:45 graphs:50) ;;
-second) parts=(smallest:20 tune:70 goals:95 tests:60 flow:40 graphs:45) ;;
+all) parts=(info smallest tests check goals graphs flow kernels sanitize tune block reversible) ;;
+first) parts=(info:10 warm:50 smallest:20 tests:90 goals:100 kernels:30 flow:40 graphs:45) ;;
+second) parts=(smallest:20 tune:70 goals:95 tests:55 flow:40 graphs:45) ;;
 *) parts=("$@") ;;
 esac
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(warm|smallest|tests|goals|graphs|flow|kernels|sanitize|tune|block|reversible)(:[0-9]+)?$ ]] || {
+    [[ $part =~ ^(info|warm|smallest|tests|check|goals|graphs|flow|kernels|sanitize|tune|block|reversible)(:[0-9]+)?$ ]] || {
         echo "ci/gpu.sh: no part is called $part. $usage" >&2
         exit 2
     }
@@ -42,7 +43,7 @@ cd "$(dirname "$0")/.." || exit 2
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=0
-rm -f "$out"/{check.json,tests.log,bench.log,sanitize.log,rows.jsonl}
+rm -f "$out"/{check.txt,tests.log,bench.log,sanitize.log,rows.jsonl}
 : >"$out/summary.txt" >"$out/stderr.log"
 
 step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log, both go to the screen
@@ -65,6 +66,7 @@ bench() { # bench SECONDS OPTIONS...: no group is begun in the last 15 seconds
 run() { # run PART SECONDS
     local part=$1 limit=$2 tool parallel=()
     case "$part" in
+    info) step info "$limit" "$out/summary.txt" "$PYTHON" -m fastflow_kernels info ;;
     warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.warm ;;
     smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.smallest ;;
     tests)
@@ -74,13 +76,13 @@ run() { # run PART SECONDS
         step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 "$PYTHON" -m pytest -q --tb=short --durations=15 \
             -p no:cacheprovider -m "not plain" ${parallel[@]+"${parallel[@]}"} \
             tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
-        step check 40 "$out/check.json" "$PYTHON" -m fastflow_kernels check --json
         ;;
+    check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
     goals)
         bench "$limit" --kinds block --workloads "$goals"
         ;;
     graphs)
-        bench "$limit" --kinds block --workloads cflow/1,fastflow-wrn50/1,tabular --modes train --dtypes float32 \
+        bench "$limit" --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train --dtypes float32 \
             --providers freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
         ;;
     flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train ;;
@@ -106,8 +108,7 @@ run() { # run PART SECONDS
 }
 
 goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
-declare -A limits=([warm]=120 [smallest]=60 [tests]=600 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120 [sanitize]=300 [tune]=600 [block]=900 [reversible]=300)
-step info 30 "$out/summary.txt" "$PYTHON" -m fastflow_kernels info
+declare -A limits=([info]=30 [warm]=120 [smallest]=60 [tests]=600 [check]=120 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120 [sanitize]=300 [tune]=600 [block]=900 [reversible]=300)
 for item in "${parts[@]}"; do
     name=${item%%:*} seconds=${item#*:}
     [ "$seconds" != "$item" ] || seconds=${limits[$name]}

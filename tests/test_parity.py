@@ -16,7 +16,8 @@ from fastflow_kernels.spec import CouplingSpec
 from tests.cases import CASES, DEVICE, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, Shape, ids, make_block, make_input
 from tests.compare import assert_close
 
-BACKENDS = ["eager", "triton"] if DEVICE.type == "cuda" else ["eager"]
+# the kernels without a GPU: tests/test_kernels.py
+BACKENDS = ["eager", pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE.type == "cuda" else ["eager"]
 HALF = {name: DTYPES[name] for name in ("bf16", "fp16")}
 
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
