@@ -31,6 +31,7 @@ from bench.passes import Passes
 from bench.records import Row
 from bench.run import DTYPES
 from bench.timing import copy_bandwidth, interleaved
+from fastflow_kernels.kernels import launch
 
 REPEATS = (5, 9)
 SECONDS = 0.4  # of one group, once it has the least repeats
@@ -58,20 +59,19 @@ def _tried(module: str, constant: str, *values: Any) -> tuple[tuple[Setting, ...
     return tuple(((module, constant, value),) for value in values)
 
 
-def _rows(values: int, busy: int) -> tuple[Setting, ...]:
-    return ("launch", "ROW_THREAD_VALUES", {4: values, 8: 1}), ("launch", "BUSY", busy)
+def _rows(kind: str) -> tuple[tuple[Setting, ...], ...]:
+    """Cuts of the rows, the present one first."""
+    now = getattr(launch, kind)
+    other = [launch.RowTiles(values, busy) for values in (4, 2, 1) for busy in (256, 512, 1024)]
+    return _tried("coupling", kind, now, *(cut for cut in other if cut != now))
 
 
 _PLANES = ("fastflow-wrn50/1", "fastflow-wrn50/3", "fastflow-r18/1")
 _ROWS = ("cflow/1", "cflow large batch", "tabular", "hyperspectral")
 # In the order of what they may bring: a run that is cut short has answered what matters most.
 QUESTIONS = (
-    Question(
-        "rows",
-        (_rows(4, 256), _rows(2, 256), _rows(2, 1024), _rows(1, 256), _rows(1, 512), _rows(1, 1024)),
-        _ROWS,
-        ("forward", "backward", "inverse"),
-    ),
+    Question("rows", _rows("BACKWARD_ROWS"), _ROWS, ("backward", "reversible")),
+    Question("forward rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
     Question("tile", _tried("launch", "TILE_BYTES", 4096, 2048, 8192), _PLANES, ("forward", "backward", "inverse", "reversible")),
     Question("columns", _tried("coupling", "_COLUMNS_BWD", 64, 32, 128), ("fastflow-wrn50/1", "fastflow-wrn50/3"), ("backward",)),
     Question("sums", _tried("reduce", "_SUMS_BLOCK_K", 256, 64, 128, 512), ("fastflow-cait", "fastflow-r18/3", "tabular"), ("backward",)),
@@ -86,7 +86,7 @@ def _module(name: str) -> ModuleType:
 
 def label(setting: tuple[Setting, ...]) -> str:
     """The constants' values, as rows name them."""
-    return ", ".join(f"{constant}={value[4] if isinstance(value, dict) else value}" for _, constant, value in setting)
+    return ", ".join(f"{constant}={tuple(value) if isinstance(value, tuple) else value}" for _, constant, value in setting)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow_kernels.kernels.launch import alignment, by_rows, plan, uncovered
+from fastflow_kernels.kernels.launch import BACKWARD_ROWS, FORWARD_ROWS, alignment, by_rows, plan, uncovered
 from fastflow_kernels.kernels.math import exp_of_bounded, tanh
 from fastflow_kernels.kernels.prepared import Launch, aligned
 from fastflow_kernels.kernels.reduce import ACCUMULATORS, GinSums, logdet_launch, params_launch
@@ -485,14 +485,14 @@ def _prepare_fwd(
     wants_sum = jac and not spec.gin
     constants = {"C": channels, "CLAMP": spec.clamp, "TANH_SCALE": spec.tanh_scale, "ACT": _activation(spec), "REVERSE": spec.reverse}
     if by_rows(channels, pixels, acc.itemsize):
-        cut = plan(channels, batch, 1, dtype.itemsize, True, _COLUMNS)
+        cut = plan(channels, batch, 1, dtype.itemsize, FORWARD_ROWS, _COLUMNS)
         mul = alignment(stride_xb, stride_ab)
         launch = Launch(
             _coupling_rows_fwd_kernel, cut.programs, (batch, stride_xb // mul, stride_ab // mul), cut.warps,
             **constants, MUL=mul, BLOCK_C=cut.block_c, BLOCK_B=cut.block_q, LOOPS=cut.loops, ACC=ACCUMULATORS[acc],
         )  # fmt: skip
         return _Forward(dtype, acc, launch, gin, (batch,) if wants_sum else None, None)
-    cut = plan(channels - channels // 2, batch, pixels, dtype.itemsize, False)
+    cut = plan(channels - channels // 2, batch, pixels, dtype.itemsize, None)
     mul = alignment(pixels, stride_xb, stride_ab)
     launch = Launch(
         _coupling_fwd_kernel, cut.programs, (batch, pixels // mul, stride_xb // mul, stride_ab // mul), cut.warps,
@@ -559,7 +559,8 @@ def _prepare_bwd(
     gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, stride_xb, spec, acc) if spec.gin and channels > 1 else None
     rows = by_rows(channels, pixels, acc.itemsize)
     # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the tile and not the width of an access
-    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    columns = _COLUMNS_BWD if need_params else _COLUMNS
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, BACKWARD_ROWS if rows else None, columns)
     mul = alignment(0 if rows else pixels, stride_xb, stride_ab)
     sizes = (batch, pixels if rows else pixels // mul, stride_xb // mul, stride_ab // mul, strides_l[1])
     launch = Launch(
@@ -583,10 +584,8 @@ def _prepare_inv_bwd(
     batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     acc = _accumulator(_promoted(x, a, g))
     rows = by_rows(channels, pixels, acc.itemsize)
-    # half the columns where coefficients in half precision are unpacked beside seven rows of float32: 140 registers a thread otherwise;
-    # float64 has the fewest columns anyway
-    widest = 8 if rows and a.itemsize < acc.itemsize else acc.itemsize
-    cut = plan(channels - channels // 2, batch, pixels, widest, rows, _COLUMNS_BWD if need_params else _COLUMNS)
+    columns = _COLUMNS_BWD if need_params else _COLUMNS
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, BACKWARD_ROWS if rows else None, columns)
     mul = alignment(0 if rows else pixels, stride_ab)
     launch = Launch(
         _coupling_inv_bwd_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_ab // mul, strides_l[1]), cut.warps,
@@ -661,7 +660,7 @@ def _prepare_inv_passive(
     dtype = _promoted(y, g)
     acc = _accumulator(dtype)
     rows = by_rows(channels, pixels, acc.itemsize)
-    cut = plan(channels - channels // 2, batch, pixels, dtype.itemsize, rows, _COLUMNS)
+    cut = plan(channels - channels // 2, batch, pixels, dtype.itemsize, FORWARD_ROWS if rows else None, _COLUMNS)
     mul = alignment(0 if rows else pixels, stride_yb)
     launch = Launch(
         _coupling_inv_passive_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_yb // mul), cut.warps,
@@ -707,7 +706,8 @@ def _prepare_inv_active(
     gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, None, spec, acc) if spec.gin and channels > 1 else None
     rows = by_rows(channels, pixels, acc.itemsize)
     # rows: a tile of all passive channels, for the sum of log(scale) runs over them too
-    cut = plan(channels - channels // 2 if rows else max(1, channels // 2), batch, pixels, x.itemsize, rows, _COLUMNS)
+    walked = channels - channels // 2 if rows else max(1, channels // 2)
+    cut = plan(walked, batch, pixels, x.itemsize, FORWARD_ROWS if rows else None, _COLUMNS)
     mul = alignment(0 if rows else pixels, stride_yb, stride_ab)
     launch = Launch(
         _coupling_inv_active_kernel, cut.programs,

@@ -31,10 +31,27 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SAMPLE = 2**31 - 1  # elements of a sample: offsets inside one are 32-bit
 TILE_BYTES = 4096  # planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit accesses
-ROW_THREAD_VALUES = {4: 4, 8: 1}  # rows, by the accumulator's bytes: channel constants and sums live in registers too, hence less
 MAX_ROW_BYTES = 8192  # in the accumulator: a row is one tile and must fit in the registers of 16 warps
-BUSY = 256  # programs that keep a GPU busy: two for each multiprocessor of an H100
+BUSY = 256  # programs that keep a GPU busy with planes: two for each multiprocessor of an H100
 GIN_PARTS = 64  # most programs that share the sums of one sample
+
+
+class RowTiles(NamedTuple):
+    """How rows are cut in one kind of pass.
+
+    Attributes:
+        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is float32; 1 where it is float64.
+        busy: Programs that keep a GPU busy; with more work than that they loop.
+    """
+
+    thread_values: int
+    busy: int
+
+
+# Measured on an H200, `python -m bench.tune --only rows` (bench/TUNING.md). Channel constants live in registers, and in the backward pass
+# sums do too. There a quarter of the values in twice the programs takes 0.58 to 0.93 of the time, forward 0.95 to 1.4 times it.
+FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
+BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
 
 
 class Plan(NamedTuple):
@@ -111,7 +128,7 @@ def alignment(*sizes: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: bool, columns: int = 1) -> Plan:
+def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles | None, columns: int = 1) -> Plan:
     """Cut channels by columns into tiles.
 
     Args:
@@ -119,12 +136,12 @@ def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: bool, colu
         batch: Samples.
         pixels: Pixels of a sample.
         itemsize: Bytes of the widest element.
-        rows: Whether a column is a sample; then a tile holds all channels.
+        rows: How rows are cut, where a column is a sample; then a tile holds all channels. None for planes.
         columns: Columns that one program should see for its cost per channel to be small; it loops over that many if there is work
             enough for the other multiprocessors.
     """
     if rows:
-        values = ROW_THREAD_VALUES[max(4, itemsize)]
+        values = 1 if itemsize == 8 else rows.thread_values
         tile = 8 * 32 * values
         block_c = _power_of_two(channels)
         block_q = max(1, min(tile // block_c, _power_of_two(batch)))
@@ -139,10 +156,11 @@ def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: bool, colu
     loops = 1
     if columns > 1:
         # the finishing sum walks the groups one after the other: no more than 512 where that can be had
-        while loops < 64 and (loops * block_q < columns or blocks > 512 * loops) and blocks * tiles >= 2 * BUSY * loops:
+        busy = rows.busy if rows else BUSY
+        while loops < 64 and (loops * block_q < columns or blocks > 512 * loops) and blocks * tiles >= 2 * busy * loops:
             loops *= 2
     warps = max(1, min(16, block_c * block_q // (32 * values)))
-    return Plan(rows, block_c, block_q, tiles, blocks, loops, -(-blocks // loops), warps)
+    return Plan(rows is not None, block_c, block_q, tiles, blocks, loops, -(-blocks // loops), warps)
 
 
 def by_rows(channels: int, pixels: int, itemsize: int) -> bool:

@@ -160,7 +160,7 @@ class GinSums:
         spec: CouplingSpec,
         acc: torch.dtype,
     ) -> None:
-        cut = plan(max(1, channels // 2), batch, pixels, max(itemsize, 4), False)
+        cut = plan(max(1, channels // 2), batch, pixels, max(itemsize, 4), None)
         self.parts = gin_parts(cut, batch)
         self.shape, self.acc = (1 if stride_xb is None else 2, batch, self.parts), acc
         mul = alignment(pixels, stride_ab, stride_xb or 0)
