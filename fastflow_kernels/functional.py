@@ -175,8 +175,10 @@ def all_in_one_block(
     layout = memory_format(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     rows, spec = _pixels_as_rows(x, layout, spec, backend)
-    x = x if rows else dispatch.coverable(x, backend)
-    gathers = reverse_permutation
+    taken = x if rows else dispatch.coverable(x, backend)
+    if taken is not x:
+        subnet = _in_its_layout(subnet, layout)
+    x, gathers = taken, reverse_permutation
     if reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend):
         gathers, spec = False, spec._replace(reverse=True)
     if gathers and not rev:
@@ -323,6 +325,14 @@ def _pixels_as_rows(x: Tensor, layout: torch.memory_format, spec: CouplingSpec, 
     if dispatch.pick(x, backend, rows) is not eager:
         return False, spec  # the mean of GIN runs over all rows of a sample, which the kernels have no form for: a contiguous copy
     return True, spec._replace(gin_rows=math.prod(x.shape[2:]))
+
+
+def _in_its_layout(subnet: Callable[[Tensor], Tensor], layout: torch.memory_format) -> Callable[[Tensor], Tensor]:
+    """The subnet on inputs in the layout of the block's input, of which the kernels took a copy in another.
+
+    A convolution rounds otherwise in each layout, and the stock block's runs in that of x.
+    """
+    return subnet if layout is torch.contiguous_format else lambda x: subnet(x.contiguous(memory_format=layout))
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -539,7 +549,10 @@ def all_in_one_block_bwd(
     backend = dispatch.resolved(backend)
     layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, layout, spec, backend)
-    y = y if rows else dispatch.coverable(y, backend)
+    taken = y if rows else dispatch.coverable(y, backend)
+    if taken is not y:
+        subnet = _in_its_layout(subnet, layout)
+    y = taken
     operations = dispatch.pick(y, backend, rows) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()
     if isinstance(permutation, IndexPermutation):

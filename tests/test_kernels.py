@@ -674,6 +674,31 @@ def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
     compare(case, torch.float32, rev, grad=not rev, backend="triton", layout="channels_last")
 
 
+@pytest.mark.parametrize("name", ["hard", "gin", "gin-rev-cond"])
+def test_a_channels_last_subnet_stays_so(name: str) -> None:
+    """GIN's copy for the kernels does not change what the subnet is given: its convolution would round otherwise than the stock block's."""
+    case = Case(Shape(2, 8, (3, 5)), name)
+    x, *c = (LAYOUTS["channels_last"](torch.randn(2, n, 3, 5)) for n in (8, *case.conditions))
+    given = []
+
+    def subnet(channels_in: int, channels_out: int) -> torch.nn.Module:
+        net = torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        net.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        return net
+
+    block = fastflow_kernels.AllInOneBlock(case.dims_in, case.dims_c, subnet, **case.options, backend="triton")
+    chain = fastflow_kernels.ReversibleSequence(*case.dims_in[0])
+    block([x.requires_grad_()], c)[0][0].sum().backward()
+    with torch.no_grad():
+        block([x], c, rev=True)
+    if not c:
+        chain.append(block)
+        chain(x)[0].sum().backward()
+    assert len(given) == (2 if c else 4)
+    for t in given:  # a view of half the channels at most: pixel by pixel, the channels of one together
+        assert t.stride()[1] == 1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 def test_any_layout_on_the_triton_backend(layout: str, rev: bool) -> None:
