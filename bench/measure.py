@@ -184,7 +184,7 @@ class Task:
             figures["kept_bytes"] = subject.kept()
             figures["kept_in_inputs"] = figures["kept_bytes"] / self.samples[0].x.nbytes
         if self.settings.device.type == "cuda":
-            figures["peak_bytes"] = _peak(subject, mode)
+            figures["call_bytes"] = _call_bytes(subject, mode)
         return figures
 
 
@@ -213,13 +213,16 @@ def _ratio(theirs: Times, ours: Times | None, clock: str = "seconds") -> float |
     return statistics.median(t / o for t, o in zip(getattr(theirs, clock), getattr(ours, clock), strict=True))
 
 
-def _peak(subject: Subject, mode: str) -> int:
-    """Bytes that a call needs on top of what was allocated before it."""
-    ready = subject.ready(mode, 1)
+def _call_bytes(subject: Subject, mode: str) -> int:
+    """Bytes that a call allocates at most at a time, its results included.
+
+    A call comes before it that is alike: the subject lets go of what it held of an earlier one.
+    """
+    warm_up, run = subject.ready(mode, 2)
+    warm_up()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for run in ready:
-        run()
+    run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

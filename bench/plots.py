@@ -88,9 +88,9 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
         _plain_ticks(axis, [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
     _name_rows(axes[0], names)
     what = "block alone" if kind == "block" else "whole flow with its subnets"
-    what += ", as called from Python" if key == "ratio_wall" else ""
+    title += ", as called from Python" if key == "ratio_wall" else ""
     handles = [_handle(provider, f"{provider} / ours") for provider in providers]
-    _finish(figure, f"Time of the others / time of ours, {what} (right of the line ours is faster)\n{title}", handles, path)
+    _finish(figure, f"Time of the others / time of ours, {what}\n{title}; right of the line ours is faster", handles, path)
     return True
 
 

@@ -165,7 +165,7 @@ def goal_table(found: list[Goal]) -> list[str]:
 def figure_table(rows: list[Row]) -> list[str]:
     """A line per workload and mode as Markdown: our times and rates, and the others' times as multiples of ours."""
     names = [name for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row) if name != "ours"]
-    head = ["workload", "mode", "ours, us (p20 to p80)", "wall, us", "GB/s", "share of copy", "kept, in inputs", "peak, MB"]
+    head = ["workload", "mode", "ours, us (p20 to p80)", "wall, us", "GB/s", "share of copy", "kept, in inputs", "allocated, MB"]
     lines = [
         "Others of ours in us; the rest as multiples of ours called eagerly, in brackets of ours run in the same way.",
         "",
@@ -176,7 +176,7 @@ def figure_table(rows: list[Row]) -> list[str]:
         by_name = {row["provider"]: row for row in group}
         ours = by_name.get("ours", {})
         cells = [_time(ours), _number(ours, "wall_us", "{:,.0f}"), _number(ours, "gbs", "{:.1f}"), _number(ours, "share", "{:.0%}")]
-        cells += [_number(ours, "kept_in_inputs", "{:.1f}"), _number(ours, "peak_bytes", "{:,.0f}", 1e-6)]
+        cells += [_number(ours, "kept_in_inputs", "{:.1f}"), _number(ours, "call_bytes", "{:,.0f}", 1e-6)]
         cells += [_other(by_name.get(name, {}), name) for name in names]
         lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
     return lines

@@ -126,7 +126,7 @@ def _in_a_line(outcomes: dict[str, Outcome]) -> str:
             parts.append(f"{name} FAILED ({outcome.failure})")
         elif outcome.times:
             parts.append(f"{name} {_figure(outcome.row, name, 'median_us', 'ratio')}")
-            if "peak_bytes" in outcome.row:  # on a GPU
+            if "call_bytes" in outcome.row:  # on a GPU
                 parts[-1] += f", as called {_figure(outcome.row, name, 'wall_us', 'ratio_wall')}"
     return "; ".join(parts)
 

@@ -91,7 +91,7 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
     """
     rows = []
     available = [name for name, reason in backends().items() if reason is None]
-    bandwidth = _copy_bandwidth() if _device().type == "cuda" else None
+    device = _Device() if _device().type == "cuda" else None
     for workload, shape in shapes().items():
         for dtype in (torch.float32, torch.bfloat16):
             progress(f"{workload} {shape} {_name(dtype)}")
@@ -101,8 +101,8 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
             for backend in available:
                 worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
                 seconds, speedup = _time(_backend(backend), tensors, repeats)
-                on_device = _device_seconds(_step(_backend(backend), tensors), seconds) if bandwidth else None
-                share = MINIMAL_BYTES * tensors["x"].nbytes / on_device / bandwidth if on_device and bandwidth else None
+                on_device = device.seconds(_step(_backend(backend), tensors), seconds) if device else None
+                share = MINIMAL_BYTES * tensors["x"].nbytes / on_device / device.bandwidth() if device and on_device else None
                 rows.append(
                     Row(
                         backend=backend,
@@ -250,38 +250,37 @@ def _seconds(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _device_seconds(call: Callable[[], object], seconds: float, calls: int = 5, repeats: int = 5) -> float:
-    """Median seconds of a call on the GPU alone.
+class _Device:
+    """Times calls on the GPU alone: they are queued behind copies that take longer than queueing does, so that no launch is waited for."""
 
-    The calls are queued behind copies that take longer than queueing does, so that the GPU waits for no launch.
+    CALLS, REPEATS = 5, 3
 
-    Args:
-        call: What to time.
-        seconds: What it takes as called.
-        calls: Calls in a row.
-        repeats: How often.
-    """
-    source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
-    target = torch.empty_like(source)
+    def __init__(self) -> None:
+        self.source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
+        self.target = torch.empty_like(self.source)
+        self._copy()
+        self.copy_seconds = statistics.median(self._timed(self._copy, copies=10) for _ in range(self.REPEATS))
 
-    def timed(call: Callable[[], object], copies: int) -> float:
+    def bandwidth(self) -> float:
+        """Bytes per second, read and written together, of a large copy."""
+        return 2 * self.source.nbytes / self.copy_seconds
+
+    def seconds(self, call: Callable[[], object], as_called: float) -> float:
+        """Median seconds of a call, given what it takes as called."""
+        copies = math.ceil(2 * self.CALLS * as_called / self.copy_seconds)
+        return statistics.median(self._timed(call, copies) for _ in range(self.REPEATS))
+
+    def _copy(self) -> object:
+        return self.target.copy_(self.source)
+
+    def _timed(self, call: Callable[[], object], copies: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         for _ in range(copies):
-            target.copy_(source)
+            self._copy()
         begin.record()
-        for _ in range(calls):
+        for _ in range(self.CALLS):
             call()
         end.record()
         torch.cuda.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / calls
-
-    copy = timed(lambda: target.copy_(source), 10)
-    return statistics.median(timed(call, math.ceil(2 * calls * seconds / copy)) for _ in range(repeats))
-
-
-def _copy_bandwidth() -> float:
-    """Bytes per second, read and written together, of a large copy on this GPU."""
-    source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _device_seconds(lambda: target.copy_(source), 1e-3)
+        return begin.elapsed_time(end) * 1e-3 / self.CALLS

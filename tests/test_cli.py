@@ -83,3 +83,32 @@ def test_check_refuses_an_unknown_default_backend(capsys: pytest.CaptureFixture[
     assert "FASTFLOW_KERNELS_BACKEND must be one of auto, eager, triton; got 'cuda'" in capsys.readouterr().err
     assert cli.main(["info"]) == 1
     assert "UNKNOWN" in capsys.readouterr().out
+
+
+def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that the GPU would keep: a copy takes 0.1 ms, a call 0.05 ms, and 1 ms until Python has queued it."""
+    clock = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = clock
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def advance(milliseconds: float) -> None:
+        nonlocal clock
+        clock += milliseconds
+
+    copies = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(check._Device, "_copy", lambda self: (copies.append(1), advance(0.1)))
+    device = check._Device()
+    assert device.bandwidth() == pytest.approx(2 * 2**28 / 1e-4)
+    copies.clear()
+    assert device.seconds(lambda: advance(0.05), as_called=1e-3) == pytest.approx(5e-5)
+    assert len(copies) == device.REPEATS * 2 * device.CALLS * 10  # twice as long as queueing takes
