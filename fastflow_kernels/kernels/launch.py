@@ -49,7 +49,7 @@ class RowTiles(NamedTuple):
 
 
 # Measured on an H200, `python -m bench.tune --only rows` (bench/TUNING.md). Channel constants live in registers, and in the backward pass
-# sums do too. There a quarter of the values in twice the programs takes 0.58 to 0.93 of the time, forward 0.95 to 1.4 times it.
+# sums do too. There a quarter of the values in twice the programs takes 0.58 to 0.93 of the time; forward it takes 0.94 to 1.52 times it.
 FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
 BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
 
