@@ -88,7 +88,8 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
         _plain_ticks(axis, [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if low <= t <= high])
     _name_rows(axes[0], names)
     what = "block alone" if kind == "block" else "whole flow with its subnets"
-    title += ", as called from Python" if key == "ratio_wall" else ""
+    if rows[0]["threads"] is None:  # a GPU, which is timed in two ways
+        title += ", as called from Python" if key == "ratio_wall" else ", the GPU's own time"
     handles = [_handle(provider, f"{provider} / ours") for provider in providers]
     _finish(figure, f"Time of the others / time of ours, {what}\n{title}; right of the line ours is faster", handles, path)
     return True

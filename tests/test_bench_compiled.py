@@ -62,7 +62,8 @@ def test_predictions_of_a_small_workload() -> None:
     for p in found.values():
         assert p.code.spills == 0
         assert min(p.issue, p.pipe[0], p.memory, p.latency) > 0
-        assert len(compiled.row(p)) == len(compiled.HEADER)
+        assert len(compiled.row(p, {})) == len(compiled.HEADER)
+        assert compiled.row(p, {("small", "float32", p.phase, p.code.kernel): 2.34})[-1] == "2.3"
         assert 4 <= p.resident * p.code.warps <= 64
 
 
