@@ -1,49 +1,70 @@
 #!/usr/bin/env bash
 # Proves and measures the kernels on a machine with a GPU, with the torch, Triton and pytest it has. No network.
 #
-#   ci/gpu.sh OUTDIR [first | second | PART[:SECONDS] ...]
+#   ci/gpu.sh OUTDIR                      every part, about 75 minutes at most
+#   ci/gpu.sh OUTDIR first | second       for a GPU that is borrowed by the minute, see below
+#   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts; without SECONDS a part has the limit of the list
 #
-# Parts, in the order of their worth. Without any, all of them run; without SECONDS, a part has the limit below.
-#   smallest   every kernel once
-#   tests      the tests that use a GPU
-#   check      python -m fastflow_kernels check: accuracy and speed in one table
-#   goals      the block benchmarks that decide the goals (bench/goals.py)
-#   graphs     one block compiled, and in CUDA graphs
-#   flow       whole flows with their subnets
-#   kernels    what each kernel takes by itself (bench/kernel_times.py)
-#   sanitize   compute-sanitizer over `smallest`
-#   tune       the kernels with other values of their constants (bench/tune.py)
-#   block      the block benchmarks of every other workload
-#   reversible chains against depth
+#   info         30 s  versions and devices
+#   warm        120 s  compile on all cores what the benchmarks of blocks launch
+#   smallest     60 s  every kernel once
+#   tests       600 s  the tests that use a GPU
+#   check       120 s  python -m fastflow_kernels check: accuracy and speed in one table
+#   goals       400 s  the block benchmarks that decide the goals (bench/goals.py)
+#   graphs      300 s  one block compiled, and in CUDA graphs
+#   flow        300 s  whole flows with their subnets
+#   kernels     120 s  what each kernel takes by itself (bench/kernel_times.py)
+#   memcheck    300 s  compute-sanitizer over `smallest`: accesses
+#   racecheck   300 s  compute-sanitizer over `smallest`: races
+#   tune        600 s  the kernels with other values of their constants (bench/tune.py)
+#   block       900 s  the block benchmarks of every other workload
+#   reversible  300 s  chains against depth
 #
-# For a GPU that is borrowed by the minute: `first` takes at most 6.5 minutes and says whether the kernels are right and how fast they are.
-# `second` takes at most 5.5 minutes and says which constants are best and what a changed state reaches.
+# first: at most 6.5 minutes. Are the kernels right, and how fast are they?
+# second: at most 5.5 minutes. Which constants are best, and what does a changed state reach?
 #
-# OUTDIR gets summary.txt (read it first), stderr.log, check.txt, tests.log, bench.log, sanitize.log, and rows.jsonl, which is written as
-# it is measured: `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
-# A part that fails or reaches its limit does not stop the others; the exit status is 1 then.
+# OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log, bench.log, sanitize.log, and rows.jsonl, which
+# is written as it is measured. `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
+# A part that fails or reaches its limit does not stop the others; the exit status is 1 then. Benchmarks begin nothing in the last 15 seconds
+# of their limit, and say what they left out. PYTHON names the interpreter (python3).
 set -uo pipefail
-usage="usage: ci/gpu.sh OUTDIR [first | second | PART[:SECONDS] ...]"
-out=${1:?$usage}
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; }
+
+refuse() {
+    echo "ci/gpu.sh: $1" >&2
+    exit 2
+}
+
+declare -A limits=([info]=30 [warm]=120 [smallest]=60 [tests]=600 [check]=120 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120)
+limits+=([memcheck]=300 [racecheck]=300 [tune]=600 [block]=900 [reversible]=300)
+
+case "${1:-}" in
+"" | -h | --help)
+    usage
+    exit $(($# ? 0 : 2))
+    ;;
+-*) refuse "expected a folder first, got $1" ;;
+esac
+out=$1
 shift
 case "${*:-all}" in
-all) parts=(info smallest tests check goals graphs flow kernels sanitize tune block reversible) ;;
+all) parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block reversible) ;;
 first) parts=(info:10 warm:50 smallest:20 tests:90 goals:100 kernels:30 flow:40 graphs:45) ;;
 second) parts=(smallest:20 tune:70 goals:95 tests:55 flow:40 graphs:45) ;;
 *) parts=("$@") ;;
 esac
 for part in "${parts[@]}"; do
-    [[ $part =~ ^(info|warm|smallest|tests|check|goals|graphs|flow|kernels|sanitize|tune|block|reversible)(:[0-9]+)?$ ]] || {
-        echo "ci/gpu.sh: no part is called $part. $usage" >&2
-        exit 2
-    }
+    [ -n "${limits[${part%%:*}]:-}" ] || refuse "no part is called ${part%%:*}; parts: ${!limits[*]}"
+    [[ $part =~ ^[a-z]+(:[0-9]+)?$ ]] || refuse "expected PART:SECONDS, got $part"
 done
-mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
-cd "$(dirname "$0")/.." || exit 2
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || refuse "torch finds no GPU ($PYTHON); nothing was run"
+[ ! -e "$out/summary.txt" ] || refuse "$out holds a run already; name a new folder"
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+cd "$(dirname "$0")/.." || exit 2
 failed=0
-rm -f "$out"/{check.txt,tests.log,bench.log,sanitize.log,rows.jsonl}
 : >"$out/summary.txt" >"$out/stderr.log"
 
 step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log, both go to the screen
@@ -57,14 +78,15 @@ step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the 
     echo "$name: exit $rc after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
 }
 
-bench() { # bench SECONDS OPTIONS...: no group is begun in the last 15 seconds
+bench() { # bench SECONDS OPTIONS...
     local limit=$1
     shift
     step "bench $part" "$limit" "$out/bench.log" ci/bench.sh --out "$out/rows.jsonl" --budget $((limit - 15)) "$@"
 }
 
 run() { # run PART SECONDS
-    local part=$1 limit=$2 tool parallel=()
+    local part=$1 limit=$2 parallel=()
+    local goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
     case "$part" in
     info) step info "$limit" "$out/summary.txt" "$PYTHON" -m fastflow_kernels info ;;
     warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.warm ;;
@@ -78,9 +100,7 @@ run() { # run PART SECONDS
             tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
-    goals)
-        bench "$limit" --kinds block --workloads "$goals"
-        ;;
+    goals) bench "$limit" --kinds block --workloads "$goals" ;;
     graphs)
         bench "$limit" --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train --dtypes float32 \
             --providers freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
@@ -92,26 +112,23 @@ run() { # run PART SECONDS
     reversible)
         step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible --shape 32,256,64,64 --depths 1,4,8 --out "$out/rows.jsonl"
         ;;
-    sanitize)
+    memcheck | racecheck)
         command -v compute-sanitizer >/dev/null || {
-            echo "sanitize: SKIPPED, compute-sanitizer is not installed" | tee -a "$out/sanitize.log" "$out/summary.txt"
+            echo "$part: SKIPPED, compute-sanitizer is not installed" | tee -a "$out/sanitize.log" "$out/summary.txt"
             return
         }
-        for tool in memcheck racecheck; do
-            # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's pool, and no error. Errors of the
-            # driver's own calls do not count: libraries ask for symbols that are not there.
-            step "$tool" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
-                --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.smallest
-        done
+        # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's pool, and no error. Errors of the driver's
+        # own calls do not count: libraries ask for symbols that are not there.
+        step "$part" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$part" \
+            --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.smallest
         ;;
     esac
 }
 
-goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
-declare -A limits=([info]=30 [warm]=120 [smallest]=60 [tests]=600 [check]=120 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120 [sanitize]=300 [tune]=600 [block]=900 [reversible]=300)
 for item in "${parts[@]}"; do
     name=${item%%:*} seconds=${item#*:}
     [ "$seconds" != "$item" ] || seconds=${limits[$name]}
     run "$name" "$seconds"
 done
+echo "== read $out/summary.txt"
 exit "$failed"

@@ -83,10 +83,10 @@ def _check(as_json: bool) -> int:
             if reason:
                 print(f"backend {name} is not available: {reason}")
         print(check.table(rows))
-        print("vs plain: the same formula in plain PyTorch operations; the stock blocks are slower than those (`make bench` compares)")
+        print("vs plain: the same formula in plain PyTorch operations; below 1 those are faster here. The stock blocks are slower than")
+        print("those (`make bench` compares)")
         if torch.cuda.is_available():
-            print("device: without what Python and the launches take; of copy: the bytes that must be moved in that time, per second,")
-            print("as a share of what a large copy moves")
+            print("device: the GPU's own time, without Python and launches; of copy: the bandwidth reached, in percent of a large copy's")
         print(
             "every backend is accurate" if not failed else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -398,10 +399,34 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
 # --- a run on a GPU ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_run_knows_its_parts(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", "ci/gpu.sh", str(tmp_path), "tests:90", "everything"], cwd=ROOT, capture_output=True, text=True)
+def gpu_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "ci/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+    )
+
+
+def test_a_gpu_run_explains_itself() -> None:
+    """The list of parts in its help, with the limits that hold."""
+    asked, unasked = gpu_run("--help"), gpu_run()
+    assert (asked.returncode, unasked.returncode) == (0, 2)
+    assert asked.stdout == unasked.stdout
+    limits = dict(re.findall(r"\[(\w+)\]=(\d+)", (ROOT / "ci/gpu.sh").read_text()))
+    assert dict(re.findall(r"^  (\w+) +(\d+) s  ", asked.stdout, re.M)) == limits
+    assert sum(map(int, limits.values())) <= 75 * 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tests:90", "everything"], "no part is called everything; parts: "),
+        (["goals:soon"], "expected PART:SECONDS, got goals:soon"),
+        pytest.param(["smallest"], "torch finds no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+    ],
+)
+def test_a_gpu_run_refuses_before_any_work(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = gpu_run(str(tmp_path / "out"), *arguments)
     assert done.returncode == 2
-    assert "no part is called everything. usage: ci/gpu.sh OUTDIR" in done.stderr
+    assert said in done.stderr
     assert not list(tmp_path.iterdir())
 
 
