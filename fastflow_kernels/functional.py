@@ -97,8 +97,24 @@ def _check_floating(t: Any, what: str) -> None:
         raise TypeError(f"expected {what} as a dense tensor, got layout {t.layout}")
 
 
-def _coefficients(subnet: Callable[[Tensor], Tensor], x1: Tensor, conditions: Sequence[Tensor], x: Tensor) -> Tensor:
+class _InLayout(NamedTuple):
+    """A subnet whose input is to lie as the block's input does, of which the kernels took a copy in another layout.
+
+    A convolution rounds otherwise in each layout, and the stock block's runs in that of its input.
+    """
+
+    subnet: Callable[[Tensor], Tensor]
+    layout: torch.memory_format
+
+
+_Subnet = Callable[[Tensor], Tensor] | _InLayout
+
+
+def _coefficients(subnet: _Subnet, x1: Tensor, conditions: Sequence[Tensor], x: Tensor) -> Tensor:
     """Run the subnet on the passive half and the conditions and check what comes back."""
+    if isinstance(subnet, _InLayout):
+        subnet, layout = subnet
+        x1 = x1.contiguous(memory_format=layout)
     version = None if torch.compiler.is_compiling() or x1.is_inference() else x1._version
     a = subnet(torch.cat((x1, *conditions), 1) if conditions else x1)
     _check_floating(a, "the subnet's output")
@@ -176,15 +192,15 @@ def all_in_one_block(
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
     rows, spec = _pixels_as_rows(x, layout, spec, backend)
     taken = x if rows else dispatch.coverable(x, backend)
-    if taken is not x:
-        subnet = _in_its_layout(subnet, layout)
+    copied = taken is not x and layout is not torch.contiguous_format
     x, gathers = taken, reverse_permutation
     if reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend):
         gathers, spec = False, spec._replace(reverse=True)
     if gathers and not rev:
         # in the layout of x, which is not `layout` where x is a contiguous copy for the kernels
         x = permutation.unpermute(x).contiguous(memory_format=memory_format(x))
-    out, logdet = direction(x, subnet, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
+    net = _InLayout(subnet, layout) if copied else subnet
+    out, logdet = direction(x, net, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
     if gathers and rev:
         out = permutation.permute(out)
     if layout is not torch.contiguous_format:
@@ -207,7 +223,7 @@ def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, rows: bool, b
 
 def _forward(
     x: Tensor,
-    subnet: Callable[[Tensor], Tensor],
+    subnet: _Subnet,
     g: Tensor,
     offset: Tensor,
     permutation: Permutation,
@@ -256,7 +272,7 @@ def _forward(
 
 def _inverse(
     y: Tensor,
-    subnet: Callable[[Tensor], Tensor],
+    subnet: _Subnet,
     g: Tensor,
     offset: Tensor,
     permutation: Permutation,
@@ -325,14 +341,6 @@ def _pixels_as_rows(x: Tensor, layout: torch.memory_format, spec: CouplingSpec, 
     if dispatch.pick(x, backend, rows) is not eager:
         return False, spec  # the mean of GIN runs over all rows of a sample, which the kernels have no form for: a contiguous copy
     return True, spec._replace(gin_rows=math.prod(x.shape[2:]))
-
-
-def _in_its_layout(subnet: Callable[[Tensor], Tensor], layout: torch.memory_format) -> Callable[[Tensor], Tensor]:
-    """The subnet on inputs in the layout of the block's input, of which the kernels took a copy in another.
-
-    A convolution rounds otherwise in each layout, and the stock block's runs in that of x.
-    """
-    return subnet if layout is torch.contiguous_format else lambda x: subnet(x.contiguous(memory_format=layout))
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -550,8 +558,7 @@ def all_in_one_block_bwd(
     layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, layout, spec, backend)
     taken = y if rows else dispatch.coverable(y, backend)
-    if taken is not y:
-        subnet = _in_its_layout(subnet, layout)
+    net = _InLayout(subnet, layout) if taken is not y and layout is not torch.contiguous_format else subnet
     y = taken
     operations = dispatch.pick(y, backend, rows) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()
@@ -569,7 +576,7 @@ def all_in_one_block_bwd(
     with torch.enable_grad():
         # .data, lest autograd takes the active channels, written below, for a change of what the subnet keeps
         x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(need_x)
-        a = _coefficients(subnet, x1, conditions, whole)
+        a = _coefficients(net, x1, conditions, whole)
     a_taken = as_rows(a.detach()) if rows else dispatch.packed(operations, a.detach())
     dx, da, dg, doffset = operations.coupling_inv_bwd(v, x, dv, dlogdet, a_taken, g, offset, perm, inv, spec, need_params)
     del v, dv, y, dy

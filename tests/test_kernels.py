@@ -699,6 +699,22 @@ def test_a_channels_last_subnet_stays_so(name: str) -> None:
         assert t.stride()[1] == 1
 
 
+class Doubling(torch.nn.Module):
+    """Writes to its input, further in than one can see from outside."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x.mul_(2), x), 1)
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_subnet_that_writes_to_its_input_is_noticed(gin: bool, rev: bool, layout: str) -> None:
+    block = fastflow_kernels.AllInOneBlock([(8, 3, 5)], subnet_constructor=lambda i, o: Doubling(), gin_block=gin, backend="triton")
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the subnet changed its input in place"):
+        block([LAYOUTS[layout](torch.randn(2, 8, 3, 5))], rev=rev)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 def test_any_layout_on_the_triton_backend(layout: str, rev: bool) -> None:
