@@ -164,12 +164,15 @@ class Task:
         base = subject.provider.our_base
         ours, ours_alike = times.get(base), times.get(Provider(base, subject.provider.execution).name)
         p20, *_, p80 = statistics.quantiles(mine.seconds, n=5)
+        wall_p20, *_, wall_p80 = statistics.quantiles(mine.wall, n=5)
         median = statistics.median(mine.seconds)
         figures: Row = {
             "median_us": median * 1e6,
             "p20_us": p20 * 1e6,
             "p80_us": p80 * 1e6,
             "wall_us": statistics.median(mine.wall) * 1e6,
+            "wall_p20_us": wall_p20 * 1e6,
+            "wall_p80_us": wall_p80 * 1e6,
             "repeats": len(mine.seconds),
             "ratio": _ratio(mine, ours),
             "ratio_alike": _ratio(mine, ours_alike),
@@ -184,6 +187,7 @@ class Task:
             figures["kept_bytes"] = subject.kept()
             figures["kept_in_inputs"] = figures["kept_bytes"] / self.samples[0].x.nbytes
         if self.settings.device.type == "cuda":
+            figures["python_hidden"] = mine.hidden
             figures["call_bytes"] = _call_bytes(subject, mode)
         return figures
 

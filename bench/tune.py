@@ -71,7 +71,7 @@ _ROWS = ("cflow/1", "cflow large batch", "tabular", "hyperspectral")
 # In the order of what they may bring: a run that is cut short has answered what matters most.
 QUESTIONS = (
     Question("rows", _rows("BACKWARD_ROWS"), _ROWS, ("backward", "reversible")),
-    Question("forward rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
+    Question("forward-rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
     Question("tile", _tried("launch", "TILE_BYTES", 4096, 2048, 8192), _PLANES, ("forward", "backward", "inverse", "reversible")),
     Question("sums", _tried("reduce", "_SUMS_BLOCK_K", 256, 64, 128, 512), ("fastflow-cait", "fastflow-r18/3", "tabular"), ("backward",)),
 )

@@ -2,7 +2,7 @@
 # Proves and measures the kernels on a machine with a GPU, with the torch, Triton and pytest it has. No network.
 #
 #   ci/gpu.sh OUTDIR                      every part, about 75 minutes at most
-#   ci/gpu.sh OUTDIR first | second       for a GPU that is borrowed by the minute, see below
+#   ci/gpu.sh OUTDIR first | second       where the GPU's time is limited, see below
 #   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts; without SECONDS a part has the limit of the list
 #
 #   info         30 s  versions and devices
@@ -20,7 +20,7 @@
 #   block       900 s  the block benchmarks of every other workload
 #   reversible  300 s  chains against depth
 #
-# first: at most 6.5 minutes. Are the kernels right, and how fast are they?
+# first: at most 6.5 minutes. Are the kernels right, as far as 90 seconds of tests can tell, and how fast are they?
 # second: at most 5.5 minutes. Which constants are best, and what does a changed state reach?
 #
 # OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log, bench.log, sanitize.log, and rows.jsonl, which

@@ -51,7 +51,8 @@ class Row:
         speedup: Against the formula in plain operations (indexing, tanh, exp), in the same interleaved run. Not against a stock block,
             which is slower than those: `make bench` compares with them.
         device_milliseconds: On a GPU, the same of the device alone, without what Python and the launches take.
-        share: On a GPU, the bytes that must be moved in that time, per second, as a share of what a large copy moves.
+        share: On a GPU, the bytes that must be moved in that time, per second, as a share of what a large copy moves; None where they
+            fit into the L2 cache twice, which is faster than memory.
     """
 
     backend: str
@@ -102,7 +103,7 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
                 worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
                 seconds, speedup = _time(_backend(backend), tensors, repeats)
                 on_device = device.seconds(_step(_backend(backend), tensors), seconds) if device else None
-                share = MINIMAL_BYTES * tensors["x"].nbytes / on_device / device.bandwidth() if device and on_device else None
+                share = device.share(MINIMAL_BYTES * tensors["x"].nbytes, on_device) if device and on_device else None
                 rows.append(
                     Row(
                         backend=backend,
@@ -123,7 +124,7 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    of_copy = f" {'device':>11} {'of copy':>8}" if any(row.share for row in rows) else ""
+    of_copy = f" {'device':>11} {'of copy':>8}" if any(row.device_milliseconds for row in rows) else ""
     head = f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>11} {'vs plain':>9}"
     lines = [head + of_copy]
     for row in rows:
@@ -131,7 +132,8 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} "
             f"{row.milliseconds:>8.3f} ms {row.speedup:>8.2f}x"
-            + (f" {row.device_milliseconds:>8.3f} ms {row.share:>8.0%}" if row.share else "")
+            + (f" {row.device_milliseconds:>8.3f} ms" if row.device_milliseconds else "")
+            + (f" {row.share:>8.0%}" if row.share else "")
         )
     return "\n".join(lines)
 
@@ -264,6 +266,11 @@ class _Device:
     def bandwidth(self) -> float:
         """Bytes per second, read and written together, of a large copy."""
         return 2 * self.source.nbytes / self.copy_seconds
+
+    def share(self, moved: int, seconds: float) -> float | None:
+        """Bytes moved per second as a share of a large copy's; None where the cache could serve them."""
+        cache = torch.cuda.get_device_properties(self.source.device).L2_cache_size
+        return moved / seconds / self.bandwidth() if moved > 2 * cache else None
 
     def seconds(self, call: Callable[[], object], as_called: float) -> float:
         """Median seconds of a call, given what it takes as called."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,9 @@ def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.Monkey
     monkeypatch.setattr(check._Device, "_copy", lambda self: (copies.append(1), advance(0.1)))
     device = check._Device()
     assert device.bandwidth() == pytest.approx(2 * 2**28 / 1e-4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20))
+    assert device.share(2**28, 1e-4) == pytest.approx(0.5)
+    assert device.share(2**21, 1e-6) is None  # the cache serves it
     copies.clear()
     assert device.seconds(lambda: advance(0.05), as_called=1e-3) == pytest.approx(5e-5)
     assert len(copies) == device.REPEATS * 2 * device.CALLS * 10  # twice as long as queueing takes

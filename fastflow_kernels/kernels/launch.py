@@ -40,7 +40,8 @@ class RowTiles(NamedTuple):
     """How rows are cut in one kind of pass.
 
     Attributes:
-        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is float32; 1 where it is float64.
+        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is float32; more where 16 warps do not
+            suffice. 1 where it is float64.
         busy: Programs that keep a GPU busy; with more work than that they loop.
     """
 
@@ -48,8 +49,8 @@ class RowTiles(NamedTuple):
     busy: int
 
 
-# Measured on an H200, `python -m bench.tune --only rows` (bench/TUNING.md). Channel constants live in registers, and in the backward pass
-# sums do too. There a quarter of the values in twice the programs takes 0.58 to 0.93 of the time; forward it takes 0.94 to 1.52 times it.
+# Measured on an H200, `python -m bench.tune --only rows,forward-rows` (bench/TUNING.md). Channel constants live in registers, and in the
+# backward pass sums do too. There a quarter of the values in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
 FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
 BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
 
@@ -155,7 +156,7 @@ def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles |
     tiles = -(-channels // block_c)
     loops = 1
     if columns > 1:
-        # the finishing sum walks the groups one after the other: no more than 512 where that can be had
+        # the finishing sum walks the groups one after the other: fewer than 1024 where that can be had
         busy = rows.busy if rows else BUSY
         while loops < 64 and (loops * block_q < columns or blocks > 512 * loops) and blocks * tiles >= 2 * busy * loops:
             loops *= 2
