@@ -132,8 +132,8 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} "
             f"{row.milliseconds:>8.3f} ms {row.speedup:>8.2f}x"
-            + (f" {row.device_milliseconds:>8.3f} ms" if row.device_milliseconds else "")
-            + (f" {row.share:>8.0%}" if row.share else "")
+            + (f" {row.device_milliseconds:>8.3f} ms" if row.device_milliseconds is not None else "")
+            + (f" {row.share:>8.0%}" if row.share is not None else "")
         )
     return "\n".join(lines)
 

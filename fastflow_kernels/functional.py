@@ -114,7 +114,7 @@ def _coefficients(subnet: _Subnet, x1: Tensor, conditions: Sequence[Tensor], x: 
     """Run the subnet on the passive half and the conditions and check what comes back."""
     if isinstance(subnet, _InLayout):
         subnet, layout = subnet
-        x1 = x1.contiguous(memory_format=layout)
+        x1 = x1.clone(memory_format=layout)  # contiguous() would leave a single channel of a single sample as it is
     version = None if torch.compiler.is_compiling() or x1.is_inference() else x1._version
     a = subnet(torch.cat((x1, *conditions), 1) if conditions else x1)
     _check_floating(a, "the subnet's output")

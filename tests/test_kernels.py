@@ -674,29 +674,36 @@ def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
     compare(case, torch.float32, rev, grad=not rev, backend="triton", layout="channels_last")
 
 
+@pytest.mark.parametrize("shape", [Shape(2, 8, (3, 5)), Shape(1, 2, (3, 5)), Shape(1, 5, (2, 3, 2))], ids=str)
 @pytest.mark.parametrize("name", ["hard", "gin", "gin-rev-cond"])
-def test_a_channels_last_subnet_stays_so(name: str) -> None:
-    """GIN's copy for the kernels does not change what the subnet is given: its convolution would round otherwise than the stock block's."""
-    case = Case(Shape(2, 8, (3, 5)), name)
-    x, *c = (LAYOUTS["channels_last"](torch.randn(2, n, 3, 5)) for n in (8, *case.conditions))
+@pytest.mark.parametrize("condition", ["contiguous", "channels_last"])
+def test_a_subnet_is_given_the_layout_of_the_input(shape: Shape, name: str, condition: str) -> None:
+    """As on the eager path. GIN's copy for the kernels does not change it: a convolution would round otherwise than the stock block's."""
+    case = Case(shape, name)
+    x = LAYOUTS["channels_last"](torch.randn(shape.full))
+    c = [LAYOUTS[condition](torch.randn(shape.batch, *dims)) for dims in case.dims_c]
     given = []
 
     def subnet(channels_in: int, channels_out: int) -> torch.nn.Module:
-        net = torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        net.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        net = (torch.nn.Conv2d, torch.nn.Conv3d)[case.rank - 2](channels_in, channels_out, 3, padding=1)
+        net.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].stride()))
         return net
 
-    block = fastflow_kernels.AllInOneBlock(case.dims_in, case.dims_c, subnet, **case.options, backend="triton")
-    chain = fastflow_kernels.ReversibleSequence(*case.dims_in[0])
-    block([x.requires_grad_()], c)[0][0].sum().backward()
-    with torch.no_grad():
-        block([x], c, rev=True)
-    if not c:
-        chain.append(block)
-        chain(x)[0].sum().backward()
+    found = {}
+    for backend in ("eager", "triton"):
+        given.clear()
+        block = fastflow_kernels.AllInOneBlock(case.dims_in, case.dims_c, subnet, **case.options, backend=backend)
+        block([x.requires_grad_()], c)[0][0].sum().backward()
+        with torch.no_grad():
+            block([x], c, rev=True)
+        if not c:
+            chain = fastflow_kernels.ReversibleSequence(*case.dims_in[0])
+            chain.append(block)
+            chain(x)[0].sum().backward()
+        found[backend] = [strides[1] == 1 for strides in given]  # whether the channels of a pixel lie together
+    assert found["triton"] == found["eager"]
     assert len(given) == (2 if c else 4)
-    for t in given:  # a view of half the channels at most: pixel by pixel, the channels of one together
-        assert t.stride()[1] == 1
+    assert c or all(found["eager"])
 
 
 class Doubling(torch.nn.Module):
