@@ -1,17 +1,16 @@
 """Compile kernels on all cores at once, ahead of what launches them from a single process: time on a GPU may be short.
 
-    python -m bench.warm [tests|bench]
+    python -m bench.warm
 
-tests: what bench/smallest.py and ``python -m fastflow_kernels check`` launch, 80 binaries. bench: also what the benchmarks of a block do,
-546 binaries, for which one process takes 5 minutes (Triton 3.6 for sm_90, AMD EPYC). Triton has the C compiler make a launcher as well, for
-each combination of argument types: 24 for ``check``, 0.7 s each. Later processes find all of it in Triton's cache.
+What bench/smallest.py, ``python -m fastflow_kernels check`` and the benchmarks of a block launch: 546 binaries, for which one process takes
+5 minutes (Triton 3.6 for sm_90, AMD EPYC). Triton has the C compiler make a launcher as well, for each combination of argument types: 24
+for ``check``, 0.7 s each. Later processes find all of it in Triton's cache.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -52,15 +51,13 @@ def run_check(name: str, dtype: str) -> None:
     check._evaluate(check._backend("triton"), check._tensors(check.GPU_SHAPES[name], getattr(torch, dtype)))
 
 
-def todo(bench: bool, device: str) -> dict[str, Callable[[], None]]:
+def todo(device: str) -> dict[str, Callable[[], None]]:
     """What is to be run, by its name."""
     found = {
         f"smallest {shape} GIN {gin}": partial(smallest.run_one, shape, gin, device) for shape in smallest.SHAPES for gin in (False, True)
     }
     found |= {f"check {name} {dtype}": partial(run_check, name, dtype) for name in check.GPU_SHAPES for dtype in DTYPES}
-    if bench:
-        found |= {f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device) for job in jobs()}
-    return found
+    return found | {f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device) for job in jobs()}
 
 
 def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
@@ -83,14 +80,12 @@ def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
     return failed
 
 
-def main(part: str = "bench") -> None:
-    if part not in ("tests", "bench"):
-        raise SystemExit(f"bench.warm: tests or bench, not {part}")
+def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.warm: torch finds no GPU")
-    if in_parallel(todo(part == "bench", "cuda")):
+    if in_parallel(todo("cuda")):
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

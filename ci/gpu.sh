@@ -103,7 +103,7 @@ run() { # run PART SECONDS
     goals) bench "$limit" --kinds block --workloads "$goals" ;;
     graphs)
         bench "$limit" --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train --dtypes float32 \
-            --providers freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
+            --providers anomalib,freia,freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
         ;;
     flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train ;;
     kernels) step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.kernel_times --out "$out/rows.jsonl" ;;

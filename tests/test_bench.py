@@ -403,7 +403,7 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
     assert len(todo) == len(set(map(repr, todo)))
     assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads("block", False)
     assert {name for _, _, name in todo} == {"ours", "ours-freia"}
-    calls = warm.todo(True, "cuda")
+    calls = warm.todo("cuda")
     assert len(calls) == len(todo) + 2 * len(warm.smallest.SHAPES) + 2 * len(warm.check.GPU_SHAPES)
     assert all(map(pickle.dumps, calls.values()))  # for other processes
     modes = []
