@@ -73,6 +73,7 @@ QUESTIONS = (
     Question("rows", _rows("BACKWARD_ROWS"), _ROWS, ("backward", "reversible")),
     Question("forward-rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
     Question("tile", _tried("launch", "TILE_BYTES", 4096, 2048, 8192), _PLANES, ("forward", "backward", "inverse", "reversible")),
+    Question("columns", _tried("coupling", "_COLUMNS_BWD", 64, 32, 128), ("fastflow-wrn50/1", "fastflow-wrn50/3"), ("backward",)),
     Question("sums", _tried("reduce", "_SUMS_BLOCK_K", 256, 64, 128, 512), ("fastflow-cait", "fastflow-r18/3", "tabular"), ("backward",)),
 )
 

@@ -32,6 +32,7 @@ __all__ = ["coupling_bwd", "coupling_fwd", "coupling_inv_active", "coupling_inv_
 # A program's channel constants (index, scale, offset: up to 16 bytes a channel) and partial sums are small against 3 and 5 values a
 # column from these many columns on.
 _COLUMNS = 32
+_COLUMNS_BWD = 64
 
 
 @triton.jit
@@ -558,7 +559,8 @@ def _prepare_bwd(
     gin = GinSums(channels, batch, pixels, a.itemsize, stride_ab, stride_xb, spec, acc) if spec.gin and channels > 1 else None
     rows = by_rows(channels, pixels, acc.itemsize)
     # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the tile and not the width of an access
-    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, BACKWARD_ROWS if rows else None, _COLUMNS)
+    columns = _COLUMNS_BWD if need_params else _COLUMNS
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, BACKWARD_ROWS if rows else None, columns)
     mul = alignment(0 if rows else pixels, stride_xb, stride_ab)
     sizes = (batch, pixels if rows else pixels // mul, stride_xb // mul, stride_ab // mul, strides_l[1])
     launch = Launch(
@@ -582,7 +584,8 @@ def _prepare_inv_bwd(
     batch, channels, pixels = shape[0], shape[1], math.prod(shape[2:])
     acc = _accumulator(_promoted(x, a, g))
     rows = by_rows(channels, pixels, acc.itemsize)
-    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, BACKWARD_ROWS if rows else None, _COLUMNS)
+    columns = _COLUMNS_BWD if need_params else _COLUMNS
+    cut = plan(channels - channels // 2, batch, pixels, acc.itemsize, BACKWARD_ROWS if rows else None, columns)
     mul = alignment(0 if rows else pixels, stride_ab)
     launch = Launch(
         _coupling_inv_bwd_kernel, cut.programs, (batch, pixels if rows else pixels // mul, stride_ab // mul, strides_l[1]), cut.warps,
