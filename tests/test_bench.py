@@ -447,7 +447,7 @@ def test_a_gpu_run_refuses_before_any_work(arguments: list[str], said: str, tmp_
 
 
 @pytest.mark.parametrize(("mode", "minutes"), [("first", 6.5), ("second", 5.5)])
-def test_a_borrowed_gpu_is_given_back_in_time(mode: str, minutes: float) -> None:
+def test_first_and_second_end_in_time(mode: str, minutes: float) -> None:
     """The limits of all steps together; a part of benchmarks ends 15 seconds before its own."""
     (line,) = (line for line in (ROOT / "ci/gpu.sh").read_text().splitlines() if line.startswith(f"{mode}) parts="))
     assert sum(map(int, re.findall(r":(\d+)", line))) <= 60 * minutes
