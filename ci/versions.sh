@@ -10,8 +10,12 @@ cd "$(dirname "$0")/.."
 . ci/common.sh
 which=${1:?usage: ci/versions.sh oldest|newest}
 case "$which" in
-oldest) versions=(3.10) pins=(-c ci/oldest.txt) more=" and not cost_no_other_graph" ;; # torch 2.7 makes a second one
-newest) versions=(3.14 3.13 3.12) pins=() more= ;;
+oldest)
+    versions=(3.10) pins=(-c ci/oldest.txt)
+    more=" and not cost_no_other_graph" # torch 2.7 makes a second one
+    lean=" and not B10000-C100"         # ptxas of Triton 3.3 spills 8 bytes there; those of 3.6 and 3.9 nothing
+    ;;
+newest) versions=(3.14 3.13 3.12) pins=() more= lean= ;;
 *) echo "ci/versions.sh: oldest or newest, not $which" >&2 && exit 2 ;;
 esac
 started=$SECONDS
@@ -48,5 +52,5 @@ run tests/test_reference.py tests/test_peers.py tests/test_checkpoints.py tests/
 echo "== the kernels, interpreted"
 TRITON_INTERPRET=1 run tests/test_kernels.py -k 'test_coupling_parity and fp32 or loops or soft or without'
 echo "== the kernels, compiled"
-run tests/test_kernels_compiled.py -k 'not gfx942 and not fp16 and not fp64' # gfx942: old versions ask for a linker of ROCm's
+run tests/test_kernels_compiled.py -k "not gfx942 and not fp16 and not fp64$lean" # gfx942: old versions ask for a linker of ROCm's
 echo "== $which versions are fine ($((SECONDS - started)) s)"
