@@ -48,7 +48,6 @@ class Gpu:
     name: str
     multiprocessors: int
     clock: float  # Hz, sustained
-    results: str  # folder of its rows under bench/results
     bandwidth: float  # bytes/s, peak
     shared: int  # bytes of a multiprocessor
     reachable: float = 0.9
@@ -59,9 +58,9 @@ class Gpu:
 
 
 GPUS = {
-    "sm_80": Gpu("A100 80GB", 108, 1.41e9, "nvidia-a100-80gb", 2.04e12, 164 << 10),
-    "sm_90": Gpu("H200", 132, 1.75e9, "nvidia-h200", 4.8e12, 228 << 10),
-    "sm_100": Gpu("B200", 148, 1.85e9, "nvidia-b200", 8.0e12, 228 << 10),
+    "sm_80": Gpu("A100 80GB", 108, 1.41e9, 2.04e12, 164 << 10),
+    "sm_90": Gpu("H200", 132, 1.75e9, 4.8e12, 228 << 10),
+    "sm_100": Gpu("B200", 148, 1.85e9, 8.0e12, 228 << 10),
 }
 # Shapes of the design's table that are not measured on a CPU.
 MORE = (
@@ -340,7 +339,7 @@ Measured = dict[tuple[str, str, str, str], float]
 
 def measured(gpu: Gpu) -> tuple[Measured, list[str]]:
     """Microseconds by workload, dtype, pass and kernel: the newest rows of bench/kernel_times.py on that GPU; and their commits."""
-    folder = records.RESULTS / gpu.results
+    folder = records.RESULTS / records.slug(f"NVIDIA {gpu.name}", "cuda")
     rows = [r for r in records.newest(records.read([folder])) if r["kind"] == "kernel"] if folder.is_dir() else []
     found = {(r["workload"], r["dtype"], r["mode"], r["provider"]): r["median_us"] for r in rows}
     return found, sorted({r["commit"] for r in rows})

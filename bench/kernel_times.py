@@ -1,4 +1,4 @@
-"""What each kernel takes by itself on this GPU, beside the time that its bytes take at the bandwidth of a copy.
+"""What each kernel takes by itself on this GPU.
 
     python -m bench.kernel_times [--only NAME,...] [--out FILE.jsonl]
     ncu --clock-control none --section SpeedOfLight python -m bench.kernel_times --once     # for a profiler of your own

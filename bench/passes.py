@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from bench.cases import Workload
+from bench.compiled import spec_of
 from bench.subject import Sample, draw_samples
-from fastflow_kernels.spec import CouplingSpec
 
 PASSES = ("forward", "backward", "inverse", "reversible")  # reversible: the inverse and the backward of a chain, in one
 
@@ -26,11 +26,10 @@ class Passes:
     def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device, most: int | None = None) -> None:
         self.samples: list[Sample] = draw_samples("block", workload, dtype, device)[:most]
         self.next = 0
-        channels, options = workload.shape[1], workload.options
-        spec = CouplingSpec.of(options.get("affine_clamping", 2.0), "anomalib", "SOFTPLUS", options.get("gin_block", False))
+        channels = workload.shape[1]
         g, offset = (torch.randn(channels, device=device, dtype=dtype) for _ in range(2))
         perm = torch.randperm(channels, device=device)
-        self.shared = (g, offset, perm, perm.argsort(), spec)
+        self.shared = (g, offset, perm, perm.argsort(), spec_of(workload.options))
         self.dlogdet = [sample.dlogdet.float() for sample in self.samples]
 
     def calls(self, name: str, count: int) -> list[Callable[[], object]]:
