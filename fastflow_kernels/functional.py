@@ -97,7 +97,7 @@ def _check_floating(t: Any, what: str) -> None:
         raise TypeError(f"expected {what} as a dense tensor, got layout {t.layout}")
 
 
-class _InLayout(NamedTuple):
+class _SubnetInLayout(NamedTuple):
     """A subnet whose input is to lie as the block's input does, of which the kernels took a copy in another layout.
 
     A convolution rounds otherwise in each layout, and the stock block's runs in that of its input.
@@ -107,12 +107,12 @@ class _InLayout(NamedTuple):
     layout: torch.memory_format
 
 
-_Subnet = Callable[[Tensor], Tensor] | _InLayout
+_Subnet = Callable[[Tensor], Tensor] | _SubnetInLayout
 
 
 def _coefficients(subnet: _Subnet, x1: Tensor, conditions: Sequence[Tensor], x: Tensor) -> Tensor:
     """Run the subnet on the passive half and the conditions and check what comes back."""
-    if isinstance(subnet, _InLayout):
+    if isinstance(subnet, _SubnetInLayout):
         subnet, layout = subnet
         x1 = x1.clone(memory_format=layout)  # contiguous() would leave a single channel of a single sample as it is
     version = None if torch.compiler.is_compiling() or x1.is_inference() else x1._version
@@ -199,7 +199,7 @@ def all_in_one_block(
     if gathers and not rev:
         # in the layout of x, which is not `layout` where x is a contiguous copy for the kernels
         x = permutation.unpermute(x).contiguous(memory_format=memory_format(x))
-    net = _InLayout(subnet, layout) if copied else subnet
+    net = _SubnetInLayout(subnet, layout) if copied else subnet
     out, logdet = direction(x, net, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
     if gathers and rev:
         out = permutation.permute(out)
@@ -558,7 +558,7 @@ def all_in_one_block_bwd(
     layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, layout, spec, backend)
     taken = y if rows else dispatch.coverable(y, backend)
-    net = _InLayout(subnet, layout) if taken is not y and layout is not torch.contiguous_format else subnet
+    net = _SubnetInLayout(subnet, layout) if taken is not y and layout is not torch.contiguous_format else subnet
     y = taken
     operations = dispatch.pick(y, backend, rows) or eager
     g, offset = global_scale.contiguous(), global_offset.contiguous()
