@@ -19,9 +19,11 @@ def _yes(*_: object) -> bool:
     return True
 
 
-class _Utils:
-    def load_binary(self, *_: object) -> tuple[int, ...]:
-        module, function, registers, spills, most_threads = 1, 1, 32, 0, 1024
+class Utils:
+    """Loads nothing, and says what an H100 says of itself."""
+
+    def load_binary(self, *_: object) -> tuple[int | None, ...]:
+        module, function, registers, spills, most_threads = None, 1, 32, 0, 1024  # no module: nothing to unload when the driver has gone
         known = (module, function, registers, spills)
         return known if triton.__version__.startswith("3.3.") else (*known, most_threads)
 
@@ -42,10 +44,10 @@ class Launcher:
         pass
 
 
-class _Driver:
+class Driver:
     """An H100 as far as Triton's dispatcher asks."""
 
-    utils = _Utils()
+    utils = Utils()
     launcher_cls = Launcher
 
     def get_current_target(self) -> GPUTarget:
@@ -68,12 +70,15 @@ class _Driver:
 
 
 @contextmanager
-def mock_gpu() -> Iterator[None]:
+def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
     """A context in which ``backend="triton"`` takes CPU tensors: kernels are compiled and launched, but nothing runs; results are garbage.
 
     As on a GPU, a permutation's values are not looked at in every call.
+
+    Args:
+        stand_in: What takes the launches instead.
     """
-    driver.set_active(_Driver())
+    driver.set_active(Driver() if stand_in is None else stand_in)
     try:
         with mock.patch.object(dispatch, "interpreted", new=_yes), mock.patch.object(_Cached, "holds", new=_yes):
             yield

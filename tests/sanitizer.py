@@ -21,25 +21,11 @@ import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter
 
+from tests.support.launches import Launch
+
 
 class StrayAccess(AssertionError):
     """A kernel touched memory that it must not touch."""
-
-
-@dataclass
-class Launch:
-    """What one kernel launch moved, in bytes.
-
-    Attributes:
-        kernel: The kernel's name.
-        loaded, stored: By argument name: bytes of all unmasked lanes.
-        distinct: By argument name: bytes of the distinct addresses loaded.
-    """
-
-    kernel: str
-    loaded: dict[str, int] = field(default_factory=dict)
-    stored: dict[str, int] = field(default_factory=dict)
-    distinct: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -49,8 +35,7 @@ class _Range:
     end: int
     loads: list[np.ndarray] = field(default_factory=list)
     stores: list[np.ndarray] = field(default_factory=list)
-    load_size: int = 1
-    store_size: int = 1
+    itemsize: int = 1
 
 
 class _Checker:
@@ -67,14 +52,14 @@ class _Checker:
         size = np.dtype(dtype).itemsize
         for r, addresses in self._by_range(pointers, mask, size, "load"):
             r.loads.append(addresses)
-            r.load_size = size
+            r.itemsize = size
         return self._real.load(pointers, mask, other, dtype)
 
     def store(self, pointers, value, mask):
         size = np.asarray(value).dtype.itemsize
         for r, addresses in self._by_range(pointers, mask, size, "store"):
             r.stores.append(addresses)
-            r.store_size = size
+            r.itemsize = size
         return self._real.store(pointers, value, mask)
 
     def _by_range(self, pointers, mask, size: int, kind: str) -> Iterator[tuple[_Range, np.ndarray]]:
@@ -93,16 +78,11 @@ class _Checker:
     def finish(self, kernel: str) -> Launch:
         launch = Launch(kernel)
         for r in self.ranges:
-            if r.loads:
-                loads = np.concatenate(r.loads)
-                launch.loaded[r.name] = loads.size * r.load_size
-                launch.distinct[r.name] = np.unique(loads).size * r.load_size
-            if r.stores:
-                stores = np.concatenate(r.stores)
-                twice = stores.size - np.unique(stores).size
-                if twice:
-                    raise StrayAccess(f"{kernel}: {twice} addresses of {r.name} stored twice in one launch")
-                launch.stored[r.name] = stores.size * r.store_size
+            loads, stores = (np.concatenate(parts or [np.empty(0, np.uint64)]) for parts in (r.loads, r.stores))
+            twice = stores.size - np.unique(stores).size
+            if twice:
+                raise StrayAccess(f"{kernel}: {twice} addresses of {r.name} stored twice in one launch")
+            launch.count(r.name, loads, stores, r.itemsize)
         return launch
 
 
