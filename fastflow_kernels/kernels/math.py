@@ -12,6 +12,16 @@ LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 less that
 
 
 @triton.jit
+def product(a, b):
+    """a * b of two tiles, rounded before it is added to anything: for the terms of a sum.
+
+    The compiler may fuse a bare product into the first addition. Threads that hold copies of a sum add in different orders, so that
+    their copies would differ by a rounding, and which of them is stored would decide the result.
+    """
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def exp(x):
     """exp(x) to 2 ulp everywhere."""
     if x.dtype == tl.float64:
