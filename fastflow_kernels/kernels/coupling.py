@@ -24,7 +24,7 @@ from fastflow_kernels.kernels.launch import BACKWARD_ROWS, FORWARD_ROWS, alignme
 from fastflow_kernels.kernels.math import exp_of_bounded, product, tanh
 from fastflow_kernels.kernels.prepared import Launch, aligned
 from fastflow_kernels.kernels.reduce import ACCUMULATORS, GinSums, logdet_launch, params_launch
-from fastflow_kernels.kernels.tiles import columns, index, load, log_scale_sum, scale, total
+from fastflow_kernels.kernels.tiles import columns, index, inverse_scale, load, log_scale_sum, scale, total
 from fastflow_kernels.spec import CouplingSpec
 
 __all__ = ["coupling_bwd", "coupling_fwd", "coupling_inv_active", "coupling_inv_bwd", "coupling_inv_passive", "uncovered"]
@@ -277,7 +277,7 @@ def _coupling_inv_passive_kernel(
     c = (tl.program_id(0) % TILES) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_passive = c < C1
     j = index(inv_ptr, c, is_passive)[:, None]
-    factor = 1.0 / scale(g_ptr, c, is_passive, ACT, ACC)[:, None]
+    factor, boost = inverse_scale(scale(g_ptr, c, is_passive, ACT, ACC)[:, None])
     offset = load(offset_ptr + c, is_passive, ACC)[:, None]
     for i in range(LOOPS):
         b, p, exists = columns(tl.program_id(0) // TILES * LOOPS + i, B, P, BLOCK_Q, ROWS)
@@ -285,7 +285,7 @@ def _coupling_inv_passive_kernel(
         y_at = j * P + p
         x_at = y_at if REVERSE else c[:, None] * P + p
         y = load(y_ptr + b * stride_yb * MUL + y_at, passive, ACC)
-        tl.store(x_ptr + b * C * P + x_at, (y - offset) * factor, mask=passive)
+        tl.store(x_ptr + b * C * P + x_at, (y - offset) * factor * boost, mask=passive)
 
 
 @triton.jit
@@ -317,7 +317,7 @@ def _coupling_inv_active_kernel(
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     is_active = c < C2
     j = index(inv_ptr, C1 + c, is_active)[:, None]
-    factor = 1.0 / scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None]
+    factor, boost = inverse_scale(scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None])
     offset = load(offset_ptr + C1 + c, is_active, ACC)[:, None]
     if ROWS and logdet_ptr is not None:
         # one more passive channel than active ones where C is odd: the last
@@ -345,7 +345,7 @@ def _coupling_inv_active_kernel(
                 tl.store(logdet_ptr + (block * TILES + tile), CLAMP * tl.sum(t), mask=b < B)
         if sums_ptr is not None:
             s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
-        x = ((y - offset) * factor - 0.1 * a_t) * exp_of_bounded(-s)
+        x = ((y - offset) * factor * boost - 0.1 * a_t) * exp_of_bounded(-s)
         tl.store(x_ptr + b * C * P + x_at, x, mask=active)
 
 
@@ -384,7 +384,7 @@ def _coupling_inv_bwd_kernel(
     j2 = index(inv_ptr, C1 + c, is_active)[:, None]
     scale1 = scale(g_ptr, c, is_passive, ACT, ACC)[:, None]
     scale2 = scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None]
-    factor2 = 1.0 / scale2
+    factor2, boost2 = inverse_scale(scale2)
     offset2 = load(offset_ptr + C1 + c, is_active, ACC)[:, None]
     doffset1 = tl.zeros((BLOCK_C,), ACC)
     doffset2 = tl.zeros((BLOCK_C,), ACC)
@@ -406,7 +406,7 @@ def _coupling_inv_bwd_kernel(
         dv1 = load(dy_ptr + b * C * P + (j1 * P + p), passive, ACC)
         t = tanh(TANH_SCALE * a_s)
         s = CLAMP * t
-        u2 = (y2 - offset2) * factor2
+        u2 = (y2 - offset2) * factor2 * boost2
         x2_e = u2 - 0.1 * a_t
         tl.store(x_at + C1 * P, x2_e * exp_of_bounded(-s), mask=active)
         ds = tl.zeros((1, 1), ACC)

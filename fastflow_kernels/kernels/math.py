@@ -9,6 +9,8 @@ LN5 = tl.constexpr(1.6094379124341003)
 LN10 = tl.constexpr(2.302585092994046)
 LN2_HIGH = tl.constexpr(0.693359375)  # few digits: its product with an integer below 2**11 is exact in float32
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 less that
+INTEGERS = tl.constexpr(12582912.0)  # 1.5 * 2**23: float32 numbers near it are integers, in the low bits of their representation
+INTEGERS_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
@@ -23,15 +25,26 @@ def product(a, b):
 
 @triton.jit
 def exp(x):
-    """exp(x) to 2 ulp everywhere."""
+    """exp(x) with a relative error below 4 * 2**-23 where the result is normal; subnormal results are rounded like any product.
+
+    float32: exp2(r / ln 2) * 2**k with |r| < 0.35. The hardware's exp2 would make a subnormal result 0, so that 2**k is multiplied in
+    two halves, each a normal number.
+    """
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        t = x * LOG2E
-        n = tl.floor(t + 0.5)
-        r = (x - n * LN2_HIGH) - n * LN2_LOW
-        # |t| < 126 keeps exp2(n) finite and normal; beyond it (and for inf and nan) the plain form does
-        return tl.where(tl.abs(t) < 126.0, tl.exp2(r * LOG2E) * tl.exp2(n), tl.exp2(t))
+        shifted = tl.minimum(tl.maximum(x, -120.0), 120.0) * LOG2E + INTEGERS
+        n = shifted - INTEGERS
+        r = (x - n * LN2_HIGH) - n * LN2_LOW  # inf and nan stay what they are
+        k = shifted.to(tl.int32, bitcast=True) - INTEGERS_BITS
+        half = k >> 1
+        return tl.exp2(r * LOG2E) * power_of_two(half) * power_of_two(k - half)
+
+
+@triton.jit
+def power_of_two(k):
+    """2**k in float32 for an int32 -127 < k < 128."""
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

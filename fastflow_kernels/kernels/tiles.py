@@ -57,6 +57,13 @@ def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def inverse_scale(scale):
+    """Two factors whose product is 1 / scale. One alone would overflow where scale is subnormal, and (y - offset) / scale may not."""
+    is_tiny = scale < 2.0**-64
+    return 1.0 / tl.where(is_tiny, scale * 2.0**64, scale), tl.where(is_tiny, 2.0**64, 1.0)
+
+
+@triton.jit
 def log_scale_sum(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     """Sum of log(activation(g[c])) over the channels c that exist."""
     return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC), ACT), 0.0))
