@@ -110,23 +110,34 @@ def exp_to_double(x):
 def tanh(x):
     """tanh(x) to a few ulp at every magnitude; tanh(inf) = 1, tanh(nan) = nan.
 
-    Near 0 Cephes' polynomial (float32) and rational form (float64); 1 - 2 / (exp(2x) + 1) from 0.625 on, where nothing cancels.
+    Near 0 Cephes' polynomial (float32) and rational form (float64); 1 - 2 / (exp(2 |x|) + 1) with the sign of x from 0.625 on. Of a
+    negative x the quotient would lie in [1, 2), and its rounding would be twice as large.
     """
     z = x * x
     if x.dtype == tl.float64:
         p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
         q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
         p = p / q
-        e = tl.exp(2.0 * x)
+        e = tl.exp(2.0 * tl.abs(x))
     else:
         p = -5.70498872745e-3 * z + 2.06390887954e-2
         p = p * z - 5.37397155531e-2
         p = p * z + 1.33314422036e-1
         p = p * z - 3.33332819422e-1
-        e = tl.exp2(x * (2.0 * LOG2E))
+        e = tl.exp2(tl.abs(x) * (2.0 * LOG2E))
     near_zero = x + x * z * p
-    elsewhere = 1.0 - 2.0 / (e + 1.0)  # exp overflows to inf: 1; underflows to 0: -1
-    return tl.where(tl.abs(x) < 0.625, near_zero, elsewhere)
+    elsewhere = 1.0 - 2.0 / (e + 1.0)  # exp overflows to inf: 1
+    return tl.where(tl.abs(x) < 0.625, near_zero, with_sign_of(x, elsewhere))
+
+
+@triton.jit
+def with_sign_of(x, y):
+    """y >= 0 with the sign of x."""
+    if x.dtype == tl.float64:
+        return tl.where(x < 0.0, -y, y)
+    else:
+        sign = x.to(tl.int32, bitcast=True) & -0x80000000
+        return (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
