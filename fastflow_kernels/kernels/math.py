@@ -144,7 +144,9 @@ def with_sign_of(x, y):
 def scale_of(g, ACT: tl.constexpr):
     """scale = activation(g), as in spec.CouplingSpec."""
     if ACT == "SIGMOID":
-        return 10.0 / (1.0 + exp(2.0 - g))
+        z = g - 2.0
+        e = exp(-tl.abs(z))  # exp(-z) would overflow where the sigmoid is still a number
+        return 10.0 * tl.where(z < 0.0, e, 1.0) / (1.0 + e)
     elif ACT == "SOFTPLUS":
         h = 0.5 * g
         # like torch's softplus: the identity above 20, which in float64 differs from log(1 + e**h)
@@ -180,7 +182,7 @@ def log_scale_of(g, ACT: tl.constexpr):
 def scale_slope(g, scale, ACT: tl.constexpr):
     """d scale / d g, given scale = activation(g)."""
     if ACT == "SIGMOID":
-        return scale * (1.0 - 0.1 * scale)
+        return scale * tl.maximum(1.0 - 0.1 * scale, 0.0)  # a fused product is not rounded: 1 - 0.1 * 10 would be negative
     elif ACT == "SOFTPLUS":
         return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))
     else:
