@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_SAMPLE = 2**31 - 1  # elements of a sample: offsets inside one are 32-bit
+MAX_SAMPLE = 2**31 - 1  # elements of a sample, and samples with pixels: both are counted in 32 bits
 TILE_BYTES = 4096  # planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit accesses
 MAX_ROW_BYTES = 8192  # in the accumulator: a row is one tile and must fit in the registers of 16 warps
 BUSY = 256  # programs that keep a GPU busy with planes: two for each multiprocessor of an H100
@@ -101,6 +101,8 @@ def uncovered(x: Tensor, a: Tensor | None = None) -> str | None:
             return f"each sample's block of shape {tuple(t.shape[1:])} must be contiguous; its strides are {t.stride()[1:]}"
         if t.numel() > MAX_SAMPLE and t.numel() // t.shape[0] > MAX_SAMPLE:
             return f"a sample of {t.numel() // t.shape[0]} elements; offsets inside a sample are 32-bit"
+        if t.shape[0] > MAX_SAMPLE and t.shape[2:].numel() > 1:
+            return f"a batch of {t.shape[0]} samples with pixels; tiles are counted in 32 bits"
     return None
 
 
