@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The Triton kernels on a machine without a GPU: run in Triton's interpreter, then compiled for several GPUs and inspected.
-# Two processes, since Triton reads TRITON_INTERPRET once, when it is imported.
+# The Triton kernels on a machine without a GPU: run in Triton's interpreter; then compiled and executed on the CPU, and compiled for
+# several GPUs and inspected. Two processes, because Triton reads TRITON_INTERPRET once, when it is imported.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || { echo "ci/kernels.sh: there is no $python; run: make lint" >&2 && exit 1; }
 
 if ! "$python" -c 'import triton'; then
     case "$(uname -sm)" in
@@ -12,5 +13,5 @@ if ! "$python" -c 'import triton'; then
     esac
 fi
 
-TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 tests/test_kernels.py
-"$python" -m pytest -q --durations=5 tests/test_kernels_compiled.py tests/test_bench_compiled.py
+TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 -m "not slow" tests/test_kernels.py
+"$python" -m pytest -q --durations=5 -m "kernels and not slow"

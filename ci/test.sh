@@ -6,9 +6,7 @@ export PYTHON=${PYTHON:-.venv/bin/python}
 started=$SECONDS
 
 echo "== lint" && ci/lint.sh
-echo "== tests" && "$PYTHON" -m pytest -q --durations=5 -m "not peers" \
-    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py --ignore=tests/test_bench_compiled.py
+echo "== tests" && "$PYTHON" -m pytest -q --durations=5 -m "not peers and not kernels and not slow"
 echo "== kernels" && ci/kernels.sh
-echo "== peers" && "$PYTHON" -m pytest -q --durations=5 -m peers \
-    --ignore=tests/test_kernels_interpreter.py --ignore=tests/test_kernels_compiled.py --ignore=tests/test_bench_compiled.py
+echo "== peers" && "$PYTHON" -m pytest -q --durations=5 -m "peers and not slow"
 echo "== all passed in $((SECONDS - started)) s"

@@ -27,6 +27,7 @@ def assert_close(
     name: str = "",
     *,
     magnitude: float | None = None,
+    units: float = 4.0,
 ) -> None:
     """Assert the criterion above.
 
@@ -36,6 +37,7 @@ def assert_close(
         baseline: The reference in the dtype under test; in float32 if that is float64.
         name: What is compared, for the message.
         magnitude: Stands in for ``max(abs(truth))`` in the floor. Right for a sum whose terms cancel: the largest sum of absolute terms.
+        units: The floor in units of eps * magnitude.
 
     Raises:
         AssertionError: With the measured and the allowed error.
@@ -67,7 +69,7 @@ def assert_close(
     if truth.numel() == 0:
         return
 
-    floor = 4 * eps * (truth.abs().max().item() if magnitude is None else magnitude)
+    floor = units * eps * (truth.abs().max().item() if magnitude is None else magnitude)
     error, base_error = (actual - truth).abs(), (baseline - truth).abs() * shrink
     problems = []
     for kind, reduce in (("max", torch.max), ("rms", lambda d: d.square().mean().sqrt())):

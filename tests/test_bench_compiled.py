@@ -19,6 +19,8 @@ from bench.mock_driver import mock_gpu
 from bench.passes import PASSES, Passes
 from fastflow_kernels.kernels import coupling, launch, prepared, reduce
 
+pytestmark = pytest.mark.kernels
+
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x00000a00ff017b82 */
         /*0010*/               @P0 BRA 0x60 ;

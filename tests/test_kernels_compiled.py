@@ -27,6 +27,8 @@ from fastflow_kernels.kernels import coupling, prepared
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import OPTIONS, Case, Shape, make_block
 
+pytestmark = pytest.mark.kernels
+
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
 REGISTERS = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
