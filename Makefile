@@ -3,19 +3,22 @@
 # make ecosystem  anomalib, FrEIA, Lightning and exporters as PyPI ships them (an environment of their own)
 # make bench  the benchmarks, e.g. make bench BENCH_ARGS="--workloads fastflow-wrn50 --record" (options: bench/conftest.py); make report
 # make package | docs   the wheel, built and used in an empty environment; the documentation, docs/build/index.html
-# make oldest | newest  a part of the tests on the oldest supported versions, on the newest that can be had (an environment of its own each)
+# make slow   the tests that `make test` leaves out: more kernels executed, faults planted in them, benchmarks from end to end
+# make oldest | newest | triton-3.6  a part of the tests on the oldest supported versions, on the newest that can be had, and the kernels
+#             with Triton 3.6 (an environment of its own each)
 # make lint | gpu | clean
 # Each does its own set-up: a .venv in this folder with pinned versions. PYTHON=... names the interpreter to make it with.
 
 PYTHON ?= python3
 DEMO_ARGS ?=
+SLOW_ARGS ?=
 ECOSYSTEM_ARGS ?=
 BENCH_ARGS ?=
 REPORT_ARGS ?=
 OUT ?= out/gpu
 VENV := .venv/.stamp
 
-.PHONY: demo test ecosystem lint bench report package docs oldest newest gpu clean
+.PHONY: demo test slow ecosystem lint bench report package docs oldest newest triton-3.6 gpu clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)
@@ -23,6 +26,9 @@ demo: $(VENV)
 
 test: $(VENV)
 	@PYTHON=.venv/bin/python ci/test.sh
+
+slow: $(VENV)
+	@PYTHON=.venv/bin/python ci/slow.sh $(SLOW_ARGS)
 
 ecosystem:
 	@PYTHON=$(PYTHON) ci/ecosystem.sh $(ECOSYSTEM_ARGS)
@@ -42,7 +48,7 @@ package: $(VENV)
 docs: $(VENV)
 	@ci/docs.sh
 
-oldest newest:
+oldest newest triton-3.6:
 	@PYTHON=$(PYTHON) ci/versions.sh $@
 
 # Not in the .venv: with the torch and the Triton that the GPU machine has.
