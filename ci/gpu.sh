@@ -50,8 +50,8 @@ out=$1
 shift
 case "${*:-all}" in
 all) parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block reversible) ;;
-first) parts=(info:10 warm:50 smallest:20 tests:90 goals:100 kernels:30 flow:40 graphs:45) ;;
-second) parts=(smallest:20 tune:70 goals:95 tests:55 flow:40 graphs:45) ;;
+first) parts=(info:10 warm:50 smallest:20 tests:80 goals:95 kernels:25 memcheck:40 flow:35 graphs:30) ;;
+second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 graphs:35 racecheck:35) ;;
 *) parts=("$@") ;;
 esac
 for part in "${parts[@]}"; do
@@ -70,7 +70,7 @@ failed=0
 step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log, both go to the screen
     local name=$1 limit=$2 log=$3 start=$SECONDS rc
     shift 3
-    echo "== $name (at most $limit s)"
+    echo "== $name (at most $limit s; $start s of at most $total are gone)"
     # interrupted at its limit, so that pytest still says what failed until then
     timeout -s INT -k 10 "$limit" "$@" 2> >(tee -a "$out/stderr.log" >&2) | tee -a "$log"
     rc=${PIPESTATUS[0]}
@@ -125,10 +125,13 @@ run() { # run PART SECONDS
     esac
 }
 
-for item in "${parts[@]}"; do
-    name=${item%%:*} seconds=${item#*:}
-    [ "$seconds" != "$item" ] || seconds=${limits[$name]}
-    run "$name" "$seconds"
-done
+seconds_of() { # seconds_of PART[:SECONDS]
+    local seconds=${1#*:}
+    [ "$seconds" != "$1" ] && echo "$seconds" || echo "${limits[$1]}"
+}
+
+total=0
+for item in "${parts[@]}"; do total=$((total + $(seconds_of "$item"))); done
+for item in "${parts[@]}"; do run "${item%%:*}" "$(seconds_of "$item")"; done
 echo "== read $out/summary.txt"
 exit "$failed"

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -415,10 +416,41 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
 # --- a run on a GPU ------------------------------------------------------------------------------------------------------------------
 
 
-def gpu_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def gpu_run(*arguments: str, python: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "ci/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable}
+        ["bash", "ci/gpu.sh", *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHON": str(python)}
     )
+
+
+# Says that there is a GPU, collects tests instead of running them, and runs modules up to where they miss the GPU.
+REHEARSING = """#!/usr/bin/env bash
+case "$*" in
+*is_available*) ;;
+-c*) exit 1 ;;
+"-m pytest "*) exec {python} "$@" --collect-only ;;
+*) {python} "$@" 2>&1 | grep -E "torch finds no GPU|^torch " ;;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "runs_of_pytest"), [("first", 4), ("second", 4)])
+def test_a_gpu_run_rehearsed(mode: str, runs_of_pytest: int, tmp_path: Path) -> None:
+    """Every step up to where it needs a GPU: options are known, tests and workloads exist. And the clock."""
+    python = tmp_path / "python"
+    python.write_text(REHEARSING.format(python=sys.executable))
+    python.chmod(0o755)
+    done = gpu_run(str(tmp_path / "out"), mode, python=python)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = re.findall(r"^== .* \(at most (\d+) s; \d+ s of at most (\d+) are gone\)$", done.stdout, re.M)
+    skipped = [] if shutil.which("compute-sanitizer") else re.findall(r"^\w+check: SKIPPED", done.stdout, re.M)
+    (total,) = {int(total) for _, total in steps}
+    assert sum(int(limit) for limit, _ in steps) <= total <= sum(int(limit) for limit, _ in steps) + 40 * len(skipped)
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert summary.count("exit 0") == len(steps)
+    collected = re.findall(r"^(\d+)(?:/\d+)? tests collected", done.stdout, re.M)
+    assert len(collected) == runs_of_pytest
+    assert all(map(int, collected))
 
 
 def test_a_gpu_run_explains_itself() -> None:
