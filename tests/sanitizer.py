@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter
 
+from tests.support.fresh_memory import filled
 from tests.support.launches import Launch
 
 
@@ -91,12 +92,8 @@ def _range_of(name: str, t: torch.Tensor) -> _Range:
     return _Range(name, t.data_ptr(), t.data_ptr() + span * t.element_size())
 
 
-def _poisoned(real):
-    def empty(*args, **kwargs):
-        t = real(*args, **kwargs)
-        return t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min if t.dtype is not torch.bool else True)
-
-    return empty
+def _poison(t: torch.Tensor) -> None:
+    t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min if t.dtype is not torch.bool else True)
 
 
 @contextlib.contextmanager
@@ -118,8 +115,7 @@ def sanitize() -> Iterator[list[Launch]]:
         launches.append(checker.finish(self.fn.__name__))
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            stack.enter_context(mock.patch.object(owner, name, _poisoned(getattr(owner, name))))
+        stack.enter_context(filled(_poison))
         stack.enter_context(mock.patch.object(interpreter, "_interpreter", checker))
         stack.enter_context(mock.patch.object(interpreter.GridExecutor, "__call__", checked))
         yield launches

@@ -29,6 +29,7 @@ from fastflow_kernels.kernels import coupling, launch, reduce
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
 from tests.support.executor.values import POISON, Fault, Unsupported
+from tests.support.fresh_memory import filled
 from tests.support.launches import Launch
 
 _DTYPES = {"*fp64": torch.float64, "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*u1": torch.bool}
@@ -85,22 +86,13 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
 def watched() -> Iterator[list[Launch]]:
     """Fill fresh memory with poison, which a kernel must not read. Yields the launches inside, as they happen."""
     launches: list[Launch] = []
-    with contextlib.ExitStack() as stack:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            stack.enter_context(mock.patch.object(owner, name, _poisoned(getattr(owner, name))))
-        stack.enter_context(mock.patch.object(EXECUTOR, "launches", launches))
+    with filled(_poison), mock.patch.object(EXECUTOR, "launches", launches):
         yield launches
 
 
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(allocate)
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = allocate(*args, **kwargs)
-        if t.dtype in POISON and not t.is_meta:
-            t.view(_INTEGERS[t.element_size()]).fill_(POISON[t.dtype])
-        return t
-
-    return empty
+def _poison(t: torch.Tensor) -> None:
+    if t.dtype in POISON and not t.is_meta:
+        t.view(_INTEGERS[t.element_size()]).fill_(POISON[t.dtype])
 
 
 def _forget_kernels() -> None:
@@ -142,7 +134,7 @@ class _Launcher:
     """Where the launches of one binary end: checked against what it was compiled for, then executed."""
 
     def __init__(self, utils: _Utils, source: Any, metadata: Any) -> None:
-        self.utils, self.kernel, self.metadata = utils, source.fn, metadata
+        self.utils, self.kernel = utils, source.fn
         self.names = list(source.fn.arg_names)
         self.types = [source.signature[name] for name in self.names]
         self.constants = {self._position(key): value for key, value in source.constants.items()}
@@ -202,7 +194,7 @@ class _Launcher:
         cache, _, _, _, binder = self.kernel.device_caches[0]
         _, specialization, _ = binder(*args, debug=False)
         keys = [key for key, compiled in cache.items() if compiled._run is self]
-        if not any(str(key).startswith(str(specialization)) for key in keys):
+        if not any(key.startswith(str(specialization)) for key in keys):
             raise Fault(f"{self.kernel.__name__}: Triton would choose another binary, for {specialization}; this one is for {keys}")
 
 
