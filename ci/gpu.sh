@@ -50,7 +50,7 @@ out=$1
 shift
 case "${*:-all}" in
 all) parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block reversible) ;;
-first) parts=(info:10 warm:50 smallest:20 tests:80 goals:95 kernels:25 memcheck:40 flow:35 graphs:30) ;;
+first) parts=(info:10 warm:50 smallest:20 tests:90 goals:85 kernels:25 memcheck:40 flow:35 graphs:30) ;;
 second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 graphs:35 racecheck:35) ;;
 *) parts=("$@") ;;
 esac
