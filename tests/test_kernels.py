@@ -234,7 +234,7 @@ def _columns_kernel(b_ptr, p_ptr, exists_ptr, first, B, P, BLOCK_Q: tl.constexpr
 def test_columns_at_the_end_of_the_largest_sample(sample):
     pixels, block = launch.MAX_SAMPLE, 1024
     b, p, exists = (torch.zeros(block, dtype=torch.int64) for _ in range(3))
-    _columns_kernel[(1,)](b, p, exists, (sample + 1) * (2**31 // block) - 1, 2, pixels, block, num_warps=4, enable_fp_fusion=True)
+    _columns_kernel[(1,)](b, p, exists, (sample + 1) * (2**31 // block) - 1, 2, pixels, block, enable_fp_fusion=True)
     assert (b == sample).all()
     assert torch.equal(p[:-1], torch.arange(pixels - block + 1, pixels))
     assert exists.tolist() == [1] * (block - 1) + [0]  # the last column is one past the end
