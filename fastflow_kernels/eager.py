@@ -573,19 +573,17 @@ def coupling_inv_bwd(
 # --- the same maths as differentiable operations -----------------------------------------------------------------------------------
 
 
-def composite_fwd(
-    x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec, jac: bool
-) -> tuple[Tensor, Tensor | None]:
+def composite_fwd(x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """:func:`coupling_fwd` of the halves of x and without permutation, as ordinary operations: differentiable any number of times,
     traceable, transformable."""
     dtype = promoted(x1, a, g)
     acc = _accumulator(dtype)
-    u2, sum_s = composite_affine(_as(x2, acc), _as(a, acc), spec, False, jac)
+    u2, sum_s = composite_affine(_as(x2, acc), _as(a, acc), spec, False)
     u = torch.cat((_as(x1, acc), u2), 1)
     offset = _channelwise(offset, u.dim(), acc)
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
     v = (u if scale is None else u * scale) + offset  # not addcmul, whose backward takes a pass over u more
-    return _as(v, dtype), None if sum_s is None else _composite_logdet(sum_s, scale, u, 1.0)
+    return _as(v, dtype), _composite_logdet(sum_s, scale, u, 1.0)
 
 
 def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
@@ -598,28 +596,25 @@ def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpe
     return u / scale, scale
 
 
-def composite_inv_coupling(
-    u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec, jac: bool
-) -> tuple[Tensor, Tensor | None]:
+def composite_inv_coupling(u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
     """x = cat(u1, (u2 - 0.1 a_t) * exp(-s)) and the inverse's log-determinant as ordinary operations."""
     acc = _accumulator(promoted(u1, a))
-    x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, True, jac)
+    x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, True)
     x = torch.cat((_as(u1, acc), x2), 1)
-    return x, None if sum_s is None else _composite_logdet(sum_s, scale, x, -1.0)
+    return x, _composite_logdet(sum_s, scale, x, -1.0)
 
 
-def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, jac: bool = True) -> tuple[Tensor, Tensor | None]:
-    """The coupling of the active half and the sum of its log-factors per sample (negative in reverse), or None without ``jac``."""
+def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tuple[Tensor, Tensor]:
+    """The coupling of the active half and the sum of its log-factors per sample, negative in reverse."""
     c2 = x2.shape[1]
     dims = tuple(range(1, x2.dim()))
     a_s, a_t = _halves(a, c2, c2)
     s = torch.tanh(a_s * spec.tanh_scale) * (-spec.clamp if rev else spec.clamp)
-    sum_s = None
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
         s = s - mean
-        sum_s = 0.0 * mean.flatten() if jac else None  # exact, and part of the graph as the stock block's is
-    elif jac:
+        sum_s = 0.0 * mean.flatten()  # exact, and part of the graph as the stock block's is
+    else:
         sum_s = s.sum(dims)
     e = torch.exp(s)
     return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), sum_s

@@ -159,7 +159,6 @@ def all_in_one_block(
     conditions: Sequence[Tensor] = (),
     *,
     rev: bool = False,
-    jac: bool = True,
     reverse_permutation: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +173,6 @@ def all_in_one_block(
         spec: The coupling's constants.
         conditions: Tensors (B, C_k, *S).
         rev: Compute the inverse.
-        jac: Compute the log-determinant; zeros are returned in its place otherwise.
         reverse_permutation: Undo the permutation before the coupling (Putzky & Welling 2019).
         backend: "auto", "eager" or "triton".
 
@@ -200,13 +198,11 @@ def all_in_one_block(
         # in the layout of x, which is not `layout` where x is a contiguous copy for the kernels
         x = permutation.unpermute(x).contiguous(memory_format=memory_format(x))
     net = _SubnetInLayout(subnet, layout) if copied else subnet
-    out, logdet = direction(x, net, global_scale, global_offset, permutation, spec, conditions, jac, rows, backend)
+    out, logdet = direction(x, net, global_scale, global_offset, permutation, spec, conditions, rows, backend)
     if gathers and rev:
         out = permutation.permute(out)
     if layout is not torch.contiguous_format:
         out = out.contiguous(memory_format=layout)
-    if logdet is None:
-        logdet = torch.zeros(out.shape[0], dtype=torch.float64 if out.dtype is torch.float64 else torch.float32, device=out.device)
     return out, logdet
 
 
@@ -229,16 +225,15 @@ def _forward(
     permutation: Permutation,
     spec: CouplingSpec,
     conditions: Sequence[Tensor],
-    jac: bool,
     rows: bool,
     backend: str,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     indexed = isinstance(permutation, IndexPermutation)
     grad = torch.is_grad_enabled()
     operations = dispatch.pick(x, backend, rows, _dearer_by(permutation))
     if operations is None:
         x1, x2 = eager.halves(x)
-        v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec, jac)
+        v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec)
         return permutation.permute(v), logdet
     perm, inv = permutation if isinstance(permutation, IndexPermutation) else (None, None)
     halves: Sequence[Tensor | None] = (None, None)
@@ -262,7 +257,7 @@ def _forward(
         matrix, spec = permutation, spec._replace(folded=True)
     elif not indexed:
         rest = permutation
-    call = _Call(perm, inv, matrix, spec, jac, rows, operations)
+    call = _Call(perm, inv, matrix, spec, rows, operations)
     if grad:  # where nothing takes a gradient, autograd makes no node
         y, logdet = _apply_coupling(x, *halves, a, g.detach() if spec.gin else g, offset, inner, outer, call)  # GIN does not depend on g
     else:
@@ -278,10 +273,9 @@ def _inverse(
     permutation: Permutation,
     spec: CouplingSpec,
     conditions: Sequence[Tensor],
-    jac: bool,
     rows: bool,
     backend: str,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     indexed = isinstance(permutation, IndexPermutation)
     operations = dispatch.pick(y, backend, rows, _dearer_by(permutation))
     if operations is None or torch.is_grad_enabled():
@@ -292,7 +286,7 @@ def _inverse(
         u1, u2 = eager.halves(u)
         dtype = eager.promoted(v, g)  # of the result, where no subnet widens it
         a = _coefficients(subnet, u1 if u1.dtype is dtype else u1.to(dtype), conditions, y)
-        x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec, jac)
+        x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec)
         return x.to(eager.promoted(v, g, a)), logdet
     perm, inv = permutation if indexed else (None, None)
     as_taken: Callable[[Tensor], Tensor] = as_rows if rows else _itself
@@ -308,10 +302,10 @@ def _inverse(
     a = _coefficients(subnet, _passive_half(x, inv if spec.reverse else None), conditions, y)
     if eager.promoted(x, a) is not x.dtype:  # the subnet widens: rare enough to start over with plain operations
         u, scale = eager.composite_inv_affine(permutation.unpermute(y), g, offset, spec)
-        x, logdet = eager.composite_inv_coupling(*eager.halves(u), a, scale, spec, jac)
+        x, logdet = eager.composite_inv_coupling(*eager.halves(u), a, scale, spec)
         return (permutation.permute(x) if spec.reverse else x), logdet
     a = as_taken(a) if rows else dispatch.packed(operations, a)
-    logdet = operations.coupling_inv_active(as_taken(v), as_taken(x), a, g, offset, perm, inv, spec, jac)
+    logdet = operations.coupling_inv_active(as_taken(v), as_taken(x), a, g, offset, perm, inv, spec, True)
     return x, _per_sample(logdet, y) if rows else logdet
 
 
@@ -347,9 +341,9 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _per_sample(logdet: Tensor | None, x: Tensor) -> Tensor | None:
+def _per_sample(logdet: Tensor, x: Tensor) -> Tensor:
     """Of every row (B * P,) -> of every sample (B,)."""
-    return None if logdet is None else logdet.view(x.shape[0], -1).sum(1)
+    return logdet.view(x.shape[0], -1).sum(1)
 
 
 # --- gradients ---------------------------------------------------------------------------------------------------------------------
@@ -399,17 +393,16 @@ class _Call(NamedTuple):
     inv: Tensor | None
     matrix: MatrixPermutation | None  # the product that scale and offset are folded into
     spec: CouplingSpec
-    jac: bool
     rows: bool  # channels last
     operations: ModuleType
 
 
 def _coupling(
     x: Tensor, a: Tensor, g: Tensor, offset: Tensor, inner: Tensor | None, outer: Tensor | None, call: _Call
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The coupling and what it takes of the permutation."""
     v, logdet = call.operations.coupling_fwd(
-        *((as_rows(x), as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, call.jac
+        *((as_rows(x), as_rows(a)) if call.rows else (x, a)), g, offset, call.perm, call.inv, call.spec, True
     )
     if inner is not None and outer is not None:
         v = reflect(v, inner, outer)
@@ -438,7 +431,7 @@ class _Coupling(Function):
         inner: Tensor | None,
         outer: Tensor | None,
         call: _Call,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         w = None if call.matrix is None else call.matrix.w  # saved for autograd to notice if it is changed meanwhile
         ctx.save_for_backward(x, x1, x2, a, g, offset, inner, outer, call.perm, call.inv, w)
@@ -453,7 +446,7 @@ class _Coupling(Function):
         if torch.is_grad_enabled() or dispatch.needs_composite(dy, dlogdet):
             return *_composite_backward(ctx, dy, dlogdet), None
         dinner = douter = None
-        _, _, matrix, spec, _, rows, operations = ctx.call
+        _, _, matrix, spec, rows, operations = ctx.call
         need_params = ctx.needs_input_grad[4] or ctx.needs_input_grad[5]
         du = dy if matrix is None else matrix.permute_affine_bwd(dy, eager.scale_or_none(g, spec), eager.promoted(x, a, g))
         given = x
@@ -492,7 +485,7 @@ def _composite_backward(ctx: Any, dy: Tensor, dlogdet: Tensor | None) -> list[Te
         x, x1, x2, a, g, offset, inner, outer = leaves
         if x1 is None:
             x1, x2 = eager.halves(gather_channels(x, inv, perm) if ctx.call.spec.reverse else x)
-        y, logdet = eager.composite_fwd(x1, x2, a, g, offset, ctx.call.spec, dlogdet is not None)
+        y, logdet = eager.composite_fwd(x1, x2, a, g, offset, ctx.call.spec)
         if perm is not None:
             y = gather_channels(y, perm, inv)
         elif inner is not None:

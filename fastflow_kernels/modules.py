@@ -120,8 +120,8 @@ class AllInOneBlock(InvertibleModule):
         backend: ``"auto"``, ``"eager"`` or ``"triton"``; "auto" follows FASTFLOW_KERNELS_BACKEND where that is set.
 
     Shape:
-        ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample (float32, or float64 for float64 data;
-        zeros without ``jac``). y has the promoted dtype of x, the coefficients and the parameters.
+        ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample (float32, or float64 for float64 data).
+        y has the promoted dtype of x, the coefficients and the parameters.
 
     Raises:
         ValueError, TypeError: An option or shape that makes no sense; nothing is drawn or built then.
@@ -219,7 +219,7 @@ class AllInOneBlock(InvertibleModule):
             x: ``[x]`` with x (B, C, *S), floating point.
             c: Conditions, one (B, C_k, *S) each.
             rev: Compute the inverse.
-            jac: Compute the log-determinant; zeros are returned in its place otherwise.
+            jac: Whether the log-determinant is wanted. It is returned anyway, as the stock blocks do.
             run: What evaluates the checked call, with ``functional.all_in_one_block``'s arguments; a reversible chain hands in its own.
 
         Returns:
@@ -235,7 +235,7 @@ class AllInOneBlock(InvertibleModule):
         if x.device != global_scale.device:
             raise ValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
         if self._overridden():
-            y, logdet = self._composed(x, c, rev, jac)
+            y, logdet = self._composed(x, c, rev)
         else:
             y, logdet = run(
                 x,
@@ -246,7 +246,6 @@ class AllInOneBlock(InvertibleModule):
                 self._spec(),
                 c,
                 rev=rev,
-                jac=jac,
                 reverse_permutation=self.reverse_pre_permute,
                 backend=self.backend,
             )
@@ -308,7 +307,6 @@ class AllInOneBlock(InvertibleModule):
         """
         wide_x, wide_a = eager.accumulated(x, a)
         y, logdet = eager.composite_affine(wide_x, wide_a, self._spec(), rev)
-        assert logdet is not None  # which it is without jac only
         return y.to(eager.promoted(x, a)), logdet
 
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
@@ -363,7 +361,7 @@ class AllInOneBlock(InvertibleModule):
             return MatrixPermutation(w, w.T)
         return self._permutation()
 
-    def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool, jac: bool) -> tuple[Tensor, Tensor]:
+    def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         """The block in the stock block's steps, through the methods that a subclass has overridden."""
         if dispatch.resolved(self.backend) == "triton":
             raise RuntimeError(f"backend 'triton' cannot be used here: {type(self).__name__} overrides a step of the block")
@@ -380,7 +378,7 @@ class AllInOneBlock(InvertibleModule):
         elif self.reverse_pre_permute:
             x = self._pre_permute(x, rev=True)
         pixels = math.prod(x.shape[2:])
-        return x, logdet + (-pixels if rev else pixels) * log_scale if jac else torch.zeros_like(logdet)
+        return x, logdet + (-pixels if rev else pixels) * log_scale
 
     # --- checkpoints: either layout of the permutation loads ---
 

@@ -362,7 +362,6 @@ class _Accelerated(_Stock):
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c, x),
             rev=rev,
-            jac=jac,
             reverse_permutation=self.reverse_pre_permute,
             backend=held.backend,
         )

@@ -183,7 +183,6 @@ class _Link:
         conditions: Sequence[Tensor] = (),
         *,
         rev: bool,
-        jac: bool,
         reverse_permutation: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
@@ -194,7 +193,7 @@ class _Link:
                     f"expected the parameters of the subnet of block {self.place} in a reversible chain to be plain tensors, got "
                     f"{type(p).__name__}; initialise lazy modules first, and shard whole blocks or the chain, not the subnet"
                 )
-        call = _Call(self, recorded, permutation, spec, len(conditions), jac, reverse_permutation, backend)
+        call = _Call(self, recorded, permutation, spec, len(conditions), reverse_permutation, backend)
         vectors = permutation.vectors if isinstance(permutation, HouseholderPermutation) else None
         y, logdet = _Block.apply(call, x, global_scale, global_offset, vectors, *conditions, *recorded.parameters)
         self.seen = _identity(x), _identity(y)
@@ -239,7 +238,6 @@ class _Call(NamedTuple):
     permutation: Permutation
     spec: CouplingSpec
     conditions: int
-    jac: bool
     reverse_permutation: bool
     backend: str
 
@@ -257,12 +255,10 @@ class _Block(Function):
         with _without_autocast(x.device):
             y, logdet = all_in_one_block(
                 x, call.subnet, g, offset, call.permutation, call.spec, rest[: call.conditions],
-                jac=call.jac, reverse_permutation=call.reverse_permutation, backend=call.backend,
+                reverse_permutation=call.reverse_permutation, backend=call.backend,
             )  # fmt: skip
         if y.dtype is not x.dtype:
             raise TypeError(f"expected block {link.place} of the reversible chain to return {x.dtype}, its input's dtype; got {y.dtype}")
-        if not call.jac:
-            ctx.mark_non_differentiable(logdet)
         kept_x = x if link.first or link.chain.debug else None
         kept_y = y if link.last and not link.first else None
         # the parameters, constant buffers and indices too, for autograd to notice if one is changed before the backward pass
@@ -364,7 +360,7 @@ class Reversible:
             x_or_z: (B, C, *S), or a list or tuple with that one tensor.
             c: The conditions, in which the blocks' ``cond`` count.
             rev: Compute the inverse. Its gradients, if asked for, are those of an ordinary chain.
-            jac: Compute the log-determinant.
+            jac: Whether the log-determinant is wanted; the blocks return it anyway, other modules of the chain are told.
 
         Returns:
             The result, in a tuple if ``force_tuple_output``, and the log-determinant (B,) in nats per sample.

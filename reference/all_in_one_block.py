@@ -214,7 +214,7 @@ class AllInOneBlock(InvertibleModule):
             x: One tensor (B, C, *S), B may be 0. S must be the declared one in dialect "freia" and is free in "anomalib".
             c: The conditions, (B, C_i, *S) each.
             rev: Apply the inverse.
-            jac: False returns zeros in place of the log-determinant.
+            jac: Whether the log-determinant is wanted. It is returned anyway, as the peers do: their users add it to what they have.
 
         Returns:
             ``((y,), log_det)``: y like x; log_det (B,), in nats per sample, of the direction that was evaluated.
@@ -241,8 +241,6 @@ class AllInOneBlock(InvertibleModule):
         elif self.reverse_pre_permute:
             v = self._pre_permute(v, rev=True)
 
-        if not jac:
-            return (v,), v.new_zeros(v.shape[0])
         pixels = math.prod(v.shape[2:])  # not numel() of a sample: there may be none
         return (v,), log_det + (-pixels if rev else pixels) * log_scale
 
