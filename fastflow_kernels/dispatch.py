@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastflow_kernels import eager
+from fastflow_kernels import eager, modes
 from fastflow_kernels.layouts import as_rows
 
 BACKENDS = ("auto", "eager", "triton")
@@ -124,14 +124,14 @@ def packed(operations: ModuleType, a: Tensor) -> Tensor:
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, tensor subclasses.
+    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, fake and other tensors.
 
     Args:
         tensors: What they would be given from outside; None counts for nothing.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
         return True
-    if torch.autograd.forward_ad._current_level >= 0:
+    if torch.autograd.forward_ad._current_level >= 0 or modes.is_symbolic():
         return True
     for t in tensors:
         if t is not None and (
