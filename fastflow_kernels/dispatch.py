@@ -129,9 +129,7 @@ def needs_composite(*tensors: Tensor | None) -> bool:
     Args:
         tensors: What they would be given from outside; None counts for nothing.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active():
-        return True
-    if torch.autograd.forward_ad._current_level >= 0 or modes.is_symbolic():
+    if is_traced() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     for t in tensors:
         if t is not None and (
@@ -140,6 +138,11 @@ def needs_composite(*tensors: Tensor | None) -> bool:
         ):
             return True
     return False
+
+
+def is_traced() -> bool:
+    """Whether operations are being recorded and tensors cannot be asked for their values."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or modes.is_symbolic()
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflow_kernels import dispatch, eager
+from fastflow_kernels.errors import InputTypeError, InputValueError
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
 from fastflow_kernels.permutations import (
     HouseholderPermutation,
@@ -38,23 +39,25 @@ def single_input(x: Sequence[Tensor], channels: int, rank: int, shape: tuple[int
         shape: (C, *S) if it is fixed, else None.
 
     Raises:
-        TypeError: Not a list or tuple of tensors, or not of a floating dtype.
-        ValueError: Not exactly one tensor, or one of another shape.
+        InputTypeError: Not a list or tuple of tensors, or of a dtype that is neither floating, integer nor boolean.
+        InputValueError: Not exactly one tensor, or one of another shape.
     """
     if not isinstance(x, (list, tuple)):
         if isinstance(x, Tensor):
-            raise TypeError(f"expected a list with one tensor, got a tensor of shape {tuple(x.shape)}: call block([x])")
-        raise TypeError(f"expected a list with one tensor, got {type(x).__name__}")
+            raise InputTypeError(f"expected a list with one tensor, got a tensor of shape {tuple(x.shape)}: call block([x])")
+        raise InputTypeError(f"expected a list with one tensor, got {type(x).__name__}")
     if len(x) != 1:
-        raise ValueError(f"expected exactly one input tensor, got {len(x)}")
+        raise InputValueError(f"expected exactly one input tensor, got {len(x)}")
     x = x[0]
-    _check_floating(x, "the input")
+    _check_dense(x, "the input")
+    if x.dtype not in _DTYPES and x.dtype not in _INTEGERS:
+        raise InputTypeError(f"expected the input in a floating-point dtype, got {x.dtype}; {', '.join(map(str, _DTYPES))} are supported")
     size = x.shape
     if len(size) != rank + 2 or size[1] != channels:
         spatial = "".join(f", S{i + 1}" for i in range(rank))
-        raise ValueError(f"expected an input of shape (B, {channels}{spatial}), got {tuple(size)}")
+        raise InputValueError(f"expected an input of shape (B, {channels}{spatial}), got {tuple(size)}")
     if shape is not None and size[1:] != shape:
-        raise ValueError(f"expected an input of shape (B, {', '.join(map(str, shape))}), got {tuple(size)}")
+        raise InputValueError(f"expected an input of shape (B, {', '.join(map(str, shape))}), got {tuple(size)}")
     return x
 
 
@@ -62,39 +65,44 @@ def check_conditions(c: Sequence[Tensor] | None, dims_c: Sequence[Sequence[int]]
     """Check a block's conditions before any work and return them.
 
     Args:
-        c: A list of tensors (B, C_k, *S), or None for none.
+        c: A list of tensors (B, C_k, *S), or None for none; of any dtype, for they are joined to x, and promoted (labels, masks).
         dims_c: The declared shapes, of which the first number counts: C_k.
         x: The block's input, (B, C, *S).
 
     Raises:
-        TypeError: Not a list or tuple of floating-point tensors.
-        ValueError: Another number of conditions than declared, or one of another shape.
+        InputTypeError: Not a list or tuple of tensors.
+        InputValueError: Another number of conditions than declared, or one of another shape.
     """
     c = () if c is None else c
     if isinstance(c, Tensor) or not isinstance(c, (list, tuple)):
-        raise TypeError(f"expected the conditions as a list of tensors, got {type(c).__name__}")
+        raise InputTypeError(f"expected the conditions as a list of tensors, got {type(c).__name__}")
     if len(c) != len(dims_c):
-        raise ValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
+        raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
     for k, (condition, dims) in enumerate(zip(c, dims_c, strict=True)):
-        _check_floating(condition, f"condition {k}")
+        _check_dense(condition, f"condition {k}")
         expected = (x.shape[0], dims[0], *x.shape[2:])
         if tuple(condition.shape) != expected:
-            raise ValueError(f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}")
+            raise InputValueError(f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}")
         if condition.device != x.device:
-            raise ValueError(f"expected condition {k} on {x.device}, where the input is; got {condition.device}")
+            raise InputValueError(f"expected condition {k} on {x.device}, where the input is; got {condition.device}")
     return c
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)  # which promote as soon as they are computed with
 
 
 def _check_floating(t: Any, what: str) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"expected {what} to be a tensor, got {type(t).__name__}")
+    _check_dense(t, what)
     if t.dtype not in _DTYPES:
-        raise TypeError(f"expected {what} in a floating-point dtype, got {t.dtype}; {', '.join(map(str, _DTYPES))} are supported")
+        raise InputTypeError(f"expected {what} in a floating-point dtype, got {t.dtype}; {', '.join(map(str, _DTYPES))} are supported")
+
+
+def _check_dense(t: Any, what: str) -> None:
+    if not isinstance(t, Tensor):
+        raise InputTypeError(f"expected {what} to be a tensor, got {type(t).__name__}")
     if t.layout is not torch.strided:
-        raise TypeError(f"expected {what} as a dense tensor, got layout {t.layout}")
+        raise InputTypeError(f"expected {what} as a dense tensor, got layout {t.layout}")
 
 
 class _SubnetInLayout(NamedTuple):
@@ -121,9 +129,9 @@ def _coefficients(subnet: _Subnet, x1: Tensor, conditions: Sequence[Tensor], x: 
     if a.shape != x.shape or x.shape[1] % 2:  # an odd channel stays alone
         expected = (x.shape[0], x.shape[1] // 2 * 2, *x.shape[2:])
         if tuple(a.shape) != expected:
-            raise ValueError(f"expected the subnet to return shape {expected}, got {tuple(a.shape)}")
+            raise InputValueError(f"expected the subnet to return shape {expected}, got {tuple(a.shape)}")
     if a.device != x.device:
-        raise ValueError(f"expected the subnet's output on {x.device}, where the input is; got {a.device}")
+        raise InputValueError(f"expected the subnet's output on {x.device}, where the input is; got {a.device}")
     if version is not None and x1._version != version:
         raise RuntimeError("the subnet changed its input in place; use out-of-place operations at its start (such as ReLU(inplace=False))")
     return a
@@ -182,7 +190,7 @@ def all_in_one_block(
 
     Raises:
         RuntimeError: ``backend="triton"`` cannot be honoured, or the subnet writes to its input.
-        TypeError, ValueError: The subnet returns another shape, or no floating-point tensor.
+        InputTypeError, InputValueError: The subnet returns another shape, or no floating-point tensor.
     """
     backend = dispatch.resolved(backend)
     direction = _inverse if rev else _forward

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager
+from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import (
     IndexCache,
-    MatrixPermutation,
     Permutation,
+    hard_index,
+    multiply_channels,
     one_hot,
     random_rotation,
 )
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
 STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")  # the block's methods that a subclass may override
-_OVERRIDABLE = (*STEPS, "global_scale_activation")
+_OVERRIDABLE = (*STEPS, "permute_function", "global_scale_activation")
 
 
 class InvertibleModule(nn.Module):
@@ -137,6 +139,10 @@ class AllInOneBlock(InvertibleModule):
         (torch.Size([2, 4, 8, 8]), torch.Size([2]))
     """
 
+    clamp: float | Tensor
+    w_perm: Any  # a parameter; None with reflections
+    w_perm_inv: Any
+
     def __init__(
         self,
         dims_in: Sequence[Sequence[int]],
@@ -175,6 +181,9 @@ class AllInOneBlock(InvertibleModule):
         self.global_affine_type = global_affine_type
         self.dialect = dialect
         self.backend = backend
+        self.last_jac = None  # which the stock blocks have, too
+        if global_affine_type == "SOFTPLUS":
+            self.softplus = nn.Softplus(beta=0.5)
 
         ones = (1,) * self.input_rank
         self.global_scale = nn.Parameter(torch.ones(1, channels, *ones) * initial)
@@ -190,9 +199,11 @@ class AllInOneBlock(InvertibleModule):
             if self.householder:
                 self.vk_householder = nn.Parameter(0.2 * torch.randn(self.householder, channels))
                 self.w_0 = nn.Parameter(w, requires_grad=False)
+                self.w_perm = self.w_perm_inv = None
             else:
                 self.w_perm = nn.Parameter(w.view(channels, channels, *ones), requires_grad=False)
-                self.w_perm_inv = nn.Parameter(w.T.contiguous().view(channels, channels, *ones), requires_grad=False)
+                inverse = w.T.clone(memory_format=torch.contiguous_format)  # of one channel, too, contiguous() would be the same memory
+                self.w_perm_inv = nn.Parameter(inverse.view(channels, channels, *ones), requires_grad=False)
             self._index.permutation(self)  # now, for the first forward may be a compiled one, which cannot look
         drawn = torch.get_rng_state() if permute_soft else None
         self.subnet = subnet_constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
@@ -216,8 +227,8 @@ class AllInOneBlock(InvertibleModule):
         """Evaluate the block or its inverse.
 
         Args:
-            x: ``[x]`` with x (B, C, *S), floating point.
-            c: Conditions, one (B, C_k, *S) each.
+            x: ``[x]`` with x (B, C, *S), floating point; integers promote, as in the stock blocks.
+            c: Conditions, one (B, C_k, *S) each, of any dtype.
             rev: Compute the inverse.
             jac: Whether the log-determinant is wanted. It is returned anyway, as the stock blocks do.
             run: What evaluates the checked call, with ``functional.all_in_one_block``'s arguments; a reversible chain hands in its own.
@@ -226,15 +237,16 @@ class AllInOneBlock(InvertibleModule):
             ``((y,), logdet)``, see the class.
 
         Raises:
-            TypeError, ValueError, RuntimeError: Before any work, saying what was expected and what came.
+            TypeError, ValueError, RuntimeError: Before any work, saying what was expected and what came. Those for bad input are
+                RuntimeErrors too, as the stock blocks' are.
         """
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
         c = check_conditions(c, self.dims_c, x)
         global_scale = self.global_scale
         if x.device != global_scale.device:
-            raise ValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
-        if self._overridden():
+            raise InputValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
+        if self._overridden() or not x.is_floating_point():
             y, logdet = self._composed(x, c, rev)
         else:
             y, logdet = run(
@@ -264,7 +276,13 @@ class AllInOneBlock(InvertibleModule):
 
     def global_scale_activation(self, g: Tensor) -> Tensor:
         """The activation of the global scale, elementwise: 10*sigmoid(g - 2), 0.1*softplus(g, beta=0.5) or exp(g)."""
+        if self.global_affine_type == "SOFTPLUS":
+            return 0.1 * self.softplus(g)
         return eager.scale_of(g, self.global_affine_type)
+
+    def permute_function(self, x: Tensor, w: Tensor) -> Tensor:
+        """An index (C,) or a matrix (C, C, 1, ...) applied to the channels of x (B, C, *S)."""
+        return x.index_select(1, w) if w.dim() == 1 else multiply_channels(x, w.flatten(1))
 
     def _spec(self) -> CouplingSpec:
         return CouplingSpec.of(self.clamp, self.dialect, self.global_affine_type, self.GIN)
@@ -273,24 +291,11 @@ class AllInOneBlock(InvertibleModule):
         """Whether ``w_perm`` is an int64 index; else it is a float matrix, as in the stock block of that dialect."""
         return self.dialect == "freia" and not self.permute_soft and not self.householder
 
-    def _apply(self, *args: Any, **kwargs: Any) -> AllInOneBlock:
-        """Called by to(), cuda(), double(), ...: the index moves along, for the next forward may be a compiled one, which cannot look."""
-        super()._apply(*args, **kwargs)
-        self._index.permutation(self)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._index.permutation(self)  # of a copy, or out of a pickle: as above
-
     def _permutation(self) -> Permutation:
         return self._index.permutation(self)
 
     def _checked_subnet(self, x: Tensor) -> Tensor:
-        a = self.subnet(x.clone() if self._subnet_starts_in_place else x)
-        if isinstance(a, Tensor) and a.dtype != x.dtype and not dispatch.is_autocast(x.device):
-            raise TypeError(f"expected the subnet to return {x.dtype}, its input's dtype; got {a.dtype}")
-        return a
+        return self.subnet(x.clone() if self._subnet_starts_in_place else x)
 
     # --- the documented methods that subclasses override ---
 
@@ -324,10 +329,9 @@ class AllInOneBlock(InvertibleModule):
         if not self.GIN:
             scale = self.global_scale_activation(self.global_scale)
             log_scale = scale.log().sum()
-        permutation = self._overridable_permutation()
         if rev:
-            return (permutation.unpermute(x) - self.global_offset) / scale, log_scale
-        return permutation.permute(x * scale + self.global_offset), log_scale
+            return (self._permuted(x, rev=True) - self.global_offset) / scale, log_scale
+        return self._permuted(x * scale + self.global_offset, rev=False), log_scale
 
     def _pre_permute(self, x: Tensor, rev: bool = False) -> Tensor:
         """The permutation undone before the coupling, or redone after its inverse; only used with ``reverse_permutation``.
@@ -336,8 +340,7 @@ class AllInOneBlock(InvertibleModule):
             x: (B, C, *S).
             rev: Redo it.
         """
-        permutation = self._overridable_permutation()
-        return permutation.permute(x) if rev else permutation.unpermute(x)
+        return self._permuted(x, rev=not rev)
 
     def _construct_householder_permutation(self) -> Tensor:
         """The matrix w_0 H_1 ... H_K, (C, C, 1, ...) with as many ones as spatial dimensions."""
@@ -346,25 +349,52 @@ class AllInOneBlock(InvertibleModule):
 
     def _takes_run(self) -> bool:
         """Whether ``forward`` is this class's own and hands everything to ``run``."""
-        return type(self).forward is AllInOneBlock.forward and "forward" not in self.__dict__ and not self._overridden()
+        return type(self).forward is _FORWARD and "forward" not in self.__dict__ and not self._overridden()
 
     def _overridden(self) -> bool:
+        """Whether the block computes something that the fused form does not: a step was exchanged, or the clamp learns."""
         cls = type(self)
-        if cls is not AllInOneBlock and any(getattr(cls, name) is not getattr(AllInOneBlock, name) for name in _OVERRIDABLE):
-            return True
-        return has_any(self.__dict__, _OVERRIDABLE)
+        for name, own in _OWN.items():
+            if getattr(cls, name) is not own:
+                return True
+        return has_any(self.__dict__, _OVERRIDABLE) or isinstance(self.clamp, Tensor) or not self._has_own_softplus()
 
-    def _overridable_permutation(self) -> Permutation:
-        construct = getattr(self._construct_householder_permutation, "__func__", None)
-        if self.householder and construct is not AllInOneBlock._construct_householder_permutation:
-            w = self._construct_householder_permutation().view(self.in_channels, -1)
-            return MatrixPermutation(w, w.T)
-        return self._permutation()
+    def _has_own_softplus(self) -> bool:
+        if self.global_affine_type != "SOFTPLUS":
+            return True
+        softplus = self._modules.get("softplus")
+        return type(softplus) is nn.Softplus and softplus.beta == 0.5 and softplus.threshold == 20.0
+
+    def _exchanged(self, name: str) -> bool:
+        return name in self.__dict__ or getattr(type(self), name) is not _OWN[name]
+
+    def _permuted(self, x: Tensor, rev: bool) -> Tensor:
+        """x permuted, or permuted back, by the methods that were exchanged if any were."""
+        if not self._exchanged("permute_function") and not (self.householder and self._exchanged("_construct_householder_permutation")):
+            permutation = self._permutation()
+            return permutation.unpermute(x) if rev else permutation.permute(x)
+        if self.householder:
+            w = self._construct_householder_permutation()
+            return self.permute_function(x, w.transpose(0, 1).contiguous() if rev else w)
+        return self.permute_function(x, self.w_perm_inv if rev else self.w_perm)
 
     def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """The block in the stock block's steps, through the methods that a subclass has overridden."""
+        """The block in the stock block's steps, through the methods that are overridden."""
         if dispatch.resolved(self.backend) == "triton":
-            raise RuntimeError(f"backend 'triton' cannot be used here: {type(self).__name__} overrides a step of the block")
+            raise RuntimeError(
+                "backend 'triton' cannot be used here: a step of the block is overridden, its clamp is a tensor, or the input is integer"
+            )
+        if not self.householder:
+            return self._in_steps(x, c, rev)
+        # as the stock block does, but not for longer than the call: it holds a graph
+        self.w_perm = self._construct_householder_permutation()
+        self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
+        try:
+            return self._in_steps(x, c, rev)
+        finally:
+            self.w_perm = self.w_perm_inv = None
+
+    def _in_steps(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         log_scale: Tensor | float = 0.0
         if rev:
             x, log_scale = self._permute(x, rev=True)
@@ -390,10 +420,10 @@ class AllInOneBlock(InvertibleModule):
         found = {name: state_dict[prefix + name] for name in names if isinstance(state_dict.get(prefix + name), Tensor)}
         try:
             read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
-            if len(read) == 2:
-                self._check_inverse(prefix, *read.values())
         except ValueError as error:  # the type that load_state_dict raises; at once, so that the subnet stays as it is, too
             raise RuntimeError(f"Error in loading state_dict for {type(self).__name__}: {error}") from None
+        if len(read) == 2 and not self._are_inverse(*read.values()):
+            warnings.warn(f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm: the block's inverse will not undo it", stacklevel=2)
         if self.dialect == "anomalib" and self.clamp != 1 and any(w.dim() == 1 for w in found.values()):
             warnings.warn(
                 f"{prefix}w_perm is stored as an index, as in FrEIA's main branch, which computes tanh(0.1 a / clamp); this block is of "
@@ -420,28 +450,32 @@ class AllInOneBlock(InvertibleModule):
         if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
             raise ValueError(f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); {unloaded}")
         matrix = w.reshape(channels, channels)
-        if self.permute_soft:
+        index = hard_index(matrix)
+        if index is None and self._holds_index():
+            raise ValueError(f"{key} is not a permutation matrix; {unloaded}. For a rotation build the block with permute_soft=True.")
+        if index is None:  # the stock blocks load any matrix, and so it is multiplied by
             error = (matrix.float() @ matrix.float().T - torch.eye(channels, device=w.device)).abs().max()
             if not error < 0.02:  # a rotation rounded to bfloat16 is orthogonal to about 2^-8
-                raise ValueError(f"{key} is no rotation: w w^T differs from the identity by {error:.2g}; {unloaded}")
-            return w.reshape(shape)
-        index = matrix.argmax(1)
-        if not torch.equal(matrix, one_hot(index, matrix.dtype)) or index.unique().numel() != channels:
-            raise ValueError(f"{key} is not a permutation matrix; {unloaded}. For a rotation build the block with permute_soft=True.")
-        return index if self._holds_index() else w.reshape(shape)
+                warnings.warn(
+                    f"{key} is no rotation: w w^T differs from the identity by {error:.2g}. The block computes with it as the stock block "
+                    "does, which leaves it out of the log-determinant.",
+                    stacklevel=2,
+                )
+        return index if index is not None and self._holds_index() else w.reshape(shape)
 
-    def _check_inverse(self, prefix: str, w: Tensor, w_inv: Tensor) -> None:
+    def _are_inverse(self, w: Tensor, w_inv: Tensor) -> bool:
         if self._holds_index():
-            agree = torch.equal(torch.argsort(w), w_inv)
-        else:
-            agree = torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)
-        if not agree:
-            raise ValueError(f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm; nothing was loaded into this block")
+            return torch.equal(torch.argsort(w), w_inv)
+        return torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)
 
     def extra_repr(self) -> str:
         kind = "soft" if self.permute_soft else "hard"
         more = f", householder={self.householder}" if self.householder else ""
         return f"{self.in_channels} channels, rank {self.input_rank}, {kind}{more}, dialect={self.dialect!r}, backend={self.backend!r}"
+
+
+_OWN = {name: getattr(AllInOneBlock, name) for name in _OVERRIDABLE}  # as written here, whatever the class is given later
+_FORWARD = AllInOneBlock.forward
 
 
 def has_any(own: Mapping[str, Any], names: Iterable[str]) -> bool:

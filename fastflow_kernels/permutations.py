@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastflow_kernels import dispatch
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
@@ -80,7 +81,7 @@ class MatrixPermutation(NamedTuple):
         Two passes over x less. On one thread of an AMD EPYC the product hides them (a train step of (2048, 512) takes 1.01 times as long
         without), and one of (64, 512), with more matrix than input, takes 1.12 times as long folded.
         """
-        return not self.w.requires_grad and x.numel() >= 2 * self.w.numel()
+        return not self.w.requires_grad and self.w.is_floating_point() and x.numel() >= 2 * self.w.numel()
 
     def permute_affine(self, u: Tensor, scale: Tensor | None, offset: Tensor) -> Tensor:
         """w (u * scale + offset) as one product with a bias, without gradients; scale is None for 1."""
@@ -121,11 +122,15 @@ class HouseholderPermutation(NamedTuple):
     vectors: Tensor
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """T V and V, both (K, C), for vectors scaled to unit length; small, so computed in float64: every pixel feels their error."""
-        v = self.vectors.double()
+        """T V and V, both (K, C), for vectors scaled to unit length."""
+        v = self.vectors.to(torch.promote_types(self.vectors.dtype, torch.float32))  # not float64, which some devices do not have
         v = v / v.norm(dim=1, keepdim=True)
-        triangle = torch.triu(v @ v.T, 1) + 0.5 * torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
-        solved = torch.linalg.solve_triangular(triangle, v, upper=True)
+        angles = v @ v.T
+        if dispatch.is_traced():
+            solved = _solved_by_rows(angles, v)
+        else:
+            triangle = torch.triu(angles, 1) + 0.5 * torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
+            solved = torch.linalg.solve_triangular(triangle, v, upper=True)
         return solved.to(self.vectors.dtype), v.to(self.vectors.dtype)
 
     def permute(self, v: Tensor) -> Tensor:
@@ -152,63 +157,108 @@ class HouseholderPermutation(NamedTuple):
         return 2 * count >= channels
 
 
+def _solved_by_rows(angles: Tensor, v: Tensor) -> Tensor:
+    """T V by substitution, last row first: ONNX has no triangular solve."""
+    rows: list[Tensor] = []
+    for k in reversed(range(v.shape[0])):
+        row = 2.0 * v[k : k + 1]
+        if rows:
+            below = torch.cat(rows)
+            row = row - 2.0 * angles[k : k + 1, k + 1 :] @ below
+        rows.insert(0, row)
+    return torch.cat(rows)
+
+
 Permutation = IndexPermutation | MatrixPermutation | HouseholderPermutation
 
 
 class IndexCache:
-    """The index of a block's one-hot matrices, read once and kept while the matrices stay.
+    """The index of a block's hard permutation, read once and kept while what it was read of stays.
 
     A stock block, and ours in dialect "anomalib", holds a hard permutation as float matrices, so that everything that averages, flattens or
-    copies parameters treats it as it treats the stock block's. The fused path wants the index.
+    copies parameters treats it as it treats the stock block's. The fused path wants the index. It is kept only where it is certain to be
+    current: each call looks whether the matrices are the same objects with the same version, and on a CPU at their values too, which can be
+    written to without a new version (through ``.data``). Elsewhere that would cost a synchronisation. A graph that is being recorded takes
+    the index from the weights that it will be run with.
+
+    Attributes:
+        hard: Whether the matrices held a permutation when they were last read: the form, not the values, of what a graph computes.
     """
 
     def __init__(self) -> None:
+        self.hard = False
         self._cached: _Cached | None = None  # replaced as a whole, so that threads and replicas that share this object stay consistent
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_cached": None}  # copies read their own matrices
+        return {"hard": self.hard, "_cached": None}  # copies read their own matrices
 
     def permutation(self, block: Any, rev: bool = False) -> Permutation:
         """The permutation of a block with the stock block's attributes, for one direction: an index wherever its matrix is one."""
         if block.householder:
             return HouseholderPermutation(self._of(block.w_0, None, True, False), block.vk_householder)
-        w, w_inv = block.w_perm, block.w_perm_inv
-        if w.dim() == 1:
-            return IndexPermutation(w, w_inv)
         both = block.reverse_pre_permute
-        return self._of(w, w_inv, both or not rev, both or rev)
+        return self._of(block.w_perm, block.w_perm_inv, both or not rev, both or rev)
 
     def _of(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> IndexPermutation | MatrixPermutation:
-        """The index of a one-hot matrix whose inverse, if given, is its transpose; other matrices as they are."""
+        if dispatch.is_traced():
+            baked = self._baked() if torch.onnx.is_in_onnx_export() else None
+            return _in_graph(w, w_inv, self.hard) if baked is None else baked
+        if not _is_fixed(w) or not (w_inv is None or _is_fixed(w_inv)):
+            self._cached = None
+            return _in_graph(w, w_inv, False)
+        cached, key = self._cached, (_state_of(w), _state_of(w_inv))
+        if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
+            self._cached = cached = _read(key, w, w_inv)
+            self.hard = cached.index is not None
+        return _as_matrices(w, w_inv) if cached.index is None else cached.index
+
+    def _baked(self) -> IndexPermutation | None:
+        """The kept index, for an ONNX file: nothing is loaded into one later, and an index is smaller than the matrix it is read of."""
         cached = self._cached
-        if not torch.compiler.is_compiling():  # else nothing can be asked of the values; every load and move has refreshed what is kept
-            if not _is_fixed(w) or not (w_inv is None or _is_fixed(w_inv)):
-                cached = self._cached = None  # lest a compiled forward takes what was read of other matrices
-            else:
-                key = (_state_of(w), _state_of(w_inv))
-                if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
-                    cached = self._cached = _read(key, w, w_inv)
-        if cached is not None and cached.index is not None:
-            return cached.index
-        w = w.flatten(1)  # in every call: a view that is kept would miss gradients and strides, and forbid that parameters are swapped
-        return MatrixPermutation(w, w.T if w_inv is None else w_inv.flatten(1))
+        if cached is None or cached.index is None:
+            return None
+        w, w_inv = cached.seen
+        with _disable_current_modes():
+            current = cached.key == (_state_of(w), _state_of(w_inv)) and cached.holds(w, w_inv)
+        return cached.index if current else None
 
 
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """What was read of the matrices that ``key`` names. No tuple: a compiled graph would be tied to all of it, not to the index."""
+    """What was read of the matrices that ``key`` names."""
 
     key: tuple[Any, ...]
-    seen: tuple[Tensor | None, ...]  # the matrices themselves, so that their ids stay theirs
+    seen: tuple[Tensor, Tensor | None]  # the matrices themselves, so that their ids stay theirs
     index: IndexPermutation | None
-    ones: tuple[Tensor, Tensor, Tensor] | None  # where the ones of w and of its inverse lie in memory, and as many ones
+    ones: tuple[_Ones, _Ones] | None  # of w and of its inverse, where they are matrices
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
-        """Whether the matrices that are given still have their ones there; writes through ``.data`` do not show in the key.
+        """Whether the values are still the same; asked on the CPU only. None is not looked at."""
+        if self.index is None or self.index.perm.device.type != "cpu":
+            return True
+        if self.ones is None:
+            return (w is None or torch.equal(w, self.index.perm)) and (w_inv is None or torch.equal(w_inv, self.index.inv))
+        return (w is None or self.ones[0].are_all_of(w)) and (w_inv is None or self.ones[1].are_all_of(w_inv))
 
-        Asked on the CPU only: elsewhere the answer would cost a synchronisation per call.
-        """
-        return self.ones is None or self.ones[0].device.type != "cpu" or _has_ones(self.ones, w, w_inv)
+
+class _Ones(NamedTuple):
+    """Where the ones of a one-hot matrix lie in memory, their values, and the sum over the whole matrix of the bits of its elements."""
+
+    places: Tensor
+    values: Tensor
+    checksum: int
+
+    def are_all_of(self, w: Tensor) -> bool:
+        return torch.equal(w.take(self.places), self.values) and _checksum(w) == self.checksum
+
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _checksum(w: Tensor) -> int:
+    """The sum of the elements' bits, without carry: one fast look at each (12 us for 512 x 512, where counting those above 0 takes 63)."""
+    bits = w.detach().reshape(-1).view(_BITS[w.dtype.itemsize])
+    return int(bits.sum(dtype=bits.dtype if bits.dtype is not torch.int16 else torch.int32))
 
 
 def _is_fixed(w: Tensor) -> bool:
@@ -223,25 +273,65 @@ def _state_of(t: Tensor | None) -> tuple[Any, ...] | None:
     return None if t is None else (id(t), t.data_ptr(), None if t.is_inference() else t._version)
 
 
-def _has_ones(ones: tuple[Tensor, Tensor, Tensor], w: Tensor | None, w_inv: Tensor | None) -> bool:
-    places, transposed, one = ones
-    return (w is None or torch.equal(w.take(places), one)) and (w_inv is None or torch.equal(w_inv.take(transposed), one))
-
-
 def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
     """Look for the index. FSDP makes new matrices for every pass, so this looks at each element two times and no more."""
     with torch.inference_mode(False), torch.no_grad():
-        channels = w.shape[0]
-        perm = w.detach().flatten(1).argmax(1)
+        perm = w.detach().clone() if w.dim() == 1 else w.detach().flatten(1).argmax(1)
         inv = torch.argsort(perm)
-        each = torch.arange(channels, device=w.device)
-        ones = (each * channels + perm, perm * channels + each, w.new_ones(channels))
-        matrices = [t.detach() for t in (w, w_inv) if t is not None]
-        hard = torch.equal(perm[inv], each) and all(t.numel() == channels**2 for t in matrices)
-        hard = hard and _has_ones(ones, w.detach(), None if w_inv is None else w_inv.detach())
-        if hard and all(int(t.count_nonzero()) == channels for t in matrices):  # nothing beside the ones
-            return _Cached(key, (w, w_inv), IndexPermutation(perm, inv), ones)
-        return _Cached(key, (w, w_inv), None, None)
+        each = torch.arange(perm.numel(), device=w.device)
+        index = IndexPermutation(perm, inv) if torch.equal(perm.take(inv), each) else None
+        if w.dim() == 1:
+            return _Cached(key, (w, w_inv), index if w_inv is not None and torch.equal(w_inv, inv) else None, None)
+        if index is None:
+            return _Cached(key, (w, w_inv), None, None)
+        places = each * perm.numel() + perm, perm * perm.numel() + each
+        found = [_ones(t, at) for t, at in zip((w, w_inv), places, strict=True) if t is not None]
+        ones = [of for of in found if of is not None]
+        hard = len(ones) == len(found)
+        return _Cached(key, (w, w_inv), index if hard else None, (ones[0], ones[-1]) if hard else None)
+
+
+def _ones(w: Tensor, places: Tensor) -> _Ones | None:
+    """The ones of a matrix, if they lie there and nothing else does.
+
+    They may carry rounding, as those of a mean of checkpoints do: up to 4 eps, which the criterion of accuracy leaves to every result. Any
+    other matrix is multiplied by as it is.
+    """
+    w = w.detach()
+    if w.numel() != places.numel() ** 2 or int(w.count_nonzero()) != places.numel():
+        return None
+    values = w.take(places)
+    if not bool((values - 1.0).abs().amax() <= 4 * torch.finfo(w.dtype).eps):
+        return None
+    return _Ones(places, values, _checksum(w) if w.device.type == "cpu" else 0)
+
+
+def hard_index(w: Tensor) -> Tensor | None:
+    """The index of a (C, C) matrix that is a permutation's but for rounding; None for another one."""
+    return None if (index := _read((), w, None).index) is None else index.perm
+
+
+def _in_graph(w: Tensor, w_inv: Tensor | None, hard: bool) -> IndexPermutation | MatrixPermutation:
+    """The permutation as operations on the weights, for graphs into which other weights may be loaded."""
+    if w.dim() == 1 and w_inv is not None:
+        return IndexPermutation(w, w_inv)
+    if not hard or w.requires_grad or (w_inv is not None and w_inv.requires_grad):
+        return _as_matrices(w, w_inv)
+    return IndexPermutation(_index_in_graph(w), _index_in_graph(w.transpose(0, 1) if w_inv is None else w_inv))
+
+
+def _index_in_graph(w: Tensor) -> Tensor:
+    """The index of a one-hot matrix, out of range where it is none: a graph recorded with a permutation raises if given a rotation."""
+    values, index = w.flatten(1).max(1)
+    return torch.where((values - 1.0).abs() <= 4 * torch.finfo(w.dtype).eps, index, w.shape[0])
+
+
+def _as_matrices(w: Tensor, w_inv: Tensor | None) -> MatrixPermutation:
+    """As they are, in every call anew: a view that is kept would miss gradients and strides, and forbid that parameters are swapped."""
+    if w.dim() == 1 and w_inv is not None:  # an index whose inverse is not its own
+        return MatrixPermutation(F.one_hot(w, w.numel()), F.one_hot(w_inv, w.numel()))
+    w = w.flatten(1)
+    return MatrixPermutation(w, w.T if w_inv is None else w_inv.flatten(1))
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -315,11 +405,13 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
 
     Args:
         x: (B, C, *S) of rank 0 to 3.
-        w: (C, C).
+        w: (C, C); of integers, where it stands for an index.
 
     Returns:
         (B, C, *S).
     """
+    if not w.is_floating_point():
+        w = w.to(x.dtype)
     if w.requires_grad or dispatch.needs_composite(x) or dispatch.is_small(x) or not (x.requires_grad and torch.is_grad_enabled()):
         return _product(x, w)
     return _Multiply.apply(x, w)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DIALECTS = ("anomalib", "freia")
 ACTIVATIONS = ("SIGMOID", "SOFTPLUS", "EXP")
@@ -38,6 +38,6 @@ class CouplingSpec(NamedTuple):
     gin_rows: int = 1
 
     @classmethod
-    def of(cls, clamp: float, dialect: str, activation: str, gin: bool) -> CouplingSpec:
-        """Build a spec from the block's options (already validated)."""
-        return cls(float(clamp), 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
+    def of(cls, clamp: Any, dialect: str, activation: str, gin: bool) -> CouplingSpec:
+        """Build a spec from the block's options (already validated). The clamp is a number; plain operations also take a tensor."""
+        return cls(1.0 * clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))

@@ -96,7 +96,7 @@ def test_package_imports_go_one_way(path: Path) -> None:
     for name, _ in imports(path):
         target = layer(name)
         if target is not None and target not in (own, *ANYWHERE):
-            assert target in MAY_IMPORT[own], f"{inside} imports {name}: the layer {own} may import {sorted(MAY_IMPORT[own])} and {ANYWHERE}"
+            assert target in MAY_IMPORT[own], f"{inside} imports {name}: {own} may import {sorted(MAY_IMPORT[own])} and {ANYWHERE}"
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
