@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastflow_kernels import dispatch, eager
+from fastflow_kernels import dispatch, eager, modes
 from fastflow_kernels.errors import InputTypeError, InputValueError
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
 from fastflow_kernels.permutations import (
@@ -367,7 +369,7 @@ class _Fork(Function):
     """x -> (its passive half for the subnet, x itself for the coupling); see _LAUNCH_BOUND.
 
     Autograd's own slicing would turn the subnet's gradient into a zero-padded copy of x and add two full tensors (5 N of traffic); here it
-    is added into the passive rows of the coupling's gradient, which nobody else holds (1.5 N).
+    is added into the passive rows of the coupling's gradient (1.5 N), unless a hook has kept that.
     """
 
     @staticmethod
@@ -387,11 +389,46 @@ class _Fork(Function):
             else:
                 padded = dx1.new_zeros(dx1.shape[0], c1 + ctx.c2, *dx1.shape[2:]).index_add(1, ctx.index[:c1], dx1)
             return (padded if dx is None else dx + padded), None
+        if _holders(dx) != _holders_of_nobody_else():
+            dx = dx.clone()
         if ctx.index is None:
             dx.narrow(1, 0, c1).add_(dx1)
         else:
             dx.index_add_(1, ctx.index[:c1], dx1)
         return dx, None
+
+
+def _holders(t: Tensor) -> tuple[int, int, int]:
+    """How many references there are to a tensor, to its storage as Python knows it, and to the memory."""
+    storage = t.untyped_storage()
+    return sys.getrefcount(t), sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+
+
+class _Handed(Function):
+    """A gradient handed to :class:`_Fork` or its like by a node without hooks."""
+
+    found = (0, 0, 0)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hands: bool) -> Tensor:
+        ctx.hands = hands
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        if ctx.hands:
+            return dx.clone(), None
+        _Handed.found = _holders(dx)
+        return dx, None
+
+
+@cache
+def _holders_of_nobody_else() -> tuple[int, int, int]:
+    """What :func:`_holders` finds for a gradient that only autograd holds, which depends on the versions of Python and torch."""
+    with modes.unrecorded(), torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True, device="cpu")
+        _Handed.apply(_Handed.apply(x, False), True).sum().backward()
+    return _Handed.found
 
 
 class _Call(NamedTuple):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _KEYS = torch._C._TorchDispatchModeKey
 _SYMBOLIC = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
@@ -16,3 +20,15 @@ def is_watched() -> bool:
 def is_symbolic() -> bool:
     """Whether operations are recorded or tensors have no values: FakeTensorMode, make_fx, functionalization."""
     return is_watched() and any(torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within: neither a dispatch mode nor torch.jit.trace sees what is done."""
+    tracing = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(tracing)  # type: ignore[attr-defined]

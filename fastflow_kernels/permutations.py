@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _disable_current_modes
 
-from fastflow_kernels import dispatch
+from fastflow_kernels import dispatch, modes
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -201,26 +200,27 @@ class IndexCache:
 
     def _of(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> IndexPermutation | MatrixPermutation:
         if dispatch.is_traced():
-            baked = self._baked() if torch.onnx.is_in_onnx_export() else None
+            baked = self._baked(w, w_inv) if torch.onnx.is_in_onnx_export() else None
             return _in_graph(w, w_inv, self.hard) if baked is None else baked
-        if not _is_fixed(w) or not (w_inv is None or _is_fixed(w_inv)):
+        if not _are_fixed(w, w_inv):
             self._cached = None
             return _in_graph(w, w_inv, False)
+        cached = self._current(w, w_inv, uses_w, uses_inverse)
+        return _as_matrices(w, w_inv) if cached.index is None else cached.index
+
+    def _current(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> _Cached:
         cached, key = self._cached, (_state_of(w), _state_of(w_inv))
         if cached is None or cached.key != key or not cached.holds(w if uses_w else None, w_inv if uses_inverse else None):
             self._cached = cached = _read(key, w, w_inv)
             self.hard = cached.index is not None
-        return _as_matrices(w, w_inv) if cached.index is None else cached.index
+        return cached
 
-    def _baked(self) -> IndexPermutation | None:
-        """The kept index, for an ONNX file: nothing is loaded into one later, and an index is smaller than the matrix it is read of."""
-        cached = self._cached
-        if cached is None or cached.index is None:
-            return None
-        w, w_inv = cached.seen
-        with _disable_current_modes():
-            current = cached.key == (_state_of(w), _state_of(w_inv)) and cached.holds(w, w_inv)
-        return cached.index if current else None
+    def _baked(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
+        """The index itself, for an ONNX file: nothing is loaded into one later, and an index is smaller than the matrix it is read of."""
+        with modes.unrecorded():
+            if not _are_fixed(w, w_inv) and self._cached is not None:
+                w, w_inv = self._cached.seen  # what the exporter has put in their place has no values
+            return self._current(w, w_inv, True, True).index if _are_fixed(w, w_inv) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,8 +261,12 @@ def _checksum(w: Tensor) -> int:
     return int(bits.sum(dtype=bits.dtype if bits.dtype is not torch.int16 else torch.int32))
 
 
-def _is_fixed(w: Tensor) -> bool:
+def _are_fixed(w: Tensor, w_inv: Tensor | None) -> bool:
     """Whether the values can be asked for, and stay."""
+    return _is_fixed(w) and (w_inv is None or _is_fixed(w_inv))
+
+
+def _is_fixed(w: Tensor) -> bool:
     if w.requires_grad or w.is_meta or (type(w) is not Tensor and type(w) is not nn.Parameter):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(w)
@@ -460,6 +464,8 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     v, inner, outer = (t.to(dtype) for t in (v, inner, outer))
     if v.dim() == 2:
         return torch.addmm(v, v @ inner.T, outer, alpha=-1.0)
+    if dispatch.is_traced():  # without products of sizes, which Inductor of torch 2.13 cannot compare with each other
+        return v - torch.einsum("kc,bk...->bc...", outer, torch.einsum("kc,bc...->bk...", inner, v))
     flat = v.flatten(2)
     return torch.baddbmm(flat, outer.T.expand(v.shape[0], -1, -1), inner @ flat, alpha=-1.0).view(v.shape)
 
