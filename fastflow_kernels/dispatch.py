@@ -72,33 +72,47 @@ def why_not_triton(x: Tensor) -> str | None:
     return _kernels().uncovered(x)
 
 
-def pick(x: Tensor, backend: str, rows: bool = False, times: int = 1) -> ModuleType | None:
-    """The module whose ``coupling_*`` functions take this input, or None for plain differentiable operations.
+def is_plain(x: Tensor, backend: str, times: int = 1) -> bool:
+    """Whether plain differentiable operations take this input: the call is recorded or transformed, or there is little to compute.
+
+    Args:
+        x: The block's input, (B, C, *S).
+        backend: "auto", "eager" or "triton", :func:`resolved`.
+        times: See :func:`is_small`.
+
+    Raises:
+        RuntimeError: If the backend is "triton" and it cannot be honoured.
+    """
+    if needs_composite(x):
+        if backend == "triton":
+            raise _not_triton("the call is being traced, transformed or compiled")
+        return True
+    return is_small(x, times) if backend == "auto" else not x.numel()  # nothing to compute, so any backend agrees
+
+
+def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType:
+    """The module whose ``coupling_*`` functions take this input, for which plain operations are none.
 
     Args:
         x: The block's input, (B, C, *S).
         backend: "auto", "eager" or "triton", :func:`resolved`.
         rows: Whether it will be given as rows.
-        times: See :func:`is_small`.
 
     Raises:
         RuntimeError: If the backend is "triton" and it cannot be honoured; the message says why.
     """
-    if needs_composite(x):
-        choice, reason = None, "the call is being traced, transformed or compiled"
-    elif not x.numel():
-        return None  # nothing to compute, so any backend agrees
-    elif backend == "eager":
+    if backend == "eager" or (backend == "auto" and not x.is_cuda):
         return eager
-    elif backend == "auto" and not x.is_cuda:
-        return None if is_small(x, times) else eager
-    else:
-        choice, reason = eager, why_not_triton(as_rows(x) if rows else x)
-        if reason is None:
-            return _kernels()
+    reason = why_not_triton(as_rows(x) if rows else x)
+    if reason is None:
+        return _kernels()
     if backend == "triton":
-        raise RuntimeError(f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is available.")
-    return choice
+        raise _not_triton(reason)
+    return eager
+
+
+def _not_triton(reason: str) -> RuntimeError:
+    return RuntimeError(f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is available.")
 
 
 def is_small(x: Tensor, times: int = 1) -> bool:
@@ -129,7 +143,7 @@ def needs_composite(*tensors: Tensor | None) -> bool:
     Args:
         tensors: What they would be given from outside; None counts for nothing.
     """
-    if is_traced() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if modes.is_recorded() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return True
     for t in tensors:
         if t is not None and (
@@ -138,11 +152,6 @@ def needs_composite(*tensors: Tensor | None) -> bool:
         ):
             return True
     return False
-
-
-def is_traced() -> bool:
-    """Whether operations are being recorded and tensors cannot be asked for their values."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or modes.is_symbolic()
 
 
 def is_autocast(device: torch.device) -> bool:

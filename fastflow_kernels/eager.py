@@ -20,10 +20,12 @@ import math
 import threading
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastflow_kernels import modes
 from fastflow_kernels.spec import CouplingSpec
 
 _LOG2E, _LN2 = math.log2(math.e), math.log(2.0)
@@ -43,9 +45,9 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 def scale_of(g: Tensor, activation: str) -> Tensor:
     """The global scale, activation(g): SIGMOID 10*sigmoid(g - 2), SOFTPLUS 0.1*softplus(g, beta=0.5), EXP exp(g)."""
     if activation == "SIGMOID":
-        return 10.0 * torch.sigmoid(g - 2.0)
+        return _number(10.0, g) * torch.sigmoid(g - _number(2.0, g))
     if activation == "SOFTPLUS":
-        return 0.1 * torch.nn.functional.softplus(g, beta=0.5)
+        return _number(0.1, g) * torch.nn.functional.softplus(g, beta=0.5)
     return torch.exp(g)
 
 
@@ -147,6 +149,11 @@ def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def _number(value: Any, like: Tensor) -> Any:
+    """A factor for plain operations: a constant as above, but where operations are recorded; a tensor as it is."""
+    return value if isinstance(value, Tensor) or modes.is_recorded() else _constant(value, like.dtype)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -582,7 +589,12 @@ def composite_fwd(x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, 
     u = torch.cat((_as(x1, acc), u2), 1)
     offset = _channelwise(offset, u.dim(), acc)
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
-    v = (u if scale is None else u * scale) + offset  # not addcmul, whose backward takes a pass over u more
+    if scale is None:
+        v = u + offset
+    elif u.dim() > 2 or torch.is_grad_enabled():
+        v = u * scale + offset  # not addcmul, which is slower with pixels, and whose backward takes a pass over u more
+    else:
+        v = torch.addcmul(offset, u, scale)
     return _as(v, dtype), _composite_logdet(sum_s, scale, u, 1.0)
 
 
@@ -609,7 +621,7 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tu
     c2 = x2.shape[1]
     dims = tuple(range(1, x2.dim()))
     a_s, a_t = _halves(a, c2, c2)
-    s = torch.tanh(a_s * spec.tanh_scale) * (-spec.clamp if rev else spec.clamp)
+    s = torch.tanh(a_s * _number(spec.tanh_scale, a)) * _number(-spec.clamp if rev else spec.clamp, a)
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
         s = s - mean

@@ -80,10 +80,11 @@ def check_conditions(c: Sequence[Tensor] | None, dims_c: Sequence[Sequence[int]]
         raise InputTypeError(f"expected the conditions as a list of tensors, got {type(c).__name__}")
     if len(c) != len(dims_c):
         raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
-    for k, (condition, dims) in enumerate(zip(c, dims_c, strict=True)):
-        _check_dense(condition, f"condition {k}")
-        expected = (x.shape[0], dims[0], *x.shape[2:])
-        if tuple(condition.shape) != expected:
+    batch, _, *spatial = x.shape
+    for k, condition in enumerate(c):
+        _check_dense(condition, "condition", k)
+        expected = (batch, dims_c[k][0], *spatial)
+        if condition.shape != expected:
             raise InputValueError(f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}")
         if condition.device != x.device:
             raise InputValueError(f"expected condition {k} on {x.device}, where the input is; got {condition.device}")
@@ -100,11 +101,13 @@ def _check_floating(t: Any, what: str) -> None:
         raise InputTypeError(f"expected {what} in a floating-point dtype, got {t.dtype}; {', '.join(map(str, _DTYPES))} are supported")
 
 
-def _check_dense(t: Any, what: str) -> None:
+def _check_dense(t: Any, what: str, k: int | None = None) -> None:
+    if isinstance(t, Tensor) and t.layout is torch.strided:
+        return
+    what = what if k is None else f"{what} {k}"
     if not isinstance(t, Tensor):
         raise InputTypeError(f"expected {what} to be a tensor, got {type(t).__name__}")
-    if t.layout is not torch.strided:
-        raise InputTypeError(f"expected {what} as a dense tensor, got layout {t.layout}")
+    raise InputTypeError(f"expected {what} as a dense tensor, got layout {t.layout}")
 
 
 class _SubnetInLayout(NamedTuple):
@@ -125,8 +128,12 @@ def _coefficients(subnet: _Subnet, x1: Tensor, conditions: Sequence[Tensor], x: 
     if isinstance(subnet, _SubnetInLayout):
         subnet, layout = subnet
         x1 = x1.clone(memory_format=layout)  # contiguous() would leave a single channel of a single sample as it is
-    version = None if torch.compiler.is_compiling() or x1.is_inference() else x1._version
-    a = subnet(torch.cat((x1, *conditions), 1) if conditions else x1)
+    version = None
+    if conditions:
+        a = subnet(torch.cat((x1, *conditions), 1))
+    else:
+        version = None if torch.compiler.is_compiling() or x1.is_inference() else x1._version
+        a = subnet(x1)
     _check_floating(a, "the subnet's output")
     if a.shape != x.shape or x.shape[1] % 2:  # an odd channel stays alone
         expected = (x.shape[0], x.shape[1] // 2 * 2, *x.shape[2:])
@@ -195,6 +202,10 @@ def all_in_one_block(
         InputTypeError, InputValueError: The subnet returns another shape, or no floating-point tensor.
     """
     backend = dispatch.resolved(backend)
+    if dispatch.is_plain(x, backend, _dearer_by(permutation)) or (rev and torch.is_grad_enabled()):
+        if rev and backend == "triton" and x.numel():
+            raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
+        return _plain(x, subnet, global_scale, global_offset, permutation, spec, conditions, rev, reverse_permutation)
     direction = _inverse if rev else _forward
     layout = memory_format(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
@@ -222,9 +233,42 @@ def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, rows: bool, b
     Not the eager functions: they would gather piece by piece what one index_select takes at once (0.3 ns an element at rank 0, 0.1 on
     planes), and the passive half, which the subnet gets, once more.
     """
-    if not isinstance(permutation, IndexPermutation) or (rev and torch.is_grad_enabled()):
-        return False
-    return dispatch.pick(x, backend, rows) not in (None, eager)
+    return isinstance(permutation, IndexPermutation) and dispatch.pick(x, backend, rows) is not eager
+
+
+def _plain(
+    x: Tensor,
+    subnet: Callable[[Tensor], Tensor],
+    g: Tensor,
+    offset: Tensor,
+    permutation: Permutation,
+    spec: CouplingSpec,
+    conditions: Sequence[Tensor],
+    rev: bool,
+    reverse_permutation: bool,
+) -> tuple[Tensor, Tensor]:
+    """The block as ordinary differentiable operations."""
+    given = x
+    if rev:
+        v = permutation.unpermute(x)
+        u, scale = eager.composite_inv_affine(v, g, offset, spec)
+        u1, u2 = eager.halves(u)
+        dtype = eager.promoted(v, g)  # of the result, where no subnet widens it
+        a = _coefficients(subnet, u1 if u1.dtype is dtype else u1.to(dtype), conditions, x)
+        y, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec)
+        if y.dtype is not (dtype := eager.promoted(v, g, a)):
+            y = y.to(dtype)
+        if reverse_permutation:
+            y = permutation.permute(y)
+    else:
+        if reverse_permutation:
+            x = permutation.unpermute(x)
+        x1, x2 = eager.halves(x)
+        v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec)
+        y = permutation.permute(v)
+    if x.dim() > 3 and (layout := memory_format(given)) is not torch.contiguous_format:
+        y = y.contiguous(memory_format=layout)
+    return y, logdet
 
 
 def _forward(
@@ -240,11 +284,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     indexed = isinstance(permutation, IndexPermutation)
     grad = torch.is_grad_enabled()
-    operations = dispatch.pick(x, backend, rows, _dearer_by(permutation))
-    if operations is None:
-        x1, x2 = eager.halves(x)
-        v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec)
-        return permutation.permute(v), logdet
+    operations = dispatch.pick(x, backend, rows)
     perm, inv = permutation if isinstance(permutation, IndexPermutation) else (None, None)
     halves: Sequence[Tensor | None] = (None, None)
     index = inv if spec.reverse else None
@@ -287,17 +327,7 @@ def _inverse(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     indexed = isinstance(permutation, IndexPermutation)
-    operations = dispatch.pick(y, backend, rows, _dearer_by(permutation))
-    if operations is None or torch.is_grad_enabled():
-        if operations is not None and backend == "triton":
-            raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
-        v = permutation.unpermute(y)
-        u, scale = eager.composite_inv_affine(v, g, offset, spec)
-        u1, u2 = eager.halves(u)
-        dtype = eager.promoted(v, g)  # of the result, where no subnet widens it
-        a = _coefficients(subnet, u1 if u1.dtype is dtype else u1.to(dtype), conditions, y)
-        x, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec)
-        return x.to(eager.promoted(v, g, a)), logdet
+    operations = dispatch.pick(y, backend, rows)
     perm, inv = permutation if indexed else (None, None)
     as_taken: Callable[[Tensor], Tensor] = as_rows if rows else _itself
     if isinstance(permutation, MatrixPermutation) and operations is eager and permutation.folds(y) and _keeps_dtype(y, g):
@@ -598,7 +628,7 @@ def all_in_one_block_bwd(
     taken = y if rows else dispatch.coverable(y, backend)
     net = _SubnetInLayout(subnet, layout) if taken is not y and layout is not torch.contiguous_format else subnet
     y = taken
-    operations = dispatch.pick(y, backend, rows) or eager
+    operations = dispatch.pick(y, backend, rows)
     g, offset = global_scale.contiguous(), global_offset.contiguous()
     if isinstance(permutation, IndexPermutation):
         (perm, inv), v, dv = permutation, y, dy

@@ -22,6 +22,11 @@ def is_symbolic() -> bool:
     return is_watched() and any(torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC)
 
 
+def is_recorded() -> bool:
+    """Whether operations are recorded, so that tensors cannot be asked for their values: compilation, export, jit.trace, and the above."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or is_symbolic()
+
+
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Within: neither a dispatch mode nor torch.jit.trace sees what is done."""

@@ -254,7 +254,7 @@ class AllInOneBlock(InvertibleModule):
                 self._checked_subnet,
                 global_scale,
                 self.global_offset,
-                self._index.permutation(self, rev),
+                self._index.permutation(self, rev, x),
                 self._spec(),
                 c,
                 rev=rev,
@@ -282,7 +282,7 @@ class AllInOneBlock(InvertibleModule):
 
     def permute_function(self, x: Tensor, w: Tensor) -> Tensor:
         """An index (C,) or a matrix (C, C, 1, ...) applied to the channels of x (B, C, *S)."""
-        return x.index_select(1, w) if w.dim() == 1 else multiply_channels(x, w.flatten(1))
+        return x.index_select(1, w) if w.dim() == 1 else multiply_channels(x, w)
 
     def _spec(self) -> CouplingSpec:
         return CouplingSpec.of(self.clamp, self.dialect, self.global_affine_type, self.GIN)

@@ -358,7 +358,7 @@ class _Accelerated(_Stock):
             self.subnet,
             self.global_scale,
             self.global_offset,
-            held.index.permutation(self, rev),
+            held.index.permutation(self, rev, x),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c, x),
             rev=rev,

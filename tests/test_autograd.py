@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, dispatch, eager, functional
+from fastflow_kernels import AllInOneBlock, accelerate, dispatch, functional
 from tests.cases import CASES, OPTIONS, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
 
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
@@ -421,20 +421,20 @@ def test_attributes_that_a_subclass_computes_are_asked_for() -> None:
 @pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 2)])
 def test_small_is_larger_for_a_soft_permutation(grad: bool, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to so many times dispatch.SMALL a product takes most of the time, fused or not."""
-    picked: list[Any] = []
-    pick = dispatch.pick
+    plain: list[bool] = []
+    is_plain = dispatch.is_plain
 
-    def spy(*arguments: Any) -> Any:
-        picked.append(pick(*arguments))
-        return picked[-1]
+    def spy(*arguments: Any) -> bool:
+        plain.append(is_plain(*arguments))
+        return plain[-1]
 
     monkeypatch.setattr(dispatch, "SMALL", 6 * 8)
-    monkeypatch.setattr(dispatch, "pick", spy)
+    monkeypatch.setattr(dispatch, "is_plain", spy)
     for soft in (False, True):
         block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, permute_soft=soft)
         limit = 8 * times if soft else 8
-        for batch, expected in ((limit, None), (limit + 1, eager)):
+        for batch in (limit, limit + 1):
             for rev in (False, True):
                 with torch.set_grad_enabled(grad):
                     block([torch.randn(batch, 6)], rev=rev)
-                assert picked[-1] is expected, (soft, batch, rev)
+                assert plain[-1] == (batch == limit), (soft, batch, rev)
