@@ -101,6 +101,56 @@ def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(name: str, 
                 assert_like_plain(chain, LAYOUTS[layout](x), c)
 
 
+@pytest.mark.parametrize("small", [0, dispatch.SMALL], ids=["fused", "small"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2])
+def test_every_option_where_the_input_takes_no_gradient(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training. Only the first trained parameter needs the gradient there: reflections ahead of the coupling, for one."""
+    monkeypatch.setattr(dispatch, "SMALL", small)
+    for shape, layout in ((Shape(3, 7), "contiguous"), (SHAPE, "contiguous"), (SHAPE, "channels_last"), (Shape(2, 3), "contiguous")):
+        case = Case(shape, name)
+        x, c = make_input(case)
+        x = LAYOUTS[layout](x)
+        for every, frozen in ((None, ()), (None, ("subnet", "global")), (1, ()), (2, ("vk",))):
+            chain = chain_of(case, 3, checkpoint_every=every)
+            for key, p in chain[0].named_parameters():
+                p.requires_grad_(p.requires_grad and not key.startswith(frozen or "-"))
+            plain = plain_of(chain)
+            for model in (chain, plain):
+                loss_of(*model(x, c or None)).backward()
+            assert_same(*({key: p.grad for key, p in model.named_parameters()} for model in (chain, plain)))
+
+
+def with_matrices(chain: ReversibleSequence, changed: Callable[[Tensor], Tensor]) -> ReversibleSequence:
+    """The chain with its rotations w exchanged for changed(w)."""
+    for block in chain:
+        w, w_inv = (block.w_0, None) if block.householder else (block.w_perm, block.w_perm_inv)
+        matrix = changed(w.detach().flatten(1))
+        w.data.copy_(matrix.view_as(w))
+        if w_inv is not None:
+            w_inv.data.copy_(matrix.T.reshape(w.shape))
+    return chain
+
+
+def nearest_rotation(w: Tensor) -> Tensor:
+    u, _, v = torch.linalg.svd(w)
+    return u @ v
+
+
+@pytest.mark.parametrize("name", ["soft", "soft-rev-exp", "gin-soft", "hh2-soft-sigmoid", "hh2-soft-rev"])
+def test_rotations_made_in_float32_are_undone_as_those_made_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both errors are float64's rounding, which the blocks amplify alike; by luck of signs one may be a few times the other."""
+    monkeypatch.setitem(OPTIONS, "hh2-soft-rev", OPTIONS["hh2-soft-sigmoid"] | {"reverse_permutation": True})
+    for shape in (Shape(5, 16), Shape(2, 3), SHAPE):  # reflections in compact and in dense form
+        case = Case(shape, name)
+        x, _ = make_input(case)
+        drift = []
+        for changed in (lambda w: w.float().double(), nearest_rotation):
+            chain = with_matrices(chain_of(case, 12), changed)
+            assert_like_plain(chain, x)
+            drift.append(chain.drift[0])
+        assert drift[0] <= 8 * drift[1] + 64 * torch.finfo(torch.float64).eps
+
+
 def test_the_chain_is_what_is_tested() -> None:
     z, _ = simple()(torch.randn(2, 6, 3, 5, dtype=torch.float64))
     assert reversible_blocks(z) == DEPTH
