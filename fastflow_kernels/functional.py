@@ -605,9 +605,9 @@ def _repermuted(permutation: Permutation, v: Tensor, dv: Tensor) -> tuple[Tensor
 def _solved(permutation: Permutation, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
     """x with function(x) = y, where inverse(function(x)) is x but for what the matrix was rounded by.
 
-    A rotation made in float32 is orthogonal to 1e-7, which float64 sees. Each step of refinement multiplies the error by that: after two, 12
-    blocks are undone as exactly as with rotations made in float64; after one, the input is 5 to 60 times as far off. Both together make a
-    float64 train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with (4096, 64), AMD EPYC.
+    A rotation made in float32 is orthogonal to 1e-7, which float64 sees. Each step of refinement multiplies the error by that: after two,
+    12 blocks are undone as exactly as with rotations made in float64; after one, the input is 5 to 60 times as far off. Both together make
+    a float64 train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with (4096, 64), AMD EPYC.
     """
     x = inverse(y)
     base = permutation.base if isinstance(permutation, HouseholderPermutation) else permutation
