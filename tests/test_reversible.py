@@ -1057,13 +1057,147 @@ def test_sequence_is_freias_sequence() -> None:
             torch.testing.assert_close(mine, other)
 
 
+class Halving(nn.Module):
+    """Leaves out every second pixel; no inverse, but other shapes."""
+
+    def __init__(self, dims_in: Any) -> None:
+        super().__init__()
+        self.dims_in, self.dims_c = dims_in, []
+
+    def forward(self, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
+        return (x[0].repeat_interleave(2, -1) if rev else x[0][..., ::2],), 0.0
+
+    def output_dims(self, input_dims: Any) -> Any:
+        (*shape, width) = input_dims[0]
+        return [(*shape, width // 2)]
+
+
+def conditional(*conditions: int | None, **options: Any) -> ReversibleSequence:
+    """A chain whose conditions have as many channels as their number and 2."""
+    torch.manual_seed(0)
+    chain = ReversibleSequence(6, 3, 4, **options)
+    for cond in conditions:
+        shape = None if cond is None else (cond + 2, 3, 4)
+        chain.append(AllInOneBlock, cond=cond, cond_shape=shape, subnet_constructor=make_subnet(2))
+    return chain.double()
+
+
+def test_slices_are_chains() -> None:
+    chain = conditional(None, 2, 0, 2, None, checkpoint_every=2, force_tuple_output=True)
+    x, c = torch.randn(2, 6, 3, 4, dtype=torch.float64), [torch.randn(2, n + 2, 3, 4, dtype=torch.float64) for n in range(3)]
+    (z,), log_det = chain(x, c)
+    for cut in range(6):
+        first, last = chain[:cut], chain[cut:]
+        assert type(first) is type(last) is ReversibleSequence
+        assert (first.checkpoint_every, first.force_tuple_output, len(first), len(last)) == (2, True, cut, 5 - cut)
+        (middle,), j = first(x, [c[2], c[0]])
+        (end,), k = last(middle, [c[0], c[2]] if cut == 2 else [c[2], c[0]])
+        torch.testing.assert_close((end, j + k), (z, log_det))
+        assert j.shape == k.shape == (2,)
+        assert reversible_blocks(first(x.clone().requires_grad_(), [c[2], c[0]])[0][0]) == cut
+    assert chain[1:4].conditions == [0, 1, 0]
+    assert chain[1] is chain[1:4][0]
+    assert chain[::-1].conditions == [None, 0, 1, 0, None]
+    (back,), j = chain[::-1](z, [c[2], c[0]])
+    torch.testing.assert_close((back, j), (x, -log_det))
+    (again,), j = chain[::-1](x, [c[2], c[0]], rev=True)
+    torch.testing.assert_close((again, j), (z, log_det))
+    assert [name for name, _ in chain[4:3:-1].named_parameters()][0] == "module_list.0.module.global_scale"
+    twice = chain[::-1][::-1]
+    torch.testing.assert_close(twice(x, [c[2], c[0]]), chain(x, c))
+    assert len(chain[3:3]) == len(chain[0:3:-1]) == len(chain[9:]) == len(ReversibleSequence(4)[::-1]) == 0
+    every_other = chain[0](chain[2](chain[4]([x], rev=True)[0], [c[0]], rev=True)[0], rev=True)[0]
+    torch.testing.assert_close(chain[::-2](x, [c[0]])[0], every_other)
+
+
+def test_gradients_of_a_slice_and_of_its_inverse() -> None:
+    chain = simple()
+    plain, x = plain_of(chain), torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    for item in (slice(1, 4), slice(None, None, -1)):
+        chain.zero_grad()
+        part, like = chain[item], plain_of(plain[item])
+        assert_same(gradients(part, x), gradients(like, x))
+
+
+def test_slices_where_shapes_change() -> None:
+    chain = ReversibleSequence(6, 3, 8)
+    for _ in range(2):
+        chain.append(AllInOneBlock, subnet_constructor=make_subnet(2))
+        chain.append(Halving)
+    assert chain[1:3].shapes == [(6, 3, 8), (6, 3, 4), (6, 3, 4)]
+    assert chain[3:0:-1].shapes == [(6, 3, 2), (6, 3, 4), (6, 3, 4), (6, 3, 8)]
+    assert chain[::-1](torch.randn(2, 6, 3, 2))[0].shape == (2, 6, 3, 8)
+    with pytest.raises(ValueError, match="expected a module for inputs of shape"):
+        chain[::2]
+
+
+def test_modules_can_be_exchanged() -> None:
+    chain = conditional(None, 0, None)
+
+    def block(*shape: int, **options: Any) -> AllInOneBlock:
+        return AllInOneBlock([shape], subnet_constructor=make_subnet(len(shape) - 1), **options)
+
+    for place in (0, -1):
+        chain[place] = new = block(6, 3, 4).double()
+        assert chain[place] is new
+    chain[1] = new = block(6, 3, 4, dims_c=[(2, 3, 4)]).double()
+    assert chain[1] is chain.module_list[1] is new
+    x, c = torch.randn(2, 6, 3, 4, dtype=torch.float64), [torch.randn(2, 2, 3, 4, dtype=torch.float64)]
+    assert_like_plain(chain, x, c)
+    before = list(chain)
+    with pytest.raises(ValueError, match="inputs of shape"):
+        chain[0] = block(6, 3, 5)
+    with pytest.raises(ValueError, match="outputs of shape"):
+        chain[0] = Halving([(6, 3, 4)])
+    with pytest.raises(ValueError, match="conditions of shape"):
+        chain[0] = block(6, 3, 4, dims_c=[(2, 3, 4)])
+    with pytest.raises(ValueError, match="conditions of shape"):
+        chain[1] = block(6, 3, 4)
+    with pytest.raises(NotImplementedError, match="got a slice"):
+        chain[0:1] = chain[0:1]
+    with pytest.raises(TypeError, match="an invertible module, got Linear"):
+        chain[0] = nn.Linear(6, 6)
+    with pytest.raises(IndexError):
+        chain[3] = block(6, 3, 4)
+    assert list(chain) == before
+
+
+def test_output_dims_are_known() -> None:
+    chain = ReversibleSequence(6, 3, 8)
+    chain.append(Halving)
+    assert chain.output_dims() == chain.output_dims(None) == [(6, 3, 4)]
+    with pytest.raises(ValueError, match="force_tuple_output=True"):
+        chain.output_dims([(6, 3, 8)])
+    chain.force_tuple_output = True
+    assert chain.output_dims([(6, 3, 8)]) == chain.output_dims([[6, 3, 8]]) == chain.output_dims((6, 3, 8)) == [(6, 3, 4)]
+    with pytest.raises(ValueError, match="expected input_dims"):
+        chain.output_dims([(6, 3, 4)])
+
+
+def test_the_log_determinant_starts_at_zero() -> None:
+    """Also where no module of the chain has one; in the default dtype, as FrEIA's."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.randn(3, 8, dtype=dtype)
+        chain = ReversibleSequence(8)
+        for rev in (False, True):
+            z, log_det = chain(x, rev=rev)
+            assert torch.equal(z, x)
+            assert torch.equal(log_det, torch.zeros(3))
+        chain.append(Halving)
+        assert chain(x)[1].shape == (3,)
+    assert chain.to("meta")(torch.empty(3, 8, device="meta"))[1].device.type == "meta"
+    with pytest.raises((TypeError, ValueError)):
+        simple(1)([[1.0]])
+
+
 def test_append_refuses_what_does_not_fit() -> None:
     chain = ReversibleSequence(6, 4, 4)
     block = AllInOneBlock([(6, 4, 4)], subnet_constructor=make_subnet(2))
     with pytest.raises(ValueError, match="expected a module for inputs of shape"):
         chain.append(AllInOneBlock([(4, 4, 4)], subnet_constructor=make_subnet(2)))
-    with pytest.raises(TypeError, match="expected no arguments beside an instance, got affine_clamping"):
-        chain.append(block, affine_clamping=1.0)
+    for error in (TypeError, ValueError):
+        with pytest.raises(error, match="expected no arguments beside an instance, got affine_clamping"):
+            chain.append(block, affine_clamping=1.0)
     with pytest.raises(TypeError, match="expected cond_shape"):
         chain.append(AllInOneBlock, cond=0, subnet_constructor=make_subnet(2))
     assert len(chain) == len(chain.conditions) == 0
