@@ -462,7 +462,7 @@ class _Reversible(Reversible):
         """As the stock class has it; where that makes a chain of a slice, this is reversible, too."""
         stock: Any = super()
         part = stock.__getitem__(item)
-        if isinstance(item, slice) and _made_reversible(part):
+        if isinstance(item, slice) and (_made_reversible(part) or (False,))[0]:
             part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
         return part
 

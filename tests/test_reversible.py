@@ -1034,6 +1034,75 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
     ]
 
 
+def test_slices_of_a_chain_that_was_made_reversible() -> None:
+    """As FrEIA's main branch slices; where the stock class makes something else of a slice, as FrEIA 0.2 does, that stays so."""
+
+    class SequenceINN(nn.Module):
+        def __init__(self, modules: Any, conditions: Any) -> None:
+            super().__init__()
+            self.module_list, self.conditions, self.force_tuple_output = nn.ModuleList(modules), list(conditions), False
+
+        def forward(self, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Tensor, Any]:
+            x, total = (x,), torch.zeros(len(x))
+            for i in reversed(range(len(self.module_list))) if rev else range(len(self.module_list)):
+                more = {} if self.conditions[i] is None else {"c": [c[self.conditions[i]]]}
+                x, j = self.module_list[i](x, **more, jac=jac, rev=rev)
+                total = j + total
+            return x[0], total
+
+        def __getitem__(self, item: Any) -> Any:
+            taken = self.module_list[item]
+            return SequenceINN(taken, self.conditions[item]) if isinstance(item, slice) and item.step is None else taken
+
+    chain = SequenceINN(simple().module_list, [None] * DEPTH)
+    accelerate(chain, reversible=True)
+    chain.checkpoint_every = 2
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
+    part = chain[1:4]
+    assert (part.checkpoint_every, part.debug, reversible_blocks(part(x)[0])) == (2, False, 3)
+    assert part.module_list[0] is chain[1]
+    assert type(chain[::1]) is nn.ModuleList
+
+
+class Inverted(nn.Module):
+    """What FrEIA's main branch makes of a chain in its Inverse, which its distributions wrap in turn."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.dims_in = module.output_dims(module.dims_in if module.force_tuple_output else None)
+
+    def forward(self, *args: Any, rev: bool = False, **kwargs: Any) -> Any:
+        return self.module(*args, rev=not rev, **kwargs)
+
+    def output_dims(self, _: Any) -> Any:
+        return self.module.dims_in
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["tensor", "tuple"])
+def test_a_chain_in_freias_inverse_and_distributions(wrap: bool) -> None:
+    """Called as they call it: with jac=False, whose log-determinant they add all the same, and with conditions."""
+    chain = conditional(None, 0, None, force_tuple_output=wrap)
+    normal, c = torch.distributions.Normal(0.0, 1.0), [torch.randn(3, 2, 3, 4, dtype=torch.float64)]
+    inverse = Inverted(chain)
+    assert inverse.dims_in == inverse.output_dims(None) == [(6, 3, 4)]
+    z = normal.sample((3, 6, 3, 4)).double()
+    with torch.no_grad():
+        sample = inverse((z,) if wrap else z, jac=False, c=c)[0]
+    assert not (sample[0] if wrap else sample).requires_grad
+    plain = plain_of(chain)
+    found = []
+    for model in (chain, plain):
+        latent, log_det = Inverted(model)(sample, c=c, jac=False, rev=True)
+        latent = latent[0] if wrap else latent
+        torch.testing.assert_close(latent, z)
+        (normal.log_prob(latent).flatten(1).sum(1) + log_det).mean().neg().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same(*found)
+    rsample = inverse((z.clone().requires_grad_(),) if wrap else z.clone().requires_grad_(), jac=False, c=c)[0]
+    assert (rsample[0] if wrap else rsample).requires_grad
+
+
 @pytest.mark.peers
 def test_sequence_is_freias_sequence() -> None:
     ours, theirs = ReversibleSequence(6, 4, 4, force_tuple_output=True), freia().framework.SequenceINN(6, 4, 4, force_tuple_output=True)
