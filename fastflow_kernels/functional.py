@@ -641,9 +641,11 @@ def all_in_one_block_bwd(
         v = dispatch.packed(operations, v)
     x = operations.coupling_inv_passive(v, g, offset, perm, inv, spec)
     whole = from_rows(x, given) if rows else x
+    # reflections ahead of the coupling learn from the gradient of its input, whoever else wants that
+    need_dx = need_x or (reverse_permutation and isinstance(permutation, HouseholderPermutation) and permutation.vectors.requires_grad)
     with torch.enable_grad():
         # .data, lest autograd takes the active channels, written below, for a change of what the subnet keeps
-        x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(need_x)
+        x1 = whole.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(need_dx)
         a = _coefficients(net, x1, conditions, whole)
     a_taken = as_rows(a.detach()) if rows else dispatch.packed(operations, a.detach())
     dx, da, dg, doffset = operations.coupling_inv_bwd(v, x, dv, dlogdet, a_taken, g, offset, perm, inv, spec, need_params)
@@ -665,14 +667,29 @@ def _in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
 
 def _unpermuted(permutation: MatrixPermutation | HouseholderPermutation, y: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """v with permute(v) = y, and its gradient; those of a permutation's parameters are added to their ``grad``."""
-    v = permutation.unpermute(y)
+    v = _solved(permutation, permutation.permute, permutation.unpermute, y)
     return v, permutation.permute_bwd(dy) if isinstance(permutation, MatrixPermutation) else _pulled(permutation.permute, v, dy)
 
 
 def _repermuted(permutation: Permutation, v: Tensor, dv: Tensor) -> tuple[Tensor, Tensor]:
     """x with unpermute(x) = v, and its gradient; those of a permutation's parameters are added to their ``grad``."""
-    x = permutation.permute(v)
+    x = _solved(permutation, permutation.unpermute, permutation.permute, v)
     return x, _pulled(permutation.unpermute, x, dv) if isinstance(permutation, HouseholderPermutation) else permutation.unpermute_bwd(dv)
+
+
+def _solved(permutation: Permutation, function: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+    """x with function(x) = y, where inverse(function(x)) is x but for what the matrix was rounded by.
+
+    A rotation made in float32 is orthogonal to 1e-7, which float64 sees. Each step of refinement multiplies the error by that: after two,
+    12 blocks are undone as exactly as with rotations made in float64; after one, the input is 5 to 60 times as far off. Both together make
+    a float64 train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with (4096, 64), AMD EPYC.
+    """
+    x = inverse(y)
+    base = permutation.base if isinstance(permutation, HouseholderPermutation) else permutation
+    if y.dtype is torch.float64 and isinstance(base, MatrixPermutation):
+        for _ in range(2):
+            x = x + inverse(y - function(x))
+    return x
 
 
 def _pulled(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, eager
+from fastflow_kernels.adoption import adopt
 from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
 from fastflow_kernels.permutations import (
@@ -34,7 +34,7 @@ class InvertibleModule(nn.Module):
     """Base class of invertible modules, with FrEIA's interface.
 
     ``module([x], c, rev=False, jac=True)`` returns ``((z,), logdet)`` with ``logdet = log |det dz/dx|`` (B,) in nats per sample, and
-    ``module([z], c, rev=True)`` returns ``((x,), -logdet)``. Where FrEIA is imported, instances pass
+    ``module([z], c, rev=True)`` returns ``((x,), -logdet)``. Where FrEIA is imported, before or after, instances pass
     ``isinstance(module, FrEIA.modules.InvertibleModule)``.
 
     Args:
@@ -43,7 +43,7 @@ class InvertibleModule(nn.Module):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> InvertibleModule:
-        _adopt_freia()
+        _adopt_freia()  # again: FrEIA may have been reloaded
         return super().__new__(cls)
 
     def __init__(self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None) -> None:
@@ -85,14 +85,11 @@ class InvertibleModule(nn.Module):
 
 
 def _adopt_freia() -> None:
-    """Make FrEIA's base class a base of ours once FrEIA is imported, so that its containers recognise our modules.
+    """Make FrEIA's base class a base of ours once FrEIA is imported, so that its containers recognise our modules."""
+    adopt(InvertibleModule, "FrEIA.modules.base", "InvertibleModule")
 
-    Importing FrEIA ourselves would cost every user its SciPy import.
-    """
-    if InvertibleModule.__bases__ == (nn.Module,) and (freia := sys.modules.get("FrEIA.modules.base")):
-        base = getattr(freia, "InvertibleModule", None)
-        if isinstance(base, type) and issubclass(base, nn.Module):
-            InvertibleModule.__bases__ = (base,)
+
+_adopt_freia()
 
 
 class AllInOneBlock(InvertibleModule):

@@ -458,6 +458,14 @@ class _Reversible(Reversible):
     _fastflow_stock: type
     _fastflow_attributes = ("_checkpoint_every", "debug", "drift", "_measured_spacing")
 
+    def __getitem__(self, item: int | slice) -> Any:
+        """As the stock class has it; where that makes a chain of a slice, this is reversible, too."""
+        stock: Any = super()
+        part = stock.__getitem__(item)
+        if isinstance(item, slice) and (_made_reversible(part) or (False,))[0]:
+            part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
+        return part
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new, (_Reversible, self._fastflow_stock), self.__dict__.copy()
 

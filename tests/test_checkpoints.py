@@ -609,7 +609,7 @@ state = before.state_dict()
 assert not any(name.split(".")[0] == "FrEIA" for name in sys.modules)
 import FrEIA.modules, FrEIA.framework
 after = make()
-assert isinstance(after, FrEIA.modules.InvertibleModule)
+assert isinstance(after, FrEIA.modules.InvertibleModule) and isinstance(before, FrEIA.modules.InvertibleModule)
 assert isinstance(after, InvertibleModule) and isinstance(after, AllInOneBlock) and isinstance(before, InvertibleModule)
 assert isinstance(InvertibleModule([(4,)]), FrEIA.modules.InvertibleModule)
 assert not isinstance(torch.nn.Linear(1, 1), InvertibleModule)

@@ -15,8 +15,9 @@ PACKAGE = "fastflow_kernels"
 
 # The layers of the package, lowest first. A file may import what stands in its own entry, and ANYWHERE. kernels/* is one entry, and only
 # dispatch may ask for it: it is what decides whether Triton runs.
-ANYWHERE = ("spec", "errors", "modes")
+ANYWHERE = ("spec", "errors", "modes", "adoption")
 MAY_IMPORT = {
+    "adoption": set(),
     "spec": set(),
     "errors": set(),
     "modes": set(),
