@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastflow_kernels import dispatch, modules, probe
+from fastflow_kernels import dispatch, modes, modules, probe
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.probe import Left, Seen
@@ -38,7 +38,7 @@ class Entry:
         kind: Its class, with the module that defines it.
         state: What runs. Of a block: "accelerated" or "fused" (built so), "stock maths" (accelerated or fused, but something that it reads
             was exchanged), "left" (a stock block, as it is). Of a chain: "reversible" or "left".
-        changed: Whether :func:`accelerate` has changed its class.
+        changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
         reason: How it was recognised, or why it runs as it does.
     """
 
@@ -119,10 +119,10 @@ def _entry_of_block(name: str, block: Any) -> Entry | None:
         return Entry(name, kind, "fused", False, f"{maths}; backend {block.backend!r}")
     if isinstance(block, _Accelerated):
         held = block._fastflow
-        maths = f"computes {_in_words(block, held.dialect, held.activation)}; backend {held.backend!r}"
         if (changed := block._exchanged()) is not None:
-            return Entry(name, kind, "stock maths", True, f"its {changed} is another one since it was accelerated, when it {maths}")
-        return Entry(name, kind, "accelerated", True, maths)
+            return Entry(name, kind, "stock maths", True, f"its {changed} is another one than when it was accelerated")
+        maths = _in_words(block, held.dialect, held.activation)
+        return Entry(name, kind, "accelerated", True, f"computes {maths}; backend {held.backend!r}")
     if not probe.is_named(type(block)):
         return None
     try:
@@ -151,6 +151,8 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
 def _in_words(block: Any, dialect: str, activation: str) -> str:
     if block.householder:
         permutation = f"{block.householder} Householder reflections"
+    elif modes.is_symbolic() or block.w_perm.is_meta:
+        permutation = "a permutation that holds no values now"
     else:
         permutation = "hard permutation" if isinstance(IndexCache().permutation(block), IndexPermutation) else "soft permutation"
     return f"dialect {dialect!r}, {activation}, {permutation}"
@@ -377,27 +379,33 @@ class _Accelerated(_Stock):
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)
-        self._fastflow.index.permutation(self)  # see AllInOneBlock._apply
+        self._read_index()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._fastflow.index.permutation(self)
+        self._read_index()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._fastflow.index.permutation(self)  # now, for a compiled forward cannot look
+        self._read_index()
+
+    def _read_index(self) -> None:
+        """Now, for the next forward may be a compiled one, which cannot look; see AllInOneBlock._apply."""
+        if self._exchanged() is None:
+            self._fastflow.index.permutation(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """As torch has it, but for the lambdas that FrEIA's blocks hold, which no pickle takes."""
+        """As torch has it, but for what no copy takes: FrEIA's lambdas, and the product of reflections that a stock pass leaves behind."""
         state, held = self.__dict__.copy(), self._fastflow
-        if self._exchanged() is None:
-            stand_ins: dict[str, Any] = {"global_scale_activation": probe.Activation(held.activation)}
-            if getattr(getattr(self, "w_perm", None), "ndim", 0) == 1:
-                stand_ins["permute_function"] = _take_channels
-            stand_ins = {name: value for name, value in stand_ins.items() if "<lambda>" in getattr(state.get(name), "__qualname__", "")}
-            if stand_ins:
-                state |= {**stand_ins, "_fastflow": replace(held, seen=held.seen.with_values(**stand_ins))}
+        state |= {name: None for name in ("w_perm", "w_perm_inv") if isinstance(state.get(name), Tensor) and state[name].grad_fn}
+        stand_ins: dict[str, Any] = {"global_scale_activation": probe.Activation(held.activation)}
+        if getattr(getattr(self, "w_perm", None), "ndim", 0) == 1:
+            stand_ins["permute_function"] = _take_channels
+        lambdas = [name for name in stand_ins if "<lambda>" in getattr(state.get(name), "__qualname__", "")]
+        stand_ins = {name: stand_ins[name] for name in lambdas if held.seen.holds(name, state[name])}
+        if stand_ins:
+            state |= {**stand_ins, "_fastflow": replace(held, seen=held.seen.with_values(**stand_ins))}
         return _new, (_Accelerated, self._fastflow_stock), state
 
 

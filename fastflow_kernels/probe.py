@@ -90,7 +90,7 @@ class Seen:
     Attributes:
         cls: The block's class.
         attributes: Names of the block's own attributes, in the order of ``values``.
-        values: Their values; of lists, copies.
+        values: Their values; of lists and dictionaries, copies.
         steps: Names of what the block finds on its class, in the order of ``functions``; "forward" is the first.
         functions: What it found.
         softplus_of: The module whose ``softplus`` the activation calls, if it calls one.
@@ -140,6 +140,12 @@ class Seen:
     def _read_steps(self) -> Callable[[Any], tuple[Any, ...]]:
         return _reader(operator.attrgetter, self.steps[1:])
 
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether an attribute is what it was, and reads what it read."""
+        if name == _ACTIVATION and self.softplus_of is not None and not _is_known_softplus(self.softplus_of._modules.get("softplus")):
+            return False
+        return name in self.attributes and self.values[self.attributes.index(name)] is value
+
     def with_values(self, **values: Any) -> Seen:
         """The same with other values of some attributes, and with an activation that reads nothing if that is one of them."""
         softplus_of = None if _ACTIVATION in values else self.softplus_of
@@ -167,6 +173,9 @@ _GONE = object()
 # read by the fused block in every call, too
 _LIVE = {"global_scale", "global_offset", "subnet", "w_perm", "w_perm_inv", "w_0", "vk_householder", "clamp"}
 
+# read by the fused block, too, but not all by every stock block: where only one of the two would notice, the stock maths runs
+_FIXED = ("householder", "reverse_pre_permute", "conditional", "GIN", "in_channels", "input_rank", "splits")
+
 
 def _reader(getter: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
     """What reads all the names at once, as a tuple."""
@@ -180,26 +189,39 @@ def _functions(cls: Any, steps: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _look(block: Any, cls: Any, softplus_of: Any) -> Seen:
-    """What the block's forward reads, by the names in its code and in that of the functions it calls on itself."""
-    names = _names_from(cls, "forward")
+    """What the block's forward reads, by the names in its code and in that of the methods it calls on itself."""
+    names = dict.fromkeys((*_FIXED, *_names_from(cls, "forward")))
     tensors = {**block._parameters, **block._buffers, **block._modules}
     attributes, steps = [], ["forward"]
     for name in names:
         if name in _LIVE or hasattr(nn.Module, name):
             continue
         if tensors.get(name) is not None and name not in ("softplus", _ACTIVATION):
-            raise Left(f"reads its {name}, which the fused block knows nothing of")
+            raise Left(f"a step reads its {name}, which the fused block knows nothing of")
         if name in vars(block):
-            if isinstance(vars(block)[name], Tensor):
-                raise Left(f"reads its {name}, a tensor that the fused block knows nothing of")
+            if not _is_comparable(vars(block)[name]):
+                raise Left(f"a step reads its {name}, of class {type(vars(block)[name]).__name__}, which may change unnoticed")
             attributes.append(name)
         elif inspect.getattr_static(cls, name, _GONE) is not _GONE:
             steps.append(name)
     for name in steps:
         if isinstance(inspect.getattr_static(cls, name), property):
             raise Left(f"computes its {name} by a property")
-    values = tuple(copy.deepcopy(value) if isinstance(value, list) else value for value in (vars(block)[name] for name in attributes))
+    values = tuple(
+        copy.deepcopy(value) if isinstance(value, (list, dict)) else value for value in (vars(block)[name] for name in attributes)
+    )
     return Seen(cls, tuple(attributes), values, tuple(steps), _functions(cls, steps), softplus_of)
+
+
+def _is_comparable(value: Any) -> bool:
+    """Whether a value that has changed, also within, differs from a copy of what it was."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_comparable, value))
+    if isinstance(value, dict):
+        return all(map(_is_comparable, value.values()))
+    if value is None or isinstance(value, (numbers.Number, str, torch.dtype, torch.device)):
+        return True
+    return isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, Activation))
 
 
 def _names_from(cls: Any, start: str) -> list[str]:
@@ -256,13 +278,14 @@ def _activation(block: Any, cls: Any) -> tuple[Callable[[Tensor], Tensor], Any]:
         owner = function.__self__
     function = getattr(function, "__func__", function)  # a bound or a static method's
     if not isinstance(function, FunctionType):
-        raise Left(f"its {_ACTIVATION} is a {type(getattr(block, _ACTIVATION, None)).__name__}, and what that reads may change")
+        kind = type(getattr(block, _ACTIVATION, None)).__name__
+        raise Left(f"its {_ACTIVATION} is no function, but of class {kind}, and what that reads may change")
     for cell in function.__closure__ or ():
         owner = cell.cell_contents
     if owner is not None and not (isinstance(owner, nn.Module) and is_named(type(owner)) and len(function.__closure__ or ()) <= 1):
         raise Left(f"its {_ACTIVATION} reads variables of the function around it, and those may change")
     if (name := _foreign_name(function, owner)) is not None:
-        raise Left(f"its {_ACTIVATION} reads {name}, and that may change")
+        raise Left(f"its {_ACTIVATION} uses {name}, which no known form does and which may change")
     calls_softplus = owner is not None and "softplus" in function.__code__.co_names and "softplus" in owner._modules
     return getattr(block, _ACTIVATION), owner if calls_softplus else None
 
@@ -302,7 +325,7 @@ def _known_activation(function: Callable[[Tensor], Tensor], like: Tensor) -> str
     sizes = torch.logspace(-6.0, far, 500, dtype=torch.float64, device="cpu")
     samples = torch.cat((torch.linspace(-dense, dense, 14001, dtype=torch.float64, device="cpu"), sizes, -sizes)).to(like)
     values = function(samples)
-    tolerance = 1e-9 if like.dtype is torch.float64 else 1e-4
+    tolerance = 1e-12 if like.dtype is torch.float64 else 1e-4
     for name in ACTIVATIONS:
         known = eager.scale_of(samples, name)
         if values.shape == known.shape and ((values == known) | ((values - known).abs() <= tolerance * known.abs())).all():

@@ -40,4 +40,5 @@ class CouplingSpec(NamedTuple):
     @classmethod
     def of(cls, clamp: float, dialect: str, activation: str, gin: bool) -> CouplingSpec:
         """Build a spec from the block's options (already validated)."""
-        return cls(float(clamp), 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
+        clamp = float(clamp)  # a number of NumPy's would keep its precision in the quotient
+        return cls(clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
