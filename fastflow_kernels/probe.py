@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -174,7 +174,7 @@ _GONE = object()
 _LIVE = {"global_scale", "global_offset", "subnet", "w_perm", "w_perm_inv", "w_0", "vk_householder", "clamp"}
 
 # read by the fused block, too, but not all by every stock block: where only one of the two would notice, the stock maths runs
-_FIXED = ("householder", "reverse_pre_permute", "conditional", "GIN", "in_channels", "input_rank", "splits")
+_FIXED = ("householder", "reverse_pre_permute", "conditional", "condition_channels", "dims_c", "GIN", "in_channels", "input_rank", "splits")
 
 
 def _reader(getter: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
@@ -224,6 +224,24 @@ def _is_comparable(value: Any) -> bool:
     return isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, Activation))
 
 
+def _reads_more(function: Any) -> bool:
+    """Whether a function among a block's attributes, such as permute_function, may read more than it is given and torch's functions."""
+    if isinstance(function, MethodType):
+        return True
+    if not isinstance(function, FunctionType):
+        return False
+    names = [name for name in function.__code__.co_names if name in function.__globals__]
+    if not all(_is_of_torch(function.__globals__[name]) for name in names):
+        return True
+    return bool(function.__closure__ or function.__defaults__ or function.__kwdefaults__)
+
+
+def _is_of_torch(value: Any) -> bool:
+    """Whether this is torch, a module of it, or a function or class from there."""
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return (name or "").partition(".")[0] == "torch"
+
+
 def _names_from(cls: Any, start: str) -> list[str]:
     """Every name in the code of a method, and of the methods of ``cls`` that are among those names."""
     names, pending = [start], [start]
@@ -271,7 +289,7 @@ def _activation(block: Any, cls: Any) -> tuple[Callable[[Tensor], Tensor], Any]:
     function = own if own is not None else inspect.getattr_static(cls, _ACTIVATION, None)
     if isinstance(function, Activation):
         return function, None
-    if isinstance(function, BuiltinFunctionType) and (function.__module__ or "").startswith("torch"):
+    if isinstance(function, BuiltinFunctionType) and _is_of_torch(function):
         return function, None
     owner: Any = block if own is None and isinstance(function, FunctionType) else None
     if isinstance(function, MethodType):
@@ -390,6 +408,9 @@ def _asked(block: Any, cls: Any, stock: Any) -> Maths:
         dialects = probe.dialects(other, False, activation)
         if not dialects:
             raise Left("without GIN it computes something else than either known form of the block")
+    for name, value in zip(seen.attributes, seen.values, strict=True):
+        if name != _ACTIVATION and _reads_more(value):
+            raise Left(f"its {name} reads variables around it, and those may change")
     return Maths(dialects[0], activation, probe.is_sized, seen)
 
 
