@@ -38,12 +38,12 @@ cd "$work"
 echo "== the wheel's types, as another project sees them"
 cat >uses.py <<'PY'
 import torch
-from fastflow_kernels import AllInOneBlock, Report, accelerate
+from fastflow_kernels import AllInOneBlock, Report, accelerate, report
 
 
 def blocks(model: torch.nn.Module) -> tuple[str, ...]:
-    report: Report = accelerate(model, backend="eager")
-    return tuple(entry.name for entry in report.changed)
+    found: Report = report(accelerate(model, backend="eager"))
+    return tuple(entry.name for entry in found.changed)
 
 
 block: torch.nn.Module = AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from fastflow_kernels import dispatch
-from fastflow_kernels.patch import accelerate
+from fastflow_kernels.patch import accelerate, report
 
 
 class Accelerate(Callback):
@@ -30,11 +30,12 @@ class Accelerate(Callback):
 
     def __init__(self, backend: str = "auto", reversible: bool = False) -> None:
         self.backend, self.reversible = dispatch.validated(backend), reversible
+        self._said = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called by Lightning; logs what was changed, and warns if the model holds no block."""
-        report = accelerate(pl_module, backend=self.backend, reversible=self.reversible)
-        if not report.entries:
-            rank_zero_warn(f"fastflow_kernels: {report}; {type(pl_module).__name__} runs as it is")
-        elif report.changed:
-            rank_zero_info(f"fastflow_kernels: {report if report.left else str(report).splitlines()[0]}")
+        """Called by Lightning in every stage; logs what runs, once. :func:`fastflow_kernels.accelerate` warns if no block runs fused."""
+        found = report(accelerate(pl_module, backend=self.backend, reversible=self.reversible))
+        said = str(found) if found.left else str(found).splitlines()[0]
+        if found.changed and said != self._said:
+            rank_zero_info(f"fastflow_kernels: {said}")
+            self._said = said

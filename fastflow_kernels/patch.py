@@ -1,106 +1,184 @@
-"""``accelerate(model)`` and ``restore(model)``: the fused block, and reversible chains, inside models that hold FrEIA's or anomalib's.
+"""``accelerate(model)``, ``restore(model)``, ``report(model)``: the fused block, and reversible chains, in models of FrEIA and anomalib.
 
 A stock block stays the object it is, with its parameters, hooks and state-dict keys; only its class is exchanged for a subclass of its own
-whose ``forward`` is the fused one. Containers that keep references of their own (GraphINN's nodes) and optimizers notice nothing.
+whose ``forward`` is the fused one. Containers that keep references of their own (GraphINN's nodes) and optimizers notice nothing. What the
+block computes is found by :mod:`fastflow_kernels.probe`; where that has changed since, ``forward`` is the stock block's own.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastflow_kernels import dispatch, eager, modules
-from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input, starts_in_place
+from fastflow_kernels import dispatch, modes, modules, probe
+from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
+from fastflow_kernels.probe import Left, Seen
 from fastflow_kernels.reversible import Reversible, is_reversible
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.spec import CouplingSpec
 
-_STEPS = ("forward", *modules.STEPS)
+_Model = TypeVar("_Model", bound=nn.Module)
 
-
-# --- what was done -----------------------------------------------------------------------------------------------------------------
+# --- what runs ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One block that was looked at.
+    """A block, or a chain of blocks.
 
     Attributes:
         name: Its name in the model, as ``named_modules`` gives it ("" for the model itself).
         kind: Its class, with the module that defines it.
-        changed: Whether it was changed.
-        reason: How it was recognised, or why it was left as it is.
+        state: What runs. Of a block: "accelerated" or "fused" (built so), "stock maths" (accelerated or fused, but something that it reads
+            was exchanged), "left" (a stock block, as it is). Of a chain: "reversible" or "left".
+        changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
+        reason: How it was recognised, or why it runs as it does.
     """
 
     name: str
     kind: str
+    state: str
     changed: bool
     reason: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`accelerate` or :func:`restore` did; ``print`` it.
+    """What runs in a model, and why; see :func:`report`. ``print`` it.
 
     Attributes:
-        action: "accelerated" or "restored".
-        entries: One per block found, in the model's order.
-        chains: One per chain found, where reversible chains were asked for.
-        reversible: Whether they were.
+        entries: One per block, in the model's order.
+        chains: One per chain that is a SequenceINN or was made from one.
     """
 
-    action: str
     entries: tuple[Entry, ...]
     chains: tuple[Entry, ...] = ()
-    reversible: bool = False
 
     @property
     def changed(self) -> tuple[Entry, ...]:
-        """The blocks that were changed."""
+        """The blocks that :func:`accelerate` has changed."""
         return tuple(entry for entry in self.entries if entry.changed)
 
     @property
     def left(self) -> tuple[Entry, ...]:
-        """The blocks that were left as they are."""
-        return tuple(entry for entry in self.entries if not entry.changed)
+        """The stock blocks that are as they were."""
+        return tuple(entry for entry in self.entries if entry.state == "left")
 
     def __str__(self) -> str:
-        lines = [f"{len(self.changed)} of {len(self.entries)} blocks {self.action}"]
-        if not self.entries:
-            lines = ["no AllInOneBlock found in the model"]
-        lines += [f"  {self.action if entry.changed else 'left':<11} {_line(entry)}" for entry in self.entries]
-        if self.reversible and not self.chains:
-            lines.append("no SequenceINN found: no chain was made reversible (a GraphINN cannot be)")
+        fused = sum(entry.state in ("accelerated", "fused") for entry in self.entries)
+        lines = [f"{fused} of {len(self.entries)} blocks run fused" if self.entries else "no AllInOneBlock found in the model"]
+        lines += [_line(entry) for entry in self.entries]
         if self.chains:
-            changed = sum(entry.changed for entry in self.chains)
-            lines.append(f"{changed} of {len(self.chains)} chains {'restored' if self.action == 'restored' else 'made reversible'}")
-            lines += [f"  {'changed' if entry.changed else 'left':<11} {_line(entry)}" for entry in self.chains]
+            reversible = sum(entry.state == "reversible" for entry in self.chains)
+            lines.append(f"{reversible} of {len(self.chains)} chains are reversible")
+            lines += [_line(entry) for entry in self.chains]
         return "\n".join(lines)
 
 
 def _line(entry: Entry) -> str:
-    return f"{entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}"
+    return f"  {entry.state:<11} {entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}"
 
 
-class _Left(Exception):
-    """A block must be left alone; the message says why."""
+def report(model: nn.Module) -> Report:
+    """Say of every block and every chain in a model what runs, and why.
+
+    It is found by asking the model as it is now, at any time, accelerated or not; nothing about the model changes.
+
+    Args:
+        model: Any module; a block itself will do.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+
+    Example:
+        >>> import torch
+        >>> from fastflow_kernels import AllInOneBlock, report
+        >>> print(report(torch.nn.Sequential(AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear))))
+        1 of 1 blocks run fused
+          fused       0  fastflow_kernels.modules.AllInOneBlock: dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'
+    """
+    named = _modules_of(model)
+    entries = [_entry_of_block(name, block) for name, block in named]
+    chains = [_entry_of_chain(name, chain) for name, chain in named]
+    return Report(tuple(entry for entry in entries if entry), tuple(entry for entry in chains if entry))
+
+
+def _entry_of_block(name: str, block: Any) -> Entry | None:
+    kind = _kind(type(block))
+    if isinstance(block, modules.AllInOneBlock):
+        if block._overridden():
+            return Entry(name, kind, "stock maths", False, "a step is overridden, so its steps run one by one in plain operations")
+        maths = _in_words(block, block.dialect, block.global_affine_type)
+        return Entry(name, kind, "fused", False, f"{maths}; backend {block.backend!r}")
+    if isinstance(block, _Accelerated):
+        held = block._fastflow
+        if (changed := block._exchanged()) is not None:
+            return Entry(name, kind, "stock maths", True, f"its {changed} is another one than when it was accelerated")
+        maths = _in_words(block, held.dialect, held.activation)
+        return Entry(name, kind, "accelerated", True, f"computes {maths}; backend {held.backend!r}")
+    if not probe.is_named(type(block)):
+        return None
+    try:
+        maths = probe.identify(block, type(block))
+    except Left as reason:
+        return Entry(name, kind, "left", False, str(reason))
+    words = _in_words(block, maths.dialect, maths.activation)
+    return Entry(name, kind, "left", False, f"accelerate(model) would take it: computes {words}")
+
+
+def _entry_of_chain(name: str, chain: Any) -> Entry | None:
+    kind = _kind(type(chain))
+    if isinstance(chain, Reversible):
+        count = sum(map(is_reversible, chain.module_list))
+        reason = f"{count} of its {len(chain.module_list)} modules are undone in the backward pass"
+        return Entry(name, kind, "reversible", isinstance(chain, _Reversible), reason)
+    if not probe.is_named(type(chain), "SequenceINN"):
+        return None
+    found = _made_reversible(probe.shallow_copy(chain, type(chain)))
+    if found is None:
+        return None
+    would, reason = found
+    return Entry(name, kind, "left", False, f"accelerate(model, reversible=True) would take it: {reason}" if would else reason)
+
+
+def _in_words(block: Any, dialect: str, activation: str) -> str:
+    if block.householder:
+        permutation = f"{block.householder} Householder reflections"
+    elif modes.is_symbolic() or block.w_perm.is_meta:
+        permutation = "a permutation that holds no values now"
+    else:
+        permutation = "hard permutation" if isinstance(IndexCache().permutation(block), IndexPermutation) else "soft permutation"
+    return f"dialect {dialect!r}, {activation}, {permutation}"
+
+
+def _kind(cls: type) -> str:
+    cls = getattr(cls, "_fastflow_stock", cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())
 
 
 # --- the two functions -------------------------------------------------------------------------------------------------------------
 
 
-def accelerate(model: nn.Module, *, backend: str = "auto", reversible: bool = False) -> Report:
+def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False) -> _Model:
     """Make every AllInOneBlock of FrEIA or anomalib in ``model`` run fused, in place.
 
     Parameters and their identity, hooks, state-dict keys and values stay what they are. Each block is asked, by running a copy of it on a
     small input with random parameters, which maths it computes; a block that computes something else than expected, or whose class
-    overrides a step of it, is left alone.
+    overrides a step of it, is left alone. :func:`report` says what was done. Something that a stock block reads in every call and that is
+    exchanged later (``permute_function``, a step, the activation, ``clamp`` for a tensor) takes effect: such a call runs the stock maths.
 
     Args:
         model: Any module; a block itself will do.
@@ -110,206 +188,115 @@ def accelerate(model: nn.Module, *, backend: str = "auto", reversible: bool = Fa
             which can be set.
 
     Returns:
-        What was changed and what was left, with reasons.
+        ``model``, the same object.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
         ValueError: An unknown backend.
+
+    Warns:
+        UserWarning: No block of the model runs fused afterwards, or no chain is reversible where that was asked for.
 
     Example:
         >>> import torch
-        >>> from fastflow_kernels import accelerate
-        >>> print(accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2))))
-        no AllInOneBlock found in the model
+        >>> from fastflow_kernels import AllInOneBlock, accelerate, report
+        >>> model = torch.nn.Sequential(AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear))
+        >>> model = accelerate(model)
+        >>> print(report(model).entries[0].state)  # "accelerated" for a block of FrEIA or anomalib
+        fused
     """
     dispatch.validated(backend)
-    entries, chains = [], []
-    for name, block in _modules_of(model):
-        kind = _kind(type(block))
-        if isinstance(block, modules.AllInOneBlock):
-            entries.append(Entry(name, kind, False, "is fused already"))
-        elif isinstance(block, _Accelerated):
-            changed, block._fastflow.backend = block._fastflow.backend != backend, backend
-            entries.append(Entry(name, kind, changed, f"was accelerated already; backend is {backend!r}{' now' if changed else ''}"))
-        elif (stock := _stock_class(type(block))) is not None:
-            try:
-                dialect, activation = _identify(block, stock)
-            except _Left as reason:
-                entries.append(Entry(name, kind, False, str(reason)))
-                continue
-            _exchange(block, dialect, activation, backend)
-            entries.append(Entry(name, kind, True, f"computes dialect {dialect!r}, {activation}, {_permutation_kind(block)}"))
-    for name, chain in _modules_of(model) if reversible else ():
-        kind = _kind(type(chain))
-        if (found := _made_reversible(chain)) is not None:
-            chains.append(Entry(name, kind, *found))
-    return Report("accelerated", tuple(entries), tuple(chains), reversible)
+    named = _modules_of(model)
+    for _, block in named:
+        if isinstance(block, _Accelerated) or (probe.is_named(type(block)) and not isinstance(block, modules.AllInOneBlock)):
+            _accelerate_block(block, backend)
+    if reversible:
+        for _, chain in named:
+            _made_reversible(chain)
+    missing = [] if any(_runs_fused(block) for _, block in named) else ["no block of the model runs fused"]
+    if reversible and not any(isinstance(chain, Reversible) for _, chain in named):
+        missing.append("no chain of the model was made reversible (a SequenceINN can be, a GraphINN cannot)")
+    if missing:
+        warnings.warn(f"{' and '.join(missing)}; print(fastflow_kernels.report(model)) says why", UserWarning, stacklevel=2)
+    return model
 
 
-def restore(model: nn.Module) -> Report:
+def restore(model: _Model) -> _Model:
     """Give every block and chain that :func:`accelerate` changed its own class back, in place.
 
     Args:
         model: The model given to :func:`accelerate`, a copy of it, or a part.
 
     Returns:
-        What was restored.
+        ``model``, the same object.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+        RuntimeError: The class of a changed block or chain was changed again since, by a parametrization for instance. Nothing is restored
+            then.
     """
-    entries: list[Entry] = []
-    chains: list[Entry] = []
-    for name, block in _modules_of(model):
-        if isinstance(block, (_Accelerated, _Reversible)):
-            addition = _Accelerated if isinstance(block, _Accelerated) else _Reversible
-            found = entries if addition is _Accelerated else chains
-            if type(block) is not _derived(addition, block._fastflow_stock):
-                found.append(Entry(name, _kind(type(block)), False, "its class was changed since (parametrized, perhaps): undo that first"))
-                continue
-            for attribute in addition._fastflow_attributes:
-                block.__dict__.pop(attribute, None)
-            block.__class__ = block._fastflow_stock
-            found.append(Entry(name, _kind(type(block)), True, "has its own class again"))
-        elif isinstance(block, modules.AllInOneBlock):
-            entries.append(Entry(name, _kind(type(block)), False, "was built fused, not made so by accelerate"))
-    return Report("restored", tuple(entries), tuple(chains))
+    changed = [(name, part) for name, part in _modules_of(model) if isinstance(part, (_Accelerated, _Reversible))]
+    stuck = [name or "the model itself" for name, part in changed if not _can_be_restored(part)]
+    if stuck:
+        raise RuntimeError(
+            f"cannot restore {', '.join(stuck)}: the class was changed again since accelerate (by a parametrization or by FSDP, perhaps). "
+            "Undo that first; nothing was restored"
+        )
+    for _, part in changed:
+        for attribute in _addition(part)._fastflow_attributes:
+            part.__dict__.pop(attribute, None)
+        part.__class__ = part._fastflow_stock
+    return model
 
 
-def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    return list(model.named_modules())
+def _can_be_restored(part: Any) -> bool:
+    return type(part) is _derived(_addition(part), part._fastflow_stock)
 
 
-def _permutation_kind(block: Any) -> str:
-    if block.householder:
-        return f"{block.householder} Householder reflections"
-    return "hard permutation" if isinstance(IndexCache().permutation(block), IndexPermutation) else "soft permutation"
+def _addition(part: Any) -> Any:
+    """What accelerate has added to the class of a block or chain."""
+    return _Accelerated if isinstance(part, _Accelerated) else _Reversible
 
 
-def _kind(cls: type) -> str:
-    cls = getattr(cls, "_fastflow_stock", cls)
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _runs_fused(block: Any) -> bool:
+    if isinstance(block, modules.AllInOneBlock):
+        return not block._overridden()
+    return isinstance(block, _Accelerated) and block._exchanged() is None
 
 
-# --- which class, which maths ------------------------------------------------------------------------------------------------------
-
-
-def _stock_class(cls: type) -> type | None:
-    """The AllInOneBlock that ``cls`` is or derives from, by name and methods: models also carry vendored copies of it."""
-    for base in cls.__mro__:
-        if base.__name__ == "AllInOneBlock" and {"forward", "_affine", "_permute"} <= vars(base).keys():
-            return base
-    return None
-
-
-def _identify(block: Any, stock: Any) -> tuple[str, str]:
-    """Dialect and activation of a stock block, found by asking it; _Left if it computes anything else."""
-    for step in _STEPS:
-        if step in vars(block) or getattr(type(block), step, None) is not getattr(stock, step, None):
-            raise _Left(f"{type(block).__name__} overrides {step}")
+def _accelerate_block(block: Any, backend: str) -> None:
+    """Exchange the class of a stock block, if it computes one of the known forms; ask an accelerated one again if it has changed since."""
+    is_accelerated = isinstance(block, _Accelerated)
+    if is_accelerated:
+        block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
+        if block._exchanged() is None:
+            return
+    cls: Any = block._fastflow_stock if is_accelerated else type(block)
     try:
-        if block.global_scale.is_meta:
-            raise _Left("its parameters are on the meta device; accelerate it once they hold values")
-        if isinstance(block.clamp, Tensor):
-            raise _Left("its clamp is a tensor; the fused block takes a number")
-        if not block.conditional and starts_in_place(block.subnet):
-            raise _Left("its subnet starts with an in-place operation, which changes the stock block's passive half")
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(block.global_scale.device.type, enabled=False):
-            return _compare(_Probe(block, stock))
-    except _Left:
-        raise
-    except Exception as error:
-        raise _Left(f"it could not be asked: {type(error).__name__}: {error}") from error
-
-
-class _Fixed(nn.Module):
-    """A subnet that returns the same coefficients whatever it is given, and keeps that."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a, self.given = a, a
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.given = x.clone()
-        return self.a.clone()  # the stock block writes to what it gets
-
-
-class _Probe:
-    """A shallow copy of a block with random global affine and a fixed subnet: the block itself is not touched."""
-
-    def __init__(self, block: Any, stock: Any) -> None:
-        self.stock, self.generator = stock, torch.Generator().manual_seed(0)
-        self.block = copy.copy(block)
-        # in float64, for with a clamp near 1 the two formulas differ by little
-        dtype = torch.float32 if block.global_scale.device.type == "mps" else torch.float64
-        parameters = {name: p.to(dtype) if p is not None and p.is_floating_point() else p for name, p in block._parameters.items()}
-        like = parameters["global_scale"]
-        self.scale, self.offset = self._random(like.shape, like), self._random(like.shape, like)
-        parameters |= {"global_scale": self.scale, "global_offset": self.offset}
-        self.block.__dict__["_parameters"] = parameters
-        self.block.__dict__["_modules"] = dict(block._modules)
-
-    def _random(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(like)
-
-    def ask(self, spatial: Sequence[int]) -> tuple[Tensor, list[Tensor], Tensor, list[tuple[Tensor, ...]]]:
-        """Input, conditions, coefficients and the stock block's answers, forward and in reverse: y, log-det, what the subnet was given."""
-        channels, passive = self.block.in_channels, sum(self.block.splits[1:])
-        x = self._random((2, channels, *spatial), self.scale)
-        a = 10.0 * self._random((2, 2 * passive, *spatial), self.scale)
-        self.block._modules["subnet"] = subnet = _Fixed(a)
-        c = [self._random((2, shape[0], *spatial), self.scale) for shape in self.block.dims_c]
-        answers: list[tuple[Tensor, ...]] = []
-        for rev in (False, True):
-            (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
-            answers.append((y, logdet, subnet.given))
-        return x, c, a, answers
-
-
-def _compare(probe: _Probe) -> tuple[str, str]:
-    block = probe.block
-    rank = block.input_rank
-    try:
-        x, c, a, answers = probe.ask((2,) * rank)
-    except (RuntimeError, ValueError):  # some take the declared size only: FrEIA's main branch, the reference
-        x, c, a, answers = probe.ask(tuple(block.dims_in[0][1:]))
-    samples = torch.linspace(-3.0, 60.0, 64).to(x)
-    activations = [name for name in ACTIVATIONS if _alike(block.global_scale_activation(samples), eager.scale_of(samples, name))]
-    if not activations:
-        raise _Left("its global_scale_activation is none of SIGMOID, SOFTPLUS, EXP")
-    for dialect in DIALECTS:
-        if block.clamp == 0 and dialect == "freia":
-            continue
-        spec = CouplingSpec.of(block.clamp, dialect, activations[0], block.GIN)
-        subnet = _Fixed(a)
-        ours: list[tuple[Tensor, ...]] = []
-        arguments = (subnet, probe.scale, probe.offset, IndexCache().permutation(block), spec, c)
-        for rev in (False, True):
-            result = all_in_one_block(x, *arguments, rev=rev, reverse_permutation=block.reverse_pre_permute, backend="eager")
-            ours.append((*result, subnet.given))
-        if all(_alike(theirs, mine) for pair in zip(answers, ours, strict=True) for theirs, mine in zip(*pair, strict=True)):
-            return dialect, activations[0]
-    raise _Left("it computes something else than either known form of the block")
-
-
-def _alike(theirs: Tensor, ours: Tensor) -> bool:
-    tolerance = 1e-9 if theirs.dtype is torch.float64 else 1e-3  # far above rounding, far below what tells two formulas apart
-    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0))
+        maths = probe.identify(block, cls)
+    except Left:
+        return
+    if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
+        block.w_perm = block.w_perm_inv = None
+    held = _Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
+    held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
+    block.__dict__["_fastflow"] = held
+    if not is_accelerated:
+        block.__class__ = _derived(_Accelerated, cls)
 
 
 # --- the accelerated block ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Held:
     """What an accelerated block knows beside its own attributes."""
 
     dialect: str
     activation: str
     backend: str
-    function: Any  # the block's own global_scale_activation, where that is an attribute
+    is_sized: bool  # whether the stock block refuses other spatial sizes than the declared one
+    seen: Seen
     index: IndexCache = field(default_factory=IndexCache)
 
 
@@ -335,6 +322,7 @@ class _Accelerated(_Stock):
     clamp: float
     GIN: bool
     reverse_pre_permute: bool
+    dims_in: Sequence[tuple[int, ...]]
     global_scale: Tensor
     global_offset: Tensor
     subnet: nn.Module
@@ -346,14 +334,14 @@ class _Accelerated(_Stock):
         rev: bool = False,
         jac: bool = True,
         *,
-        run: Callable[..., tuple[Tensor, Tensor]] = all_in_one_block,
+        run: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[tuple[Tensor], Tensor]:
         """The fused form of the stock block's forward; see :class:`fastflow_kernels.AllInOneBlock`."""
         held = self._fastflow
-        if self._exchanged():
-            return super().forward(x, c, rev=rev, jac=jac)
-        x = single_input(x, self.in_channels, self.input_rank)
-        y, logdet = run(
+        if self._exchanged() is not None:
+            return super().forward(x, *(() if c is None else (c,)), rev=rev, jac=jac)
+        x = single_input(x, self.in_channels, self.input_rank, tuple(self.dims_in[0]) if held.is_sized else None)
+        y, logdet = (run or all_in_one_block)(
             x,
             self.subnet,
             self.global_scale,
@@ -367,14 +355,16 @@ class _Accelerated(_Stock):
         )
         return (y,), logdet
 
-    def _exchanged(self) -> bool:
-        """Whether a step was exchanged on this very block since."""
-        own = self.__dict__
-        return own.get("global_scale_activation") is not self._fastflow.function or modules.has_any(own, _STEPS)
+    def _exchanged(self) -> str | None:
+        """The name of what the stock block reads and what is another one since the block was asked: then the stock maths runs."""
+        held, clamp = self._fastflow, self.__dict__.get("clamp")
+        if not probe.is_number(clamp) or (held.dialect == "freia" and clamp == 0):
+            return "clamp"
+        return held.seen.changed(self)
 
     def _takes_run(self) -> bool:
         """Whether ``forward`` is this class's own and hands everything to ``run``."""
-        return type(self).forward is _Accelerated.forward and not self._exchanged()
+        return type(self).forward is _Accelerated.forward and self._exchanged() is None
 
     def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
         if not self.conditional:
@@ -389,36 +379,34 @@ class _Accelerated(_Stock):
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)
-        self._fastflow.index.permutation(self)  # see AllInOneBlock._apply
+        self._read_index()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._fastflow.index.permutation(self)
+        self._read_index()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._fastflow.index.permutation(self)  # now, for a compiled forward cannot look
+        self._read_index()
+
+    def _read_index(self) -> None:
+        """Now, for the next forward may be a compiled one, which cannot look; see AllInOneBlock._apply."""
+        if self._exchanged() is None:
+            self._fastflow.index.permutation(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        state = self.__dict__.copy()
-        activation, held = state.get("global_scale_activation"), self._fastflow
-        if activation is held.function and "<lambda>" in getattr(activation, "__qualname__", ""):  # FrEIA 0.2's, which no pickle takes
-            state["global_scale_activation"] = function = _Activation(held.activation)
-            state["_fastflow"] = replace(held, function=function)
-        if "<lambda>" in getattr(state.get("permute_function"), "__qualname__", ""):
-            state["permute_function"] = _take_channels
+        """As torch has it, but for what no copy takes: FrEIA's lambdas, and the product of reflections that a stock pass leaves behind."""
+        state, held = self.__dict__.copy(), self._fastflow
+        state |= {name: None for name in ("w_perm", "w_perm_inv") if isinstance(state.get(name), Tensor) and state[name].grad_fn}
+        stand_ins: dict[str, Any] = {"global_scale_activation": probe.Activation(held.activation)}
+        if getattr(getattr(self, "w_perm", None), "ndim", 0) == 1:
+            stand_ins["permute_function"] = _take_channels
+        lambdas = [name for name in stand_ins if "<lambda>" in getattr(state.get(name), "__qualname__", "")]
+        stand_ins = {name: stand_ins[name] for name in lambdas if held.seen.holds(name, state[name])}
+        if stand_ins:
+            state |= {**stand_ins, "_fastflow": replace(held, seen=held.seen.with_values(**stand_ins))}
         return _new, (_Accelerated, self._fastflow_stock), state
-
-
-@dataclass(frozen=True)
-class _Activation:
-    """A global_scale_activation that can be pickled."""
-
-    name: str
-
-    def __call__(self, g: Tensor) -> Tensor:
-        return eager.scale_of(g, self.name)
 
 
 def _take_channels(x: Tensor, index: Tensor) -> Tensor:
@@ -437,16 +425,6 @@ def _new(addition: type, cls: type) -> nn.Module:
     """An empty instance, for pickle, which finds no class of :func:`_derived` by its name."""
     derived = _derived(addition, cls)
     return derived.__new__(derived)
-
-
-def _exchange(block: Any, dialect: str, activation: str, backend: str) -> None:
-    if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
-        block.w_perm = block.w_perm_inv = None
-    held = _Held(dialect, activation, backend, block.__dict__.get("global_scale_activation"))
-    held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
-    block.__dict__["_fastflow"] = held
-    stock: type = type(block)
-    block.__class__ = _derived(_Accelerated, stock)
 
 
 # --- chains --------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NamedTuple
 
 DIALECTS = ("anomalib", "freia")
@@ -40,4 +41,6 @@ class CouplingSpec(NamedTuple):
     @classmethod
     def of(cls, clamp: Any, dialect: str, activation: str, gin: bool) -> CouplingSpec:
         """Build a spec from the block's options (already validated). The clamp is a number; plain operations also take a tensor."""
-        return cls(1.0 * clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
+        if isinstance(clamp, Real):
+            clamp = float(clamp)  # a number of NumPy's would keep its precision in the quotient
+        return cls(clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))

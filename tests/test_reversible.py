@@ -23,7 +23,7 @@ import reference
 from bench.memory import bytes_kept_for_backward
 from bench.peers import anomalib_block, freia, freia_block
 from bench.reversible import Peak, Plain
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, dispatch, eager, restore, reversible
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, dispatch, eager, report, restore, reversible
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
@@ -976,9 +976,9 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: C
     x, c = torch.randn(2, 6, 4, 4, dtype=torch.float64), [torch.randn(2, 2, 4, 4, dtype=torch.float64)]
     before, state = gradients(chain, x, c), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    report = accelerate(model, reversible=True)
-    assert [(entry.name, entry.changed) for entry in report.chains] == [("0", True)]
-    assert f"{DEPTH} of its {DEPTH} modules" in str(report)
+    found = report(accelerate(model, reversible=True))
+    assert [(entry.name, entry.changed) for entry in found.chains] == [("0", True)]
+    assert f"{DEPTH} of its {DEPTH} modules" in str(found)
     assert [id(p) for p in model.parameters()] == [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert state.keys() == model.state_dict().keys()
     chain.zero_grad()
@@ -989,9 +989,9 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: C
         other.zero_grad()
         assert_same(gradients(other, x, c), before)
         assert reversible_blocks(other(x, c)[0]) == DEPTH
-    assert "is reversible already" in str(accelerate(model, reversible=True))
+    assert report(accelerate(model, reversible=True)) == found
     chain.checkpoint_every = 2
-    assert [entry.changed for entry in restore(model).chains] == [True]
+    assert [entry.state for entry in report(restore(model)).chains] == ["left"]
     assert type(chain) is freia().framework.SequenceINN
     assert not {"checkpoint_every", "drift"} & vars(chain).keys()
     chain.zero_grad()
@@ -1000,9 +1000,11 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: C
 
 def test_accelerate_says_where_there_is_no_chain() -> None:
     blocks = nn.ModuleList(simple())
-    assert "no SequenceINN found" in str(accelerate(blocks, reversible=True))
-    assert "no SequenceINN found" not in str(accelerate(blocks))
-    assert accelerate(blocks).chains == ()
+    with pytest.warns(UserWarning, match="no chain of the model was made reversible"):
+        assert report(accelerate(blocks, reversible=True)).chains == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerate(blocks)
 
 
 @pytest.mark.peers
@@ -1027,8 +1029,10 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
                 total = total + 2 * j
             return x, total
 
-    report = accelerate(nn.ModuleList([Overridden(4), SequenceINN()]), reversible=True)
-    assert [(entry.changed, entry.reason) for entry in report.chains] == [
+    model = nn.ModuleList([Overridden(4), SequenceINN()])
+    with pytest.warns(UserWarning, match="no block of the model runs fused and no chain of the model was made reversible"):
+        accelerate(model, reversible=True)
+    assert [(entry.changed, entry.reason) for entry in report(model).chains] == [
         (False, "Overridden overrides forward"),
         (False, "it computes something else than FrEIA's SequenceINN"),
     ]

@@ -160,10 +160,10 @@ def test_every_block_runs_fused_under_the_engine(
     monkeypatch.setattr(AllInOneBlock, "__call__", counted("blocks", AllInOneBlock.__call__))
     with caplog.at_level(logging.INFO):
         run = _run(_fastflow, images, tmp_path, accelerated=True)
-    assert calls["coupling_fwd"] == calls["blocks"] + 12  # accelerate asks each block what it computes
+    assert calls["coupling_fwd"] == calls["blocks"] + 4 * 12  # accelerate compares each block with both dialects, and two clamps
     assert calls["coupling_bwd"] == 12 * EPOCHS * 2  # blocks, epochs, batches
     messages = [record.message for record in caplog.records if "fastflow_kernels" in record.message]
-    assert messages == ["fastflow_kernels: 12 of 12 blocks accelerated"]  # once: prediction finds it done
+    assert messages == ["fastflow_kernels: 12 of 12 blocks run fused"]  # once: prediction finds it done
     assert run.checkpoint.exists()
 
 
@@ -179,7 +179,7 @@ def test_callback_refuses_a_backend_it_does_not_know() -> None:
 
 
 def test_callback_warns_where_there_is_nothing_to_accelerate() -> None:
-    with pytest.warns(UserWarning, match="no AllInOneBlock found in the model; LightningModule runs as it is"):
+    with pytest.warns(UserWarning, match="no block of the model runs fused"):
         Accelerate().setup(None, LightningModule(), "fit")
 
 
@@ -189,7 +189,7 @@ def test_callback_says_what_it_left(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         Accelerate().setup(None, model, "fit")
     message = "\n".join(record.message for record in caplog.records)
-    assert "11 of 12 blocks accelerated" in message
+    assert "11 of 12 blocks run fused" in message
     assert "AllInOneBlock overrides _permute" in message
 
 
