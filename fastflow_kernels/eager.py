@@ -19,11 +19,12 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from fastflow_kernels import modes
 from fastflow_kernels.spec import CouplingSpec
 
 _LN2 = math.log(2.0)
@@ -36,9 +37,9 @@ _TANH_BOUND = 1.75
 _TANH_POLYNOMIAL = (0.20184652973087983, -0.005647746654773138, 0.00020399073216209457, -4.582889990536395e-06)
 _TANH_POLE, _TANH_SHIFT = 2.0011255121967095, 2.467730965303713
 # The clamps for which these forms are used. s is off by clamp times their error, and y and the gradients by as large a share of
-# themselves: the sigmoid's form is off by up to 2.0 * 2**-24 wherever tanh is small, where plain PyTorch's error may be 0, and 8 * 2**-24 of
-# the largest value is what the accuracy criterion (tests/compare.py) allows then. Half of it is left for the other roundings. Larger clamps
-# take the operations of plain PyTorch, whose s and exp(s) have the same bits: 1.7 to 1.8 times the time forward, 1.2 to 1.8 times backward
+# themselves: the sigmoid's form is off by up to 2.0 * 2**-24 wherever tanh is small, where plain PyTorch's error may be 0. The accuracy
+# criterion (tests/compare.py) allows 8 * 2**-24 of the largest value then; half of it is left for the other roundings. Larger clamps take
+# the operations of plain PyTorch, whose s and exp(s) have the same bits: 1.7 to 1.8 times the time forward, 1.2 to 1.8 times backward
 # (block alone, (4, 256, 64, 64) to (2048, 512)). Below the least, coefficients for dialect "freia" would overflow.
 _LEAST_CLAMP, _MOST_CLAMP = 1e-6, 2.0
 _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
@@ -119,12 +120,12 @@ class _Scratch(threading.local):
 
     def take(self, like: Tensor, acc: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Uninitialised tensors of these shapes, valid until this thread's next call."""
-        cpu = like.device.type == "cpu"
-        if cpu and (views := self.views.get((acc, shapes))):
+        kept = like.device.type == "cpu" and not modes.is_watched()
+        if kept and (views := self.views.get((acc, shapes))):
             return views
         sizes = [math.prod(shape) for shape in shapes]
         total = sum(sizes)
-        keep = cpu and total * acc.itemsize <= _SCRATCH_BYTES
+        keep = kept and total * acc.itemsize <= _SCRATCH_BYTES
         buffer = self.buffers.get(acc) if keep else None
         with torch.inference_mode(False):  # else the buffer could not be written to outside of inference mode
             if buffer is None or buffer.numel() < total:
@@ -146,14 +147,20 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-@cache
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
     """A 0-dimensional tensor: as an operand it is 1.5 us cheaper than a Python number, which is wrapped anew by every call.
 
     It lies on the CPU, whatever the default device is: operands of no dimensions may, beside tensors of any device.
     """
+    return _new_constant(value, dtype) if modes.is_watched() else _kept_constant(value, dtype)
+
+
+def _new_constant(value: float, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+_kept_constant = lru_cache(maxsize=128)(_new_constant)  # a coupling needs about ten; a clamp that changes every step must not add up
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -218,7 +225,7 @@ def _fast_tanh(a_s: Tensor, scale: float, factor: float, out: Tensor, w: Tensor)
     if w.amax().item() <= bound:  # nan is not
         return _rational(a_s, w, polynomial, pole, out)
     # Both forms, and of each element the one that its own value asks for, so that neighbours change nothing. Not by torch.where, which
-    # takes 2.0 ns an element where the condition is random: the mask is 0 or 1 and both forms are finite, so lerp takes one of them exactly.
+    # takes 2.0 ns an element where the condition is random: the mask is 0 or 1 and both forms are finite, so lerp takes one exactly.
     beyond = _from_sigmoid(_small_sigmoid(a_s, scale, torch.empty_like(out)), a_s, factor, torch.empty_like(out))
     is_near = torch.le(w, bound, out=torch.empty_like(out))
     a_s = torch.clamp(a_s, -most, most)
@@ -451,7 +458,10 @@ def _backward(
                 torch.add(direct_b[0], dsi, alpha=slope, out=dsi)
             else:
                 dsi.mul_(_constant(slope, acc))
-            slope_backward.grad_input(dsi, ti, grad_input=dsi)
+            if modes.is_watched():  # allow_mutation_on_saved_tensors() expects that results are called "out"
+                dsi.copy_(slope_backward(dsi, ti))
+            else:
+                slope_backward.grad_input(dsi, ti, grad_input=dsi)
         if need_scale:
             products = _plus(products, torch.cat(parts))
         if dx.dtype is not acc:
