@@ -493,7 +493,8 @@ def _scale_gradient(
     if products is None or scale is None:
         return None
     if dlogdet is not None:
-        products = products.add_(dlogdet.sum(dtype=torch.float64).to(acc), alpha=pixels)
+        # summed as plain PyTorch sums it, by the same operation in the same dtype: no device needs to have float64
+        products = products.add_(_as(dlogdet, acc).sum(), alpha=pixels)
     return _as(products.mul_(_log_scale_slope(scale.view(-1), spec.activation)), g.dtype).view(g.shape)
 
 
