@@ -184,7 +184,7 @@ def all_in_one_block(
         RuntimeError: ``backend="triton"`` cannot be honoured, or the subnet writes to its input.
         TypeError, ValueError: The subnet returns another shape, or no floating-point tensor.
     """
-    backend = dispatch.resolved(backend)
+    backend = dispatch.unless_annealed(dispatch.resolved(backend), x, spec)
     direction = _inverse if rev else _forward
     layout = memory_format(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
@@ -547,7 +547,7 @@ def all_in_one_block_bwd(
         need_x: Whether the gradient of x is wanted.
         need_params: Whether those of global_scale and global_offset are.
     """
-    backend = dispatch.resolved(backend)
+    backend = dispatch.unless_annealed(dispatch.resolved(backend), y, spec)
     layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, layout, spec, backend)
     taken = y if rows else dispatch.coverable(y, backend)
