@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 from types import ModuleType
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastflow_kernels import eager, modes
 from fastflow_kernels.layouts import as_rows
+from fastflow_kernels.spec import CouplingSpec
 
 BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
@@ -20,6 +22,12 @@ ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
 # time. Train step of one block on a thread of an AMD EPYC, plain against eager: 321 against 478 us for (100, 2), 417 against 533 us for
 # (64, 256), 507 against 592 us for (64, 512), 665 against 659 us for (1, 256, 16, 16).
 SMALL = 1 << 15
+
+
+# Clamps that kernels are compiled for in a process. Each costs half a second a kernel, and its binaries stay: a clamp that is annealed,
+# with a new value in every step, runs the eager functions from here on.
+MOST_CLAMPS = 16
+_clamps: set[tuple[float, float]] = set()
 
 
 def validated(backend: str, where: str = "backend") -> str:
@@ -40,6 +48,35 @@ def default_backend() -> str:
 def resolved(backend: str) -> str:
     """The backend that is meant: what the environment says for "auto"."""
     return default_backend() if backend == "auto" else validated(backend)
+
+
+def unless_annealed(backend: str, x: Tensor, spec: CouplingSpec) -> str:
+    """The backend, or "eager" in place of "auto" on a GPU where kernels were compiled for :data:`MOST_CLAMPS` other clamps.
+
+    Args:
+        backend: "auto", "eager" or "triton", :func:`resolved`; whoever asks for "triton" gets it compiled.
+        x: The block's input, (B, C, *S).
+        spec: The coupling's constants.
+    """
+    if backend != "auto" or not x.is_cuda or needs_composite(x):
+        return backend
+    clamp = (spec.clamp, spec.tanh_scale)
+    if clamp not in _clamps:
+        if len(_clamps) >= MOST_CLAMPS:
+            _warn_of_annealing()
+            return "eager"
+        _clamps.add(clamp)
+    return backend
+
+
+@cache
+def _warn_of_annealing() -> None:
+    """Once."""
+    warnings.warn(
+        f"a kernel is compiled for every clamp, and {MOST_CLAMPS} have been: blocks with another clamp run the eager functions from now on. "
+        "Change the clamp in steps, or ask for backend='triton'",
+        stacklevel=2,
+    )
 
 
 @cache

@@ -206,6 +206,7 @@ def all_in_one_block(
         if rev and backend == "triton" and x.numel():
             raise RuntimeError("backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), or use backend='auto'")
         return _plain(x, subnet, global_scale, global_offset, permutation, spec, conditions, rev, reverse_permutation)
+    backend = dispatch.unless_annealed(backend, x, spec)
     direction = _inverse if rev else _forward
     layout = memory_format(x)
     global_scale, global_offset = global_scale.contiguous(), global_offset.contiguous()  # a parametrization may expand them
@@ -622,7 +623,7 @@ def all_in_one_block_bwd(
         need_x: Whether the gradient of x is wanted.
         need_params: Whether those of global_scale and global_offset are.
     """
-    backend = dispatch.resolved(backend)
+    backend = dispatch.unless_annealed(dispatch.resolved(backend), y, spec)
     layout = memory_format(y)
     rows, spec = _pixels_as_rows(y, layout, spec, backend)
     taken = y if rows else dispatch.coverable(y, backend)

@@ -86,6 +86,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hh2-soft-sigmoid": {"learned_householder_permutation": 2, "permute_soft": True, "global_affine_type": "SIGMOID"},
     "gin-hh2": {"gin_block": True, "learned_householder_permutation": 2},
 }
+# At the bound up to which the eager functions take cheap forms, and beyond it; with "freia" 50 makes the argument of tanh tiny and 0.001
+# makes it huge. Negative clamps mean what positive ones do. A table of their own, because exp(50) is beyond what numerical differences can
+# check.
+CLAMP_OPTIONS: dict[str, dict[str, Any]] = {
+    "clamp2": {"affine_clamping": 2.0},
+    "clamp2.1-rev": {"affine_clamping": 2.1, "reverse_permutation": True},
+    "clamp8-exp": {"affine_clamping": 8.0, "global_affine_type": "EXP"},
+    "clamp50": {"affine_clamping": 50.0},
+    "clamp-3": {"affine_clamping": -3.0},
+    "clamp0.001": {"affine_clamping": 1e-3},
+    "gin-clamp8": {"gin_block": True, "affine_clamping": 8.0},
+    "gin-clamp50": {"gin_block": True, "affine_clamping": 50.0},
+}
 HARD_OPTIONS = tuple(name for name in OPTIONS if not any(word in name for word in ("soft", "hh")))
 
 
@@ -99,12 +112,16 @@ class Case:
 
     @property
     def conditions(self) -> tuple[int, ...]:
-        return OPTIONS[self.name].get("conditions", ())
+        return self._all_options.get("conditions", ())
 
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's options but for the shapes, the subnet and the dialect."""
-        return {key: value for key, value in OPTIONS[self.name].items() if key != "conditions"}
+        return {key: value for key, value in self._all_options.items() if key != "conditions"}
+
+    @property
+    def _all_options(self) -> dict[str, Any]:
+        return CLAMP_OPTIONS[self.name] if self.name in CLAMP_OPTIONS else OPTIONS[self.name]
 
     @property
     def dims_in(self) -> list[tuple[int, ...]]:
@@ -134,6 +151,7 @@ def _table() -> tuple[Case, ...]:
 
 CASES = _table()
 HARD_CASES = tuple(case for case in CASES if case.name in HARD_OPTIONS)
+CLAMP_CASES = tuple(Case(shape, name, dialect) for shape in (SHAPES[0], SHAPES[6]) for name in CLAMP_OPTIONS for dialect in DIALECTS)
 LARGE_CASES = tuple(Case(shape, name, dialect) for shape in LARGE_SHAPES for name in ("hard", "gin", "rev") for dialect in DIALECTS)
 
 

@@ -13,7 +13,21 @@ import fastflow_kernels
 import reference
 from fastflow_kernels import eager
 from fastflow_kernels.spec import CouplingSpec
-from tests.cases import CASES, DEVICE, DTYPES, HARD_CASES, LARGE_CASES, LAYOUTS, SHAPES, Case, Shape, ids, make_block, make_input
+from tests.cases import (
+    CASES,
+    CLAMP_CASES,
+    DEVICE,
+    DTYPES,
+    HARD_CASES,
+    LARGE_CASES,
+    LAYOUTS,
+    SHAPES,
+    Case,
+    Shape,
+    ids,
+    make_block,
+    make_input,
+)
 from tests.compare import assert_close
 
 # the kernels without a GPU: tests/test_kernels.py
@@ -108,6 +122,13 @@ def test_block_parity_of_small_inputs(case: Case, dtype: str, rev: bool) -> None
 @both_directions
 def test_block_parity_without_gradients(case: Case, dtype: str, rev: bool) -> None:
     compare(case, DTYPES[dtype], rev, grad=False)
+
+
+@pytest.mark.parametrize("case", CLAMP_CASES, ids=ids(CLAMP_CASES))
+@pytest.mark.parametrize("dtype", DTYPES)
+@both_directions
+def test_block_parity_of_clamps(case: Case, dtype: str, rev: bool) -> None:
+    compare(case, DTYPES[dtype], rev, grad=not rev)
 
 
 @pytest.mark.parametrize("case", HARD_CASES, ids=ids(HARD_CASES))
@@ -209,19 +230,33 @@ def test_log_det_of_small_and_large_coefficients(gain: float, clamp: float) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
     """Also across the bound of the cheap form; and a value's result does not depend on its neighbours."""
-    magnitudes = torch.cat([torch.logspace(-30, 3, 20001, dtype=torch.float64), torch.linspace(1.4, 1.6, 20001, dtype=torch.float64)])
+    magnitudes = torch.cat([torch.logspace(-30, 3, 20001, dtype=torch.float64), torch.linspace(0.5, 2.5, 40001, dtype=torch.float64)])
     a = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64)]).to(dtype).view(1, -1, 1)
     spec = CouplingSpec(clamp=2.0, tanh_scale=1.0, activation="EXP", gin=False)
 
     def tanh(a: Tensor) -> Tensor:
-        return eager._exact_tanh(a, spec, 2.0, *(torch.empty_like(a) for _ in range(3)))
+        return eager._log_factor(a, spec, 1.0, True, torch.empty_like(a), torch.empty_like(a))
 
-    found, truth = tanh(a), 2.0 * torch.tanh(a.double())
+    found, truth = tanh(a), 2.0 / math.log(2.0) * torch.tanh(a.double())
     error = (found - truth).abs() / torch.finfo(dtype).eps
     assert (error <= 2.0 * truth.abs()).all(), (error / truth.abs()).nan_to_num().max()  # 4 units in the last place, or the truth's own
     small = a.abs() < 1.0
     assert torch.equal(tanh(a[small].view(1, -1, 1)), found[small].view(1, -1, 1))
     assert tanh(torch.tensor([[[math.nan], [0.5]]], dtype=dtype)).isnan().flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_and_its_slope_from_a_sigmoid(dtype: torch.dtype) -> None:
+    """What the backward takes: tanh within the error that the bound of the clamp is derived from, and the slope to a few ulp of itself."""
+    a = torch.cat([sign * torch.logspace(-30, 1, 20001, dtype=torch.float64) for sign in (1.0, -1.0)]).to(dtype)
+    sigma = eager._small_sigmoid(a, 0.3, torch.empty_like(a))
+    found = eager._from_sigmoid(sigma, a, 1.0, torch.empty_like(a))
+    unit = torch.finfo(dtype).eps / 2.0
+    assert ((found - torch.tanh(0.3 * a.double())).abs() <= 2.0 * unit).all()
+    z = 0.3 * a.double()
+    slope = 1.0 / torch.cosh(z).square()
+    # exp(-2 |z|) feels the two roundings of its argument, half a unit of 2 |z| each; the rest are a few more, the truth's own included
+    assert ((4.0 * sigma * (1.0 - sigma) - slope).abs() <= (6.0 + 2.0 * z.abs()) * unit * slope).all()
 
 
 class Stored(nn.Module):

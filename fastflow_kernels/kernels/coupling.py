@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastflow_kernels.kernels.launch import BACKWARD_ROWS, FORWARD_ROWS, alignment, by_rows, plan, uncovered
-from fastflow_kernels.kernels.math import exp_of_bounded, product, tanh
+from fastflow_kernels.kernels.math import exp_of_factor, product, tanh_of_factor
 from fastflow_kernels.kernels.prepared import Launch, aligned
 from fastflow_kernels.kernels.reduce import ACCUMULATORS, GinSums, logdet_launch, params_launch
 from fastflow_kernels.kernels.tiles import columns, index, inverse_scale, load, log_scale_sum, scale, total
@@ -80,13 +80,13 @@ def _coupling_fwd_kernel(
     x1 = load(x_ptr + (at1 if REVERSE else at), passive, ACC)
     y1 = x1 * scale(g_ptr, c, is_passive, ACT, ACC)[:, None] + load(offset_ptr + c, is_passive, ACC)[:, None]
     tl.store(y_ptr + at1, y1, mask=passive)
-    t = tanh(TANH_SCALE * a_s)  # 0 where masked
+    t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
     s = CLAMP * t
     if part_ptr is not None:
         tl.store(part_ptr + program, CLAMP * tl.sum(t))
     if sums_ptr is not None:
         s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
-    u2 = x2 * exp_of_bounded(s) + 0.1 * a_t
+    u2 = x2 * exp_of_factor(s, CLAMP) + 0.1 * a_t
     y2 = u2 * scale(g_ptr, C1 + c, is_active, ACT, ACC)[:, None] + load(offset_ptr + C1 + c, is_active, ACC)[:, None]
     tl.store(y_ptr + at2, y2, mask=active)
 
@@ -127,13 +127,13 @@ def _coupling_rows_fwd_kernel(
         a_s = load(a_at, active, ACC)
         a_t = load(a_at + C2, active, ACC)
         x = load(x_ptr + b * stride_xb * MUL + (j if REVERSE else c)[:, None], channel, ACC)
-        t = tanh(TANH_SCALE * a_s)
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
         s = CLAMP * t  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
             tl.store(logdet_ptr + b, CLAMP * tl.sum(t, axis=0, keep_dims=True) + log_scale, mask=exists)
         if sums_ptr is not None:
             s = tl.where(active, s - total(sums_ptr, b, B, 1) / C2, 0.0)
-        y = (x * exp_of_bounded(s) + 0.1 * a_t) * factor + offset
+        y = (x * exp_of_factor(s, CLAMP) + 0.1 * a_t) * factor + offset
         tl.store(y_ptr + b * C + j[:, None], y, mask=channel)
 
 
@@ -227,17 +227,17 @@ def _coupling_bwd_kernel(
         x2 = load(x_at + x_at2, active, ACC)
         dv2 = load(dy_at + y_at2, active, ACC)
         dv1 = load(dy_at + y_at1, passive, ACC)
-        t = tanh(TANH_SCALE * a_s)
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
         s = CLAMP * t
         if sums_ptr is not None:
             mean = total(sums_ptr, b, B, PARTS) / (C2 * P)
             s -= mean
-        e = exp_of_bounded(s)
+        e = exp_of_factor(s, CLAMP)
         x2_e = x2 * e
         ds = tl.zeros((1, 1), ACC)
         if sums_ptr is not None:
             # the sum was taken with exp(s + mean), and before the scale, which GIN has none of
-            ds -= total(sums_ptr + B * PARTS, b, B, PARTS) * exp_of_bounded(-mean) / (C2 * P)
+            ds -= total(sums_ptr + B * PARTS, b, B, PARTS) * exp_of_factor(-mean, CLAMP) / (C2 * P)
         if dlogdet_ptr is not None:
             ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)
         _store_gradients(
@@ -336,7 +336,7 @@ def _coupling_inv_active_kernel(
         # All loads are on their way from here on. Without the barrier ptxas 12.8 puts half of them off until the others have been used:
         # 42 KB in flight on a multiprocessor for 74, and 36.6 us on an H200 for a minimum of 31.5 (bfloat16, (32, 256, 64, 64)).
         tl.debug_barrier()
-        t = tanh(TANH_SCALE * a_s)  # 0 where masked
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
         s = CLAMP * t
         if logdet_ptr is not None:
             if ROWS:
@@ -345,7 +345,7 @@ def _coupling_inv_active_kernel(
                 tl.store(logdet_ptr + (block * TILES + tile), CLAMP * tl.sum(t), mask=b < B)
         if sums_ptr is not None:
             s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
-        x = ((y - offset) * factor * boost - 0.1 * a_t) * exp_of_bounded(-s)
+        x = ((y - offset) * factor * boost - 0.1 * a_t) * exp_of_factor(-s, CLAMP)
         tl.store(x_ptr + b * C * P + x_at, x, mask=active)
 
 
@@ -404,16 +404,16 @@ def _coupling_inv_bwd_kernel(
         y2 = load(y_ptr + b * C * P + (j2 * P + p), active, ACC)
         dv2 = load(dy_ptr + b * C * P + (j2 * P + p), active, ACC)
         dv1 = load(dy_ptr + b * C * P + (j1 * P + p), passive, ACC)
-        t = tanh(TANH_SCALE * a_s)
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
         s = CLAMP * t
         u2 = (y2 - offset2) * factor2 * boost2
         x2_e = u2 - 0.1 * a_t
-        tl.store(x_at + C1 * P, x2_e * exp_of_bounded(-s), mask=active)
+        tl.store(x_at + C1 * P, x2_e * exp_of_factor(-s, CLAMP), mask=active)
         ds = tl.zeros((1, 1), ACC)
         if dlogdet_ptr is not None:
             ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)
         _store_gradients(
-            dx_at, dx_at + C1 * P, da_ptr + b * (2 * C2) * P + at, dv1, dv2, x2_e, t, exp_of_bounded(s), ds, scale1, scale2,
+            dx_at, dx_at + C1 * P, da_ptr + b * (2 * C2) * P + at, dv1, dv2, x2_e, t, exp_of_factor(s, CLAMP), ds, scale1, scale2,
             passive, active, P, C2, CLAMP, TANH_SCALE,
         )  # fmt: skip
         if part_ptr is not None:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastflow_kernels.kernels.launch import alignment, gin_parts, plan
-from fastflow_kernels.kernels.math import exp_of_bounded, log_scale_of, scale_of, scale_slope, tanh
+from fastflow_kernels.kernels.math import exp_of_factor, log_scale_of, scale_of, scale_slope, tanh_of_factor
 from fastflow_kernels.kernels.prepared import Launch
 from fastflow_kernels.kernels.tiles import index, load
 from fastflow_kernels.spec import CouplingSpec
@@ -59,12 +59,12 @@ def _gin_sums_kernel(
         p = (tile % across) * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
         at = c[:, None] * P + p
         mask = (c < C2)[:, None] & (p < P)
-        t = CLAMP * tanh(TANH_SCALE * load(a_ptr + at, mask, ACC))
+        t = CLAMP * tanh_of_factor(TANH_SCALE * load(a_ptr + at, mask, ACC), CLAMP)
         sum_t += t
         if dy_ptr is not None:
             y_at = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
             x_at = y_at if REVERSE else C1 * P + at
-            sum_h += load(dy_ptr + y_at, mask, ACC) * load(x_ptr + x_at, mask, ACC) * exp_of_bounded(t)
+            sum_h += load(dy_ptr + y_at, mask, ACC) * load(x_ptr + x_at, mask, ACC) * exp_of_factor(t, CLAMP)
         tile += PARTS
     tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
     if dy_ptr is not None:

@@ -1,4 +1,4 @@
-"""One coupling in plain PyTorch, and the check of every kernel against it."""
+"""One coupling in plain PyTorch, and the check of every kernel, or of the eager functions, against it."""
 
 from __future__ import annotations
 
@@ -104,17 +104,20 @@ def make(shape, spec_name="SOFTPLUS", dialect="anomalib", gin=False, clamp=1.9, 
     )
 
 
-def poisoned_inverse(y, inputs, jac=True):
+def poisoned_inverse(y, inputs, jac=True, operations=coupling):
     _, a, g, offset, perm, inv, spec = inputs
-    x = coupling.coupling_inv_passive(y, g, offset, perm, inv, spec)
+    x = operations.coupling_inv_passive(y, g, offset, perm, inv, spec)
     assert x.is_contiguous()
     passive = x[:, inv] if spec.reverse else x
     assert not passive[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
-    return x, coupling.coupling_inv_active(y, x, a, g, offset, perm, inv, spec, jac)
+    return x, operations.coupling_inv_active(y, x, a, g, offset, perm, inv, spec, jac)
 
 
-def check_everything(inputs, dy=None, dlogdet=None):
-    """Forward, backward and inverse of one set of inputs, under the memory checker, against the truth."""
+def check_everything(inputs, dy=None, dlogdet=None, operations=coupling):
+    """Forward, backward and inverse of one set of inputs, under the memory checker, against the truth.
+
+    ``operations`` is the module whose functions are checked: the kernels', or the eager functions, which know no ``spec.reverse``.
+    """
     x, a, g, offset, perm, inv, spec = inputs
     kept = [t.clone() for t in (x, a, g, offset)]
     result = torch.promote_types(torch.promote_types(x.dtype, a.dtype), g.dtype)
@@ -125,7 +128,7 @@ def check_everything(inputs, dy=None, dlogdet=None):
     terms = terms.item()  # the log-determinant is a sum that cancels: its floor is that of the terms
 
     with sanitize():
-        y, logdet = coupling.coupling_fwd(*inputs, True)
+        y, logdet = operations.coupling_fwd(*inputs, True)
     assert y.dtype == result
     assert y.is_contiguous()
     assert logdet.dtype == acc
@@ -139,7 +142,7 @@ def check_everything(inputs, dy=None, dlogdet=None):
     dy = torch.randn(y.shape).to(y.dtype) if dy is None else dy
     dlogdet = torch.randn(x.shape[0], dtype=acc) if dlogdet is None else dlogdet
     with sanitize():
-        grads = coupling.coupling_bwd(dy, dlogdet, *inputs, True)
+        grads = operations.coupling_bwd(dy, dlogdet, *inputs, True)
     truth = gradients(x, a, g, offset, perm, spec, dy, dlogdet, torch.float64)
     baseline = gradients(x, a, g, offset, perm, spec, dy, dlogdet, base)
     for name, t, source, true, plain in zip(("dx", "da", "dg", "doffset"), grads, (x, a, g, offset), truth, baseline, strict=True):
@@ -152,7 +155,7 @@ def check_everything(inputs, dy=None, dlogdet=None):
 
     other = torch.randn(x.shape).to(y.dtype)
     with sanitize():
-        x_back, logdet = poisoned_inverse(other, inputs)
+        x_back, logdet = poisoned_inverse(other, inputs, operations=operations)
     assert x_back.dtype == torch.promote_types(other.dtype, g.dtype)
     wide, narrow = cast((other, a, g, offset), torch.float64), cast((other, a, g, offset), base)
     truth, baseline = plain_inv(*wide, inv, spec), plain_inv(*narrow, inv, spec)
@@ -161,18 +164,18 @@ def check_everything(inputs, dy=None, dlogdet=None):
 
     # a chain is undone in its own dtype and permutes by itself; and no y comes of coefficients that are not finite
     if result == x_back.dtype and not spec.reverse and a.isfinite().all():
-        check_inverse_and_backward(other, dy, dlogdet, inputs, x_back, base)
+        check_inverse_and_backward(other, dy, dlogdet, inputs, base, operations)
 
     for before, after in zip(kept, (x, a, g, offset), strict=True):
         assert torch.equal(before, after) or before.isnan().any(), "an input was written to"
 
 
-def check_inverse_and_backward(y, dy, dlogdet, inputs, x_back, base):
+def check_inverse_and_backward(y, dy, dlogdet, inputs, base, operations):
     """Both in one: the inverse that the two kernels give, and the gradients there."""
     _, a, g, offset, perm, inv, spec = inputs
     with sanitize():
-        x = coupling.coupling_inv_passive(y, g, offset, perm, inv, spec)
-        grads = coupling.coupling_inv_bwd(y, x, dy, dlogdet, a, g, offset, perm, inv, spec, True)
+        x = operations.coupling_inv_passive(y, g, offset, perm, inv, spec)
+        grads = operations.coupling_inv_bwd(y, x, dy, dlogdet, a, g, offset, perm, inv, spec, True)
     wide, narrow = cast((y, a, g, offset), torch.float64), cast((y, a, g, offset), base)
     truth, baseline = plain_inv(*wide, inv, spec)[0], plain_inv(*narrow, inv, spec)[0]
     close(x, truth, baseline, "x undone")

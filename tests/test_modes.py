@@ -1,0 +1,282 @@
+"""Passes under other people's dispatch modes, and what they leave behind: nothing that a later pass would use."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import tracemalloc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import reference
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch, eager
+from fastflow_kernels.spec import CouplingSpec
+from tests.cases import OPTIONS, Case, Shape, make_block, make_input
+from tests.compare import assert_close
+from tests.support.dispatch_modes import NoFloat64, Spoiling, Wrapped, Wrapping
+
+NAMES = ("hard", "rev", "cond", "gin", "soft", "gin-soft", "hh1")
+SHAPES = (Shape(40, 6), Shape(3, 6, (5, 7)))
+both_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept_yet() -> None:
+    """As in a fresh process: what a pass keeps is what this test kept."""
+    eager._kept_constant.cache_clear()
+    eager._scratch.buffers.clear()
+    eager._scratch.views.clear()
+
+
+def passes(block: nn.Module, x: Tensor, c: list[Tensor]) -> list[Tensor]:
+    """Output, log-determinant, gradients, and the inverse of the output."""
+    x = x.detach().requires_grad_()
+    (y,), logdet = block([x], c)
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), [x, *parameters], allow_unused=True)
+    with torch.no_grad():
+        (back,), minus = block([y.detach()], c, rev=True)
+    return [y.detach(), logdet.detach(), *(g for g in grads if g is not None), back, minus]
+
+
+def block_and_input(shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
+    case = Case(shape, name, "freia")  # whose hard permutation is an index: no values have to be read to find it
+    x, c = make_input(case, torch.float32)
+    return make_block(AllInOneBlock, case, torch.float32, dialect="freia", backend="eager"), x, c
+
+
+def kept() -> list[Tensor]:
+    """What is kept between calls in this thread."""
+    views = [view for views in eager._scratch.views.values() for view in views]
+    return [*eager._scratch.buffers.values(), *views]
+
+
+@both_shapes
+@pytest.mark.parametrize("name", [name for name in NAMES if "hh" not in name])
+def test_a_pass_on_fake_tensors_leaves_nothing_behind(shape: Shape, name: str) -> None:
+    block, x, c = block_and_input(shape, name)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        block([x], c)
+        block([x], c, rev=True)
+    assert not kept()
+    expected = passes(block, x, c)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        block([x], c)
+    for ours, other in zip(passes(block, x, c), expected, strict=True):
+        assert type(ours) is Tensor
+        assert torch.equal(ours, other)
+
+
+@both_shapes
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mode_that_wraps_results(shape: Shape, name: str) -> None:
+    block, x, c = block_and_input(shape, name)
+    block, x, c = block.double(), x.double(), [t.double() for t in c]
+    with Wrapping():
+        wrapped = [t.held if isinstance(t, Wrapped) else t for t in passes(block, x, c)]
+    assert not kept()
+    for ours, other in zip(passes(block, x, c), wrapped, strict=True):
+        assert type(ours) is Tensor
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)  # wrapped tensors take plain operations
+
+
+@both_shapes
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mode_that_spoils_what_was_made(shape: Shape, name: str) -> None:
+    block, x, c = block_and_input(shape, name)
+    expected = [t.clone() for t in passes(block, x, c)]
+    keep = {t.untyped_storage().data_ptr() for t in (x, *c, *block.parameters(), *block.buffers(), *expected)}
+    with Spoiling() as mode:
+        passes(block, x, c)
+    mode.spoil(keep)
+    for ours, other in zip(passes(block, x, c), expected, strict=True):
+        assert torch.equal(ours, other)
+
+
+ENGINE_SPECS = {
+    "affine": CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", False),
+    "gin": CouplingSpec.of(1.9, "freia", "EXP", True),
+    "clamp8": CouplingSpec.of(8.0, "freia", "SIGMOID", False),
+    "folded": CouplingSpec.of(1.9, "anomalib", "EXP", False)._replace(folded=True),
+}
+
+
+def every_engine_function(shape: tuple[int, ...], spec: CouplingSpec, dtype: torch.dtype) -> None:
+    x, dy = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    a = 5 * torch.randn(shape, dtype=dtype)
+    g, offset, perm = torch.randn(shape[1]), torch.randn(shape[1]), torch.randperm(shape[1])
+    perm, inv = (None, None) if spec.folded else (perm, perm.argsort())
+    y, logdet = eager.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
+    eager.coupling_bwd(dy.clone(), torch.ones_like(logdet), x, a, g, offset, perm, inv, spec, True)
+    back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
+    eager.coupling_inv_active(y, back, a, g, offset, perm, inv, spec, True)
+    if not spec.folded:
+        back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
+        eager.coupling_inv_bwd(y, back, dy, torch.ones_like(logdet), a, g, offset, perm, inv, spec, True)
+
+
+@pytest.mark.parametrize("name", ENGINE_SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(40, 6), (3, 6, 5, 7)], ids=["rows", "planes"])
+def test_engine_functions_need_no_float64(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+    with NoFloat64():
+        every_engine_function(shape, ENGINE_SPECS[name], dtype)
+
+
+@pytest.mark.plain
+@both_shapes
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "hh" not in name])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_blocks_need_no_float64(shape: Shape, name: str, backend: str) -> None:
+    """Plain operations ("auto" for inputs as small as these) and the eager functions."""
+    block, x, c = block_and_input(shape, name)
+    block.backend = backend
+    with NoFloat64():
+        passes(block, x, c)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_tensors_may_be_changed_where_that_is_allowed(name: str) -> None:
+    block, x, c = block_and_input(SHAPES[1], name)
+    expected = passes(block, x, c)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        found = passes(block, x, c)
+        leaf = x.detach().clone().requires_grad_()
+        given = leaf * 1.0
+        (y,), logdet = block([given], c)
+        loss = y.square().sum() + logdet.sum()
+        with torch.no_grad():
+            given.zero_()  # kept for backward, which takes what it was
+        loss.backward()
+    for ours, other in zip(found, expected, strict=True):
+        assert torch.equal(ours, other)
+    assert torch.equal(leaf.grad, expected[2])
+
+
+@pytest.mark.parametrize("policy", ["recompute all", "save convolutions"])
+@pytest.mark.parametrize("name", NAMES)
+def test_selective_checkpointing(name: str, policy: str) -> None:
+    def decide(_: Any, function: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = policy == "save convolutions" and "convolution" in str(function)
+        return CheckpointPolicy.PREFER_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    block, x, c = block_and_input(SHAPES[1], name)
+    x.requires_grad_()
+
+    def run(x: Tensor) -> Tensor:
+        (y,), logdet = block([x], c)
+        return y.square().sum() + logdet.sum()
+
+    (expected,) = torch.autograd.grad(run(x), x)
+    loss = checkpoint(run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(decide))
+    (found,) = torch.autograd.grad(loss, x)
+    assert torch.equal(found, expected)
+
+
+def test_threads_and_inference_mode_after_a_mode() -> None:
+    block, x, c = block_and_input(SHAPES[1], "hard")
+    with Wrapping():
+        passes(block, x, c)
+    with torch.inference_mode():
+        block([x], c)
+    expected, found = passes(block, x, c), []
+    threads = [threading.Thread(target=lambda: found.append(passes(block, x, c))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for results in found for a, b in zip(results, expected, strict=True))
+    assert len(found) == 3
+
+
+def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
+    """An annealed clamp: 3000 values, each of which needs some ten constants."""
+    block = AllInOneBlock([(8,)], subnet_constructor=nn.Linear, backend="eager")
+    chain = ReversibleSequence(8)
+    chain.append(AllInOneBlock, subnet_constructor=nn.Linear)
+    x = torch.randn(64, 8)
+
+    def steps(first: int, count: int) -> None:
+        for k in range(first, first + count):
+            block.clamp = chain.module_list[0].clamp = 0.5 + k / 1000
+            (y,), logdet = block([x])
+            (y.sum() + logdet.sum() + chain(x)[0].sum()).backward()
+            with torch.no_grad():
+                block([x], rev=True)
+
+    steps(0, 1000)
+    gc.collect()
+    tensors = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
+    tracemalloc.start()
+    try:
+        before = tracemalloc.take_snapshot()
+        steps(1000, 2000)
+        gc.collect()
+        grown = sum(entry.size_diff for entry in tracemalloc.take_snapshot().compare_to(before, "filename"))
+    finally:
+        tracemalloc.stop()
+    assert sum(issubclass(type(t), Tensor) for t in gc.get_objects()) <= tensors + 8
+    assert grown < 200_000, grown  # 100 bytes a step; a constant alone is larger
+
+
+@pytest.mark.parametrize("batch", [7, 100_003])
+@pytest.mark.parametrize("shape", [(2,), (2, 3)], ids=["rows", "planes"])
+def test_gradient_of_the_scale_from_many_log_determinants_that_cancel(shape: tuple[int, ...], batch: int) -> None:
+    """Their sum goes to every channel: in float32 as plain PyTorch's does."""
+    results = []
+    x, a = torch.randn(batch, *shape), torch.randn(batch, *shape)
+    dlogdet = torch.randn(batch) + 1e-3
+    dlogdet -= dlogdet.mean()
+    for cls, dtype in ((AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float64)):
+        torch.manual_seed(0)
+        block = cls([shape], subnet_constructor=lambda *_, dtype=dtype: lambda _: a.to(dtype), global_affine_type="EXP").to(dtype)
+        _, logdet = block([x.to(dtype)])
+        results.append(torch.autograd.grad(logdet, block.global_scale, dlogdet.to(dtype))[0])
+    magnitude = dlogdet.abs().sum().item() * x[0, 0].numel()
+    assert_close(*[results[i] for i in (0, 2, 1)], "grad global_scale", magnitude=magnitude / batch**0.5)
+
+
+class OnGpu(Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs seconds and stays in the process; those that were compiled go on running."""
+    monkeypatch.setattr(dispatch, "_clamps", set())
+    monkeypatch.setattr(dispatch, "needs_composite", lambda *_: False)
+    x = torch.zeros(2, 4).as_subclass(OnGpu)
+    specs = [CouplingSpec.of(2 + k / 100, dialect, "EXP", False) for k in range(100) for dialect in ("anomalib", "freia")]
+    for _ in range(2):
+        chosen = [dispatch.unless_annealed("auto", x, spec) for spec in specs]
+        assert chosen == ["auto"] * dispatch.MOST_CLAMPS + ["eager"] * (len(specs) - dispatch.MOST_CLAMPS)
+    assert len(dispatch._clamps) == dispatch.MOST_CLAMPS
+    assert dispatch.unless_annealed("triton", x, specs[-1]) == "triton"
+    assert dispatch.unless_annealed("auto", torch.zeros(2, 4), specs[-1]) == "auto"  # a CPU compiles nothing
+
+
+@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+def test_a_block_asks_how_many_clamps_were_compiled(rev: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def spy(backend: str, x: Tensor, spec: CouplingSpec) -> str:
+        asked.append(spec.clamp)
+        return backend
+
+    monkeypatch.setattr(dispatch, "unless_annealed", spy)
+    chain = ReversibleSequence(8)
+    for clamp in (1.25, 1.75):
+        chain.append(AllInOneBlock, subnet_constructor=nn.Linear, affine_clamping=clamp, backend="eager")
+    x = torch.randn(30, 8, requires_grad=not rev)
+    with torch.set_grad_enabled(not rev):
+        z, _ = chain(x, rev=rev)
+    if not rev:
+        z.sum().backward()
+    assert sorted(set(asked)) == [1.25, 1.75]
+    assert len(asked) >= (2 if rev else 4)
