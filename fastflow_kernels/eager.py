@@ -52,9 +52,9 @@ _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.a
 def scale_of(g: Tensor, activation: str) -> Tensor:
     """The global scale, activation(g): SIGMOID 10*sigmoid(g - 2), SOFTPLUS 0.1*softplus(g, beta=0.5), EXP exp(g)."""
     if activation == "SIGMOID":
-        return _number(10.0, g) * torch.sigmoid(g - _number(2.0, g))
+        return torch.sigmoid(g - _number(2.0, g)) * _number(10.0, g)
     if activation == "SOFTPLUS":
-        return _number(0.1, g) * torch.nn.functional.softplus(g, beta=0.5)
+        return torch.nn.functional.softplus(g, beta=0.5) * _number(0.1, g)
     return torch.exp(g)
 
 
@@ -165,8 +165,10 @@ _kept_constant = lru_cache(maxsize=128)(_new_constant)  # a coupling needs about
 
 
 def _number(value: Any, like: Tensor) -> Any:
-    """A factor for plain operations: a constant as above, but where operations are recorded; a tensor as it is."""
-    return value if isinstance(value, Tensor) or modes.is_recorded() else _constant(value, like.dtype)
+    """A factor for plain operations: a constant as above, but in what is compiled; a tensor as it is."""
+    if torch.compiler.is_compiling() or type(value) is not float:
+        return value
+    return _constant(value, like.dtype)
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -671,13 +673,18 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tu
     c2 = x2.shape[1]
     dims = tuple(range(1, x2.dim()))
     a_s, a_t = _halves(a, c2, c2)
-    s = torch.tanh(a_s * _number(spec.tanh_scale, a)) * _number(-spec.clamp if rev else spec.clamp, a)
+    s = a_s * _number(spec.tanh_scale, a)
+    clamp = _number(-spec.clamp if rev else spec.clamp, a)
+    s = torch.tanh(s) * clamp if torch.is_grad_enabled() else s.tanh_().mul_(clamp)
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
         s = s - mean
         sum_s = 0.0 * mean.flatten()  # exact, and part of the graph as the stock block's is
     else:
         sum_s = s.sum(dims)
+    if not torch.is_grad_enabled():  # in place, which takes 0.3 us less an operation
+        e = s.exp_()
+        return torch.sub(x2, a_t, alpha=0.1).mul_(e) if rev else (x2 * e).add_(a_t, alpha=0.1), sum_s
     e = torch.exp(s)
     return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), sum_s
 
@@ -694,5 +701,7 @@ def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: floa
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The passive and the active channels of x, as views."""
-    c2 = x.shape[1] // 2
-    return _halves(x, x.shape[1] - c2, c2)
+    channels = x.shape[1]
+    c2 = channels // 2
+    first, last = torch.split_with_sizes(x, (channels - c2, c2), 1)
+    return first, last

@@ -96,7 +96,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 
 
 def _check_floating(t: Any, what: str) -> None:
-    _check_dense(t, what)
+    if not isinstance(t, Tensor) or t.layout is not torch.strided:
+        _check_dense(t, what)
     if t.dtype not in _DTYPES:
         raise InputTypeError(f"expected {what} in a floating-point dtype, got {t.dtype}; {', '.join(map(str, _DTYPES))} are supported")
 
@@ -135,9 +136,10 @@ def _coefficients(subnet: _Subnet, x1: Tensor, conditions: Sequence[Tensor], x: 
         version = None if torch.compiler.is_compiling() or x1.is_inference() else x1._version
         a = subnet(x1)
     _check_floating(a, "the subnet's output")
-    if a.shape != x.shape or x.shape[1] % 2:  # an odd channel stays alone
-        expected = (x.shape[0], x.shape[1] // 2 * 2, *x.shape[2:])
-        if tuple(a.shape) != expected:
+    size = x.shape
+    if a.shape != size or size[1] % 2:  # an odd channel stays alone
+        expected = (size[0], size[1] // 2 * 2, *size[2:])
+        if a.shape != expected:
             raise InputValueError(f"expected the subnet to return shape {expected}, got {tuple(a.shape)}")
     if a.device != x.device:
         raise InputValueError(f"expected the subnet's output on {x.device}, where the input is; got {a.device}")
@@ -257,8 +259,8 @@ def _plain(
         dtype = eager.promoted(v, g)  # of the result, where no subnet widens it
         a = _coefficients(subnet, u1 if u1.dtype is dtype else u1.to(dtype), conditions, x)
         y, logdet = eager.composite_inv_coupling(u1, u2, a, scale, spec)
-        if y.dtype is not (dtype := eager.promoted(v, g, a)):
-            y = y.to(dtype)
+        if a.dtype is not dtype or y.dtype is not dtype:
+            y = y.to(eager.promoted(v, g, a))
         if reverse_permutation:
             y = permutation.permute(y)
     else:

@@ -22,6 +22,7 @@ from fastflow_kernels.permutations import (
     hard_index,
     multiply_channels,
     one_hot,
+    parameter,
     random_rotation,
 )
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
@@ -240,7 +241,7 @@ class AllInOneBlock(InvertibleModule):
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
         c = check_conditions(c, self.dims_c, x)
-        global_scale = self.global_scale
+        global_scale = parameter(self, "global_scale")
         if x.device != global_scale.device:
             raise InputValueError(f"expected the input on {global_scale.device}, where the block is; got {x.device}")
         if self._overridden() or not x.is_floating_point():
@@ -250,7 +251,7 @@ class AllInOneBlock(InvertibleModule):
                 x,
                 self._checked_subnet,
                 global_scale,
-                self.global_offset,
+                parameter(self, "global_offset"),
                 self._index.permutation(self, rev, x),
                 self._spec(),
                 c,

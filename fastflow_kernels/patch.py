@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, modes, modules, probe
+from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
-from fastflow_kernels.permutations import IndexCache, IndexPermutation
+from fastflow_kernels.permutations import IndexCache, IndexPermutation, parameter
 from fastflow_kernels.probe import Left, Seen
 from fastflow_kernels.reversible import Reversible, is_reversible
 from fastflow_kernels.spec import CouplingSpec
@@ -340,12 +341,14 @@ class _Accelerated(_Stock):
         held = self._fastflow
         if self._exchanged() is not None:
             return super().forward(x, *(() if c is None else (c,)), rev=rev, jac=jac)
-        x = single_input(x, self.in_channels, self.input_rank, tuple(self.dims_in[0]) if held.is_sized else None)
+        given, x = x, single_input(x, self.in_channels, self.input_rank, tuple(self.dims_in[0]) if held.is_sized else None)
+        if not x.is_floating_point():  # integers promote, step by step
+            return super().forward(given, *(() if c is None else (c,)), rev=rev, jac=jac)
         y, logdet = (run or all_in_one_block)(
             x,
             self.subnet,
-            self.global_scale,
-            self.global_offset,
+            parameter(self, "global_scale"),
+            parameter(self, "global_offset"),
             held.index.permutation(self, rev, x),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c, x),
@@ -369,9 +372,13 @@ class _Accelerated(_Stock):
     def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
         if not self.conditional:
             return ()  # like the stock block, which ignores what it did not declare
-        given = [t.shape[1:] if isinstance(t, Tensor) and t.dim() > 1 else (0,) for t in c] if isinstance(c, (list, tuple)) else []
-        alike = given and sum(shape[0] for shape in given) == self.condition_channels  # the stock block does not mind how they are split
-        return check_conditions(c, given if alike else self.dims_c, x)
+        try:
+            return check_conditions(c, self.dims_c, x)
+        except InputValueError:
+            given = [t.shape[1:] if isinstance(t, Tensor) and t.dim() > 1 else (0,) for t in c or ()]
+            if sum(shape[0] for shape in given) != self.condition_channels:
+                raise
+            return check_conditions(c, given, x)  # the stock block does not mind how they are split
 
     def extra_repr(self) -> str:
         held, own = self._fastflow, super().extra_repr()

@@ -41,6 +41,6 @@ class CouplingSpec(NamedTuple):
     @classmethod
     def of(cls, clamp: Any, dialect: str, activation: str, gin: bool) -> CouplingSpec:
         """Build a spec from the block's options (already validated). The clamp is a number; plain operations also take a tensor."""
-        if isinstance(clamp, Real):
+        if type(clamp) is not float and isinstance(clamp, Real):
             clamp = float(clamp)  # a number of NumPy's would keep its precision in the quotient
         return cls(clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
