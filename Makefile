@@ -55,7 +55,7 @@ oldest newest triton-3.6:
 gpu:
 	@PYTHON=$(PYTHON) ci/gpu.sh $(OUT)
 
-$(VENV): pyproject.toml constraints.txt ci/peers.txt ci/triton.txt ci/venv.sh
+$(VENV): pyproject.toml constraints.txt ci/exporters.txt ci/peers.txt ci/triton.txt ci/venv.sh
 	@PYTHON=$(PYTHON) ci/venv.sh
 	@touch $@
 

@@ -94,6 +94,12 @@ WORKLOADS = (
     Workload("channels-last/1", (32, 256, 64, 64), cpu_batch=4, channels_last=True),
     Workload("channels-last/2", (32, 1024, 16, 16), cpu_batch=4, channels_last=True),
     Workload("channels-last/3", (32, 64, 32, 32), cpu_batch=4, channels_last=True),
+    # Where Python is most of the time: posteriors, single samples, images of few channels, signals.
+    Workload("small/posterior", (128, 5), conditions=(10,), steps=6),
+    Workload("small/sample", (1, 64), steps=6),
+    Workload("small/image", (2, 3, 16, 16), subnet="conv", steps=4),
+    Workload("small/image channels-last", (2, 6, 16, 16), subnet="conv", steps=4, channels_last=True),
+    Workload("small/signal", (1, 256, 256)),
 )
 
 _SWEEP = (8, 256, 32, 32)

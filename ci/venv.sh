@@ -16,4 +16,5 @@ install .venv "torch, as pinned (a few hundred MB the first time)" -c constraint
 .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(not any(r.startswith("triton") for r in m.requires("torch")))' ||
     install .venv "Triton, where there is one for this platform" -c constraints.txt -r ci/triton.txt
 install .venv "this package, with what the tests and the demo need" -c constraints.txt --no-build-isolation -e '.[test,demo]'
+install .venv "the exporters to ONNX and a run-time" --no-deps -r ci/exporters.txt
 install .venv "the peers: FrEIA and anomalib, without their dependencies" --no-deps --no-build-isolation --use-pep517 -r ci/peers.txt

@@ -165,8 +165,8 @@ _kept_constant = lru_cache(maxsize=128)(_new_constant)  # a coupling needs about
 
 
 def _number(value: Any, like: Tensor) -> Any:
-    """A factor for plain operations: a constant as above, but in what is compiled; a tensor as it is."""
-    if torch.compiler.is_compiling() or type(value) is not float:
+    """A factor for plain operations: a constant as above, but where operations are recorded; a tensor as it is."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(value) is not float:
         return value
     return _constant(value, like.dtype)
 
@@ -675,14 +675,15 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tu
     a_s, a_t = _halves(a, c2, c2)
     s = a_s * _number(spec.tanh_scale, a)
     clamp = _number(-spec.clamp if rev else spec.clamp, a)
-    s = torch.tanh(s) * clamp if torch.is_grad_enabled() else s.tanh_().mul_(clamp)
+    in_place = type(clamp) is Tensor and not torch.is_grad_enabled()  # 0.3 us less an operation; the clamp is a number in what is recorded
+    s = s.tanh_().mul_(clamp) if in_place else torch.tanh(s) * clamp
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
         s = s - mean
         sum_s = 0.0 * mean.flatten()  # exact, and part of the graph as the stock block's is
     else:
         sum_s = s.sum(dims)
-    if not torch.is_grad_enabled():  # in place, which takes 0.3 us less an operation
+    if in_place:
         e = s.exp_()
         return torch.sub(x2, a_t, alpha=0.1).mul_(e) if rev else (x2 * e).add_(a_t, alpha=0.1), sum_s
     e = torch.exp(s)

@@ -6,6 +6,7 @@ the case that the fused kernels take along for nothing; the others are products 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -173,8 +174,8 @@ Permutation = IndexPermutation | MatrixPermutation | HouseholderPermutation
 
 
 def parameter(module: Any, name: str) -> Any:
-    """A parameter, found at once where it is one: nn.Module's search for an attribute takes 0.4 us."""
-    found = module._parameters.get(name)
+    """A parameter, found at once where it is one and no subclass computes it: nn.Module's search for an attribute takes 0.4 us."""
+    found = None if hasattr(type(module), name) else module._parameters.get(name)
     return getattr(module, name) if found is None else found  # it may be parametrized, or an attribute of a replica
 
 
@@ -221,7 +222,8 @@ class IndexCache:
         if not _are_fixed(w, w_inv):
             self._cached = None
             return _in_graph(w, w_inv, False)
-        cached = self._current(w, w_inv, uses_w, uses_inverse)
+        with modes.unrecorded() if modes.is_watched() else nullcontext():  # lest something is kept that a mode has made
+            cached = self._current(w, w_inv, uses_w, uses_inverse)
         return _as_matrices(w, w_inv) if cached.index is None else cached.index
 
     def _current(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> _Cached:
@@ -234,9 +236,12 @@ class IndexCache:
     def _baked(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
         """The index itself, for an ONNX file: nothing is loaded into one later, and an index is smaller than the matrix it is read of."""
         with modes.unrecorded():
-            if not _are_fixed(w, w_inv) and self._cached is not None:
-                w, w_inv = self._cached.seen  # what the exporter has put in their place has no values
-            return self._current(w, w_inv, True, True).index if _are_fixed(w, w_inv) else None
+            if _are_fixed(w, w_inv):
+                cached: _Cached | None = self._current(w, w_inv, True, True)
+            else:  # what the exporter has put in the weights' place has no values; those that were read have
+                cached = self._cached if self._cached is not None and self._cached.is_current() else None
+            numbers = None if cached is None or cached.index is None else [t.tolist() for t in cached.index]
+        return None if numbers is None else IndexPermutation(*(torch.tensor(n, device=w.device) for n in numbers))
 
 
 # Multiplications up to which a product costs less than looking whether an index is current and gathering by it. FrEIA 0.2's time divided by
@@ -247,10 +252,12 @@ _CHEAP_PRODUCT = 1 << 18
 
 def _is_cheap_product(x: Tensor, w: Tensor) -> bool:
     """Whether a product with the matrix is cheaper than looking whether its index is current, and gives the same."""
+    if modes.is_recorded():  # first, for a graph must not come to depend on what is cheap
+        return False
     size = x.numel()
     if size * w.shape[0] > _CHEAP_PRODUCT or size > dispatch.SMALL or x.dtype is not w.dtype or not x.is_cpu:
         return False
-    return not (torch.is_autocast_enabled("cpu") or modes.is_recorded())
+    return not torch.is_autocast_enabled("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +268,10 @@ class _Cached:
     seen: tuple[Tensor, Tensor | None]  # the matrices themselves, so that their ids stay theirs
     index: IndexPermutation | None
     ones: tuple[_Ones, _Ones] | None  # of w and of its inverse, where they are matrices
+
+    def is_current(self) -> bool:
+        """Whether the matrices that were read are still what they were."""
+        return self.key == tuple(map(_state_of, self.seen)) and self.holds(*self.seen)
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
         """Whether the values are still the same; asked on the CPU only. None is not looked at."""

@@ -1,0 +1,96 @@
+"""ONNX files by both of torch's exporters: the same results, and an index in place of a permutation's matrix."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reference
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate
+from tests.cases import Case, Shape, make_block, make_input
+
+exporters = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+kinds = pytest.mark.parametrize("kind", ["ours", "accelerated"])
+# Sizes that differ: PyTorch 2.13's exporter takes equal ones for one.
+CASES = [Case(Shape(3, 6), name) for name in ("rev", "soft", "hh2-soft-sigmoid")]
+CASES += [Case(Shape(2, 6, (4, 5)), name) for name in ("gin", "hh1")]
+CASES += [Case(Shape(3, 6), "hard", "freia")]
+
+
+class Plain(nn.Module):
+    def __init__(self, block: nn.Module, rev: bool) -> None:
+        super().__init__()
+        self.block, self.rev = block, rev
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        (y,), log_det = self.block([x], rev=self.rev)
+        return y, log_det
+
+
+def exported(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # of the older exporter: that it is, and that sizes are constants
+        program = torch.onnx.export(model, (x,), None if dynamo else file, dynamo=dynamo, verbose=False)
+        if program is not None:
+            program.save(file)
+    return file.getvalue()
+
+
+def assert_file_computes(file: bytes, x: Tensor, expected: tuple[Tensor, Tensor]) -> None:
+    session = onnxruntime.InferenceSession(file)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    for actual, value in zip(found, expected, strict=True):  # another run-time sums in another order
+        torch.testing.assert_close(torch.from_numpy(actual), value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@kinds
+@exporters
+@both_directions
+def test_a_block_exports(case: Case, kind: str, dynamo: bool, rev: bool) -> None:
+    cls = AllInOneBlock if kind == "ours" else reference.AllInOneBlock
+    block = make_block(cls, case, torch.float32, dialect=case.dialect).eval()
+    if kind == "accelerated":
+        accelerate(block)
+    model = Plain(block, rev)
+    x, _ = make_input(case, torch.float32)
+    with torch.no_grad():
+        expected = model(x)
+        file = exported(model, x, dynamo)
+    assert_file_computes(file, x, expected)
+    assert not {node.domain for node in onnx.load_from_string(file).graph.node} & {"fastflow_kernels", "pkg.fastflow_kernels"}
+
+
+@exporters
+def test_reflections_of_a_reversible_chain_export(dynamo: bool) -> None:
+    chain = ReversibleSequence(12)
+    for _ in range(2):
+        chain.append(AllInOneBlock, subnet_constructor=nn.Linear, learned_householder_permutation=2, reverse_permutation=True)
+    x = torch.randn(8, 12)
+    with torch.no_grad():
+        assert_file_computes(exported(chain.eval(), x, dynamo), x, chain(x))
+
+
+@exporters
+@both_directions
+def test_a_permutation_is_an_index_in_the_file(dynamo: bool, rev: bool) -> None:
+    """Of 1024 channels, whose matrix alone would take 4 MB; the index is that of the weights there are, also past every hook."""
+    block = AllInOneBlock([(1024,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, 2), nn.Linear(2, o))).eval()
+    x = torch.randn(3, 1024)
+    with torch.no_grad():
+        file = exported(Plain(block, rev), x, dynamo)
+        assert_file_computes(file, x, Plain(block, rev)(x))
+        assert len(file) < 100_000
+        other = torch.randperm(1024)
+        for w, index in ((block.w_perm, other), (block.w_perm_inv, torch.argsort(other))):
+            w.data.copy_(nn.functional.one_hot(index, 1024))
+        assert_file_computes(exported(Plain(block, rev), x, dynamo), x, Plain(block, rev)(x))
