@@ -687,7 +687,7 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tu
         e = s.exp_()
         return torch.sub(x2, a_t, alpha=0.1).mul_(e) if rev else (x2 * e).add_(a_t, alpha=0.1), sum_s
     e = torch.exp(s)
-    return torch.sub(x2, a_t, alpha=0.1) * e if rev else torch.add(x2 * e, a_t, alpha=0.1), sum_s
+    return _add(x2, a_t, -0.1) * e if rev else _add(x2 * e, a_t, 0.1), sum_s
 
 
 def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -697,7 +697,12 @@ def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: float) -> Tensor:
     if scale is None:
         return sum_s
-    return torch.add(sum_s, scale.log().sum(), alpha=sign * math.prod(x.shape[2:]))
+    return _add(sum_s, scale.log().sum(), sign * math.prod(x.shape[2:]))
+
+
+def _add(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    """x + factor * y; in one operation, but where torch.func.linearize may look on, which crashes on that in torch 2.13."""
+    return x + factor * y if modes.is_watched() else torch.add(x, y, alpha=factor)
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

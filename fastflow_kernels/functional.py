@@ -67,7 +67,8 @@ def check_conditions(c: Sequence[Tensor] | None, dims_c: Sequence[Sequence[int]]
     """Check a block's conditions before any work and return them.
 
     Args:
-        c: A list of tensors (B, C_k, *S), or None for none; of any dtype, for they are joined to x, and promoted (labels, masks).
+        c: A list of tensors (B, C_k, *S), or None for none; of any dtype, for they are joined to x, and promoted (labels, masks). As in the
+            stock blocks, they may be split in another way than declared, and where none is declared they are ignored.
         dims_c: The declared shapes, of which the first number counts: C_k.
         x: The block's input, (B, C, *S).
 
@@ -75,20 +76,34 @@ def check_conditions(c: Sequence[Tensor] | None, dims_c: Sequence[Sequence[int]]
         InputTypeError: Not a list or tuple of tensors.
         InputValueError: Another number of conditions than declared, or one of another shape.
     """
+    if not dims_c:
+        return ()
     c = () if c is None else c
     if isinstance(c, Tensor) or not isinstance(c, (list, tuple)):
         raise InputTypeError(f"expected the conditions as a list of tensors, got {type(c).__name__}")
     if len(c) != len(dims_c):
-        raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
+        dims_c = _as_given(c, dims_c)
     batch, _, *spatial = x.shape
     for k, condition in enumerate(c):
         _check_dense(condition, "condition", k)
         expected = (batch, dims_c[k][0], *spatial)
         if condition.shape != expected:
+            if condition.shape[1:2] != expected[1:2] and (given := _as_given(c, dims_c)) is not dims_c:
+                return check_conditions(c, given, x)
             raise InputValueError(f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}")
         if condition.device != x.device:
             raise InputValueError(f"expected condition {k} on {x.device}, where the input is; got {condition.device}")
     return c
+
+
+def _as_given(c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """The shapes of conditions that are split in another way than declared, if together they have as many channels."""
+    given = [tuple(t.shape[1:]) for t in c if isinstance(t, Tensor) and t.dim() > 1]
+    if len(given) == len(c) and sum(shape[0] for shape in given) == sum(dims[0] for dims in dims_c):
+        return given
+    if len(c) != len(dims_c):
+        raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
+    return dims_c
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -269,7 +284,8 @@ def _plain(
         x1, x2 = eager.halves(x)
         v, logdet = eager.composite_fwd(x1, x2, _coefficients(subnet, x1, conditions, x), g, offset, spec)
         y = permutation.permute(v)
-    if x.dim() > 3 and (layout := memory_format(given)) is not torch.contiguous_format:
+    # vmap knows no memory formats
+    if x.dim() > 3 and not torch._C._are_functorch_transforms_active() and (layout := memory_format(given)) is not torch.contiguous_format:
         y = y.contiguous(memory_format=layout)
     return y, logdet
 

@@ -360,8 +360,7 @@ class AllInOneBlock(InvertibleModule):
     def _has_own_softplus(self) -> bool:
         if self.global_affine_type != "SOFTPLUS":
             return True
-        softplus = self._modules.get("softplus")
-        return type(softplus) is nn.Softplus and softplus.beta == 0.5 and softplus.threshold == 20.0
+        return is_known_softplus(self._modules.get("softplus"))
 
     def _exchanged(self, name: str) -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not _OWN[name]
@@ -470,6 +469,19 @@ class AllInOneBlock(InvertibleModule):
         kind = "soft" if self.permute_soft else "hard"
         more = f", householder={self.householder}" if self.householder else ""
         return f"{self.in_channels} channels, rank {self.input_rank}, {kind}{more}, dialect={self.dialect!r}, backend={self.backend!r}"
+
+
+def is_known_softplus(module: Any) -> bool:
+    """Whether a block's softplus computes the known form, and nobody looks on."""
+    if type(module) is not nn.Softplus:
+        return False
+    own = module.__dict__
+    beta = own.get("beta")
+    if type(beta) is not float or beta != 0.5 or own.get("threshold") != 20:
+        return False
+    return not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own
+    )
 
 
 _OWN = {name: getattr(AllInOneBlock, name) for name in _OVERRIDABLE}  # as written here, whatever the class is given later

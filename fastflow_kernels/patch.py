@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, modes, modules, probe
-from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
 from fastflow_kernels.permutations import IndexCache, IndexPermutation, parameter
 from fastflow_kernels.probe import Left, Seen
@@ -372,13 +371,7 @@ class _Accelerated(_Stock):
     def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
         if not self.conditional:
             return ()  # like the stock block, which ignores what it did not declare
-        try:
-            return check_conditions(c, self.dims_c, x)
-        except InputValueError:
-            given = [t.shape[1:] if isinstance(t, Tensor) and t.dim() > 1 else (0,) for t in c or ()]
-            if sum(shape[0] for shape in given) != self.condition_channels:
-                raise
-            return check_conditions(c, given, x)  # the stock block does not mind how they are split
+        return check_conditions(c, self.dims_c, x)
 
     def extra_repr(self) -> str:
         held, own = self._fastflow, super().extra_repr()

@@ -112,7 +112,7 @@ class HouseholderPermutation(NamedTuple):
     r"""y = w_0 H_1 ... H_K v with the reflections H_k = I - 2 v_k v_k^T / (v_k^T v_k).
 
     The product of the reflections is applied in its compact WY form I - V^T T V (Schreiber & Van Loan 1989), with V the (K, C) matrix of
-    the vectors and T^-1 = triu(V V^T, 1) + I / 2 for unit vectors: two thin products instead of K of C x C matrices.
+    the vectors and T^-1 the upper triangle of V V^T with half of its diagonal: two thin products instead of K of C x C matrices.
 
     Attributes:
         base: w_0, an :class:`IndexPermutation` or :class:`MatrixPermutation`.
@@ -123,16 +123,16 @@ class HouseholderPermutation(NamedTuple):
     vectors: Tensor
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """T V and V, both (K, C), for vectors scaled to unit length."""
-        v = self.vectors.to(torch.promote_types(self.vectors.dtype, torch.float32))  # not float64, which some devices do not have
-        v = v / v.norm(dim=1, keepdim=True)
-        angles = v @ v.T
+        """T V and V, both (K, C)."""
+        dtype = self.vectors.dtype
+        v = self.vectors if dtype.itemsize > 2 else self.vectors.float()  # not float64, which some devices do not have
+        products = v @ v.T
         if modes.is_recorded():
-            solved = _solved_by_rows(angles, v)
+            solved = _solved_by_rows(products, v)
         else:
-            triangle = torch.triu(angles, 1) + 0.5 * torch.eye(v.shape[0], dtype=v.dtype, device=v.device)
-            solved = torch.linalg.solve_triangular(triangle, v, upper=True)
-        return solved.to(self.vectors.dtype), v.to(self.vectors.dtype)
+            triangle = torch.triu(products)
+            solved = torch.linalg.solve_triangular(triangle - torch.diag_embed(0.5 * triangle.diagonal()), v, upper=True)
+        return (solved, v) if v.dtype is dtype else (solved.to(dtype), v.to(dtype))
 
     def permute(self, v: Tensor) -> Tensor:
         if self.is_dense():
@@ -158,15 +158,14 @@ class HouseholderPermutation(NamedTuple):
         return 2 * count >= channels
 
 
-def _solved_by_rows(angles: Tensor, v: Tensor) -> Tensor:
+def _solved_by_rows(products: Tensor, v: Tensor) -> Tensor:
     """T V by substitution, last row first: ONNX has no triangular solve."""
     rows: list[Tensor] = []
     for k in reversed(range(v.shape[0])):
-        row = 2.0 * v[k : k + 1]
+        row = v[k : k + 1]
         if rows:
-            below = torch.cat(rows)
-            row = row - 2.0 * angles[k : k + 1, k + 1 :] @ below
-        rows.insert(0, row)
+            row = row - products[k : k + 1, k + 1 :] @ torch.cat(rows)
+        rows.insert(0, row * (2.0 / products[k, k]))
     return torch.cat(rows)
 
 
@@ -208,7 +207,10 @@ class IndexCache:
             x: What is to be permuted: where that is very little, the matrices are taken as they are.
         """
         if block.householder:
-            return HouseholderPermutation(self._of(block.w_0, None, True, False), block.vk_householder)
+            w_0 = parameter(block, "w_0")
+            is_cheap = x is not None and _is_cheap_product(x, w_0)
+            base = _as_matrices(w_0, None) if is_cheap else self._of(w_0, None, True, False)
+            return HouseholderPermutation(base, parameter(block, "vk_householder"))
         w, w_inv = parameter(block, "w_perm"), parameter(block, "w_perm_inv")
         if x is not None and w.dim() > 1 and _is_cheap_product(x, w):
             return _as_matrices(w, w_inv)
@@ -247,7 +249,7 @@ class IndexCache:
 # Multiplications up to which a product costs less than looking whether an index is current and gathering by it. FrEIA 0.2's time divided by
 # ours with a product / with an index, without gradients, a thread of an AMD EPYC: 1.01 / 0.84 for (128, 16), 1.01 / 0.87 for (64, 64),
 # 0.99 / 1.02 for (256, 64), 0.95 / 1.39 for (64, 256).
-_CHEAP_PRODUCT = 1 << 18
+_CHEAP_PRODUCT = 1 << 19
 
 
 def _is_cheap_product(x: Tensor, w: Tensor) -> bool:
@@ -374,13 +376,15 @@ def _index_in_graph(w: Tensor) -> Tensor:
 def _as_matrices(w: Tensor, w_inv: Tensor | None) -> MatrixPermutation:
     """As they are, in every call anew: a view that is kept would miss gradients and strides, and forbid that parameters are swapped."""
     if w.dim() == 1 and w_inv is not None:  # an index whose inverse is not its own
-        return MatrixPermutation(F.one_hot(w, w.numel()), F.one_hot(w_inv, w.numel()))
+        return MatrixPermutation(one_hot(w, torch.int64), one_hot(w_inv, torch.int64))
     return MatrixPermutation(w, w.T if w_inv is None else w_inv)
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
     """The (C, C) matrix w with w @ v = v[perm]."""
-    return F.one_hot(perm, perm.numel()).to(dtype)
+    return (perm.unsqueeze(1) == torch.arange(perm.shape[0], device=perm.device)).to(
+        dtype
+    )  # F.one_hot asks for values, which a graph has not
 
 
 def random_rotation(channels: int) -> Tensor:
@@ -498,7 +502,7 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
             return reflect(v, inner, outer)
     if not torch.is_grad_enabled():
         inner, outer = inner.detach(), outer.detach()  # else matmul, which looks at what takes a gradient, copies v
-        if memory_format(v) is not torch.contiguous_format:
+        if not dispatch.needs_composite(v) and memory_format(v) is not torch.contiguous_format:
             return from_rows(reflect(as_rows(v), inner, outer), v)
     dtype = torch.promote_types(v.dtype, inner.dtype)
     v, inner, outer = (t.to(dtype) for t in (v, inner, outer))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fastflow_kernels import eager, modes
 from fastflow_kernels.functional import all_in_one_block, starts_in_place
+from fastflow_kernels.modules import is_known_softplus
 from fastflow_kernels.permutations import IndexCache
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 
@@ -116,7 +117,7 @@ class Seen:
             getattr(block, name, None)  # so that a compiled call is tied to there being none on the block itself
             if name in own or getattr(self.cls if name == "forward" else cls, name, None) is not function:
                 return name
-        if self.softplus_of is not None and not _is_known_softplus(self.softplus_of._modules.get("softplus")):
+        if self.softplus_of is not None and not is_known_softplus(self.softplus_of._modules.get("softplus")):
             return "softplus"
         return None
 
@@ -130,7 +131,7 @@ class Seen:
             return False
         if self.cls.forward is not self.functions[0] or not own.keys().isdisjoint(self.steps):
             return False
-        return self.softplus_of is None or _is_known_softplus(self.softplus_of._modules.get("softplus"))
+        return self.softplus_of is None or is_known_softplus(self.softplus_of._modules.get("softplus"))
 
     @cached_property
     def _read_attributes(self) -> Callable[[Any], tuple[Any, ...]]:
@@ -142,7 +143,7 @@ class Seen:
 
     def holds(self, name: str, value: Any) -> bool:
         """Whether an attribute is what it was, and reads what it read."""
-        if name == _ACTIVATION and self.softplus_of is not None and not _is_known_softplus(self.softplus_of._modules.get("softplus")):
+        if name == _ACTIVATION and self.softplus_of is not None and not is_known_softplus(self.softplus_of._modules.get("softplus")):
             return False
         return name in self.attributes and self.values[self.attributes.index(name)] is value
 
@@ -324,17 +325,6 @@ def _foreign_name(function: FunctionType, owner: Any) -> str | None:
         if not known:
             return name
     return None
-
-
-def _is_known_softplus(module: Any) -> bool:
-    """Whether a block's softplus computes the known form, and nobody looks on."""
-    if type(module) is not nn.Softplus:
-        return False
-    own = module.__dict__
-    beta = own.get("beta")
-    if type(beta) is not float or beta != 0.5 or own.get("threshold") != 20:
-        return False
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def _known_activation(function: Callable[[Tensor], Tensor], like: Tensor) -> str:

@@ -69,7 +69,8 @@ class _Subnet:
         """The first run: with gradients enabled, as in a plain chain, for a subnet may ask; what autograd records is dropped at once."""
         random = self._random_state()
         before = [(b._version, b.clone()) for _, _, b, _ in self.buffers]
-        with self.autocast(), torch.enable_grad(), saved_tensors_hooks(Tensor.detach, _itself):  # none of the user's
+        unseen = saved_tensors_hooks(Tensor.detach, _itself) if _hooks_are_set() else nullcontext()  # by the user's hooks
+        with self.autocast(), torch.enable_grad(), unseen:
             x = _Sealed.apply(x.detach().requires_grad_()) if self.input_takes_gradient else x.detach()
             a = self.evaluate(x)
         if random is not None and not all(map(torch.equal, random, self._random_state() or random)):
@@ -552,6 +553,12 @@ def _is_batch(x: Sequence[Any]) -> bool:
     return len(x) > 0 and isinstance(x[0], Tensor) and x[0].dim() > 0
 
 
+def _hooks_are_set() -> bool:
+    """Whether somebody looks on at what autograd keeps. Hooks of our own are set then only: torch.func.grad refuses to run under any."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
 def is_reversible(module: nn.Module) -> bool:
     """Whether a module is a block whose every gradient the reversible backward knows."""
     takes_run = getattr(type(module), "_takes_run", None)  # of its own type, for wrappers hand on what they are asked for
@@ -565,7 +572,7 @@ def _runs_twice(subnet: Any) -> bool:
     """Whether a subnet can run again with stand-ins for its parameters, which collect their gradients."""
     if not isinstance(subnet, nn.Module):
         return False
-    if any(b.requires_grad for b in subnet.buffers()):
+    if any(b.requires_grad for b in subnet.buffers()) or any(map(nn.parameter.is_lazy, subnet.parameters())):
         return False
     return not any(isinstance(m, torch.jit.ScriptModule) for m in subnet.modules())  # takes no other tensors for its parameters
 

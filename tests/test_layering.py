@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "functional": {"permutations", "layouts", "dispatch", "eager"},
     "modules": {"functional", "permutations", "dispatch", "eager"},
     "reversible": {"modules", "functional", "permutations", "dispatch", "eager"},
-    "probe": {"functional", "permutations", "dispatch", "eager"},
+    "probe": {"modules", "functional", "permutations", "dispatch", "eager"},
     "patch": {"probe", "reversible", "modules", "functional", "permutations", "dispatch", "eager"},
     "lightning": {"patch", "dispatch"},
     "__init__": {"reversible", "patch", "modules", "functional"},
