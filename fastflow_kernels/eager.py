@@ -702,7 +702,9 @@ def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: floa
 
 def _add(x: Tensor, y: Tensor, factor: float) -> Tensor:
     """x + factor * y; in one operation, but where torch.func.linearize may look on, which crashes on that in torch 2.13."""
-    return x + factor * y if modes.is_watched() else torch.add(x, y, alpha=factor)
+    if torch.compiler.is_compiling() or not modes.is_watched():
+        return torch.add(x, y, alpha=factor)
+    return x + factor * y
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:

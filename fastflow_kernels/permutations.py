@@ -123,7 +123,10 @@ class HouseholderPermutation(NamedTuple):
     vectors: Tensor
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """T V and V, both (K, C)."""
+        """T V and V, both (K, C), in full precision also under autocast."""
+        if dispatch.is_autocast(self.vectors.device):
+            with torch.autocast(self.vectors.device.type, enabled=False):
+                return self.factors()
         dtype = self.vectors.dtype
         v = self.vectors if dtype.itemsize > 2 else self.vectors.float()  # not float64, which some devices do not have
         products = v @ v.T

@@ -195,7 +195,12 @@ BAD_CALLS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "one condition missing": ([GOOD_X], GOOD_C[:1], ValueError, r"2 condition\(s\), got 1"),
     "one condition more": ([GOOD_X], [*GOOD_C, GOOD_C[0]], ValueError, r"2 condition\(s\), got 3"),
     "conditions as a tensor": ([GOOD_X], torch.cat(GOOD_C, 1), TypeError, "conditions as a list of tensors, got Tensor"),
-    "conditions swapped": ([GOOD_X], GOOD_C[::-1], ValueError, r"condition 0 of shape \(2, 3, 3, 4\), got \(2, 1, 3, 4\)"),
+    "a condition of another width": (
+        [GOOD_X],
+        [GOOD_C[0], GOOD_C[0]],
+        ValueError,
+        r"condition 1 of shape \(2, 1, 3, 4\), got \(2, 3, 3, 4\)",
+    ),
     "condition of another batch": (
         [GOOD_X],
         [GOOD_C[0], GOOD_C[1][:1]],
@@ -256,10 +261,15 @@ def test_integer_input_promotes(name: str, dtype: torch.dtype, rev: bool) -> Non
 
 
 @both_directions
-def test_unconditional_block_refuses_conditions(rev: bool) -> None:
+def test_conditions_may_be_undeclared_or_split_otherwise(rev: bool) -> None:
+    """As in the stock blocks, which ignore the former and join the latter."""
     block = AllInOneBlock([(6, 3, 4)], subnet_constructor=Counting)
-    with nothing_happens(block), pytest.raises(ValueError, match=r"0 condition\(s\), got 2"):
-        block([GOOD_X], GOOD_C, rev=rev)
+    assert torch.equal(block([GOOD_X], GOOD_C, rev=rev)[0][0], block([GOOD_X], rev=rev)[0][0])
+    block = AllInOneBlock([(6, 3, 4)], [(3, 3, 4), (1, 3, 4)], make_subnet(2))
+    joined = torch.cat(GOOD_C, 1)
+    expected = block([GOOD_X], GOOD_C, rev=rev)[0][0]
+    assert torch.equal(block([GOOD_X], [joined], rev=rev)[0][0], expected)
+    assert torch.equal(block([GOOD_X], [joined[:, :1], joined[:, 1:]], rev=rev)[0][0], expected)
 
 
 def test_a_backend_set_later_is_checked_too() -> None:
