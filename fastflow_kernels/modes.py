@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,12 @@ def is_recorded() -> bool:
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 and is_symbolic()
+
+
+def is_onnx_export() -> bool:
+    """Whether a file for ONNX is being made; Dynamo takes torch.onnx.is_in_onnx_export for False, but not what that reads."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return torch.onnx.is_in_onnx_export() or (flags is not None and flags._is_onnx_exporting)
 
 
 @contextmanager

@@ -222,7 +222,7 @@ class IndexCache:
 
     def _of(self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool) -> IndexPermutation | MatrixPermutation:
         if modes.is_recorded():
-            baked = self._baked(w, w_inv) if torch.onnx.is_in_onnx_export() else None
+            baked = self._baked(w, w_inv) if modes.is_onnx_export() else None
             return _in_graph(w, w_inv, self.hard) if baked is None else baked
         if not _are_fixed(w, w_inv):
             self._cached = None
@@ -240,6 +240,8 @@ class IndexCache:
 
     def _baked(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
         """The index itself, for an ONNX file: nothing is loaded into one later, and an index is smaller than the matrix it is read of."""
+        if torch.compiler.is_dynamo_compiling():  # which cannot look; every load has refreshed what is kept
+            return None if self._cached is None else self._cached.index
         with modes.unrecorded():
             if _are_fixed(w, w_inv):
                 cached: _Cached | None = self._current(w, w_inv, True, True)

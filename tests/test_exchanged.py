@@ -634,8 +634,6 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
 @pytest.mark.parametrize("name", ["hard", "gin", "soft-rev-exp", "hh3-rev-cond"])
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_accelerate_anywhere_and_report_changes_nothing(context: str, name: str, peer: Callable[[], Any]) -> None:
-    if context == "without float64" and name.startswith("hh"):
-        pytest.skip("reflections are computed in float64")
     np.random.seed(3)
     block = make_block(peer(), Case(SHAPE, name), torch.float32, 3)
     stock = copy.deepcopy(block)

@@ -1,0 +1,269 @@
+"""What users' code does to a block of our own class in a stock block's place: attributes exchanged, hooks, transforms, few channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, linearize, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import reference
+from fastflow_kernels import AllInOneBlock, ReversibleSequence
+from tests.cases import DIALECTS, Case, Shape, make_block, make_input
+
+both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+ROWS, PLANES = Shape(3, 6), Shape(2, 6, (4, 5))
+
+
+def pair(case: Case, dialect: str = "anomalib") -> tuple[nn.Module, nn.Module]:
+    """A block of ours and the reference with the same weights."""
+    block, stock = (make_block(cls, case, dialect=dialect) for cls in (AllInOneBlock, reference.AllInOneBlock))
+    stock.load_state_dict(block.state_dict())  # the two draw their rotations in their own ways
+    return block, stock
+
+
+def assert_same(actual: nn.Module, expected: nn.Module, case: Case, rev: bool) -> None:
+    """Results, and gradients of everything that takes one."""
+    x, c = make_input(case)
+    found = []
+    for block in (actual, expected):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        (y,), log_det = block([leaf], c, rev=rev)
+        (y.sin().sum() + log_det.sum()).backward()
+        found.append({"y": y, "log-det": log_det, "dx": leaf.grad, **{name: p.grad for name, p in block.named_parameters()}})
+    for name, value in found[1].items():
+        if value is None:
+            assert found[0][name] is None or not found[0][name].any(), name
+        else:
+            torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+# --- what the stock block reads when it is called --------------------------------------------------------------------------------------
+
+
+def _other_softplus(block: Any) -> None:
+    """The stock blocks' activation asks the block's own softplus."""
+    if hasattr(block, "softplus"):
+        block.softplus.beta = 0.8
+    else:
+        block.global_scale_activation = lambda g: 0.1 * nn.functional.softplus(g, beta=0.8)
+
+
+EXCHANGES: dict[str, Callable[[Any], None]] = {
+    "clamp": lambda block: setattr(block, "clamp", 3.5),
+    "clamp that learns": lambda block: setattr(block, "clamp", nn.Parameter(torch.tensor(1.7, dtype=torch.float64))),
+    "GIN": lambda block: setattr(block, "GIN", True),
+    "softplus": _other_softplus,
+    "activation": lambda block: setattr(block, "global_scale_activation", lambda g: g.exp() + 0.5),
+    "permute_function": lambda block: setattr(block, "permute_function", lambda x, w: x.flip(1)),
+    "reverse": lambda block: setattr(block, "reverse_pre_permute", True),
+}
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("case", [Case(PLANES, "hard"), Case(ROWS, "soft"), Case(ROWS, "hh1")], ids=str)
+@both_dialects
+@both_directions
+def test_what_is_exchanged_takes_effect(case: Case, exchange: str, dialect: str, rev: bool) -> None:
+    blocks = pair(case, dialect)
+    for block in blocks:
+        block([make_input(case)[0]])
+        EXCHANGES[exchange](block)
+    assert_same(*blocks, case, rev)
+
+
+@both_directions
+def test_steps_that_are_patched_on_the_class_take_effect(rev: bool) -> None:
+    case = Case(PLANES, "hard")
+    block, _ = pair(case)
+    x, _ = make_input(case)
+    before = block([x], rev=rev)[0][0]
+    affine = AllInOneBlock._affine
+
+    def doubled(self: AllInOneBlock, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        return affine(self, x, 2.0 * a, rev)
+
+    with mock.patch.object(AllInOneBlock, "_affine", doubled):
+        patched = block([x], rev=rev)[0][0]
+    assert not torch.equal(patched, before)
+    assert torch.equal(block([x], rev=rev)[0][0], before)
+
+
+@both_dialects
+@pytest.mark.parametrize("name", ["hard", "soft", "hh1"])
+def test_attributes_of_the_stock_blocks_exist(name: str, dialect: str) -> None:
+    case = Case(PLANES, name)
+
+    class Own(AllInOneBlock):
+        def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Any]:
+            return self.permute_function(x, self.w_perm_inv if rev else self.w_perm), 0.0
+
+    block = make_block(Own, case, dialect=dialect)
+    assert block.last_jac is None
+    assert isinstance(block.softplus, nn.Softplus)
+    x, _ = make_input(case)
+    (y,), _ = block([x])
+    torch.testing.assert_close(block([y], rev=True)[0][0], x)
+
+
+@both_dialects
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_matrix_and_its_inverse_share_no_memory(soft: bool, dialect: str) -> None:
+    block = AllInOneBlock([(1,)], subnet_constructor=lambda i, o: nn.Flatten(), permute_soft=soft, dialect=dialect)
+    assert block.w_perm.data_ptr() != block.w_perm_inv.data_ptr()
+
+
+# --- hooks --------------------------------------------------------------------------------------------------------------------------------
+
+KEEPERS: dict[str, Callable[[Tensor], Any]] = {
+    "itself": lambda g: g,
+    "a view": lambda g: g[:, :3],
+    "detached": lambda g: g.detach(),
+    "an array": lambda g: g.numpy(),
+    "its storage": lambda g: torch.empty(0, dtype=g.dtype).set_(g.untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("keep", KEEPERS)
+@pytest.mark.parametrize("shape", [Shape(40, 6), Shape(3, 6, (5, 7))], ids=str)
+def test_a_gradient_that_a_hook_keeps_does_not_change(keep: str, shape: Shape) -> None:
+    block = make_block(AllInOneBlock, Case(shape, "hard"))
+    block.backend = "eager"
+    x, _ = make_input(Case(shape, "hard"))
+    kept: list[tuple[Any, Tensor]] = []
+    (y,), log_det = block([x.requires_grad_()])
+    y.grad_fn.register_hook(lambda into, _: kept.extend((KEEPERS[keep](g), torch.as_tensor(KEEPERS[keep](g)).clone()) for g in into[:1]))
+    (y.sum() + log_det.sum()).backward()
+    assert kept
+    for held, copy in kept:
+        assert torch.equal(torch.as_tensor(held), copy)
+
+
+def test_without_hooks_no_gradient_is_copied() -> None:
+    block = make_block(AllInOneBlock, Case(Shape(40, 6), "hard"))
+    block.backend = "eager"
+    clones: list[Tensor] = []
+    clone = Tensor.clone
+    with mock.patch.object(Tensor, "clone", lambda self, *a, **k: (clones.append(self), clone(self, *a, **k))[1]):
+        for _ in range(2):  # the first one finds out what a gradient without holders looks like
+            clones.clear()
+            (y,), log_det = block([torch.randn(40, 6, dtype=torch.float64, requires_grad=True)])
+            (y.sum() + log_det.sum()).backward()
+    assert not clones
+
+
+# --- transforms ---------------------------------------------------------------------------------------------------------------------------
+
+TRANSFORMED = [Case(shape, name) for shape in (ROWS, PLANES) for name in ("rev", "soft", "hh1", "gin")]
+TRANSFORMED += [Case(Shape(3, 2), "hh1"), Case(Shape(3, 3), "hh3-rev-cond")]  # more reflections than half the channels: one dense matrix
+
+
+def function_of(block: nn.Module, c: list[Tensor], rev: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        (y,), log_det = block([x], c, rev=rev)
+        return y, log_det
+
+    return call
+
+
+@pytest.mark.parametrize("case", TRANSFORMED, ids=str)
+@both_directions
+def test_recorded_and_linearized(case: Case, rev: bool) -> None:
+    block = make_block(AllInOneBlock, case)
+    x, c = make_input(case)
+    call, v = function_of(block, c, rev), torch.randn_like(x)
+    expected, tangents = jvp(call, (x,), (v,))
+    value, linear = linearize(call, x)
+    for found in (make_fx(call)(x)(x), value):
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    for a, e in zip(linear(v), tangents, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["hard", "soft", "hh1"])
+@both_directions
+def test_vmap_takes_samples_in_any_layout(name: str, rev: bool) -> None:
+    block = make_block(AllInOneBlock, Case(PLANES, name))
+    call = function_of(block, [], rev)
+    x = torch.randn(2, 3, 6, 4, 5, dtype=torch.float64)
+    expected = torch.stack([call(sample)[0] for sample in x])
+    for dim, given in (
+        (0, torch.stack([sample.to(memory_format=torch.channels_last) for sample in x])),
+        (1, x.transpose(0, 1)),
+        (-1, x.movedim(0, -1)),
+    ):
+        torch.testing.assert_close(vmap(call, in_dims=dim)(given)[0], expected)
+    each = x[0].to(memory_format=torch.channels_last)
+    found = vmap(grad(lambda sample: call(sample[None])[0].sin().sum()))(each)
+    leaf = x[0].clone().requires_grad_()
+    call(leaf)[0].sin().sum().backward()
+    torch.testing.assert_close(found, leaf.grad)
+
+
+@pytest.mark.parametrize("spatial", [(), (8, 8)], ids=str)
+@pytest.mark.parametrize(("channels", "reflections"), [(3, 5), (6, 2)])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_reflections_of_few_channels_compile_with_dynamic_sizes(
+    channels: int, reflections: int, soft: bool, spatial: tuple[int, ...]
+) -> None:
+    """Sizes that are alike, and products of them, are what Inductor stumbled on."""
+    torch._dynamo.reset()
+    layer = (nn.Linear, nn.Conv1d, nn.Conv2d)[len(spatial)]
+    block = AllInOneBlock(
+        [(channels, *spatial)],
+        subnet_constructor=lambda i, o: layer(i, o, *[1] * bool(spatial)),
+        permute_soft=soft,
+        learned_householder_permutation=reflections,
+    )
+    x = torch.randn(2, channels, *spatial)
+    with torch.no_grad():
+        for layout in (torch.contiguous_format, torch.channels_last) if len(spatial) == 2 else (torch.contiguous_format,):
+            given = x.contiguous(memory_format=layout)
+            found = torch.compile(lambda x: block([x])[0][0], fullgraph=True, dynamic=True)(given)
+            torch.testing.assert_close(found, block([given])[0][0], rtol=1e-4, atol=1e-4)
+
+
+# --- inside a chain -----------------------------------------------------------------------------------------------------------------------
+
+
+class Field(nn.Module):
+    """The gradient of a potential, by torch.func."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.potential, self.out = nn.Linear(channels_in, 1), nn.Linear(channels_in, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(grad(lambda y: self.potential(y).tanh().sum())(x) + x)
+
+
+@pytest.mark.parametrize("subnet", [Field, lambda i, o: nn.LazyLinear(o)], ids=["torch.func", "lazy"])
+def test_subnets_in_a_reversible_chain(subnet: Callable[[int, int], nn.Module]) -> None:
+    torch.manual_seed(0)
+    chain = ReversibleSequence(8)
+    for _ in range(3):
+        chain.append(AllInOneBlock, subnet_constructor=subnet)
+    x = torch.randn(5, 8)
+    for _ in range(2):
+        z, log_det = chain(x)
+        (z.sin().sum() - log_det.sum()).backward()
+    found = [p.grad / 2 for p in chain.parameters() if p.grad is not None]
+    chain.zero_grad()
+    y: Any = (x,)
+    total = torch.zeros(5)
+    for block in chain:
+        y, log_det = block(y)
+        total = total + log_det
+    (y[0].sin().sum() - total.sum()).backward()
+    expected = [p.grad for p in chain.parameters() if p.grad is not None]
+    assert len(found) == len(expected)
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
