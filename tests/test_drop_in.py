@@ -42,7 +42,7 @@ def assert_same(actual: nn.Module, expected: nn.Module, case: Case, rev: bool) -
         if value is None:
             assert found[0][name] is None or not found[0][name].any(), name
         else:
-            torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-9, msg=name)
+            torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-9 * max(1.0, value.abs().max().item()), msg=name)
 
 
 # --- what the stock block reads when it is called --------------------------------------------------------------------------------------
