@@ -169,17 +169,18 @@ def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
 
 
 def _moved(model: nn.Module) -> nn.Module:
-    """With every floating-point parameter of its flow rounded to a neighbour: what no implementation can do better than."""
+    """With every floating-point parameter at the next number up or down: what an implementation cannot be told from."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.is_floating_point() and "w_perm" not in name:
-                p *= 1.0 + (2.0 * torch.randint(0, 2, p.shape, generator=generator) - 1.0) * 0.5 * torch.finfo(p.dtype).eps
+                up = torch.randint(0, 2, p.shape, generator=generator).bool()
+                p.copy_(torch.nextafter(p, torch.where(up, torch.inf, -torch.inf).to(p)))
     return model
 
 
 def _known_to(true: Tensor | None, moved: Tensor | None) -> float | None:
-    """The magnitude whose roundings make up the criterion's floor: of the value, and of what half an eps in the weights makes of it.
+    """The magnitude whose roundings make up the criterion's floor: of the value, and of what one in each weight makes of it.
 
     A weight's gradient is a sum over batch and pixels whose terms cancel; one float32 run says too little about how much.
     """
