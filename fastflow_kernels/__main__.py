@@ -21,7 +21,8 @@ _COVERAGE = (
     ("channels-last input", "as above, pixel by pixel; the format stays (GIN on a GPU: on a contiguous copy)"),
     ("other strides of the input", "as above, on a contiguous copy"),
     ("every inverse while gradients are enabled", "plain operations"),
-    ("empty input; compile, export, trace, torch.func, forward mode", "plain operations"),
+    ("empty input; compile, export, trace, torch.func, forward mode, fake tensors", "plain operations"),
+    ("a step overridden, a clamp that is a tensor, integer input", "the stock block's steps, in plain operations"),
 )
 
 

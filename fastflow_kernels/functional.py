@@ -231,7 +231,7 @@ def all_in_one_block(
     taken = x if rows else dispatch.coverable(x, backend)
     copied = taken is not x and layout is not torch.contiguous_format
     x, gathers = taken, reverse_permutation
-    if reverse_permutation and _folds_reverse(x, permutation, rev, rows, backend):
+    if reverse_permutation and _folds_reverse(x, permutation, rows, backend):
         gathers, spec = False, spec._replace(reverse=True)
     if gathers and not rev:
         # in the layout of x, which is not `layout` where x is a contiguous copy for the kernels
@@ -245,7 +245,7 @@ def all_in_one_block(
     return out, logdet
 
 
-def _folds_reverse(x: Tensor, permutation: Permutation, rev: bool, rows: bool, backend: str) -> bool:
+def _folds_reverse(x: Tensor, permutation: Permutation, rows: bool, backend: str) -> bool:
     """Whether undoing the permutation ahead of the coupling costs no pass over x: the kernels read it through the index.
 
     Not the eager functions: they would gather piece by piece what one index_select takes at once (0.3 ns an element at rank 0, 0.1 on

@@ -355,7 +355,9 @@ class AllInOneBlock(InvertibleModule):
         for name, own in _OWN.items():
             if getattr(cls, name) is not own:
                 return True
-        return has_any(self.__dict__, _OVERRIDABLE) or isinstance(self.clamp, Tensor) or not self._has_own_softplus()
+        if has_any(self.__dict__, _OVERRIDABLE) or isinstance(self.clamp, Tensor) or self.splits[1] != self.in_channels // 2:
+            return True
+        return not self._has_own_softplus()
 
     def _has_own_softplus(self) -> bool:
         if self.global_affine_type != "SOFTPLUS":
@@ -444,6 +446,8 @@ class AllInOneBlock(InvertibleModule):
             if w.numel() != channels or w.is_floating_point() or not torch.equal(w.sort().values, torch.arange(channels, device=w.device)):
                 raise ValueError(f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; {unloaded}")
             return w.long() if self._holds_index() else one_hot(w.long(), self.global_scale.dtype).view(shape)
+        if not w.is_floating_point():
+            w = w.to(self.global_scale.dtype)  # copy_ would convert it, too
         if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
             raise ValueError(f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, {channels}); {unloaded}")
         matrix = w.reshape(channels, channels)

@@ -390,6 +390,14 @@ def test_any_matrix_loads_before_reflections(odd: str) -> None:
         torch.testing.assert_close(y, stock([x], c, rev=rev)[0][0], rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16], ids=str)
+@both_dialects
+def test_a_permutation_matrix_of_another_dtype_loads(dtype: torch.dtype, dialect: str) -> None:
+    block = ours(HARD, dialect=dialect)
+    block.load_state_dict({**other_state(block), "w_perm": hard(GOOD).to(dtype), "w_perm_inv": hard(INVERSE).to(dtype)})
+    assert block._index.permutation(block).perm.tolist() == GOOD
+
+
 def test_means_of_checkpoints_stay_permutations() -> None:
     """Of ten float32 checkpoints, each a tenth: the ones carry rounding, and the index is taken all the same."""
     block = ours(HARD, dtype=torch.float32)

@@ -56,6 +56,14 @@ def _other_softplus(block: Any) -> None:
         block.global_scale_activation = lambda g: 0.1 * nn.functional.softplus(g, beta=0.8)
 
 
+def _other_splits(block: Any) -> None:
+    """Two passive channels and four active ones."""
+    block.splits = [2, 4]
+    w1, w2 = block.subnet.w1.detach()[:, :2], torch.linspace(-1, 1, 8 * block.subnet.w2[0].numel(), dtype=torch.float64)
+    block.subnet.w1, block.subnet.w2 = nn.Parameter(w1.clone()), nn.Parameter(w2.view(8, *block.subnet.w2.shape[1:]))
+    block.subnet.b2 = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+
+
 EXCHANGES: dict[str, Callable[[Any], None]] = {
     "clamp": lambda block: setattr(block, "clamp", 3.5),
     "clamp that learns": lambda block: setattr(block, "clamp", nn.Parameter(torch.tensor(1.7, dtype=torch.float64))),
@@ -64,6 +72,7 @@ EXCHANGES: dict[str, Callable[[Any], None]] = {
     "activation": lambda block: setattr(block, "global_scale_activation", lambda g: g.exp() + 0.5),
     "permute_function": lambda block: setattr(block, "permute_function", lambda x, w: x.flip(1)),
     "reverse": lambda block: setattr(block, "reverse_pre_permute", True),
+    "splits": _other_splits,
 }
 
 
@@ -267,3 +276,28 @@ def test_subnets_in_a_reversible_chain(subnet: Callable[[int, int], nn.Module]) 
     assert len(found) == len(expected)
     for a, e in zip(found, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+class Drawn(nn.Module):
+    """Dropout from a generator of its own, if ``odd``."""
+
+    def __init__(self, channels_in: int, channels_out: int, odd: bool) -> None:
+        super().__init__()
+        self.layer, self.generator = nn.Linear(channels_in, channels_out), torch.Generator().manual_seed(1) if odd else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.layer(x)
+        return a if self.generator is None else a * (torch.rand(a.shape, generator=self.generator, dtype=a.dtype) > 0.5)
+
+
+@pytest.mark.parametrize(("blocks", "every", "odd"), [(3, 2, 2), (5, 2, 4), (3, 1, 0), (3, 1, 2), (1, None, 0), (4, 2, 1), (4, 2, 3)])
+def test_a_second_run_that_differs_is_an_error_wherever_it_is(blocks: int, every: int | None, odd: int) -> None:
+    """Also in a segment of one block after longer ones."""
+    torch.manual_seed(0)
+    chain = ReversibleSequence(8, checkpoint_every=every)
+    for k in range(blocks):
+        chain.append(AllInOneBlock, subnet_constructor=lambda i, o, k=k: Drawn(i, o, k == odd))
+    chain.double()
+    z, log_det = chain(torch.randn(10, 8, dtype=torch.float64))
+    with pytest.raises(RuntimeError):
+        (z.square().sum() - log_det.sum()).backward()
