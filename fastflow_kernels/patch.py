@@ -114,7 +114,7 @@ def _entry_of_block(name: str, block: Any) -> Entry | None:
     kind = _kind(type(block))
     if isinstance(block, modules.AllInOneBlock):
         if block._overridden():
-            reason = "a step, its clamp, splits or softplus is another one, so its steps run one by one in plain operations"
+            reason = "a step is overridden, or its clamp, splits or softplus exchanged: its steps run one by one in plain operations"
             return Entry(name, kind, "stock maths", False, reason)
         maths = _in_words(block, block.dialect, block.global_affine_type)
         return Entry(name, kind, "fused", False, f"{maths}; backend {block.backend!r}")

@@ -111,7 +111,8 @@ class Seen:
         own, cls = block.__dict__, type(block)
         for name, value in zip(self.attributes, self.values, strict=True):
             now = own.get(name, _GONE)
-            if now is not value and (type(now) is not type(value) or now != value):
+            same = False if isinstance(value, (list, dict)) else now is value  # Dynamo of torch 2.7 knows no identity of lists
+            if not same and (type(now) is not type(value) or now != value):
                 return name
         for name, function in zip(self.steps, self.functions, strict=True):
             getattr(block, name, None)  # so that a compiled call is tied to there being none on the block itself
