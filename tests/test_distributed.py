@@ -61,6 +61,25 @@ def _trained(model: nn.Module, flow: Flow, x: Tensor, c: list[Tensor]) -> dict[s
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()}
 
 
+class Block(nn.Module):
+    def __init__(self, kind: str, seed: int) -> None:
+        super().__init__()
+        case = Case(SHAPE, "hard")
+        self.block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed)
+        if kind == "accelerated":
+            accelerate(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block([x])[0][0]
+
+
+def _compiled_from_another_seed(kind: str, rank: int) -> Tensor:
+    """What a compiled block computes whose weights DDP has broadcast: those of rank 0, its permutation too."""
+    model = DistributedDataParallel(Block(kind, seed=rank + 1))
+    with torch.no_grad():
+        return torch.compile(model, backend="eager")(_batch("hard")[0])
+
+
 def _one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dispatch.SMALL = 0  # the inputs are small, and what is asked for is the fused path
@@ -81,6 +100,8 @@ def _one_rank(rank: int, folder: str) -> None:
                         fully_shard(block, mesh=mesh)
                     model = fully_shard(flow, mesh=mesh)
                 results[f"{name} {kind} {wrapper}"] = _trained(model, flow, x[half], [t[half] for t in c])
+    for kind in KINDS:
+        results[f"compiled {kind}"] = _compiled_from_another_seed(kind, rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
     os._exit(0)  # see tests/test_reversible_distributed.py
@@ -110,3 +131,11 @@ def test_two_processes_train_like_one(name: str, kind: str, wrapper: str, ranks:
                 assert actual[key] is None or not actual[key].any()
                 continue
             torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-11 * value.abs().max().item(), msg=key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_ranks_compute_the_same_function(kind: str, ranks: list[dict[str, Any]]) -> None:
+    """Although each was built from a seed of its own."""
+    expected = Block("ours", seed=1)(_batch("hard")[0])
+    for found in ranks:
+        torch.testing.assert_close(found[f"compiled {kind}"], expected, rtol=1e-11, atol=1e-11)
