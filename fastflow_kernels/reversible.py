@@ -504,7 +504,7 @@ class Reversible:
         """A link for every block that can be undone; none where plain operations must do, or where no gradients are wanted."""
         if not torch.is_grad_enabled() or len(x) != 1 or not isinstance(x[0], Tensor) or not x[0].numel() or dispatch.needs_composite(x[0]):
             return {}
-        if x[0].is_meta:  # there is nothing to look at for drift
+        if x[0].is_meta or not x[0].is_floating_point():  # there is nothing to look at for drift; integers run step by step
             return {}
         if parametrize._cache_enabled:  # the cache would hand a first run's parameters to the second
             return {}

@@ -301,3 +301,17 @@ def test_a_second_run_that_differs_is_an_error_wherever_it_is(blocks: int, every
     z, log_det = chain(torch.randn(10, 8, dtype=torch.float64))
     with pytest.raises(RuntimeError):
         (z.square().sum() - log_det.sum()).backward()
+
+
+def test_a_reversible_chain_of_integers_is_a_plain_one() -> None:
+    chain = ReversibleSequence(6)
+    for _ in range(2):
+        chain.append(AllInOneBlock, subnet_constructor=lambda i, o: nn.Linear(i, o, dtype=torch.float64))
+    for module in chain:
+        module.subnet.register_forward_pre_hook(lambda _, given: (given[0].double(),))
+    x = torch.arange(18).view(3, 6)
+    z, log_det = chain(x)
+    expected, expected_log_det = chain(x.double())
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_det.double(), expected_log_det.double(), rtol=1e-5, atol=1e-5)
+    (z.sum() - log_det.sum()).backward()
