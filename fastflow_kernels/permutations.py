@@ -387,9 +387,8 @@ def _as_matrices(w: Tensor, w_inv: Tensor | None) -> MatrixPermutation:
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
     """The (C, C) matrix w with w @ v = v[perm]."""
-    return (perm.unsqueeze(1) == torch.arange(perm.shape[0], device=perm.device)).to(
-        dtype
-    )  # F.one_hot asks for values, which a graph has not
+    each = torch.arange(perm.shape[0], device=perm.device)
+    return (perm.unsqueeze(1) == each).to(dtype)  # F.one_hot asks for values, which a graph has not
 
 
 def random_rotation(channels: int) -> Tensor:
