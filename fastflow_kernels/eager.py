@@ -697,7 +697,7 @@ def _channelwise(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: float) -> Tensor:
     if scale is None:
         return sum_s
-    return _add(sum_s, scale.log().sum(), sign * math.prod(x.shape[2:]))
+    return _add(sum_s, scale.log().sum(), sign if x.dim() == 2 else sign * math.prod(x.shape[2:]))
 
 
 def _add(x: Tensor, y: Tensor, factor: float) -> Tensor:

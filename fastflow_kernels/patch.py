@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastflow_kernels import dispatch, modes, modules, probe
 from fastflow_kernels.functional import all_in_one_block, check_conditions, single_input
-from fastflow_kernels.permutations import IndexCache, IndexPermutation, parameter
+from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.probe import Left, Seen
 from fastflow_kernels.reversible import Reversible, is_reversible
 from fastflow_kernels.spec import CouplingSpec
@@ -344,11 +344,13 @@ class _Accelerated(_Stock):
         given, x = x, single_input(x, self.in_channels, self.input_rank, tuple(self.dims_in[0]) if held.is_sized else None)
         if not x.is_floating_point():  # integers promote, step by step
             return super().forward(given, *(() if c is None else (c,)), rev=rev, jac=jac)
+        own = self._parameters  # where parameters are found at once, if they are not parametrized: see permutations.parameter
+        scale, offset = own.get("global_scale"), own.get("global_offset")
         y, logdet = (run or all_in_one_block)(
             x,
             self.subnet,
-            parameter(self, "global_scale"),
-            parameter(self, "global_offset"),
+            self.global_scale if scale is None else scale,
+            self.global_offset if offset is None else offset,
             held.index.permutation(self, rev, x),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             self._checked_conditions(c, x),
