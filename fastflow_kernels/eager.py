@@ -643,10 +643,12 @@ def composite_fwd(x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, 
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
     if scale is None:
         v = u + offset
-    elif u.dim() > 2 or torch.is_grad_enabled():
-        v = u * scale + offset  # not addcmul, which is slower with pixels, and whose backward takes a pass over u more
-    else:
+    elif torch.is_grad_enabled() or modes.is_recorded() or torch._C._are_functorch_transforms_active():
+        v = u * scale + offset  # not addcmul, whose backward takes a pass over u more
+    elif u.dim() == 2:
         v = torch.addcmul(offset, u, scale)
+    else:
+        v = u.mul_(scale).add_(offset)
     return _as(v, dtype), _composite_logdet(sum_s, scale, u, 1.0)
 
 
