@@ -24,7 +24,6 @@ ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
 # (64, 256), 507 against 592 us for (64, 512), 665 against 659 us for (1, 256, 16, 16).
 SMALL = 1 << 15
 
-
 _environment: Any = getattr(os.environ, "_data", None)  # CPython's own dictionary behind it
 _variable: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
@@ -69,7 +68,7 @@ def unless_annealed(backend: str, x: Tensor, spec: CouplingSpec) -> str:
         x: The block's input, (B, C, *S).
         spec: The coupling's constants.
     """
-    if backend != "auto" or not x.is_cuda or needs_composite(x):
+    if backend != "auto" or not x.is_cuda:
         return backend
     clamp = (spec.clamp, spec.tanh_scale)
     if clamp not in _clamps:

@@ -711,7 +711,5 @@ def _add(x: Tensor, y: Tensor, factor: float) -> Tensor:
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """The passive and the active channels of x, as views."""
-    channels = x.shape[1]
-    c2 = channels // 2
-    first, last = torch.split_with_sizes(x, (channels - c2, c2), 1)
-    return first, last
+    c2 = x.shape[1] // 2
+    return _halves(x, x.shape[1] - c2, c2)

@@ -25,9 +25,7 @@ def is_symbolic() -> bool:
 
 def is_recorded() -> bool:
     """Whether operations are recorded, so that tensors cannot be asked for their values: compilation, export, jit.trace, and the above."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 and is_symbolic()
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or is_symbolic()
 
 
 def is_onnx_export() -> bool:

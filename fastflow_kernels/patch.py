@@ -353,7 +353,7 @@ class _Accelerated(_Stock):
             self.global_offset if offset is None else offset,
             held.index.permutation(self, rev, x),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
-            self._checked_conditions(c, x),
+            check_conditions(c, self.dims_c, x),
             rev=rev,
             reverse_permutation=self.reverse_pre_permute,
             backend=held.backend,
@@ -371,32 +371,14 @@ class _Accelerated(_Stock):
         """Whether ``forward`` is this class's own and hands everything to ``run``."""
         return type(self).forward is _Accelerated.forward and self._exchanged() is None
 
-    def _checked_conditions(self, c: Sequence[Tensor] | None, x: Tensor) -> Sequence[Tensor]:
-        if not self.conditional:
-            return ()  # like the stock block, which ignores what it did not declare
-        return check_conditions(c, self.dims_c, x)
-
     def extra_repr(self) -> str:
         held, own = self._fastflow, super().extra_repr()
         return f"{own}{', ' if own else ''}accelerated, dialect={held.dialect!r}, backend={held.backend!r}"
 
-    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        super()._apply(*args, **kwargs)
-        self._read_index()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._read_index()
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_index()
-
-    def _read_index(self) -> None:
-        """Now, for the next forward may be a compiled one, which cannot look; see AllInOneBlock._apply."""
         if self._exchanged() is None:
-            self._fastflow.index.permutation(self)
+            self._fastflow.index.permutation(self)  # now, because the next forward may be a compiled one, which cannot look
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """As torch has it, but for what no copy takes: FrEIA's lambdas, and the product of reflections that a stock pass leaves behind."""
@@ -443,8 +425,10 @@ class _Reversible(Reversible):
         """As the stock class has it; where that makes a chain of a slice, this is reversible, too."""
         stock: Any = super()
         part = stock.__getitem__(item)
-        if isinstance(item, slice) and (_made_reversible(part) or (False,))[0]:
-            part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
+        if isinstance(item, slice):
+            _made_reversible(part)
+            if isinstance(part, Reversible):
+                part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
         return part
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:

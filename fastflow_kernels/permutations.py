@@ -227,7 +227,7 @@ class IndexCache:
         if not _are_fixed(w, w_inv):
             self._cached = None
             return _in_graph(w, w_inv, False)
-        with modes.unrecorded() if modes.is_watched() else nullcontext():  # lest something is kept that a mode has made
+        with modes.unrecorded() if modes.is_watched() else nullcontext():  # otherwise the cache would keep what a mode has made
             cached = self._current(w, w_inv, uses_w, uses_inverse)
         return _as_matrices(w, w_inv) if cached.index is None else cached.index
 
@@ -259,7 +259,7 @@ _CHEAP_PRODUCT = 1 << 19
 
 def _is_cheap_product(x: Tensor, w: Tensor) -> bool:
     """Whether a product with the matrix is cheaper than looking whether its index is current, and gives the same."""
-    if modes.is_recorded():  # first, for a graph must not come to depend on what is cheap
+    if modes.is_recorded():  # first, because a graph must not come to depend on sizes
         return False
     size = x.numel()
     if size * w.shape[0] > _CHEAP_PRODUCT or size > dispatch.SMALL or x.dtype is not w.dtype or not x.is_cpu:
