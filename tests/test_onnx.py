@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate
 from tests.cases import Case, Shape, make_block, make_input
+from tests.support.blocks import TakesTensor
 
 exporters = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
@@ -23,16 +24,6 @@ kinds = pytest.mark.parametrize("kind", ["ours", "accelerated"])
 CASES = [Case(Shape(3, 6), name) for name in ("rev", "soft", "hh2-soft-sigmoid")]
 CASES += [Case(Shape(2, 6, (4, 5)), name) for name in ("gin", "hh1")]
 CASES += [Case(Shape(3, 6), "hard", "freia")]
-
-
-class Plain(nn.Module):
-    def __init__(self, block: nn.Module, rev: bool) -> None:
-        super().__init__()
-        self.block, self.rev = block, rev
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        (y,), log_det = self.block([x], rev=self.rev)
-        return y, log_det
 
 
 def exported(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
@@ -61,7 +52,7 @@ def test_a_block_exports(case: Case, kind: str, dynamo: bool, rev: bool) -> None
     block = make_block(cls, case, torch.float32, dialect=case.dialect).eval()
     if kind == "accelerated":
         accelerate(block)
-    model = Plain(block, rev)
+    model = TakesTensor(block, rev)
     x, _ = make_input(case, torch.float32)
     with torch.no_grad():
         expected = model(x)
@@ -87,10 +78,10 @@ def test_a_permutation_is_an_index_in_the_file(dynamo: bool, rev: bool) -> None:
     block = AllInOneBlock([(1024,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, 2), nn.Linear(2, o))).eval()
     x = torch.randn(3, 1024)
     with torch.no_grad():
-        file = exported(Plain(block, rev), x, dynamo)
-        assert_file_computes(file, x, Plain(block, rev)(x))
+        file = exported(TakesTensor(block, rev), x, dynamo)
+        assert_file_computes(file, x, TakesTensor(block, rev)(x))
         assert len(file) < 100_000
         other = torch.randperm(1024)
         for w, index in ((block.w_perm, other), (block.w_perm_inv, torch.argsort(other))):
             w.data.copy_(nn.functional.one_hot(index, 1024))
-        assert_file_computes(exported(Plain(block, rev), x, dynamo), x, Plain(block, rev)(x))
+        assert_file_computes(exported(TakesTensor(block, rev), x, dynamo), x, TakesTensor(block, rev)(x))
