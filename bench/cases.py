@@ -15,9 +15,11 @@ class Workload:
         shape: (B, C, *S) of the input.
         options: Constructor options of the block.
         conditions: Channels of each condition.
-        declared: Spatial shape the model declares where it is not the real one. Only anomalib's formula is free in that.
+        declared: Spatial shape the model declares where it is not the real one. Only anomalib's
+            formula is free in that.
         steps: Blocks of the whole flow. 0: only the single block is measured.
-        subnet: "conv" (3x3 and 1x1 in turn), "conv3" (3x3) or "fc" (linear layers): two layers with a ReLU between them.
+        subnet: "conv" (3x3 and 1x1 in turn), "conv3" (3x3) or "fc" (linear layers): two layers with
+            a ReLU between them.
         hidden: Width of the subnet's hidden layer, as a multiple of its input's.
         conditional_steps: How many of the steps, the first ones, take the conditions. None: all.
         cpu_batch: Batch on a CPU, where the whole one would only cost time.
@@ -52,17 +54,45 @@ def _stages(name: str, shapes: list[tuple[int, ...]], **common: Any) -> list[Wor
 
 _FASTFLOW = {"subnet": "conv", "hidden": 1.0, "steps": 8, "cpu_batch": 4, "cpu_flow_batch": 1}
 _CFLOW = {"options": {"affine_clamping": 1.9}, "conditions": (128,)}
-_CFLOW_SOFT = {"options": {"affine_clamping": 1.9, "permute_soft": True}, "conditions": (128,), "steps": 8}
-_MSFLOW = {"options": {"affine_clamping": 1.9}, "conditions": (64,), "declared": (1, 1), "subnet": "conv3", "hidden": 1.0}
+_CFLOW_SOFT = {
+    "options": {"affine_clamping": 1.9, "permute_soft": True},
+    "conditions": (128,),
+    "steps": 8,
+}
+_MSFLOW = {
+    "options": {"affine_clamping": 1.9},
+    "conditions": (64,),
+    "declared": (1, 1),
+    "subnet": "conv3",
+    "hidden": 1.0,
+}
 
 # The order is that of importance: a run that has to stop early has measured what matters most.
 WORKLOADS = (
-    *_stages("fastflow-wrn50", [(32, 256, 64, 64), (32, 512, 32, 32), (32, 1024, 16, 16)], **_FASTFLOW),
+    *_stages(
+        "fastflow-wrn50", [(32, 256, 64, 64), (32, 512, 32, 32), (32, 1024, 16, 16)], **_FASTFLOW
+    ),
     *_stages("cflow", [(64, 512), (64, 1024), (64, 2048)], **_CFLOW, steps=8),
     Workload("tabular", (4096, 64), steps=8),
     *_stages("fastflow-r18", [(32, 64, 64, 64), (32, 128, 32, 32), (32, 256, 16, 16)], **_FASTFLOW),
-    Workload("fastflow-cait", (32, 768, 28, 28), subnet="conv", hidden=0.16, steps=20, cpu_batch=2, cpu_flow_batch=1),
-    *_stages("uflow-mcait", [(8, 384, 14, 14), (8, 816, 28, 28)], subnet="conv", hidden=1.0, steps=4, cpu_batch=2, cpu_flow_batch=1),
+    Workload(
+        "fastflow-cait",
+        (32, 768, 28, 28),
+        subnet="conv",
+        hidden=0.16,
+        steps=20,
+        cpu_batch=2,
+        cpu_flow_batch=1,
+    ),
+    *_stages(
+        "uflow-mcait",
+        [(8, 384, 14, 14), (8, 816, 28, 28)],
+        subnet="conv",
+        hidden=1.0,
+        steps=4,
+        cpu_batch=2,
+        cpu_flow_batch=1,
+    ),
     *_stages("cflow-ad", [(256, 512), (256, 1024), (256, 2048)], **_CFLOW_SOFT),
     Workload("bgad", (4096, 512), **_CFLOW_SOFT, cpu_batch=1024),
     # MSFlow chains 2, 5 and 8 blocks in its three stages.
@@ -78,7 +108,9 @@ WORKLOADS = (
         conditional_steps=30,
         cpu_flow_batch=1000,
     ),
-    Workload("calo", (512, 500), {"affine_clamping": 5.0, "global_affine_init": 0.92}, (1,), steps=12),
+    Workload(
+        "calo", (512, 500), {"affine_clamping": 5.0, "global_affine_init": 0.92}, (1,), steps=12
+    ),
     Workload("tabular soft", (4096, 64), {"permute_soft": True}, steps=8),
     Workload("tabular Householder 8", (4096, 64), {"learned_householder_permutation": 8}, steps=8),
     Workload("tabular GIN", (4096, 64), {"gin_block": True}, steps=8),
@@ -98,7 +130,9 @@ WORKLOADS = (
     Workload("small/posterior", (128, 5), conditions=(10,), steps=6),
     Workload("small/sample", (1, 64), steps=6),
     Workload("small/image", (2, 3, 16, 16), subnet="conv", steps=4),
-    Workload("small/image channels-last", (2, 6, 16, 16), subnet="conv", steps=4, channels_last=True),
+    Workload(
+        "small/image channels-last", (2, 6, 16, 16), subnet="conv", steps=4, channels_last=True
+    ),
     Workload("small/signal", (1, 256, 256)),
 )
 
@@ -107,7 +141,9 @@ _SWEEP_CPU = (2, 256, 16, 16)
 
 
 def sweep(on_cpu: bool) -> tuple[Workload, ...]:
-    """Shapes along three lines through one point: the batch grows, the channels grow, the pixels grow."""
+    """Shapes along three lines through one point: the batch grows, the channels grow, the pixels
+    grow.
+    """
     batch, channels, height, width = _SWEEP_CPU if on_cpu else _SWEEP
     batches = (1, 2, 4, 8, 16, 32) if on_cpu else (1, 2, 4, 8, 16, 32, 64, 128)
     channel_counts = (16, 64, 256, 1024) if on_cpu else (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -119,7 +155,11 @@ def sweep(on_cpu: bool) -> tuple[Workload, ...]:
     )
 
 
-QUICK = {"block": ("fastflow-r18/3", "cflow/1", "tabular"), "flow": ("cflow/1",), "sweep": ("sweep-channels",)}
+QUICK = {
+    "block": ("fastflow-r18/3", "cflow/1", "tabular"),
+    "flow": ("cflow/1",),
+    "sweep": ("sweep-channels",),
+}
 
 
 def workloads(kind: str, on_cpu: bool) -> list[Workload]:

@@ -1,8 +1,10 @@
 """Compile kernels for GPUs that are not there, and read what the compiler made of them.
 
-The launchers run on CPU tensors with the launch itself replaced by a recorder, so that what is compiled is what a GPU would be given:
-the same constants, the same specialization of the arguments (divisible by 16, equal to 1, None). Needs a process without TRITON_INTERPRET.
-tests/test_kernels_compiled.py holds the kernels to limits with it, ``python -m bench.compiled`` predicts times.
+The launchers run on CPU tensors with the launch itself replaced by a recorder, so that what is
+compiled is what a GPU would be given: the same constants, the same specialization of the arguments
+(divisible by 16, equal to 1, None). Needs a process without TRITON_INTERPRET.
+tests/test_kernels_compiled.py holds the kernels to limits with it, ``python -m bench.compiled``
+predicts times.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_TYPES = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
 
 
 class Recorded(NamedTuple):
@@ -48,7 +56,9 @@ class Recorded(NamedTuple):
     def values(self) -> dict[str, Any]:
         """The kernel's arguments by name, constants included."""
         names = self.kernel.arg_names
-        return dict(zip(names, self.args, strict=False)) | {name: self.kwargs[name] for name in self.kwargs if name in names}
+        return dict(zip(names, self.args, strict=False)) | {
+            name: self.kwargs[name] for name in self.kwargs if name in names
+        }
 
 
 @dataclass
@@ -59,7 +69,8 @@ class Code:
         kernel: The kernel's name.
         warps: Warps of a program.
         registers: 32-bit vector registers of a thread.
-        spills: Bytes of stack and local memory and spilled registers; 0 means that all values live in registers.
+        spills: Bytes of stack and local memory and spilled registers; 0 means that all values live
+            in registers.
         loads, stores: How many global accesses there are of each width in bits.
         shared: Bytes of shared memory of a program.
         cubin: The binary, for NVIDIA targets.
@@ -87,30 +98,59 @@ def launches_of(call: Callable[[], object]) -> list[Recorded]:
     return found
 
 
-def launches_of_passes(shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec) -> dict[str, list[Recorded]]:
-    """What the launchers launch for an input of this shape: forward, backward with the parameters' gradients, inverse."""
+def launches_of_passes(
+    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
+) -> dict[str, list[Recorded]]:
+    """What the launchers launch for an input of this shape: forward, backward with the parameters'
+    gradients, inverse.
+    """
     batch, channels, *spatial = shape
-    x, a = torch.empty(shape, dtype=dtype), torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype)
-    g, perm, dlogdet = torch.zeros(channels, dtype=dtype), torch.arange(channels), torch.zeros(batch)
+    x, a = (
+        torch.empty(shape, dtype=dtype),
+        torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype),
+    )
+    g, perm, dlogdet = (
+        torch.zeros(channels, dtype=dtype),
+        torch.arange(channels),
+        torch.zeros(batch),
+    )
     shared = (g, g, perm, perm, spec)
     return {
         "forward": launches_of(lambda: coupling.coupling_fwd(x, a, *shared, True)),
         "backward": launches_of(lambda: coupling.coupling_bwd(x, dlogdet, x, a, *shared, True)),
-        "inverse": launches_of(lambda: coupling.coupling_inv_active(x, coupling.coupling_inv_passive(x, *shared), a, *shared, True)),
+        "inverse": launches_of(
+            lambda: coupling.coupling_inv_active(
+                x, coupling.coupling_inv_passive(x, *shared), a, *shared, True
+            )
+        ),
     }
 
 
-def launches_of_undoing(shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec) -> list[Recorded]:
-    """What a reversible chain's backward launches for an input of this shape, the parameters' gradients included.
+def launches_of_undoing(
+    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
+) -> list[Recorded]:
+    """What a reversible chain's backward launches for an input of this shape, the parameters'
+    gradients included.
 
     ``dtype`` is the subnet's; the chain itself is in float32 where that is a half precision.
     """
     batch, channels, *spatial = shape
     state = torch.promote_types(dtype, torch.float32)
-    y, a = torch.empty(shape, dtype=state), torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype)
-    g, perm, dlogdet = torch.zeros(channels, dtype=state), torch.arange(channels), torch.zeros(batch)
+    y, a = (
+        torch.empty(shape, dtype=state),
+        torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype),
+    )
+    g, perm, dlogdet = (
+        torch.zeros(channels, dtype=state),
+        torch.arange(channels),
+        torch.zeros(batch),
+    )
     shared = (g, g, perm, perm, spec)
-    return launches_of(lambda: coupling.coupling_inv_bwd(y, coupling.coupling_inv_passive(y, *shared), y, dlogdet, a, *shared, True))
+    return launches_of(
+        lambda: coupling.coupling_inv_bwd(
+            y, coupling.coupling_inv_passive(y, *shared), y, dlogdet, a, *shared, True
+        )
+    )
 
 
 def compile_for(target: str, launch: Recorded) -> Code:
@@ -140,16 +180,29 @@ def compile_for(target: str, launch: Recorded) -> Code:
 
 def _read_nvidia(name: str, compiled) -> Code:
     loads, stores = collections.Counter(), collections.Counter()
-    for kind, vector, bits in re.findall(r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)", compiled.asm["ptx"]):
+    for kind, vector, bits in re.findall(
+        r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)", compiled.asm["ptx"]
+    ):
         (loads if kind == "ld" else stores)[int(vector or 1) * int(bits)] += 1
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
     found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
     metadata, spills = compiled.metadata, found["STACK"] + found["LOCAL"]
-    return Code(name, metadata.num_warps, found["REG"], spills, dict(loads), dict(stores), metadata.shared, compiled.asm["cubin"])
+    return Code(
+        name,
+        metadata.num_warps,
+        found["REG"],
+        spills,
+        dict(loads),
+        dict(stores),
+        metadata.shared,
+        compiled.asm["cubin"],
+    )
 
 
 def sass_of(code: Code) -> str:
-    """The machine instructions of a kernel compiled for an NVIDIA target, as cuobjdump prints them."""
+    """The machine instructions of a kernel compiled for an NVIDIA target, as cuobjdump prints
+    them.
+    """
     return _cuobjdump(code.cubin, "-sass")
 
 
@@ -157,16 +210,24 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        return subprocess.run([_TOOLS / "cuobjdump", what, f.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [_TOOLS / "cuobjdump", what, f.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def _read_amd(name: str, compiled) -> Code:
     asm = compiled.asm["amdgcn"]
     bits = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
     loads, stores = collections.Counter(), collections.Counter()
-    for kind, width in re.findall(r"\b(?:global|buffer)_(load|store)_(?:[us]|d16_)?(?:hi_)?(byte|short|dword(?:x\d)?)", asm):
+    for kind, width in re.findall(
+        r"\b(?:global|buffer)_(load|store)_(?:[us]|d16_)?(?:hi_)?(byte|short|dword(?:x\d)?)", asm
+    ):
         (loads if kind == "load" else stores)[bits[width]] += 1
     keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     count = {key: int(re.search(rf"\.{key}:\s*(\d+)", asm)[1]) for key in keys}
-    spills = count["vgpr_spill_count"] + count["sgpr_spill_count"] + count["private_segment_fixed_size"]
-    return Code(name, compiled.metadata.num_warps, count["vgpr_count"], spills, dict(loads), dict(stores))
+    spills = (
+        count["vgpr_spill_count"] + count["sgpr_spill_count"] + count["private_segment_fixed_size"]
+    )
+    return Code(
+        name, compiled.metadata.num_warps, count["vgpr_count"], spills, dict(loads), dict(stores)
+    )

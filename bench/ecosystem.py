@@ -1,6 +1,8 @@
-"""anomalib's FastFlow as PyPI ships it, stock against accelerated: time of a train step, size of the exported file.
+"""anomalib's FastFlow as PyPI ships it, stock against accelerated: time of a train step, size of
+the exported file.
 
-In the environment of the tests with the real models (make ecosystem): ``.venv-ecosystem/bin/python -m bench.ecosystem [time|size]``
+In the environment of the tests with the real models (make ecosystem): ``.venv-ecosystem/bin/python
+-m bench.ecosystem [time|size]``
 """
 
 from __future__ import annotations
@@ -24,15 +26,21 @@ CHANNELS = {"resnet18": (64, 128, 256), "wide_resnet50_2": (256, 512, 1024)}
 
 
 class Flows(nn.Module):
-    """The flow part of anomalib's FastflowModel: its three chains, on the features of an image of ``size`` pixels."""
+    """The flow part of anomalib's FastflowModel: its three chains, on the features of an image of
+    ``size`` pixels.
+    """
 
     def __init__(self, backbone: str, size: int = 256) -> None:
         from anomalib.models.image.fastflow.torch_model import create_fast_flow_block
 
         super().__init__()
-        self.shapes = [(channels, size // scale, size // scale) for channels, scale in zip(CHANNELS[backbone], (4, 8, 16), strict=True)]
+        self.shapes = [
+            (channels, size // scale, size // scale)
+            for channels, scale in zip(CHANNELS[backbone], (4, 8, 16), strict=True)
+        ]
         self.flows = nn.ModuleList(
-            create_fast_flow_block(shape, conv3x3_only=False, hidden_ratio=1.0, flow_steps=8) for shape in self.shapes
+            create_fast_flow_block(shape, conv3x3_only=False, hidden_ratio=1.0, flow_steps=8)
+            for shape in self.shapes
         )
 
     def features(self, batch: int) -> tuple[Tensor, ...]:
@@ -91,17 +99,30 @@ def time_train_steps(backbone: str, batch: int, rounds: int, size: int = 256) ->
 
 
 def file_sizes(backbone: str, size: int = 64) -> dict[str, object]:
-    """Megabytes of the ONNX files of both flow parts, and of what in them is no weight of a subnet."""
+    """Megabytes of the ONNX files of both flow parts, and of what in them is no weight of a
+    subnet.
+    """
     import onnx
 
     found: dict[str, object] = {"backbone": backbone}
     for name, model in zip(("stock", "ours"), stock_and_ours(backbone, size), strict=True):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = Path(folder) / "flow.onnx"
-            torch.onnx.export(model.eval(), model.features(1), str(path), dynamo=True, external_data=False, verbose=False)
+            torch.onnx.export(
+                model.eval(),
+                model.features(1),
+                str(path),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
             total = path.stat().st_size
             tensors = onnx.load(str(path)).graph.initializer
-            subnets = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in tensors if "subnet" in tensor.name)
+            subnets = sum(
+                onnx.numpy_helper.to_array(tensor).nbytes
+                for tensor in tensors
+                if "subnet" in tensor.name
+            )
         found |= {f"{name}_mb": total / 1e6, f"{name}_without_subnets_mb": (total - subnets) / 1e6}
     return found | {"ours/stock": found["ours_mb"] / found["stock_mb"]}
 

@@ -1,4 +1,6 @@
-"""FastFlow (Yu et al. 2021, arXiv:2111.07677) over any AllInOneBlock, as anomalib builds it: model, loss and anomaly map."""
+"""FastFlow (Yu et al. 2021, arXiv:2111.07677) over any AllInOneBlock, as anomalib builds it: model,
+loss and anomaly map.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class SequenceFlow(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Map features to the latent space, or back.
 
         Args:
@@ -27,7 +31,8 @@ class SequenceFlow(nn.Module):
             rev: Compute the inverse.
 
         Returns:
-            The latent variable (B, C, *S) and the log-det of the whole chain (B,), in nats per sample.
+            The latent variable (B, C, *S) and the log-det of the whole chain (B,), in nats per
+            sample.
         """
         logdet = x.new_zeros(x.shape[0])
         for block in reversed(self.blocks) if rev else self.blocks:
@@ -41,16 +46,21 @@ class SequenceFlow(nn.Module):
 
 
 class ReversibleFlow(SequenceFlow):
-    """The same chain, trained in memory that does not grow with the number of blocks; same state dict."""
+    """The same chain, trained in memory that does not grow with the number of blocks; same state
+    dict.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__(blocks)
         chain = ReversibleSequence(*blocks[0].dims_in[0])
         for block in blocks:
             chain.append(block)
-        self.__dict__["chain"] = chain  # no submodule, or the state dict would hold everything twice
+        # no submodule, or the state dict would hold everything twice
+        self.__dict__["chain"] = chain
 
-    def forward(self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """As the plain chain; without conditions."""
         return self.chain(x, c, rev)
 
@@ -70,26 +80,41 @@ def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, i
 
 
 def fastflow(
-    block_class: Callable[..., nn.Module], shape: tuple[int, int, int], steps: int = 8, flow: type[SequenceFlow] = SequenceFlow
+    block_class: Callable[..., nn.Module],
+    shape: tuple[int, int, int],
+    steps: int = 8,
+    flow: type[SequenceFlow] = SequenceFlow,
 ) -> SequenceFlow:
-    """Build FastFlow's chain for features of ``shape`` (C, H, W): 3x3 and 1x1 subnets in turn, clamp 2, hard permutations.
+    """Build FastFlow's chain for features of ``shape`` (C, H, W): 3x3 and 1x1 subnets in turn,
+    clamp 2, hard permutations.
 
     Args:
-        block_class: The AllInOneBlock to use. Exchanging it here is all it takes to exchange the maths.
+        block_class: The AllInOneBlock to use. Exchanging it here is all it takes to exchange the
+            maths.
         shape: Channels, height and width of the features.
         steps: Number of blocks.
         flow: The chain's class.
     """
-    return flow([block_class([shape], subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1), affine_clamping=2.0) for i in range(steps)])
+    return flow(
+        [
+            block_class(
+                [shape], subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1), affine_clamping=2.0
+            )
+            for i in range(steps)
+        ]
+    )
 
 
 def negative_log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
-    """FastFlow's loss, ``mean(0.5 * sum(z^2) - logdet)``, in nats per dimension so that it reads the same at every size."""
+    """FastFlow's loss, ``mean(0.5 * sum(z^2) - logdet)``, in nats per dimension so that it reads
+    the same at every size.
+    """
     return (0.5 * z.square().sum(dim=(1, 2, 3)) - logdet).mean() / z[0].numel()
 
 
 def anomaly_map(z: Tensor, size: tuple[int, int]) -> Tensor:
-    """Anomalib's heat map of one scale: minus the likelihood ``exp(-0.5 * mean over channels of z^2)``, upsampled.
+    """Anomalib's heat map of one scale: minus the likelihood ``exp(-0.5 * mean over channels of
+    z^2)``, upsampled.
 
     Args:
         z: Latent variable (B, C, H, W).

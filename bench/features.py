@@ -11,14 +11,18 @@ from torch import Tensor
 STRIDE = 4
 ORIENTATIONS = 6
 LEVELS = 4
-SIGNED_LEVELS = (2, 3)  # on the finer ones the feature grid is too coarse for the sign of a wave: it would alias
+# on the finer ones the feature grid is too coarse for the sign of a wave: it would alias
+SIGNED_LEVELS = (2, 3)
 CHANNELS = ORIENTATIONS * (LEVELS + 2 * len(SIGNED_LEVELS)) + 4 * LEVELS
 WAVELENGTH = 4.0  # pixels of the level, so 4, 8, 16 and 32 pixels of the image
-AMPLITUDE_FLOOR = 0.01  # below it a Gabor amplitude is camera noise (grey values run from 0 to 1), which the logarithm would blow up
+# below it a Gabor amplitude is camera noise (grey values run from 0 to 1), which the logarithm
+# would blow up
+AMPLITUDE_FLOOR = 0.01
 
 
 def filter_bank(images: Tensor) -> Tensor:
-    """Compute oriented energies, oriented waves, brightness and blob strength on a four-level image pyramid.
+    """Compute oriented energies, oriented waves, brightness and blob strength on a four-level image
+    pyramid.
 
     Args:
         images: Grey images (B, H, W) with values in 0..1; H and W divisible by 8.
@@ -47,7 +51,8 @@ def _level_features(level: Tensor, signed: bool) -> list[Tensor]:
     brightness = _filter(level, _gaussian(2.0))
     blob = _filter(level, _gaussian(0.7)) - _filter(level, _gaussian(1.4))
     contrast = torch.log(_filter(blob.square(), _gaussian(2.0)).sqrt() + AMPLITUDE_FLOOR)
-    # The largest and the smallest value nearby keep thin bright and thin dark lines, which an average would wash out.
+    # The largest and the smallest value nearby keep thin bright and thin dark lines, which an
+    # average would wash out.
     brightest, darkest = (F.max_pool2d(sign * blob, 3, stride=1, padding=1) for sign in (1, -1))
     return [energy, brightness, contrast, brightest, darkest] + ([even, odd] if signed else [])
 
@@ -60,7 +65,9 @@ def _to_grid(feature: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _filter(image: Tensor, kernels: Tensor) -> Tensor:
-    """Correlate one-channel images with square kernels (N, K, K), mirroring the image at its border."""
+    """Correlate one-channel images with square kernels (N, K, K), mirroring the image at its
+    border.
+    """
     pad = kernels.shape[-1] // 2
     return F.conv2d(F.pad(image, (pad,) * 4, mode="reflect"), kernels[:, None])
 
@@ -84,7 +91,9 @@ def _gabor(phase: float) -> Tensor:
     kernels = []
     for i in range(ORIENTATIONS):
         theta = math.pi * i / ORIENTATIONS
-        wave = torch.cos(2 * math.pi / WAVELENGTH * (x * math.cos(theta) + y * math.sin(theta)) - phase)
+        wave = torch.cos(
+            2 * math.pi / WAVELENGTH * (x * math.cos(theta) + y * math.sin(theta)) - phase
+        )
         kernel = envelope * (wave - (envelope * wave).sum() / envelope.sum())
         kernels.append(kernel / kernel.abs().sum())
     return torch.stack(kernels)

@@ -33,18 +33,28 @@ class Goal:
     def verdict(self) -> str:
         if self.found is None:
             return "not measured"
-        return "reached" if (self.found <= self.wanted if self.most else self.found >= self.wanted) else "NOT reached"
+        return (
+            "reached"
+            if (self.found <= self.wanted if self.most else self.found >= self.wanted)
+            else "NOT reached"
+        )
 
 
 def goals(rows: list[Row]) -> list[Goal]:
-    """The goals for the rows of one device and dtype, which are other ones on a GPU than on a CPU."""
+    """The goals for the rows of one device and dtype, which are other ones on a GPU than on a
+    CPU.
+    """
     depths = [row for row in rows if row["kind"] == "depth"]
     rows = [row for row in rows if "skipped" not in row and row["kind"] in ("block", "flow")]
     if not rows:
         return _of_reversible_chains(depths)
     on_cpu = any(row["device"].startswith("cpu") for row in rows)
     own = _on_cpu if on_cpu else _on_gpu
-    return [*own(rows), *_everywhere(rows, on_cpu), *(_of_reversible_chains(depths) if depths else [])]
+    return [
+        *own(rows),
+        *_everywhere(rows, on_cpu),
+        *(_of_reversible_chains(depths) if depths else []),
+    ]
 
 
 def _on_gpu(rows: list[Row]) -> list[Goal]:
@@ -60,7 +70,8 @@ def _on_gpu(rows: list[Row]) -> list[Goal]:
         small = _of(rows, kind="block", mode="train", workload=name)
         found.append(
             _worst(
-                f"block alone, {name.rstrip('/')}, train step as called: times the best stock eager",
+                f"block alone, {name.rstrip('/')}, train step as called: times the best stock "
+                "eager",
                 3.0,
                 _of(small, provider=STOCK),
                 "ratio_wall",
@@ -71,18 +82,45 @@ def _on_gpu(rows: list[Row]) -> list[Goal]:
         found.append(_worst(text, 1.0, graphed, "ratio_wall_alike"))
     for name, ratio in (("fastflow-wrn50", 1.5), ("cflow/", 3.0)):
         whole = _of(rows, kind="flow", mode="train", workload=name, provider=("anomalib",))
-        found.append(_worst(f"whole flow, {name.rstrip('/')}, train step as called: times anomalib", ratio, whole, "ratio_wall"))
+        found.append(
+            _worst(
+                f"whole flow, {name.rstrip('/')}, train step as called: times anomalib",
+                ratio,
+                whole,
+                "ratio_wall",
+            )
+        )
     return found
 
 
 def _on_cpu(rows: list[Row]) -> list[Goal]:
     block = _of(rows, kind="block")
     return [
-        _mean("block alone, all workloads and modes: times anomalib, geometric mean", 4.0, _of(block, provider=("anomalib",)), "ratio"),
-        _mean("block alone, all workloads and modes: times freia, geometric mean", 2.0, _of(block, provider=("freia",)), "ratio"),
-        _mean("the same, compiled against compiled freia", 1.4, _of(block, provider=("freia-compiled",)), "ratio_alike"),
+        _mean(
+            "block alone, all workloads and modes: times anomalib, geometric mean",
+            4.0,
+            _of(block, provider=("anomalib",)),
+            "ratio",
+        ),
+        _mean(
+            "block alone, all workloads and modes: times freia, geometric mean",
+            2.0,
+            _of(block, provider=("freia",)),
+            "ratio",
+        ),
+        _mean(
+            "the same, compiled against compiled freia",
+            1.4,
+            _of(block, provider=("freia-compiled",)),
+            "ratio_alike",
+        ),
         *(
-            _worst(f"block alone, {what}: times anomalib", ratio, _of(block, provider=("anomalib",), **where), "ratio")
+            _worst(
+                f"block alone, {what}: times anomalib",
+                ratio,
+                _of(block, provider=("anomalib",), **where),
+                "ratio",
+            )
             for what, ratio, where in (
                 ("soft (2048, 512)", 1.1, {"workload": "soft large batch"}),
                 ("Householder 4, 256 channels", 3.0, {"workload": "Householder 4/1"}),
@@ -97,18 +135,45 @@ def _of_reversible_chains(rows: list[Row]) -> list[Goal]:
     """Of chains of 4 blocks and more: shorter ones have nothing to gain."""
     ours = [row for row in _of(rows, provider=("reversible",)) if row["depth"] >= 4]
     kept = {(tuple(row["shape"]), row["depth"]): row["kept_bytes"] for row in ours}
-    growth = [(kept[shape, 32] / kept[shape, 4], shape) for shape, depth in kept if depth == 32 and (shape, 4) in kept]
+    growth = [
+        (kept[shape, 32] / kept[shape, 4], shape)
+        for shape, depth in kept
+        if depth == 32 and (shape, 4) in kept
+    ]
     most, where = max(growth, default=(None, ()))
-    theirs = {(tuple(row["shape"]), row["depth"]): row["times_plain"] for row in _of(rows, provider=("anomalib",))}
+    theirs = {
+        (tuple(row["shape"]), row["depth"]): row["times_plain"]
+        for row in _of(rows, provider=("anomalib",))
+    }
 
     def share(row: Row) -> float | None:
         stock = theirs.get((tuple(row["shape"]), row["depth"]))
         return row["times_plain"] / stock if stock else None
 
     return [
-        Goal("reversible chain: bytes kept for backward at 32 blocks, times those at 4", 1.2, most, "x".join(map(str, where)), True),
-        _decided_by(max, "reversible chain: time of a train step, times our plain chain's", 1.4, ours, lambda r: r["times_plain"], True),
-        _decided_by(max, "reversible chain: time of a train step, times anomalib's plain chain's", 1.0, ours, share, True),
+        Goal(
+            "reversible chain: bytes kept for backward at 32 blocks, times those at 4",
+            1.2,
+            most,
+            "x".join(map(str, where)),
+            True,
+        ),
+        _decided_by(
+            max,
+            "reversible chain: time of a train step, times our plain chain's",
+            1.4,
+            ours,
+            lambda r: r["times_plain"],
+            True,
+        ),
+        _decided_by(
+            max,
+            "reversible chain: time of a train step, times anomalib's plain chain's",
+            1.0,
+            ours,
+            share,
+            True,
+        ),
     ]
 
 
@@ -126,7 +191,12 @@ def _everywhere(rows: list[Row], on_cpu: bool) -> list[Goal]:
 
 
 def _of(
-    rows: Iterable[Row], *, workload: str = "", but: str | None = None, provider: tuple[str, ...] | None = None, **exact: str
+    rows: Iterable[Row],
+    *,
+    workload: str = "",
+    but: str | None = None,
+    provider: tuple[str, ...] | None = None,
+    **exact: str,
 ) -> list[Row]:
     return [
         row
@@ -143,7 +213,12 @@ def _worst(text: str, wanted: float, rows: list[Row], key: str) -> Goal:
 
 
 def _decided_by(
-    choose: Callable, text: str, wanted: float, rows: list[Row], value: Callable[[Row], float | None], most: bool = False
+    choose: Callable,
+    text: str,
+    wanted: float,
+    rows: list[Row],
+    value: Callable[[Row], float | None],
+    most: bool = False,
 ) -> Goal:
     measured = [row for row in rows if value(row) is not None]
     if not measured:
@@ -151,21 +226,42 @@ def _decided_by(
     row = choose(measured, key=value)
     against = "" if row["provider"] == "ours" else f", {row['provider']}"
     shape = "x".join(map(str, row["shape"]))
-    return Goal(text, wanted, value(row), f"{row['workload']} {shape}, {row['mode']}{against}; the worst of {len(measured)}", most)
+    return Goal(
+        text,
+        wanted,
+        value(row),
+        f"{row['workload']} {shape}, {row['mode']}{against}; the worst of {len(measured)}",
+        most,
+    )
 
 
 def _mean(text: str, wanted: float, rows: list[Row], key: str) -> Goal:
     values = [row[key] for row in rows if row.get(key) is not None]
-    return Goal(text, wanted, statistics.geometric_mean(values), f"{len(values)} rows") if values else Goal(text, wanted, None)
+    return (
+        Goal(text, wanted, statistics.geometric_mean(values), f"{len(values)} rows")
+        if values
+        else Goal(text, wanted, None)
+    )
 
 
 def _kept(rows: list[Row]) -> Goal:
     """Bytes kept for backward by ours, as a share of anomalib's on the same workload."""
     rows = [row for row in _of(rows, kind="block", mode="train") if row.get("kept_bytes")]
-    theirs = {(row["workload"], tuple(row["shape"])): row["kept_bytes"] for row in rows if row["provider"] == "anomalib"}
+    theirs = {
+        (row["workload"], tuple(row["shape"])): row["kept_bytes"]
+        for row in rows
+        if row["provider"] == "anomalib"
+    }
 
     def share(row: Row) -> float | None:
         stock = theirs.get((row["workload"], tuple(row["shape"])))
         return row["kept_bytes"] / stock if stock else None
 
-    return _decided_by(max, "block alone: bytes kept for backward, share of anomalib's", 0.40, _of(rows, provider=("ours",)), share, True)
+    return _decided_by(
+        max,
+        "block alone: bytes kept for backward, share of anomalib's",
+        0.40,
+        _of(rows, provider=("ours",)),
+        share,
+        True,
+    )

@@ -1,10 +1,12 @@
 """What each kernel takes by itself on this GPU.
 
     python -m bench.kernel_times [--only NAME,...] [--out FILE.jsonl]
-    ncu --clock-control none --section SpeedOfLight python -m bench.kernel_times --once     # for a profiler of your own
+    ncu --clock-control none --section SpeedOfLight python -m bench.kernel_times --once     # for a
+    profiler of your own
 
-Times are the device's own (CUPTI, through torch.profiler): neither Python nor the launch is in them. Inputs take turns, so that none is
-found in the L2 cache. `python -m bench.compiled` predicts the same figures from the compiled code.
+Times are the device's own (CUPTI, through torch.profiler): neither Python nor the launch is in
+them. Inputs take turns, so that none is found in the L2 cache. `python -m bench.compiled` predicts
+the same figures from the compiled code.
 """
 
 from __future__ import annotations
@@ -72,22 +74,45 @@ def rows_of(events: Iterable[Any], workload: Workload, mode: str, dtype: str) ->
     rows = []
     for kernel, microseconds in times.items():
         low, *_, high = statistics.quantiles(microseconds, n=5)
-        identity = {"kind": "kernel", "workload": workload.name, "shape": list(workload.shape), "mode": mode, "dtype": dtype}
-        figures = {"median_us": statistics.median(microseconds), "p20_us": low, "p80_us": high, "repeats": len(microseconds)}
+        identity = {
+            "kind": "kernel",
+            "workload": workload.name,
+            "shape": list(workload.shape),
+            "mode": mode,
+            "dtype": dtype,
+        }
+        figures = {
+            "median_us": statistics.median(microseconds),
+            "p20_us": low,
+            "p80_us": high,
+            "repeats": len(microseconds),
+        }
         rows.append(identity | {"provider": kernel} | figures)
     return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernel_times", description="What each kernel takes by itself on this GPU.")
-    parser.add_argument("--only", default=",".join(DEFAULT), help="names of workloads (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernel_times",
+        description="What each kernel takes by itself on this GPU.",
+    )
+    parser.add_argument(
+        "--only", default=",".join(DEFAULT), help="names of workloads (default: %(default)s)"
+    )
     parser.add_argument("--once", action="store_true", help="run every pass once and time nothing")
-    parser.add_argument("--out", type=Path, default=Path("out/kernels.jsonl"), help="a .jsonl file to append the rows to")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/kernels.jsonl"),
+        help="a .jsonl file to append the rows to",
+    )
     options = parser.parse_args(arguments)
     known = {workload.name: workload for workload in WORKLOADS}
     names = [name for name in options.only.split(",") if name]
     if unknown := [name for name in names if name not in known]:
-        parser.error(f"--only: unknown workloads {', '.join(unknown)}; known are {', '.join(known)}")
+        parser.error(
+            f"--only: unknown workloads {', '.join(unknown)}; known are {', '.join(known)}"
+        )
     if not torch.cuda.is_available():
         raise SystemExit("bench.kernel_times: torch finds no GPU")
     device = torch.device("cuda")
@@ -101,7 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in DTYPES:
             rows = measure(known[name], dtype, device)
             records.append((row | where for row in rows), options.out)
-            parts = (f"{row['mode']} {row['provider'].strip('_').removesuffix('_kernel')} {row['median_us']:.1f} us" for row in rows)
+            parts = (
+                f"{row['mode']} {row['provider'].strip('_').removesuffix('_kernel')} "
+                f"{row['median_us']:.1f} us"
+                for row in rows
+            )
             print(f"{name} {dtype}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
 

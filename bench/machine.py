@@ -11,10 +11,12 @@ import torch
 
 
 def describe_machine() -> str:
-    """Describe the processor, the threads torch uses, the GPU if there is one, and the versions, in one line.
+    """Describe the processor, the threads torch uses, the GPU if there is one, and the versions, in
+    one line.
 
     Returns:
-        For instance ``"AMD EPYC, 2 cores, 2 torch threads, AVX2, no GPU; Linux x86_64, Python 3.11.7, torch 2.13.0+cpu, triton 3.9.0"``.
+        For instance ``"AMD EPYC, 2 cores, 2 torch threads, AVX2, no GPU; Linux x86_64, Python
+        3.11.7, torch 2.13.0+cpu, triton 3.9.0"``.
     """
     cores, threads = _usable_cores(), torch.get_num_threads()
     hardware = [
@@ -39,7 +41,9 @@ def _usable_cores() -> int:
 
 
 def cpu_model() -> str:
-    """The processor's name; ``platform.processor()`` is empty on most Linux systems, so ask the kernel first."""
+    """The processor's name; ``platform.processor()`` is empty on most Linux systems, so ask the
+    kernel first.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

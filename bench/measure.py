@@ -19,7 +19,8 @@ from bench.subject import MINIMAL_BYTES, NotHere, Subject, build_model, draw_sam
 from bench.timing import MOST_CALLS, Times, interleaved
 from tests.compare import assert_close
 
-HELD_FOR_BACKWARD = {"cpu": 1 << 30, "cuda": 8 << 30}  # bytes that forward passes may hold at a time while backward is timed
+# bytes that forward passes may hold at a time while backward is timed
+HELD_FOR_BACKWARD = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,17 @@ class Outcome:
 class Task:
     """The subjects of one workload and dtype, shared by the modes."""
 
-    def __init__(self, kind: str, workload: Workload, dtype: torch.dtype, names: Sequence[str], settings: Settings) -> None:
-        torch._dynamo.reset()  # or the compiled code of other workloads fills the cache, and Dynamo falls back to eager in silence
+    def __init__(
+        self,
+        kind: str,
+        workload: Workload,
+        dtype: torch.dtype,
+        names: Sequence[str],
+        settings: Settings,
+    ) -> None:
+        # or the compiled code of other workloads fills the cache, and Dynamo falls back to eager in
+        # silence
+        torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 64
         self.kind, self.workload, self.dtype, self.settings = kind, workload, dtype, settings
         self.samples = draw_samples(kind, workload, dtype, settings.device)
@@ -74,7 +84,9 @@ class Task:
         try:
             if reason := why_not(provider, self.workload, self.settings.device.type == "cpu"):
                 raise NotHere(reason)
-            self.subjects[provider.name] = Subject(self.kind, self.workload, provider, self.samples, self.weights)
+            self.subjects[provider.name] = Subject(
+                self.kind, self.workload, provider, self.samples, self.weights
+            )
         except Exception as error:
             self.absent[provider.name] = error
 
@@ -89,63 +101,106 @@ class Task:
                 errors[name] = error
         outcomes = {name: self._without(mode, name, error) for name, error in errors.items()}
         if fit:
-            times = interleaved(fit, mode, self.settings.device, self.settings.repeats, self.settings.seconds, self._most_calls(mode, fit))
-            outcomes |= {name: Outcome(self._row(mode, name) | self._figures(mode, name, times), times[name]) for name in fit}
+            times = interleaved(
+                fit,
+                mode,
+                self.settings.device,
+                self.settings.repeats,
+                self.settings.seconds,
+                self._most_calls(mode, fit),
+            )
+            outcomes |= {
+                name: Outcome(self._row(mode, name) | self._figures(mode, name, times), times[name])
+                for name in fit
+            }
         return outcomes
 
     def _without(self, mode: str, name: str, error: Exception) -> Outcome:
-        """The outcome of a provider that is not measured. A stock block may be unable to; wrong results and errors of ours are failures."""
-        said = str(error) if isinstance(error, NotHere) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        failed = isinstance(error, AssertionError) or (PROVIDERS[name].ours and not isinstance(error, NotHere))
+        """The outcome of a provider that is not measured. A stock block may be unable to; wrong
+        results and errors of ours are failures.
+        """
+        said = (
+            str(error)
+            if isinstance(error, NotHere)
+            else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        )
+        failed = isinstance(error, AssertionError) or (
+            PROVIDERS[name].ours and not isinstance(error, NotHere)
+        )
         return Outcome(self._row(mode, name) | {"skipped": said}, failure=said if failed else None)
 
     def _check(self, subject: Subject, mode: str) -> None:
-        """Raise AssertionError unless a subject is as close to the float64 truth as the tests ask for."""
+        """Raise AssertionError unless a subject is as close to the float64 truth as the tests ask
+        for.
+        """
         truth, baseline = self._truth(subject.provider.dialect, mode)
         gradients = defaultdict(list)  # of a whole flow, by what they belong to in every block
         for name, value in subject.results(mode).items():
             exact, label = truth[name], f"{subject.provider.name}, {mode}, {name}"
             if self.kind == "flow" and exact is not None and name.startswith("d"):
-                gradients[re.sub(r"blocks\.\d+", "blocks.*", label)].append((value, exact, baseline[name]))
+                gradients[re.sub(r"blocks\.\d+", "blocks.*", label)].append(
+                    (value, exact, baseline[name])
+                )
                 continue
-            magnitude = None if exact is None else self._roundings(subject, name) * exact.abs().max().item()
+            magnitude = (
+                None if exact is None else self._roundings(subject, name) * exact.abs().max().item()
+            )
             assert_close(value, exact, baseline[name], label, magnitude=magnitude)
         for label, triples in gradients.items():
-            together = (torch.cat([t.flatten().double() for t in tensors]) for tensors in zip(*triples, strict=True))
+            together = (
+                torch.cat([t.flatten().double() for t in tensors])
+                for tensors in zip(*triples, strict=True)
+            )
             assert_close_past_kinks(*together, self.workload.steps, label)
 
     def _roundings(self, subject: Subject, name: str) -> float:
         """By how much the criterion's floor grows for one result.
 
-        A chain of blocks adds up its steps' roundings. And eager PyTorch sums in a tree, Inductor's CPU code one term after the other: its
-        error grows like a random walk, by the square root of the number of terms. Measured without this: 2.1 times what is allowed, for
-        the gradient of the scale over 4096 rows, of the stock block as of ours.
+        A chain of blocks adds up its steps' roundings. And eager PyTorch sums in a tree, Inductor's
+        CPU code one term after the other: its error grows like a random walk, by the square root of
+        the number of terms. Measured without this: 2.1 times what is allowed, for the gradient of
+        the scale over 4096 rows, of the stock block as of ours.
         """
         steps = self.workload.steps if self.kind == "flow" else 1
         if subject.provider.execution == "eager" or name in ("output", "dx", "da"):
             return steps
         batch, channels, *_ = self.workload.shape
-        return steps * math.sqrt(self.samples[0].x.numel() // (batch if name == "log-det" else channels))
+        return steps * math.sqrt(
+            self.samples[0].x.numel() // (batch if name == "log-det" else channels)
+        )
 
     def _truth(self, dialect: str, mode: str) -> tuple[dict[str, Tensor | None], ...]:
         """The reference's results in float64 and in this dtype."""
         mode = "train" if mode == "backward" else mode
         if (dialect, mode) not in self.truths:
             provider = Provider("reference-freia" if dialect == "freia" else "reference")
-            self.truths = {key: value for key, value in self.truths.items() if key[1] == mode}  # another mode's take memory for nothing
-            self.truths[dialect, mode] = tuple(self._reference(provider, mode, dtype) for dtype in (torch.float64, self.dtype))
+            # another mode's take memory for nothing
+            self.truths = {key: value for key, value in self.truths.items() if key[1] == mode}
+            self.truths[dialect, mode] = tuple(
+                self._reference(provider, mode, dtype) for dtype in (torch.float64, self.dtype)
+            )
         return self.truths[dialect, mode]
 
-    def _reference(self, provider: Provider, mode: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
-        subject = Subject(self.kind, self.workload, provider, [self.samples[0].to(dtype)], self.weights)
-        return {name: None if t is None else t.detach() for name, t in subject.results(mode).items()}
+    def _reference(
+        self, provider: Provider, mode: str, dtype: torch.dtype
+    ) -> dict[str, Tensor | None]:
+        subject = Subject(
+            self.kind, self.workload, provider, [self.samples[0].to(dtype)], self.weights
+        )
+        return {
+            name: None if t is None else t.detach() for name, t in subject.results(mode).items()
+        }
 
     def _most_calls(self, mode: str, subjects: dict[str, Subject]) -> int:
-        """Calls in a row, cut down where each holds a forward pass of its own until its backward."""
+        """Calls in a row, cut down where each holds a forward pass of its own until its
+        backward.
+        """
         if mode != "backward":
             return MOST_CALLS
         held = max((s.kept() for s in subjects.values()), default=0)
-        calls = max(1, min(MOST_CALLS, HELD_FOR_BACKWARD[self.settings.device.type] // max(held, 1)))
+        calls = max(
+            1, min(MOST_CALLS, HELD_FOR_BACKWARD[self.settings.device.type] // max(held, 1))
+        )
         return 1 << (calls.bit_length() - 1)
 
     def _row(self, mode: str, name: str) -> Row:
@@ -162,7 +217,10 @@ class Task:
     def _figures(self, mode: str, name: str, times: dict[str, Times]) -> Row:
         mine, subject = times[name], self.subjects[name]
         base = subject.provider.our_base
-        ours, ours_alike = times.get(base), times.get(Provider(base, subject.provider.execution).name)
+        ours, ours_alike = (
+            times.get(base),
+            times.get(Provider(base, subject.provider.execution).name),
+        )
         p20, *_, p80 = statistics.quantiles(mine.seconds, n=5)
         wall_p20, *_, wall_p80 = statistics.quantiles(mine.wall, n=5)
         median = statistics.median(mine.seconds)
@@ -192,29 +250,44 @@ class Task:
         return figures
 
 
-def assert_close_past_kinks(value: Tensor, truth: Tensor, baseline: Tensor, steps: int, name: str) -> None:
-    """The criterion for gradients through the ReLUs of a whole flow: all blocks' together, by RMS alone, with a wider floor.
+def assert_close_past_kinks(
+    value: Tensor, truth: Tensor, baseline: Tensor, steps: int, name: str
+) -> None:
+    """The criterion for gradients through the ReLUs of a whole flow: all blocks' together, by RMS
+    alone, with a wider floor.
 
-    Where rounding moves a hidden value across zero, its whole gradient comes or goes. Of n such gates about n * steps * eps are that close,
-    and k flips of n change a gradient by a relative sqrt(k / n). In float32 the baseline may have no flip at all; in bfloat16 it has
-    flips too, but in other blocks, hence all blocks together. Measured: one flipped gate of cflow-ad/1 in float32 brings errors 10 times
-    what is allowed otherwise; in hyperspectral in bfloat16 ours has 0.7 of the baseline's error in the median, and 3 to 8 times it in
-    one or two blocks' first layers, other ones for other inputs. Blocks measured alone are held to the strict criterion.
+    Where rounding moves a hidden value across zero, its whole gradient comes or goes. Of n such
+    gates about n * steps * eps are that close, and k flips of n change a gradient by a relative
+    sqrt(k / n). In float32 the baseline may have no flip at all; in bfloat16 it has flips too, but
+    in other blocks, hence all blocks together. Measured: one flipped gate of cflow-ad/1 in float32
+    brings errors 10 times what is allowed otherwise; in hyperspectral in bfloat16 ours has 0.7 of
+    the baseline's error in the median, and 3 to 8 times it in one or two blocks' first layers,
+    other ones for other inputs. Blocks measured alone are held to the strict criterion.
     """
 
     def rms(t: Tensor) -> float:
         return t.double().square().mean().sqrt().item()
 
-    got, allowed = rms(value - truth), 2 * rms(baseline - truth) + 4 * math.sqrt(steps * torch.finfo(torch.float32).eps) * rms(truth)
+    got, allowed = (
+        rms(value - truth),
+        2 * rms(baseline - truth)
+        + 4 * math.sqrt(steps * torch.finfo(torch.float32).eps) * rms(truth),
+    )
     if not got <= allowed:
-        raise AssertionError(f"{name}: rms error {got:.3g} > allowed {allowed:.3g}, of an rms of {rms(truth):.3g}")
+        raise AssertionError(
+            f"{name}: rms error {got:.3g} > allowed {allowed:.3g}, of an rms of {rms(truth):.3g}"
+        )
 
 
 def _ratio(theirs: Times, ours: Times | None, clock: str = "seconds") -> float | None:
-    """How many times as long theirs takes, paired within each repetition. Above 1 ours is faster."""
+    """How many times as long theirs takes, paired within each repetition. Above 1 ours is
+    faster.
+    """
     if ours is None:
         return None
-    return statistics.median(t / o for t, o in zip(getattr(theirs, clock), getattr(ours, clock), strict=True))
+    return statistics.median(
+        t / o for t, o in zip(getattr(theirs, clock), getattr(ours, clock), strict=True)
+    )
 
 
 def _call_bytes(subject: Subject, mode: str) -> int:

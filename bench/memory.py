@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 
-def bytes_kept_for_backward(model: nn.Module, forward: Callable[[], object], leave_out: Iterable[nn.Module] = ()) -> int:
+def bytes_kept_for_backward(
+    model: nn.Module, forward: Callable[[], object], leave_out: Iterable[nn.Module] = ()
+) -> int:
     """Count the bytes of the distinct storages that autograd saves while ``forward`` runs.
 
-    A storage counts once and whole, however many views of it are saved: that is what stays allocated. Parameters and buffers of
-    ``model`` do not count, they live anyway. Only tensors saved through autograd are seen (``save_for_backward`` included), not
-    ones hidden in attributes.
+    A storage counts once and whole, however many views of it are saved: that is what stays
+    allocated. Parameters and buffers of ``model`` do not count, they live anyway. Only tensors
+    saved through autograd are seen (``save_for_backward`` included), not ones hidden in attributes.
 
     Args:
         model: The module whose parameters and buffers are excluded.
-        forward: Runs the forward pass with gradients enabled and returns what holds its graph, for instance the loss.
-        leave_out: Modules whose own saved tensors are left out, for instance the subnets when only the couplings are of interest.
-            A storage that is saved outside of them too still counts.
+        forward: Runs the forward pass with gradients enabled and returns what holds its graph, for
+            instance the loss.
+        leave_out: Modules whose own saved tensors are left out, for instance the subnets when only
+            the couplings are of interest. A storage that is saved outside of them too still counts.
 
     Returns:
         Bytes kept between the forward and the backward pass.
@@ -41,10 +44,18 @@ def bytes_kept_for_backward(model: nn.Module, forward: Callable[[], object], lea
             kept[_address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    hooks = [h for m in leave_out for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave, always_call=True))]
+    hooks = [
+        h
+        for m in leave_out
+        for h in (
+            m.register_forward_pre_hook(enter),
+            m.register_forward_hook(leave, always_call=True),
+        )
+    ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            graph = forward()  # held until the sum is taken: a freed storage's address could be given out again
+            # held until the sum is taken: a freed storage's address could be given out again
+            graph = forward()
         total = sum(kept.values())
         del graph
     finally:

@@ -1,4 +1,6 @@
-"""A GPU that is not there: Triton launches up to the driver's call, which does nothing. For measuring what a launch costs in Python."""
+"""A GPU that is not there: Triton launches up to the driver's call, which does nothing. For
+measuring what a launch costs in Python.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Utils:
     """Loads nothing, and says what an H100 says of itself."""
 
     def load_binary(self, *_: object) -> tuple[int | None, ...]:
-        module, function, registers, spills, most_threads = None, 1, 32, 0, 1024  # no module: nothing to unload when the driver has gone
+        # no module: nothing to unload when the driver has gone
+        module, function, registers, spills, most_threads = None, 1, 32, 0, 1024
         known = (module, function, registers, spills)
         return known if triton.__version__.startswith("3.3.") else (*known, most_threads)
 
@@ -31,11 +34,18 @@ class Utils:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+        return {
+            "max_shared_mem": 232448,
+            "multiprocessor_count": 132,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
 
 
 class Launcher:
-    """Where a launch ends: called with the grid, the stream, handles and hooks, and the kernel's arguments."""
+    """Where a launch ends: called with the grid, the stream, handles and hooks, and the kernel's
+    arguments.
+    """
 
     def __init__(self, *_: object) -> None:
         pass
@@ -71,7 +81,8 @@ class Driver:
 
 @contextmanager
 def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
-    """A context in which ``backend="triton"`` takes CPU tensors: kernels are compiled and launched, but nothing runs; results are garbage.
+    """A context in which ``backend="triton"`` takes CPU tensors: kernels are compiled and launched,
+    but nothing runs; results are garbage.
 
     As on a GPU, a permutation's values are not looked at in every call.
 
@@ -80,7 +91,10 @@ def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
     """
     driver.set_active(Driver() if stand_in is None else stand_in)
     try:
-        with mock.patch.object(dispatch, "interpreted", new=_yes), mock.patch.object(_Cached, "holds", new=_yes):
+        with (
+            mock.patch.object(dispatch, "interpreted", new=_yes),
+            mock.patch.object(_Cached, "holds", new=_yes),
+        ):
             yield
     finally:
         driver.set_active(None)  # found anew when it is asked for

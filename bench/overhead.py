@@ -1,9 +1,10 @@
-"""What one block costs in Python on launch-bound inputs: everything but the GPU's work, with a driver that does nothing.
+"""What one block costs in Python on launch-bound inputs: everything but the GPU's work, with a
+driver that does nothing.
 
     python -m pytest bench/overhead.py
 
-The subnet hands over a stored tensor. In the train step autograd's engine and the accumulation into ``.grad`` are part of the cost; a
-plain product of the same operands shows how much of it is theirs.
+The subnet hands over a stored tensor. In the train step autograd's engine and the accumulation into
+``.grad`` are part of the cost; a plain product of the same operands shows how much of it is theirs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def _mock_gpu() -> Iterator[None]:
 
 def _block(shape: tuple[int, ...], grad: bool, **options: object) -> tuple[AllInOneBlock, Tensor]:
     a = torch.randn(shape, requires_grad=grad)
-    block = AllInOneBlock([shape[1:]], subnet_constructor=lambda *_: _Stored(a), backend="triton", **options)
+    block = AllInOneBlock(
+        [shape[1:]], subnet_constructor=lambda *_: _Stored(a), backend="triton", **options
+    )
     return block, torch.randn(shape, requires_grad=grad)
 
 
@@ -56,7 +59,9 @@ def _measure(benchmark: Callable, function: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
-def test_forward_without_gradients(benchmark: Callable, shape: tuple[int, ...], dialect: str) -> None:
+def test_forward_without_gradients(
+    benchmark: Callable, shape: tuple[int, ...], dialect: str
+) -> None:
     block, x = _block(shape, False, dialect=dialect)
     with torch.no_grad():
         _measure(benchmark, lambda: block([x]))
@@ -91,7 +96,9 @@ def test_inverse(benchmark: Callable, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_autograd_alone(benchmark: Callable, shape: tuple[int, ...]) -> None:
-    """One product and its gradients to four leaves, as many as a block has: the part of a train step that is autograd's own."""
+    """One product and its gradients to four leaves, as many as a block has: the part of a train
+    step that is autograd's own.
+    """
     leaves = [torch.randn(2, 2, requires_grad=True) for _ in range(4)]
     dy = torch.randn(2, 2)
 
@@ -105,7 +112,9 @@ class _Nothing(torch.autograd.Function):
     """Takes, keeps and returns as many tensors as a block does, and computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x1, x2, a, g, offset)
         return torch.empty_like(a), torch.empty(a.shape[0])
 
@@ -116,14 +125,18 @@ class _Nothing(torch.autograd.Function):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "train-step"])
 def test_function_alone(benchmark: Callable, backward: bool) -> None:
-    """A Function with a block's inputs and outputs, and the split of x before it: below this no block with a Function of its own gets."""
+    """A Function with a block's inputs and outputs, and the split of x before it: below this no
+    block with a Function of its own gets.
+    """
     shape = SHAPES["rows"]
     x, a = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
     g, offset = torch.randn(shape[1], requires_grad=True), torch.randn(shape[1], requires_grad=True)
     dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
 
     def step() -> None:
-        y, logdet = _Nothing.apply(*torch.split_with_sizes(x, (shape[1] - shape[1] // 2, shape[1] // 2), 1), a, g, offset)
+        y, logdet = _Nothing.apply(
+            *torch.split_with_sizes(x, (shape[1] - shape[1] // 2, shape[1] // 2), 1), a, g, offset
+        )
         if backward:
             torch.autograd.backward([y, logdet], [dy, dlogdet])
 
@@ -132,7 +145,9 @@ def test_function_alone(benchmark: Callable, backward: bool) -> None:
 
 @pytest.mark.parametrize("straight", [False, True], ids=["dispatcher", "prepared"])
 def test_one_launch(benchmark: Callable, straight: bool) -> None:
-    """One launch of the backward's kernel, by Triton's dispatcher or straight to the binary (kernels/prepared.py)."""
+    """One launch of the backward's kernel, by Triton's dispatcher or straight to the binary
+    (kernels/prepared.py).
+    """
     from fastflow_kernels.kernels import coupling
 
     x, g, offset, perm = torch.randn(4, 64), torch.randn(64), torch.randn(64), torch.randperm(64)

@@ -1,4 +1,6 @@
-"""The kernels' passes over one workload, called by their launchers: no module, no autograd, no subnet."""
+"""The kernels' passes over one workload, called by their launchers: no module, no autograd, no
+subnet.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from bench.cases import Workload
 from bench.compiled import spec_of
 from bench.subject import Sample, draw_samples
 
-PASSES = ("forward", "backward", "inverse", "reversible")  # reversible: the inverse and the backward of a chain, in one
+# reversible: the inverse and the backward of a chain, in one
+PASSES = ("forward", "backward", "inverse", "reversible")
 
 
 class Passes:
@@ -23,7 +26,9 @@ class Passes:
         most: The most inputs to take turns; by default so many that none is found in the L2 cache.
     """
 
-    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device, most: int | None = None) -> None:
+    def __init__(
+        self, workload: Workload, dtype: torch.dtype, device: torch.device, most: int | None = None
+    ) -> None:
         self.samples: list[Sample] = draw_samples("block", workload, dtype, device)[:most]
         self.next = 0
         channels = workload.shape[1]
@@ -53,7 +58,9 @@ class Passes:
 
         return {
             "forward": lambda: coupling.coupling_fwd(x, a, *self.shared, True),
-            "backward": lambda: coupling.coupling_bwd(dy, self.dlogdet[i], x, a, *self.shared, True),
+            "backward": lambda: coupling.coupling_bwd(
+                dy, self.dlogdet[i], x, a, *self.shared, True
+            ),
             "inverse": inverse,
             "reversible": reversible,
         }[name]

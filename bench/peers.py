@@ -1,6 +1,8 @@
-"""The real peers, as PyPI ships them: FrEIA 0.2 and anomalib 2.7.0 (ci/peers.txt), installed without their dependencies.
+"""The real peers, as PyPI ships them: FrEIA 0.2 and anomalib 2.7.0 (ci/peers.txt), installed
+without their dependencies.
 
-Importing anomalib as a package would ask for Lightning and much else, so its block is loaded from its one file.
+Importing anomalib as a package would ask for Lightning and much else, so its block is loaded from
+its one file.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ INSTALL = "pip install --no-deps --no-build-isolation -r ci/peers.txt   (`make t
 
 
 class PeerMissing(ImportError):
-    """A peer is not installed in the version that is compared with; the message names the command that installs it."""
+    """A peer is not installed in the version that is compared with; the message names the command
+    that installs it.
+    """
 
 
 @cache
@@ -52,14 +56,17 @@ def anomalib_block() -> type:
 
 @cache
 def prepare_torchvision() -> torch.library.Library | None:
-    """Let a CUDA build of torchvision, what PyPI has for Linux, be imported beside a CPU build of torch; to be called before.
+    """Let a CUDA build of torchvision, what PyPI has for Linux, be imported beside a CPU build of
+    torch; to be called before.
 
-    Its extension does not load there, and its import then misses two operators. No model that is compared calls them.
+    Its extension does not load there, and its import then misses two operators. No model that is
+    compared calls them.
     """
     folder = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
     if torch.version.cuda is not None or "+cu" not in (folder / "version.py").read_text():
         return None
-    library = torch.library.Library("torchvision", "DEF")  # kept by the cache: the operators go with it
+    # kept by the cache: the operators go with it
+    library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library
@@ -71,5 +78,8 @@ def _distribution(name: str) -> metadata.Distribution:
     except metadata.PackageNotFoundError:
         raise PeerMissing(f"{name} {VERSIONS[name]} is not installed. Run: {INSTALL}") from None
     if found.version != VERSIONS[name]:
-        raise PeerMissing(f"{name} is {found.version}, and {VERSIONS[name]} is what is compared with. Run: {INSTALL}")
+        raise PeerMissing(
+            f"{name} is {found.version}, and {VERSIONS[name]} is what is compared with. Run: "
+            f"{INSTALL}"
+        )
     return found

@@ -1,4 +1,6 @@
-"""Plots of result rows: the share of the copy bandwidth, the speedups, and the cost as a shape grows."""
+"""Plots of result rows: the share of the copy bandwidth, the speedups, and the cost as a shape
+grows.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,30 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.records import Row
 from bench.subject import MODES
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; a marker each for those who print in grey.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
-MODE_STYLES = {"forward": (BLUE, "o"), "inverse": (SKY, "s"), "backward": (RED, "^"), "train": (ORANGE, "D")}
+# Okabe and Ito's colours, which the colour-blind can tell apart; a marker each for those who print
+# in grey.
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+MODE_STYLES = {
+    "forward": (BLUE, "o"),
+    "inverse": (SKY, "s"),
+    "backward": (RED, "^"),
+    "train": (ORANGE, "D"),
+}
 BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
-DEPTH_STYLES = {"plain": (SKY, "s"), "checkpoint": (GREEN, "^"), "anomalib": (RED, "D"), "reversible": (BLUE, "o")}
+DEPTH_STYLES = {
+    "plain": (SKY, "s"),
+    "checkpoint": (GREEN, "^"),
+    "anomalib": (RED, "D"),
+    "reversible": (BLUE, "o"),
+}
 EXECUTION_MARKERS = {"": "o", "-compiled": "^", "-graphs": "s"}
 LINES = {"o": "-", "^": "--", "s": ":"}
 MARGIN = {"left": 2.9, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
@@ -38,8 +59,14 @@ def _provider_style(name: str) -> tuple[str, str]:
 
 
 def save_share(rows: list[Row], title: str, path: Path) -> bool:
-    """Per workload and mode ours' share of the copy bandwidth, counting minimal bytes; False if there is nothing to draw."""
-    rows = [row for row in rows if row["kind"] == "block" and row["provider"] == "ours" and "share" in row]
+    """Per workload and mode ours' share of the copy bandwidth, counting minimal bytes; False if
+    there is nothing to draw.
+    """
+    rows = [
+        row
+        for row in rows
+        if row["kind"] == "block" and row["provider"] == "ours" and "share" in row
+    ]
     if not rows:
         return False
     names = list(dict.fromkeys(map(label, rows)))
@@ -49,18 +76,29 @@ def save_share(rows: list[Row], title: str, path: Path) -> bool:
         colour, marker = MODE_STYLES[mode]
         drawn = [row for row in rows if row["mode"] == mode]
         axis.plot(
-            [100 * row["share"] for row in drawn], [names.index(label(row)) for row in drawn], marker, color=colour, label=mode, alpha=0.85
+            [100 * row["share"] for row in drawn],
+            [names.index(label(row)) for row in drawn],
+            marker,
+            color=colour,
+            label=mode,
+            alpha=0.85,
         )
     axis.axvline(100, color=BLACK, linewidth=1)
     axis.set_xlim(0, max(105, *(100 * row["share"] + 5 for row in rows)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
     _name_rows(axis, names)
-    _finish(figure, f"Share of the copy bandwidth: ours, block alone\n{title}", axis.get_legend_handles_labels()[0], path)
+    _finish(
+        figure,
+        f"Share of the copy bandwidth: ours, block alone\n{title}",
+        axis.get_legend_handles_labels()[0],
+        path,
+    )
     return True
 
 
 def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -> bool:
-    """Per mode a panel: how many times as long every peer takes as ours; False if there is nothing to draw.
+    """Per mode a panel: how many times as long every peer takes as ours; False if there is nothing
+    to draw.
 
     Args:
         rows: Of one device and dtype.
@@ -69,10 +107,17 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
         title: Second line of the picture's.
         path: Where to.
     """
-    rows = [row for row in rows if row["kind"] == kind and not row["provider"].startswith("ours") and row.get(key)]
+    rows = [
+        row
+        for row in rows
+        if row["kind"] == kind and not row["provider"].startswith("ours") and row.get(key)
+    ]
     if not rows:
         return False
-    names, modes = list(dict.fromkeys(map(label, rows))), [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
+    names, modes = (
+        list(dict.fromkeys(map(label, rows))),
+        [mode for mode in MODES if any(row["mode"] == mode for row in rows)],
+    )
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     figure, axes = _panels(len(modes), len(names), width=2.3)
     drawn_at = [against_ours(row, key) for row in rows]
@@ -83,7 +128,11 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
             colour, marker = _provider_style(provider)
             drawn = [row for row in rows if row["mode"] == mode and row["provider"] == provider]
             axis.plot(
-                [against_ours(row, key) for row in drawn], [names.index(label(row)) for row in drawn], marker, color=colour, alpha=0.85
+                [against_ours(row, key) for row in drawn],
+                [names.index(label(row)) for row in drawn],
+                marker,
+                color=colour,
+                alpha=0.85,
             )
         axis.axvline(1, color=BLACK, linewidth=1)
         axis.set_xscale("log")
@@ -93,8 +142,16 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
     what = "block alone" if kind == "block" else "whole flow with its subnets"
     if rows[0]["threads"] is None:  # a GPU, which is timed in two ways
         title += ", as called from Python" if key == "ratio_wall" else ", the GPU's own time"
-    handles = [_handle(name, f"{name} / {'ours-graphs' if name.endswith('-graphs') else 'ours'}") for name in providers]
-    _finish(figure, f"Time of the others / time of ours, {what}\n{title}; right of the line ours is faster", handles, path)
+    handles = [
+        _handle(name, f"{name} / {'ours-graphs' if name.endswith('-graphs') else 'ours'}")
+        for name in providers
+    ]
+    _finish(
+        figure,
+        f"Time of the others / time of ours, {what}\n{title}; right of the line ours is faster",
+        handles,
+        path,
+    )
     return True
 
 
@@ -105,7 +162,11 @@ def against_ours(row: Row, key: str) -> float:
 
 def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
     """Time per call as batch, channels and pixels grow; False if there is nothing to draw."""
-    rows = [row for row in rows if row["kind"] == "sweep" and row["mode"] == "train" and "median_us" in row]
+    rows = [
+        row
+        for row in rows
+        if row["kind"] == "sweep" and row["mode"] == "train" and "median_us" in row
+    ]
     if not rows:
         return False
     grown: dict[str, Callable[[Sequence[int]], int]] = {
@@ -117,13 +178,26 @@ def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
         [name for name in grown if any(row["workload"] == f"sweep-{name}" for row in rows)],
         list(dict.fromkeys(r["provider"] for r in rows)),
     )
-    figure, axes = plt.subplots(1, len(names), figsize=(1 + 3.6 * len(names), 4.6), dpi=120, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(1 + 3.6 * len(names), 4.6), dpi=120, sharey=True, squeeze=False
+    )
     for axis, name in zip(axes[0], names, strict=True):
         here = [row for row in rows if row["workload"] == f"sweep-{name}"]
         for provider in providers:
-            points = sorted((grown[name](row["shape"]), row["median_us"]) for row in here if row["provider"] == provider)
+            points = sorted(
+                (grown[name](row["shape"]), row["median_us"])
+                for row in here
+                if row["provider"] == provider
+            )
             colour, marker = _provider_style(provider)
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=LINES[marker], markersize=4, linewidth=1.3)
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                linestyle=LINES[marker],
+                markersize=4,
+                linewidth=1.3,
+            )
         axis.set(xscale="log", yscale="log", xlabel=name)
         axis.set_title(_fixed_part(name, here[0]["shape"]), fontsize=9)
         _plain_ticks(axis, sorted({grown[name](row["shape"]) for row in here}))
@@ -133,7 +207,12 @@ def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
     axes[0][0].yaxis.set_major_locator(LogLocator(base=10))
     axes[0][0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     figure.tight_layout(rect=(0, 0.1, 1, 0.88))
-    _finish(figure, f"Cost as the input grows: train step of the block alone\n{title}", [_handle(p, p) for p in providers], path)
+    _finish(
+        figure,
+        f"Cost as the input grows: train step of the block alone\n{title}",
+        [_handle(p, p) for p in providers],
+        path,
+    )
     return True
 
 
@@ -141,30 +220,52 @@ def save_depth(rows: list[Row], title: str, path: Path) -> None:
     """Peak memory and time of a train step as a chain gets longer."""
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.6), dpi=120, squeeze=False)
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    for axis, key, unit, text in zip(axes[0], ("peak_bytes", "median_us"), (1e-6, 1e-3), ("peak, MB", "ms per train step"), strict=True):
+    for axis, key, unit, text in zip(
+        axes[0],
+        ("peak_bytes", "median_us"),
+        (1e-6, 1e-3),
+        ("peak, MB", "ms per train step"),
+        strict=True,
+    ):
         for provider in providers:
-            points = sorted((row["depth"], row[key] * unit) for row in rows if row["provider"] == provider)
+            points = sorted(
+                (row["depth"], row[key] * unit) for row in rows if row["provider"] == provider
+            )
             colour, marker = DEPTH_STYLES[provider]
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3)
+            axis.plot(
+                *zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.3
+            )
         axis.set(xscale="log", yscale="log", xlabel="blocks")
         axis.set_title(text, fontsize=9)
         _plain_ticks(axis, sorted({row["depth"] for row in rows}))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axis.grid(True, which="major", color="0.88")
     figure.tight_layout(rect=(0, 0.1, 1, 0.88))
-    handles = [Line2D([], [], color=DEPTH_STYLES[p][0], marker=DEPTH_STYLES[p][1], label=p) for p in providers]
+    handles = [
+        Line2D([], [], color=DEPTH_STYLES[p][0], marker=DEPTH_STYLES[p][1], label=p)
+        for p in providers
+    ]
     _finish(figure, f"Training a chain: memory and time against depth\n{title}", handles, path)
 
 
 def _fixed_part(name: str, shape: Sequence[int]) -> str:
     batch, channels, height, width = shape
-    parts = {"batch": f"batch {batch}", "channels": f"{channels} channels", "pixels": f"{height}x{width} pixels"}
+    parts = {
+        "batch": f"batch {batch}",
+        "channels": f"{channels} channels",
+        "pixels": f"{height}x{width} pixels",
+    }
     return ", ".join(text for key, text in parts.items() if key != name)
 
 
 def _panels(count: int, rows: int, width: float) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, each with a line per row; sizes in inches, so that labels have the same room whatever is drawn."""
-    total = (MARGIN["left"] + count * width + MARGIN["right"], MARGIN["top"] + 0.25 + 0.24 * rows + MARGIN["bottom"])
+    """Panels side by side, each with a line per row; sizes in inches, so that labels have the same
+    room whatever is drawn.
+    """
+    total = (
+        MARGIN["left"] + count * width + MARGIN["right"],
+        MARGIN["top"] + 0.25 + 0.24 * rows + MARGIN["bottom"],
+    )
     figure, axes = plt.subplots(1, count, figsize=total, dpi=120, sharey=True, squeeze=False)
     figure.subplots_adjust(
         left=MARGIN["left"] / total[0],
@@ -197,10 +298,15 @@ def _handle(provider: str, text: str) -> Line2D:
 
 def _finish(figure: Figure, title: str, handles: list, path: Path) -> None:
     longest = max(len(line) for line in title.split("\n"))
-    size = min(11.0, 125 * figure.get_figwidth() / longest)  # a letter is about 0.55 of its size wide
+    # a letter is about 0.55 of its size wide
+    size = min(11.0, 125 * figure.get_figwidth() / longest)
     figure.suptitle(title, fontsize=size, y=1 - 0.12 / figure.get_figheight(), va="top")
     figure.legend(
-        handles=handles, loc="lower center", ncols=min(len(handles), 6), frameon=False, bbox_to_anchor=(0.5, 0.02 / figure.get_figheight())
+        handles=handles,
+        loc="lower center",
+        ncols=min(len(handles), 6),
+        frameon=False,
+        bbox_to_anchor=(0.5, 0.02 / figure.get_figheight()),
     )
     figure.savefig(path)
     plt.close(figure)

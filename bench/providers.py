@@ -1,4 +1,6 @@
-"""Who is measured: the stock blocks and ours, called eagerly, compiled by torch.compile, or replayed from a CUDA graph."""
+"""Who is measured: the stock blocks and ours, called eagerly, compiled by torch.compile, or
+replayed from a CUDA graph.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ class Provider:
     """A block and a way to call it.
 
     Attributes:
-        base: "ours", "ours-freia", "anomalib" or "freia"; the truth comes from "reference" and "reference-freia".
-        execution: One of EXECUTIONS. "graphs" is ``mode="reduce-overhead"`` for the stock blocks and a captured eager call for ours.
+        base: "ours", "ours-freia", "anomalib" or "freia"; the truth comes from "reference" and
+            "reference-freia".
+        execution: One of EXECUTIONS. "graphs" is ``mode="reduce-overhead"`` for the stock blocks
+            and a captured eager call for ours.
     """
 
     base: str
@@ -50,11 +54,17 @@ class Provider:
         return "ours-freia" if self.dialect == "freia" else "ours"
 
 
-PROVIDERS = {p.name: p for execution in EXECUTIONS for p in (Provider(b, execution) for b in ("ours", "ours-freia", "anomalib", "freia"))}
+PROVIDERS = {
+    p.name: p
+    for execution in EXECUTIONS
+    for p in (Provider(b, execution) for b in ("ours", "ours-freia", "anomalib", "freia"))
+}
 
 
 class StandIn(reference.AllInOneBlock):
-    """The reference with the stock blocks' permutation: an index by indexing, every matrix by a dense product, also a one-hot one."""
+    """The reference with the stock blocks' permutation: an index by indexing, every matrix by a
+    dense product, also a one-hot one.
+    """
 
     def permute_function(self, x: Tensor, w: Tensor) -> Tensor:
         if w.dtype == torch.int64:
@@ -65,18 +75,24 @@ class StandIn(reference.AllInOneBlock):
 def block_class(provider: Provider) -> tuple[Callable[..., nn.Module], str]:
     """The constructor of a provider's block, and in words which class that is.
 
-    The real stock class where it is installed: anomalib 2.7.0's, else FrEIA 0.2's, which has the same formula. FrEIA's main branch has no
-    release, so that its formula is always the reference's.
+    The real stock class where it is installed: anomalib 2.7.0's, else FrEIA 0.2's, which has the
+    same formula. FrEIA's main branch has no release, so that its formula is always the reference's.
     """
     if provider.ours:
-        return partial(fastflow_kernels.AllInOneBlock, dialect=provider.dialect), f"fastflow_kernels, dialect {provider.dialect}"
+        return partial(
+            fastflow_kernels.AllInOneBlock, dialect=provider.dialect
+        ), f"fastflow_kernels, dialect {provider.dialect}"
     if provider.base.startswith("reference"):
-        return partial(reference.AllInOneBlock, dialect=provider.dialect), f"reference, dialect {provider.dialect}"
+        return partial(
+            reference.AllInOneBlock, dialect=provider.dialect
+        ), f"reference, dialect {provider.dialect}"
     if provider.dialect == "anomalib":
         for find, name in ((peers.anomalib_block, "anomalib"), (peers.freia_block, "FrEIA")):
             with contextlib.suppress(peers.PeerMissing):
                 return find(), f"{name} {peers.VERSIONS[name]}"
-    return partial(StandIn, dialect=provider.dialect), f"reference, dialect {provider.dialect}, permuting as the stock block"
+    return partial(
+        StandIn, dialect=provider.dialect
+    ), f"reference, dialect {provider.dialect}, permuting as the stock block"
 
 
 def why_not(provider: Provider, workload: Workload, on_cpu: bool) -> str | None:
@@ -90,12 +106,16 @@ def why_not(provider: Provider, workload: Workload, on_cpu: bool) -> str | None:
 
 @contextlib.contextmanager
 def rotations_drawn_once() -> Iterator[None]:
-    """Inside, soft permutations of one size are one rotation, drawn once: the stock blocks take minutes to draw a large one."""
+    """Inside, soft permutations of one size are one rotation, drawn once: the stock blocks take
+    minutes to draw a large one.
+    """
     with contextlib.ExitStack() as stack:
         for module in ("fastflow_kernels.modules", "reference.all_in_one_block"):
             stack.enter_context(mock.patch(f"{module}.random_rotation", _rotation))
         with contextlib.suppress(ImportError):
-            stack.enter_context(mock.patch("scipy.stats.special_ortho_group.rvs", lambda n: _rotation(n).numpy()))
+            stack.enter_context(
+                mock.patch("scipy.stats.special_ortho_group.rvs", lambda n: _rotation(n).numpy())
+            )
         yield
 
 
@@ -105,7 +125,9 @@ def _rotation(n: int) -> Tensor:
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give a model the weights of another whose hard permutations may be stored in the other form, matrix or index."""
+    """Give a model the weights of another whose hard permutations may be stored in the other form,
+    matrix or index.
+    """
     own = target.state_dict()
     converted = {}
     for key, value in source.state_dict().items():

@@ -1,6 +1,8 @@
-"""Result rows: where a figure was measured, appended files of one JSON object per line, and the newest row of each kind.
+"""Result rows: where a figure was measured, appended files of one JSON object per line, and the
+newest row of each kind.
 
-python -m bench.records FILE.jsonl ...     append the rows of files that were made elsewhere to bench/results/<device>/<kind>.jsonl
+python -m bench.records FILE.jsonl ...     append the rows of files that were made elsewhere to
+bench/results/<device>/<kind>.jsonl
 """
 
 from __future__ import annotations
@@ -27,8 +29,12 @@ Row = dict[str, Any]
 
 
 def slug(name: str, kind: str) -> str:
-    """A device's name as a folder's: "AMD EPYC 7763 64-Core Processor" is cpu-amd-epyc-7763, "NVIDIA H200" nvidia-h200."""
-    name = re.sub(r"\(R\)|\(TM\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", name, flags=re.IGNORECASE)
+    """A device's name as a folder's: "AMD EPYC 7763 64-Core Processor" is cpu-amd-epyc-7763,
+    "NVIDIA H200" nvidia-h200.
+    """
+    name = re.sub(
+        r"\(R\)|\(TM\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", name, flags=re.IGNORECASE
+    )
     return "-".join(([] if kind == "cuda" else ["cpu"]) + re.findall(r"[a-z0-9]+", name.lower()))
 
 
@@ -50,29 +56,44 @@ def provenance(device: torch.device) -> Row:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The checkout's commit, with "-dirty" where tracked files were changed, or "unknown" where there is no repository.
+    """The checkout's commit, with "-dirty" where tracked files were changed, or "unknown" where
+    there is no repository.
 
-    Result files do not count: a run that appends to them is no other code. A copy of a checkout has no repository: there
-    FASTFLOW_KERNELS_COMMIT may name the commit.
+    Result files do not count: a run that appends to them is no other code. A copy of a checkout has
+    no repository: there FASTFLOW_KERNELS_COMMIT may name the commit.
     """
     if named := os.environ.get("FASTFLOW_KERNELS_COMMIT"):
         return named
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        changed = _git(
+            root,
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ".",
+            ":(exclude)bench/results",
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("-dirty" if changed else "")
 
 
 def _git(root: Path, *arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _driver() -> str | None:
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        return (
+            subprocess.run(query, capture_output=True, text=True, check=True)
+            .stdout.splitlines()[0]
+            .strip()
+        )
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
@@ -80,15 +101,23 @@ def _driver() -> str | None:
 def append(rows: Iterable[Row], target: Path) -> None:
     """Append rows to a ``.jsonl`` file, or within a folder to ``<device>/<kind>.jsonl``."""
     for row in rows:
-        path = target if target.suffix == ".jsonl" else target / row["device"] / f"{row['kind']}.jsonl"
+        path = (
+            target if target.suffix == ".jsonl" else target / row["device"] / f"{row['kind']}.jsonl"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of ``.jsonl`` files and of all such files under folders, in the order they were written."""
-    files = [file for path in paths for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])]
+    """The rows of ``.jsonl`` files and of all such files under folders, in the order they were
+    written.
+    """
+    files = [
+        file
+        for path in paths
+        for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])
+    ]
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
 
 
@@ -101,7 +130,10 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.records", description="Append rows measured elsewhere to bench/results.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.records",
+        description="Append rows measured elsewhere to bench/results.",
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
     rows = read(parser.parse_args(arguments).files)
     append(rows, RESULTS)

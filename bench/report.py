@@ -1,6 +1,8 @@
-"""Result files as Markdown and plots: goals, every figure, the share of the copy bandwidth, the speedups, and the cost as shapes grow.
+"""Result files as Markdown and plots: goals, every figure, the share of the copy bandwidth, the
+speedups, and the cost as shapes grow.
 
-    python -m bench.report [FILE.jsonl or FOLDER ...] [--out DIR]      (default: bench/results, to out/report)
+    python -m bench.report [FILE.jsonl or FOLDER ...] [--out DIR]      (default: bench/results, to
+    out/report)
 
 Of rows that measure the same thing the newest counts.
 """
@@ -19,7 +21,11 @@ from bench.providers import PROVIDERS
 from bench.records import RESULTS, Row, newest, read
 from bench.subject import MODES
 
-HEADINGS = {"block": "Block alone", "flow": "Whole flow, with its subnets", "sweep": "As batch, channels and pixels grow"}
+HEADINGS = {
+    "block": "Block alone",
+    "flow": "Whole flow, with its subnets",
+    "sweep": "As batch, channels and pixels grow",
+}
 
 
 def write_report(rows: list[Row], out: Path) -> Path:
@@ -42,7 +48,9 @@ def write_report(rows: list[Row], out: Path) -> Path:
 
 
 def _place(row: Row) -> tuple:
-    """Where a row stands: as in the tables of workloads, modes and providers, whatever was measured first."""
+    """Where a row stands: as in the tables of workloads, modes and providers, whatever was measured
+    first.
+    """
 
     def index(known: list[str], name: str) -> int:
         return known.index(name) if name in known else len(known)
@@ -68,11 +76,25 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
     first = rows[0]
     title = f"{first['device_name']}{f', {threads} thread' + 's' * (threads > 1) if threads else ''}, {dtype}"
     name = f"{device}{f'-{threads}-threads' if threads > 1 else ''}-{dtype}"
-    parts = [f"## {title}", "", _provenance(rows), "", "### Goals", "", *goal_table(goals(rows)), ""]
+    parts = [
+        f"## {title}",
+        "",
+        _provenance(rows),
+        "",
+        "### Goals",
+        "",
+        *goal_table(goals(rows)),
+        "",
+    ]
     plots = {f"share-{name}.png": (save_share, ()), f"sweep-{name}.png": (save_sweep, ())}
-    plots |= {f"speedup-{kind}-{name}.png": (save_speedup, (kind, "ratio")) for kind in ("block", "flow")}
+    plots |= {
+        f"speedup-{kind}-{name}.png": (save_speedup, (kind, "ratio")) for kind in ("block", "flow")
+    }
     if threads == 0:
-        plots |= {f"speedup-{kind}-called-{name}.png": (save_speedup, (kind, "ratio_wall")) for kind in ("block", "flow")}
+        plots |= {
+            f"speedup-{kind}-called-{name}.png": (save_speedup, (kind, "ratio_wall"))
+            for kind in ("block", "flow")
+        }
     for file in sorted(plots):
         save, more = plots[file]
         if save(rows, *more, title, out / file):
@@ -93,7 +115,12 @@ def _kernels(rows: list[Row]) -> list[str]:
     chosen = [row for row in rows if row["kind"] == "kernel"]
     if not chosen:
         return []
-    lines = ["### Kernels by themselves", "", "| workload | pass | kernel | us (p20 to p80) |", "|---|---|---|---:|"]
+    lines = [
+        "### Kernels by themselves",
+        "",
+        "| workload | pass | kernel | us (p20 to p80) |",
+        "|---|---|---|---:|",
+    ]
     for row in chosen:
         kernel = row["provider"].strip("_").removesuffix("_kernel")
         times = f"{row['median_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
@@ -102,14 +129,25 @@ def _kernels(rows: list[Row]) -> list[str]:
 
 
 def called_table(rows: list[Row]) -> list[str]:
-    """A line per workload and mode as Markdown: the wall clock's time of a call of ours, and the others' as multiples of it."""
-    names = [name for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row) if name != "ours"]
-    lines = [f"| workload | mode | ours, us | {' | '.join(names)} |", "|---|---|" + "---:|" * (1 + len(names))]
+    """A line per workload and mode as Markdown: the wall clock's time of a call of ours, and the
+    others' as multiples of it.
+    """
+    names = [
+        name
+        for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row)
+        if name != "ours"
+    ]
+    lines = [
+        f"| workload | mode | ours, us | {' | '.join(names)} |",
+        "|---|---|" + "---:|" * (1 + len(names)),
+    ]
     for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
         by_name = {row["provider"]: row for row in group}
         cells = [_number(by_name.get("ours", {}), "wall_us", "{:,.0f}")]
         for name in names:
-            key, form = ("wall_us", "{:,.0f}") if name.startswith("ours") else ("ratio_wall", "{:.2f}x")
+            key, form = (
+                ("wall_us", "{:,.0f}") if name.startswith("ours") else ("ratio_wall", "{:.2f}x")
+            )
             cells.append(_number(by_name.get(name, {}), key, form))
         lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
     return lines
@@ -118,21 +156,40 @@ def called_table(rows: list[Row]) -> list[str]:
 def _depths(rows: list[Row], title: str, name: str, out: Path) -> list[str]:
     """Memory and time against depth: for every shape a plot and a table."""
     parts = []
-    for shape, found in _grouped((row for row in rows if row["kind"] == "depth"), lambda row: "x".join(map(str, row["shape"]))):
+    for shape, found in _grouped(
+        (row for row in rows if row["kind"] == "depth"),
+        lambda row: "x".join(map(str, row["shape"])),
+    ):
         file = f"depth-{shape}-{name}.png"
         save_depth(found, f"{shape}, {title}", out / file)
-        parts += [f"### Against depth, {shape}", "", f"![{file.removesuffix('.png')}]({file})", "", *depth_table(found), ""]
+        parts += [
+            f"### Against depth, {shape}",
+            "",
+            f"![{file.removesuffix('.png')}]({file})",
+            "",
+            *depth_table(found),
+            "",
+        ]
     return parts
 
 
 def depth_table(rows: list[Row]) -> list[str]:
-    """A line per depth: peak memory and time per step of every chain, the time also as a multiple of the plain chain's."""
+    """A line per depth: peak memory and time per step of every chain, the time also as a multiple
+    of the plain chain's.
+    """
     providers = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = ["Peak MB of a train step; ms, and times the plain chain's.", "", f"| blocks | {' | '.join(providers)} |"]
+    lines = [
+        "Peak MB of a train step; ms, and times the plain chain's.",
+        "",
+        f"| blocks | {' | '.join(providers)} |",
+    ]
     lines.append("|---:|" + "---:|" * len(providers))
-    for depth, group in _grouped(sorted(rows, key=lambda row: row["depth"]), lambda row: row["depth"]):
+    for depth, group in _grouped(
+        sorted(rows, key=lambda row: row["depth"]), lambda row: row["depth"]
+    ):
         cells = [
-            f"{row['peak_bytes'] * 1e-6:,.1f} MB; {row['median_us'] * 1e-3:,.0f} ms ({row['times_plain']:.2f}x)"
+            f"{row['peak_bytes'] * 1e-6:,.1f} MB; {row['median_us'] * 1e-3:,.0f} ms "
+            f"({row['times_plain']:.2f}x)"
             for provider in providers
             for row in group
             if row["provider"] == provider
@@ -143,14 +200,23 @@ def depth_table(rows: list[Row]) -> list[str]:
 
 def _provenance(rows: list[Row]) -> str:
     parts = []
-    for key, text in (("driver", "driver"), ("torch", "torch"), ("triton", "Triton"), ("commit", "commit"), ("class", "classes:")):
+    for key, text in (
+        ("driver", "driver"),
+        ("torch", "torch"),
+        ("triton", "Triton"),
+        ("commit", "commit"),
+        ("class", "classes:"),
+    ):
         values = sorted({str(row[key]) for row in rows if row.get(key)})
         parts += [f"{text} {', '.join(values)}".strip()] if values else []
     dates = sorted(row["date"][:10] for row in rows)
     copies = [row["copy_gbs"] for row in rows if "copy_gbs" in row]
     if copies:
         parts.append(f"copies at {min(copies):,.0f} to {max(copies):,.0f} GB/s")
-    return "; ".join([*parts, dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"]) + "."
+    return (
+        "; ".join([*parts, dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"])
+        + "."
+    )
 
 
 def goal_table(found: list[Goal]) -> list[str]:
@@ -158,16 +224,35 @@ def goal_table(found: list[Goal]) -> list[str]:
     lines = ["| goal | found / wanted | | decided by |", "|---|---:|---|---|"]
     for goal in found:
         number = "–" if goal.found is None else f"{goal.found:.2f}"
-        lines.append(f"| {goal.text} | {number} / {'<= ' if goal.most else ''}{goal.wanted:.2f} | {goal.verdict} | {goal.where} |")
+        lines.append(
+            f"| {goal.text} | {number} / {'<= ' if goal.most else ''}{goal.wanted:.2f} | "
+            f"{goal.verdict} | {goal.where} |"
+        )
     return lines
 
 
 def figure_table(rows: list[Row]) -> list[str]:
-    """A line per workload and mode as Markdown: our times and rates, and the others' times as multiples of ours."""
-    names = [name for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row) if name != "ours"]
-    head = ["workload", "mode", "ours, us (p20 to p80)", "wall, us", "GB/s", "share of copy", "kept, in inputs", "allocated, MB"]
+    """A line per workload and mode as Markdown: our times and rates, and the others' times as
+    multiples of ours.
+    """
+    names = [
+        name
+        for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row)
+        if name != "ours"
+    ]
+    head = [
+        "workload",
+        "mode",
+        "ours, us (p20 to p80)",
+        "wall, us",
+        "GB/s",
+        "share of copy",
+        "kept, in inputs",
+        "allocated, MB",
+    ]
     lines = [
-        "Others of ours in us; the rest as multiples of ours called eagerly, in brackets of ours run in the same way.",
+        "Others of ours in us; the rest as multiples of ours called eagerly, in brackets of ours "
+        "run in the same way.",
         "",
         f"| {' | '.join(head + names)} |",
         "|---|---|" + "---:|" * (len(head) - 2 + len(names)),
@@ -175,8 +260,16 @@ def figure_table(rows: list[Row]) -> list[str]:
     for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
         by_name = {row["provider"]: row for row in group}
         ours = by_name.get("ours", {})
-        cells = [_time(ours), _number(ours, "wall_us", "{:,.0f}"), _number(ours, "gbs", "{:.1f}"), _number(ours, "share", "{:.0%}")]
-        cells += [_number(ours, "kept_in_inputs", "{:.1f}"), _number(ours, "call_bytes", "{:,.0f}", 1e-6)]
+        cells = [
+            _time(ours),
+            _number(ours, "wall_us", "{:,.0f}"),
+            _number(ours, "gbs", "{:.1f}"),
+            _number(ours, "share", "{:.0%}"),
+        ]
+        cells += [
+            _number(ours, "kept_in_inputs", "{:.1f}"),
+            _number(ours, "call_bytes", "{:,.0f}", 1e-6),
+        ]
         cells += [_other(by_name.get(name, {}), name) for name in names]
         lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
     return lines
@@ -185,12 +278,18 @@ def figure_table(rows: list[Row]) -> list[str]:
 def _other(row: Row, name: str) -> str:
     if name.startswith("ours"):
         return _number(row, "median_us", "{:,.0f}")
-    alike = _number(row, "ratio_alike", " ({:.2f}x)") if name.endswith(("-compiled", "-graphs")) else ""
+    alike = (
+        _number(row, "ratio_alike", " ({:.2f}x)") if name.endswith(("-compiled", "-graphs")) else ""
+    )
     return _number(row, "ratio", "{:.2f}x") + alike
 
 
 def _time(row: Row) -> str:
-    return f"{row['median_us']:,.0f} ({row['p20_us']:,.0f} to {row['p80_us']:,.0f})" if "median_us" in row else ""
+    return (
+        f"{row['median_us']:,.0f} ({row['p20_us']:,.0f} to {row['p80_us']:,.0f})"
+        if "median_us" in row
+        else ""
+    )
 
 
 def _number(row: Row, key: str, form: str, unit: float = 1.0) -> str:
@@ -201,7 +300,9 @@ def _notes(rows: Iterable[Row]) -> list[str]:
     """Why cells are empty: a line per provider and reason."""
     skipped = [row for row in rows if "skipped" in row]
     lines = []
-    for (provider, reason), group in _grouped(skipped, lambda row: (row["provider"], row["skipped"])):
+    for (provider, reason), group in _grouped(
+        skipped, lambda row: (row["provider"], row["skipped"])
+    ):
         where = ", ".join(dict.fromkeys(f"{row['workload']}" for row in group))
         lines.append(f"- {provider} not measured on {where}: {reason}")
     return [*lines, ""] if lines else []
@@ -211,17 +312,35 @@ def _grouped(rows: Iterable[Row], key) -> list[tuple]:
     """Rows by key, keys and rows in the order of their first appearance."""
     rows = list(rows)
     order = {value: i for i, value in enumerate(dict.fromkeys(map(key, rows)))}
-    return [(value, list(group)) for value, group in groupby(sorted(rows, key=lambda row: order[key(row)]), key=key)]
+    return [
+        (value, list(group))
+        for value, group in groupby(sorted(rows, key=lambda row: order[key(row)]), key=key)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Turn result files into a Markdown report with plots.")
-    parser.add_argument("results", nargs="*", type=Path, default=[RESULTS], metavar="FILE or FOLDER", help="default: bench/results")
-    parser.add_argument("--out", type=Path, default=Path("out/report"), metavar="DIR", help="default: out/report")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description="Turn result files into a Markdown report with plots.",
+    )
+    parser.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        default=[RESULTS],
+        metavar="FILE or FOLDER",
+        help="default: bench/results",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/report"), metavar="DIR", help="default: out/report"
+    )
     options = parser.parse_args(arguments)
     rows = read(options.results)
     if not rows:
-        raise SystemExit(f"no rows in {', '.join(map(str, options.results))}; make bench BENCH_ARGS=--record writes some")
+        raise SystemExit(
+            f"no rows in {', '.join(map(str, options.results))}; make bench BENCH_ARGS=--record "
+            "writes some"
+        )
     print(write_report(rows, options.out).resolve())
 
 

@@ -1,11 +1,13 @@
-"""Training memory and time against depth: a plain chain, torch.utils.checkpoint, anomalib's blocks in FrEIA's chain, a reversible chain.
+"""Training memory and time against depth: a plain chain, torch.utils.checkpoint, anomalib's blocks
+in FrEIA's chain, a reversible chain.
 
     python -m bench.reversible [--shape 2,256,32,32] [--depths 1,2,4] [--record]
 
-Rows of kind "depth" are appended as those of the other benchmarks are (bench/records.py), and drawn by bench.report. A step is a forward
-and a backward pass with the subnets of anomalib's FastFlow (fully connected ones for an input of rank 0). The chains are timed in turn.
-Peak memory counts every tensor that a step allocates, parameters' gradients included; on a CPU by watching the operations, so that what
-they allocate within is not seen.
+Rows of kind "depth" are appended as those of the other benchmarks are (bench/records.py), and drawn
+by bench.report. A step is a forward and a backward pass with the subnets of anomalib's FastFlow
+(fully connected ones for an input of rank 0). The chains are timed in turn. Peak memory counts
+every tensor that a step allocates, parameters' gradients included; on a CPU by watching the
+operations, so that what they allocate within is not seen.
 """
 
 from __future__ import annotations
@@ -53,16 +55,22 @@ class Checkpointed(Plain):
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that operations allocate, and the most that were alive at a time."""
+    """Counts the bytes of all storages that operations allocate, and the most that were alive at a
+    time.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, int] = {}
         self.now = self.most = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
@@ -79,7 +87,9 @@ class Peak(TorchDispatchMode):
 
 def linear_subnet(channels_in: int, channels_out: int) -> nn.Module:
     """CFlow's subnet."""
-    return nn.Sequential(nn.Linear(channels_in, 2 * channels_in), nn.ReLU(), nn.Linear(2 * channels_in, channels_out))
+    return nn.Sequential(
+        nn.Linear(channels_in, 2 * channels_in), nn.ReLU(), nn.Linear(2 * channels_in, channels_out)
+    )
 
 
 def build(provider: str, shape: tuple[int, ...], depth: int, device: str) -> nn.Module:
@@ -91,7 +101,12 @@ def build(provider: str, shape: tuple[int, ...], depth: int, device: str) -> nn.
         kinds = {"plain": Plain, "checkpoint": Checkpointed, "reversible": ReversibleSequence}
         chain, block = kinds[provider](*shape[1:]), AllInOneBlock
     for i in range(depth):
-        chain.append(block, subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1) if len(shape) == 4 else linear_subnet)
+        chain.append(
+            block,
+            subnet_constructor=conv_subnet(3 if i % 2 == 0 else 1)
+            if len(shape) == 4
+            else linear_subnet,
+        )
     return chain.to(device)
 
 
@@ -140,7 +155,9 @@ def measure(shape: tuple[int, ...], depth: int, repeats: int, device: str) -> li
     provenance = records.provenance(torch.device(device))
     rows = []
     for provider, chain in chains.items():
-        low, *_, high = statistics.quantiles(times[provider], n=5) if repeats > 1 else times[provider] * 2
+        low, *_, high = (
+            statistics.quantiles(times[provider], n=5) if repeats > 1 else times[provider] * 2
+        )
         ratios = [mine / plain for mine, plain in zip(times[provider], times["plain"], strict=True)]
         figures = {
             "median_us": statistics.median(times[provider]) * 1e6,
@@ -149,33 +166,72 @@ def measure(shape: tuple[int, ...], depth: int, repeats: int, device: str) -> li
             "repeats": repeats,
             "times_plain": statistics.median(ratios),
             # what torch.utils.checkpoint keeps cannot be seen from outside
-            "kept_bytes": None if provider == "checkpoint" else bytes_kept_for_backward(chain, lambda chain=chain: loss_of(chain, x)),
+            "kept_bytes": None
+            if provider == "checkpoint"
+            else bytes_kept_for_backward(chain, lambda chain=chain: loss_of(chain, x)),
             "peak_bytes": peak_bytes(steps[provider], device),
         }
-        identity = {"kind": "depth", "workload": f"depth-{depth}", "shape": list(shape), "mode": "train", "dtype": "float32"}
-        rows.append({**identity, "depth": depth, "provider": provider, "class": type(chain[0]).__module__, **figures, **provenance})
+        identity = {
+            "kind": "depth",
+            "workload": f"depth-{depth}",
+            "shape": list(shape),
+            "mode": "train",
+            "dtype": "float32",
+        }
+        rows.append(
+            {
+                **identity,
+                "depth": depth,
+                "provider": provider,
+                "class": type(chain[0]).__module__,
+                **figures,
+                **provenance,
+            }
+        )
     return rows
 
 
 def assert_alike(chains: dict[str, nn.Module]) -> None:
-    """After one step: the gradients of all chains agree, by their norms, as float32 can (single ReLU gates flip by rounding)."""
-    found = {name: {key: p.grad for key, p in chain.named_parameters() if p.grad is not None} for name, chain in chains.items()}
+    """After one step: the gradients of all chains agree, by their norms, as float32 can (single
+    ReLU gates flip by rounding).
+    """
+    found = {
+        name: {key: p.grad for key, p in chain.named_parameters() if p.grad is not None}
+        for name, chain in chains.items()
+    }
     for name, gradients in found.items():
-        square = sum((gradients[key] - exact).square().sum() for key, exact in found["plain"].items())
+        square = sum(
+            (gradients[key] - exact).square().sum() for key, exact in found["plain"].items()
+        )
         total = sum(exact.square().sum() for exact in found["plain"].values())
         if not square <= 1e-4 * total:
-            raise AssertionError(f"{name}: the gradients are off by {(square / total).sqrt():.2g} of their norm")
+            raise AssertionError(
+                f"{name}: the gradients are off by {(square / total).sqrt():.2g} of their norm"
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.reversible", description="Training memory and time against depth.")
-    parser.add_argument("--shape", default="2,256,32,32", help="of the input, (B, C) or (B, C, H, W) (default: 2,256,32,32)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.reversible", description="Training memory and time against depth."
+    )
+    parser.add_argument(
+        "--shape",
+        default="2,256,32,32",
+        help="of the input, (B, C) or (B, C, H, W) (default: 2,256,32,32)",
+    )
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)), help="numbers of blocks")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of every chain (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed steps of every chain (default: 5)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--record", action="store_true", help="append the rows under bench/results")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="where to append the rows without --record")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/bench"),
+        help="where to append the rows without --record",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -22,7 +22,9 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Run:
-    """One run: its choice of workloads, modes, dtypes and providers, and the group that is being measured."""
+    """One run: its choice of workloads, modes, dtypes and providers, and the group that is being
+    measured.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -42,7 +44,10 @@ class Run:
         repeats, seconds = ((3, 5), 1.0) if self.quick else (repeats, seconds)
         self.settings = Settings(self.device, repeats, seconds, bandwidth)
         self.provenance = records.provenance(self.device)
-        self.say(f"{self.provenance['device_name']}: copies at {bandwidth * 1e-9:.1f} GB/s; rows go to {self.target}")
+        self.say(
+            f"{self.provenance['device_name']}: copies at {bandwidth * 1e-9:.1f} GB/s; rows go to "
+            f"{self.target}"
+        )
 
     def groups(self, kind: str) -> list[tuple[Workload, str, str]]:
         """The (workload, mode, dtype) to measure, the modes of one workload in a row."""
@@ -62,22 +67,34 @@ class Run:
         executions = {"eager"}
         if self.config.getoption("compiled"):
             executions |= {"compiled"} if self.device.type == "cpu" else {"compiled", "graphs"}
-        chosen = self._chosen("providers", PROVIDERS, [p.name for p in PROVIDERS.values() if p.execution in executions])
+        chosen = self._chosen(
+            "providers",
+            PROVIDERS,
+            [p.name for p in PROVIDERS.values() if p.execution in executions],
+        )
         needed = {"ours", *chosen, *(PROVIDERS[name].our_base for name in chosen)}
         return [name for name in PROVIDERS if name in needed]
 
-    def _chosen(self, option: str, known: Iterable[str], default: list[str] | None = None) -> list[str]:
+    def _chosen(
+        self, option: str, known: Iterable[str], default: list[str] | None = None
+    ) -> list[str]:
         """The names given for an option, in the known order; the default, or all, if none were."""
         given = self._given(option)
         if unknown := [name for name in given if name not in known]:
-            raise pytest.UsageError(f"--{option}: expected names among {', '.join(known)}; got {', '.join(unknown)}")
+            raise pytest.UsageError(
+                f"--{option}: expected names among {', '.join(known)}; got {', '.join(unknown)}"
+            )
         return [name for name in known if name in given] or default or list(known)
 
     def _given(self, option: str) -> list[str]:
         return [part for part in (self.config.getoption(option) or "").split(",") if part]
 
-    def outcome(self, kind: str, workload: Workload, mode: str, dtype: str, provider: str) -> Outcome | None:
-        """What became of a provider; its whole group is measured, and its rows are written, when the first is asked for."""
+    def outcome(
+        self, kind: str, workload: Workload, mode: str, dtype: str, provider: str
+    ) -> Outcome | None:
+        """What became of a provider; its whole group is measured, and its rows are written, when
+        the first is asked for.
+        """
         key = (kind, workload.name, workload.shape, dtype, mode)
         if self.group is None or self.group[0] != key:
             if time.perf_counter() - self.started > self.budget:
@@ -92,7 +109,10 @@ class Run:
             self.task = self.group = None  # free the memory of the last one first
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.task = (key[:-1], Task(kind, workload, getattr(torch, dtype), self.providers(), self.settings))
+            self.task = (
+                key[:-1],
+                Task(kind, workload, getattr(torch, dtype), self.providers(), self.settings),
+            )
         outcomes = self.task[1].measure(mode)
         if outcomes["ours"].failure is None:
             for outcome in outcomes.values():
@@ -105,13 +125,22 @@ class Run:
         """A line on the terminal, also where pytest captures output."""
         capture = self.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled():
-            print(f"[{time.perf_counter() - self.started:4.0f} s] {line}", file=sys.stderr, flush=True)
+            print(
+                f"[{time.perf_counter() - self.started:4.0f} s] {line}", file=sys.stderr, flush=True
+            )
 
 
 def _named(found: list[Workload], parts: list[str]) -> list[Workload]:
-    """Those whose name contains a part, in the order of the parts; a part that is a whole name stands for nothing else."""
+    """Those whose name contains a part, in the order of the parts; a part that is a whole name
+    stands for nothing else.
+    """
     names = {w.name for w in found}
-    chosen = {id(w): w for part in parts for w in found if (w.name == part if part in names else part in w.name)}
+    chosen = {
+        id(w): w
+        for part in parts
+        for w in found
+        if (w.name == part if part in names else part in w.name)
+    }
     return list(chosen.values())
 
 

@@ -1,4 +1,6 @@
-"""Every kernel once on a small, odd shape, forward, backward, inverse and undone: what compute-sanitizer watches (ci/gpu.sh)."""
+"""Every kernel once on a small, odd shape, forward, backward, inverse and undone: what
+compute-sanitizer watches (ci/gpu.sh).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
 
 
 class Subnet(nn.Module):
-    """Its input twice, times a weight: no library's kernels, which the sanitizer would watch as well."""
+    """Its input twice, times a weight: no library's kernels, which the sanitizer would watch as
+    well.
+    """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -34,7 +38,8 @@ def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
     block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
     chain = ReversibleSequence(*shape)
     chain.append(block)
-    chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")  # one that has to be undone
+    # one that has to be undone
+    chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")
     chain.to(device)
     x = torch.randn(batch, *shape, device=device, requires_grad=True)
     for call in (lambda x: block([x]), chain):

@@ -18,7 +18,8 @@ from bench.memory import bytes_kept_for_backward
 from bench.providers import Provider, block_class, copy_weights, rotations_drawn_once
 
 MODES = ("forward", "inverse", "backward", "train")
-MINIMAL_BYTES = {"forward": 3, "inverse": 3, "backward": 5, "train": 8}  # in inputs: what has to be read and written at least
+# in inputs: what has to be read and written at least
+MINIMAL_BYTES = {"forward": 3, "inverse": 3, "backward": 5, "train": 8}
 
 
 class NotHere(Exception):
@@ -27,7 +28,9 @@ class NotHere(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs of one call: x (B, C, *S), the stored output of the subnet (None for a whole flow), conditions, and output gradients."""
+    """Inputs of one call: x (B, C, *S), the stored output of the subnet (None for a whole flow),
+    conditions, and output gradients.
+    """
 
     x: Tensor
     a: Tensor | None
@@ -42,17 +45,33 @@ class Sample:
             return t.detach().to(dtype).requires_grad_(t.requires_grad)
 
         a = None if self.a is None else converted(self.a)
-        return Sample(converted(self.x), a, [converted(c) for c in self.c], converted(self.dy), converted(self.dlogdet))
+        return Sample(
+            converted(self.x),
+            a,
+            [converted(c) for c in self.c],
+            converted(self.dy),
+            converted(self.dlogdet),
+        )
 
 
-def draw_samples(kind: str, workload: Workload, dtype: torch.dtype, device: torch.device) -> list[Sample]:
-    """Inputs to rotate through: on a GPU as many as it takes for one not to find itself in the L2 cache, on a CPU one."""
+def draw_samples(
+    kind: str, workload: Workload, dtype: torch.dtype, device: torch.device
+) -> list[Sample]:
+    """Inputs to rotate through: on a GPU as many as it takes for one not to find itself in the L2
+    cache, on a CPU one.
+    """
     batch, channels, *spatial = workload.shape
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-        return values.contiguous(memory_format=torch.channels_last) if workload.channels_last and len(shape) == 4 else values
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(
+            dtype
+        )
+        return (
+            values.contiguous(memory_format=torch.channels_last)
+            if workload.channels_last and len(shape) == 4
+            else values
+        )
 
     def draw() -> Sample:
         alone = kind != "flow"  # a whole flow's input is the features, which need no gradient
@@ -72,20 +91,25 @@ class _Handed(nn.Module):
     """A subnet without cost: it hands over a stored tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Compiled, a tensor from outside could not be overwritten within a CUDA graph, as stock blocks do with their subnet's output. The
-        # copy is fused away by the compiler. Eager calls are given copies that were made beforehand.
+        # Compiled, a tensor from outside could not be overwritten within a CUDA graph, as stock
+        # blocks do with their subnet's output. The copy is fused away by the compiler. Eager calls
+        # are given copies that were made beforehand.
         return self.a.clone() if torch.compiler.is_compiling() else self.a
 
 
 class Alone(nn.Module):
     """A block without its subnet's cost: ``(x, a, *conditions) -> (y, logdet)``."""
 
-    def __init__(self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]) -> None:
+    def __init__(
+        self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]
+    ) -> None:
         super().__init__()
         _, channels, *_ = workload.shape
         self.handed = _Handed()
         dims_c = [(width, *declared) for width in workload.conditions]
-        self.block = build([(channels, *declared)], dims_c, lambda *_: self.handed, **workload.options)
+        self.block = build(
+            [(channels, *declared)], dims_c, lambda *_: self.handed, **workload.options
+        )
 
     def forward(self, x: Tensor, a: Tensor, *c: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         self.handed.a = a
@@ -96,14 +120,23 @@ class Alone(nn.Module):
 class Chain(nn.Module):
     """A whole flow with its real subnets: ``(x, *conditions) -> (z, logdet)``."""
 
-    def __init__(self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]) -> None:
+    def __init__(
+        self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]
+    ) -> None:
         super().__init__()
         _, channels, *_ = workload.shape
-        conditional = workload.steps if workload.conditional_steps is None else workload.conditional_steps
+        conditional = (
+            workload.steps if workload.conditional_steps is None else workload.conditional_steps
+        )
         dims_c = [(width, *declared) for width in workload.conditions]
         self.flow = SequenceFlow(
             [
-                build([(channels, *declared)], dims_c if i < conditional else [], _subnet(workload, i), **workload.options)
+                build(
+                    [(channels, *declared)],
+                    dims_c if i < conditional else [],
+                    _subnet(workload, i),
+                    **workload.options,
+                )
                 for i in range(workload.steps)
             ]
         )
@@ -120,15 +153,22 @@ def _subnet(workload: Workload, step: int) -> Callable[[int, int], nn.Module]:
 
     def linear(features_in: int, features_out: int) -> nn.Module:
         hidden = int(workload.hidden * features_in)
-        return nn.Sequential(nn.Linear(features_in, hidden), nn.ReLU(), nn.Linear(hidden, features_out))
+        return nn.Sequential(
+            nn.Linear(features_in, hidden), nn.ReLU(), nn.Linear(hidden, features_out)
+        )
 
     return linear
 
 
-def build_model(kind: str, workload: Workload, build: Callable[..., nn.Module], dialect: str) -> nn.Module:
+def build_model(
+    kind: str, workload: Workload, build: Callable[..., nn.Module], dialect: str
+) -> nn.Module:
     """A block alone or a whole flow, in float32, its random numbers seeded."""
-    # A declared shape that is not the real one is possible only where the input's shape is not checked.
-    declared = workload.declared if workload.declared and dialect == "anomalib" else workload.shape[2:]
+    # A declared shape that is not the real one is possible only where the input's shape is not
+    # checked.
+    declared = (
+        workload.declared if workload.declared and dialect == "anomalib" else workload.shape[2:]
+    )
     torch.manual_seed(0)
     with rotations_drawn_once():
         model = (Chain if kind == "flow" else Alone)(build, workload, tuple(declared))
@@ -142,7 +182,14 @@ def build_model(kind: str, workload: Workload, build: Callable[..., nn.Module], 
 class Subject:
     """One provider's model on samples, with the weights of ``like``."""
 
-    def __init__(self, kind: str, workload: Workload, provider: Provider, samples: list[Sample], like: nn.Module) -> None:
+    def __init__(
+        self,
+        kind: str,
+        workload: Workload,
+        provider: Provider,
+        samples: list[Sample],
+        like: nn.Module,
+    ) -> None:
         build, self.class_name = block_class(provider)
         self.provider, self.samples, self.next = provider, samples, 0
         self.model = build_model(kind, workload, build, provider.dialect)
@@ -150,7 +197,8 @@ class Subject:
         self.model.to(samples[0].x.device, samples[0].x.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.call = {rev: partial(self.model, rev=rev) for rev in (False, True)}
-        with torch.no_grad():  # eager, whatever follows: a block that cannot run is not worth compiling
+        # eager, whatever follows: a block that cannot run is not worth compiling
+        with torch.no_grad():
             self.logdet_dtype = self.model(*self._arguments(samples[0]))[1].dtype
         if provider.execution != "eager":
             self._speed_up(provider)
@@ -158,17 +206,25 @@ class Subject:
     def _speed_up(self, provider: Provider) -> None:
         if provider.ours and provider.execution == "graphs":
             self.graphed = _graphed(self.model, self._arguments(self.samples[0]))
-            self.call = {rev: _captured(partial(self.model, rev=rev), self._arguments(self.samples[0])) for rev in (False, True)}
+            self.call = {
+                rev: _captured(partial(self.model, rev=rev), self._arguments(self.samples[0]))
+                for rev in (False, True)
+            }
             return
         mode = "reduce-overhead" if provider.execution == "graphs" else None
         compiled = torch.compile(self.model, dynamic=False, fullgraph=provider.ours, mode=mode)
         self.call = {rev: partial(compiled, rev=rev) for rev in (False, True)}
 
     def ready(self, mode: str, calls: int) -> list[Callable[[], Any]]:
-        """Calls that can be timed in a row, each with the next inputs; all that does not belong to the mode is done before."""
+        """Calls that can be timed in a row, each with the next inputs; all that does not belong to
+        the mode is done before.
+        """
         graphs = self.provider.execution == "graphs"
         if graphs and mode == "backward":
-            raise NotHere("a CUDA graph's forward holds one call's results: backward alone cannot be timed in a row")
+            raise NotHere(
+                "a CUDA graph's forward holds one call's results: backward alone cannot be timed "
+                "in a row"
+            )
         return [self._ready(mode, self._rotate(), graphs) for _ in range(calls)]
 
     def _rotate(self) -> Sample:
@@ -177,7 +233,9 @@ class Subject:
 
     def _ready(self, mode: str, sample: Sample, graphs: bool) -> Callable[[], Any]:
         arguments, dlogdet = self._arguments(sample), sample.dlogdet.to(self.logdet_dtype)
-        inputs = [t for t in (sample.x, sample.a) if t is not None and t.requires_grad] + self.parameters
+        inputs = [
+            t for t in (sample.x, sample.a) if t is not None and t.requires_grad
+        ] + self.parameters
         forward = getattr(self, "graphed", self.call[False])
 
         def backward(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
@@ -211,15 +269,25 @@ class Subject:
         return (sample.x, *(() if sample.a is None else (_Copy.apply(sample.a),)), *sample.c)
 
     def kept(self) -> int:
-        """Bytes allocated between forward and backward: of a single block, or of a whole flow with its subnets."""
-        arguments, leave_out = self._arguments(self.samples[0]), [m for m in self.model.modules() if isinstance(m, _Handed)]
+        """Bytes allocated between forward and backward: of a single block, or of a whole flow with
+        its subnets.
+        """
+        arguments, leave_out = (
+            self._arguments(self.samples[0]),
+            [m for m in self.model.modules() if isinstance(m, _Handed)],
+        )
         return bytes_kept_for_backward(self.model, lambda: self.call[False](*arguments), leave_out)
 
     def _names(self, mode: str) -> list[str]:
         if mode in ("forward", "inverse"):
             return ["output", "log-det"]
         inputs = ["dx", "da"] if self.samples[0].a is not None else []
-        return ["output", "log-det", *inputs, *(f"d{name}" for name, p in self.model.named_parameters() if p.requires_grad)]
+        return [
+            "output",
+            "log-det",
+            *inputs,
+            *(f"d{name}" for name, p in self.model.named_parameters() if p.requires_grad),
+        ]
 
 
 class _Copy(Function):
@@ -246,7 +314,9 @@ class _Positional(nn.Module):
 
 
 def _graphed(model: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """A model whose forward and backward are recorded once each. Its inputs are overwritten, hence the copies."""
+    """A model whose forward and backward are recorded once each. Its inputs are overwritten, hence
+    the copies.
+    """
     static = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in arguments)
     return torch.cuda.make_graphed_callables(_Positional(model), static, allow_unused_input=True)
 
@@ -257,7 +327,8 @@ def _captured(call: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Callab
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):  # what compiles or allocates on its first call must have done so before it is recorded
+        # what compiles or allocates on its first call must have done so before it is recorded
+        for _ in range(3):
             call(*static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

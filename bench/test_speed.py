@@ -2,8 +2,9 @@
 
     make bench BENCH_ARGS="--workloads fastflow-wrn50 --modes train"
 
-The providers of a group are timed together, in turn, when its first test runs; each test then hands its own samples to pytest-benchmark,
-whose table and JSON so hold the measured figures. Everything else about a figure is in the rows (bench/records.py).
+The providers of a group are timed together, in turn, when its first test runs; each test then hands
+its own samples to pytest-benchmark, whose table and JSON so hold the measured figures. Everything
+else about a figure is in the rows (bench/records.py).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Replay:
 REPLAY = Replay()
 
 
-def report(benchmark: Any, run: Run, kind: str, workload: Workload, mode: str, dtype: str, provider: str) -> None:
+def report(
+    benchmark: Any, run: Run, kind: str, workload: Workload, mode: str, dtype: str, provider: str
+) -> None:
     outcome = run.outcome(kind, workload, mode, dtype, provider)
     if outcome is None:
         pytest.skip("the budget is spent")
@@ -52,18 +55,24 @@ def report(benchmark: Any, run: Run, kind: str, workload: Workload, mode: str, d
 
 
 @pytest.mark.benchmark(timer=REPLAY)
-def test_block(benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str) -> None:
+def test_block(
+    benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str
+) -> None:
     """One block without its subnet's cost."""
     report(benchmark, run, "block", workload, mode, dtype, provider)
 
 
 @pytest.mark.benchmark(timer=REPLAY)
-def test_flow(benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str) -> None:
+def test_flow(
+    benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str
+) -> None:
     """A whole flow with its real subnets."""
     report(benchmark, run, "flow", workload, mode, dtype, provider)
 
 
 @pytest.mark.benchmark(timer=REPLAY)
-def test_sweep(benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str) -> None:
+def test_sweep(
+    benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str
+) -> None:
     """One block as batch, channels and pixels grow."""
     report(benchmark, run, "sweep", workload, mode, dtype, provider)

@@ -18,12 +18,19 @@ from bench.textures import Example
 COLUMNS = ("image", "true defect", "heat map\nstock", "heat map\nours")
 
 
-def save_picture(path: Path, textures: Sequence[tuple[str, list[Example], Tensor, Tensor]], numbers: dict, kinds: Sequence[str]) -> None:
-    """Draw one example of each texture and defect: image, defect, heat map of stock, heat map of ours.
+def save_picture(
+    path: Path,
+    textures: Sequence[tuple[str, list[Example], Tensor, Tensor]],
+    numbers: dict,
+    kinds: Sequence[str],
+) -> None:
+    """Draw one example of each texture and defect: image, defect, heat map of stock, heat map of
+    ours.
 
     Args:
         path: The PNG to write.
-        textures: Per texture its name, its test examples, and the heat maps (B, H, W) of stock and ours.
+        textures: Per texture its name, its test examples, and the heat maps (B, H, W) of stock and
+            ours.
         numbers: The demo's summary, for the title.
         kinds: The kinds of defect, in the order of the rows.
     """
@@ -35,21 +42,44 @@ def save_picture(path: Path, textures: Sequence[tuple[str, list[Example], Tensor
         heat = _draw_texture(block, texture, kinds, scale, numbers["textures"][texture[0]])
     bar = figure.add_axes((0.3, 0.055, 0.4, 0.016))
     figure.colorbar(heat, cax=bar, orientation="horizontal")
-    bar.set_title("anomaly score: 1 - likelihood of the features under the flow; one scale for all heat maps", fontsize=9, pad=4)
+    bar.set_title(
+        "anomaly score: 1 - likelihood of the features under the flow; one scale for all heat maps",
+        fontsize=9,
+        pad=4,
+    )
     bar.tick_params(labelsize=8)
     figure.text(0.5, 0.965, _headline(), ha="center", va="center", fontsize=14, weight="bold")
     figure.text(0.5, 0.928, _key_numbers(numbers), ha="center", va="center", fontsize=11)
     figure.text(
-        0.5, 0.9, f"stock: {numbers['settings']['stock']}   |   {numbers['machine']}", ha="center", va="center", fontsize=8, color="0.4"
+        0.5,
+        0.9,
+        f"stock: {numbers['settings']['stock']}   |   {numbers['machine']}",
+        ha="center",
+        va="center",
+        fontsize=8,
+        color="0.4",
     )
     figure.savefig(path)
     plt.close(figure)
 
 
-def _draw_texture(block: SubFigure, texture: tuple, kinds: Sequence[str], scale: tuple[float, float], numbers: dict) -> AxesImage:
+def _draw_texture(
+    block: SubFigure,
+    texture: tuple,
+    kinds: Sequence[str],
+    scale: tuple[float, float],
+    numbers: dict,
+) -> AxesImage:
     """Draw the rows of one texture; returns the last heat map's image, for the colour bar."""
     name, examples, stock, ours = texture
-    margins = {"wspace": 0.04, "hspace": 0.04, "left": 0.07, "right": 0.985, "top": 0.8, "bottom": 0.115}
+    margins = {
+        "wspace": 0.04,
+        "hspace": 0.04,
+        "left": 0.07,
+        "right": 0.985,
+        "top": 0.8,
+        "bottom": 0.115,
+    }
     axes = block.subplots(len(kinds), len(COLUMNS), gridspec_kw=margins)
     auroc = numbers["pixel_auroc"]
     title = f"{name}: pixel AUROC {auroc['stock']:.3f} stock, {auroc['ours']:.3f} ours"
@@ -70,7 +100,9 @@ def _draw_texture(block: SubFigure, texture: tuple, kinds: Sequence[str], scale:
 
 
 def _common_scale(textures: Sequence[tuple]) -> tuple[float, float]:
-    """One colour scale for every heat map, from the lowest score to the highest, so that equal colours are equal scores."""
+    """One colour scale for every heat map, from the lowest score to the highest, so that equal
+    colours are equal scores.
+    """
     scores = [1 + heat_map for _, _, stock, ours in textures for heat_map in (stock, ours)]
     return min(s.min().item() for s in scores), max(s.max().item() for s in scores)
 
@@ -86,6 +118,7 @@ def _key_numbers(numbers: dict) -> str:
     return (
         f"largest difference of the losses {largest:.0e}   |   "
         f"step {times['stock'] * 1e3:.0f} ms stock, {times['ours'] * 1e3:.0f} ms ours   |   "
-        f"kept for backward {kept['stock']['whole'] / 1e6:.0f} MB stock, {kept['ours']['whole'] / 1e6:.0f} MB ours   |   "
+        f"kept for backward {kept['stock']['whole'] / 1e6:.0f} MB stock, "
+        f"{kept['ours']['whole'] / 1e6:.0f} MB ours   |   "
         f"pixel AUROC {auroc['stock']:.3f} stock, {auroc['ours']:.3f} ours"
     )

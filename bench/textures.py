@@ -1,7 +1,9 @@
-"""Photographs of textures, clean crops of them to train on, and held-out crops with painted defects to test on.
+"""Photographs of textures, clean crops of them to train on, and held-out crops with painted defects
+to test on.
 
-The photographs (brick, grass, gravel) come inside scikit-image's wheel, so nothing is downloaded. Training crops are cut from the
-left part of a photograph and test crops from the right part: no pixel is in both.
+The photographs (brick, grass, gravel) come inside scikit-image's wheel, so nothing is downloaded.
+Training crops are cut from the left part of a photograph and test crops from the right part: no
+pixel is in both.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def load_photograph(name: str) -> np.ndarray:
     path = Path(skimage.__file__).parent / "data" / f"{name}.png"
     if not path.exists():
         raise FileNotFoundError(
-            f"scikit-image {skimage.__version__} ships no {path.name} (looked in {path.parent}); install scikit-image 0.26"
+            f"scikit-image {skimage.__version__} ships no {path.name} (looked in {path.parent}); "
+            "install scikit-image 0.26"
         )
     return skimage.io.imread(path).astype(np.float32) / 255
 
@@ -66,8 +69,12 @@ def training_crops(photograph: np.ndarray, count: int, rng: np.random.Generator)
     return torch.from_numpy(np.stack(crops))
 
 
-def test_examples(name: str, photographs: dict[str, np.ndarray], per_kind: int, rng: np.random.Generator) -> list[Example]:
-    """Cut held-out crops of a photograph and paint the defects: ``per_kind`` examples of each of DEFECTS, spread over the test part."""
+def test_examples(
+    name: str, photographs: dict[str, np.ndarray], per_kind: int, rng: np.random.Generator
+) -> list[Example]:
+    """Cut held-out crops of a photograph and paint the defects: ``per_kind`` examples of each of
+    DEFECTS, spread over the test part.
+    """
     photograph = photographs[name]
     others = [photographs[other] for other in photographs if other != name]
     examples = []
@@ -95,12 +102,16 @@ def _paint(kind: str, clean: np.ndarray, other: np.ndarray, rng: np.random.Gener
 
 
 def _like(texture: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Give a texture the brightness and contrast of another, so that only its structure gives it away."""
+    """Give a texture the brightness and contrast of another, so that only its structure gives it
+    away.
+    """
     return (texture - texture.mean()) / texture.std() * target.std() + target.mean()
 
 
 def _scratch(rng: np.random.Generator) -> np.ndarray:
-    """Opacity of a bent line, 2 to 4 pixels wide and 60 to 120 long, at a random place and angle."""
+    """Opacity of a bent line, 2 to 4 pixels wide and 60 to 120 long, at a random place and
+    angle.
+    """
     length, angle = rng.uniform(60, 120), rng.uniform(0, np.pi)
     along = np.array([np.sin(angle), np.cos(angle)])
     across = np.array([along[1], -along[0]])

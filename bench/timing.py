@@ -1,4 +1,6 @@
-"""Times of several subjects in one interleaved run: on a GPU the device's own and those of the calls, on a CPU the wall clock's."""
+"""Times of several subjects in one interleaved run: on a GPU the device's own and those of the
+calls, on a CPU the wall clock's.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-# Seconds of calls in a row that one sample averages over: small inputs are measured as a loop runs them, not from cold.
+# Seconds of calls in a row that one sample averages over: small inputs are measured as a loop runs
+# them, not from cold.
 SPAN = {"cpu": 10e-3, "cuda": 3e-3}
 MOST_CALLS = 64
 HEAD_START = 1 << 30  # bytes of one write ahead of a sample of the device's time
 QUEUED = 4e-3  # seconds of calls that are queued behind such writes
-COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes copied to measure the bandwidth: far above any cache
+# bytes copied to measure the bandwidth: far above any cache
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}
 
 
 class Timeable(Protocol):
@@ -33,7 +37,8 @@ class Times:
     """Seconds per call, one entry per repetition.
 
     Attributes:
-        seconds: On a GPU the device's own time, see :func:`device_time`. On a CPU by the wall clock.
+        seconds: On a GPU the device's own time, see :func:`device_time`. On a CPU by the wall
+            clock.
         wall: As called: by the wall clock on both, until the device is done.
         hidden: Whether Python was hidden from all of the GPU's own times.
     """
@@ -51,29 +56,40 @@ def interleaved(
     most_seconds: float,
     most_calls: int = MOST_CALLS,
 ) -> dict[str, Times]:
-    """Time every subject once per repetition, in turn, so that what slows the machine for a while slows all of them.
+    """Time every subject once per repetition, in turn, so that what slows the machine for a while
+    slows all of them.
 
     Args:
         subjects: By name.
         mode: Passed to ``ready``.
         device: Whose clock counts.
-        repeats: The least and the most repetitions; between them it is what fits into ``most_seconds``.
+        repeats: The least and the most repetitions; between them it is what fits into
+            ``most_seconds``.
         most_seconds: See ``repeats``.
         most_calls: Calls in a row of one sample, at most.
     """
     began = time.perf_counter()
-    calls = {name: _calls_in_a_row(subject, mode, device, most_calls) for name, subject in subjects.items()}
+    calls = {
+        name: _calls_in_a_row(subject, mode, device, most_calls)
+        for name, subject in subjects.items()
+    }
     spent = time.perf_counter() - began
     began = time.perf_counter()
     times = {name: Times() for name in subjects}
     least, most = repeats
     for done in range(most):
-        if done >= least and (time.perf_counter() - began) * (done + 1) / done > max(most_seconds - spent, 0.0):
+        if done >= least and (time.perf_counter() - began) * (done + 1) / done > max(
+            most_seconds - spent, 0.0
+        ):
             break
         for name, subject in subjects.items():
             wall = wall_time(subject.ready(mode, calls[name]), device)
             times[name].wall.append(wall)
-            seconds, hidden = device_time(subject, mode, calls[name], wall) if device.type == "cuda" else (wall, True)
+            seconds, hidden = (
+                device_time(subject, mode, calls[name], wall)
+                if device.type == "cuda"
+                else (wall, True)
+            )
             times[name].seconds.append(seconds)
             times[name].hidden &= hidden
     return times
@@ -83,7 +99,9 @@ def _calls_in_a_row(subject: Timeable, mode: str, device: torch.device, most: in
     """As many as fill SPAN, a power of two; the first calls warm up."""
     wall_time(subject.ready(mode, 1), device)
     calls = 1
-    while calls < most and wall_time(subject.ready(mode, calls), device) * calls < SPAN[device.type]:
+    while (
+        calls < most and wall_time(subject.ready(mode, calls), device) * calls < SPAN[device.type]
+    ):
         calls *= 2
     return calls
 
@@ -101,10 +119,11 @@ def wall_time(ready: Sequence[Callable[[], Any]], device: torch.device) -> float
 
 
 def device_time(subject: Timeable, mode: str, calls: int, wall: float) -> tuple[float, bool]:
-    """Seconds per call on the GPU alone, and whether what Python and the launches take was hidden, as is meant.
+    """Seconds per call on the GPU alone, and whether what Python and the launches take was hidden,
+    as is meant.
 
-    The calls are queued behind writes that take longer than queueing does, so that the GPU finds each launch ready. The writes also
-    empty the L2 cache.
+    The calls are queued behind writes that take longer than queueing does, so that the GPU finds
+    each launch ready. The writes also empty the L2 cache.
 
     Args:
         subject, mode: What is called.
@@ -113,14 +132,17 @@ def device_time(subject: Timeable, mode: str, calls: int, wall: float) -> tuple[
     """
     calls = max(1, min(calls, int(QUEUED / wall)))
     found = (0.0, False)
-    for patience in (1.5, 3.0):  # of a subject that waits for the device itself nothing can be hidden
+    # of a subject that waits for the device itself nothing can be hidden
+    for patience in (1.5, 3.0):
         if not found[1]:
             found = _queued(subject.ready(mode, calls), patience * wall * calls)
     return found
 
 
 def _queued(ready: Sequence[Callable[[], Any]], delay: float) -> tuple[float, bool]:
-    """Seconds per call of calls that are queued while the GPU is busy for ``delay`` seconds, and whether it was for long enough."""
+    """Seconds per call of calls that are queued while the GPU is busy for ``delay`` seconds, and
+    whether it was for long enough.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     writes = math.ceil(delay / _write_seconds())
     with _no_collector():
@@ -177,7 +199,9 @@ class _Copy:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written together, of a large copy on this device with the threads that torch uses."""
+    """Bytes per second, read and written together, of a large copy on this device with the threads
+    that torch uses.
+    """
     copy = _Copy(device)
     times = interleaved({"copy": copy}, "", device, (5, 25), 0.5)["copy"]
     return 2 * copy.source.nbytes / statistics.median(times.seconds)

@@ -1,10 +1,12 @@
-"""The kernels with other values of the constants that cut their work: the questions of TUNING.md that a GPU can answer by itself.
+"""The kernels with other values of the constants that cut their work: the questions of TUNING.md
+that a GPU can answer by itself.
 
     python -m bench.tune [--only rows,tile] [--out FILE.jsonl]
 
-All variants are compiled first, on all cores. Then the settings of a question are timed in turn on one workload, as the benchmarks are
-(bench/timing.py): the device's own time, inputs that have left the L2. A row is written for each as it is measured, and a table at the
-end says what every setting takes, as a multiple of the present one.
+All variants are compiled first, on all cores. Then the settings of a question are timed in turn on
+one workload, as the benchmarks are (bench/timing.py): the device's own time, inputs that have left
+the L2. A row is written for each as it is measured, and a table at the end says what every setting
+takes, as a multiple of the present one.
 """
 
 from __future__ import annotations
@@ -72,9 +74,24 @@ _ROWS = ("cflow/1", "cflow large batch", "tabular", "hyperspectral")
 QUESTIONS = (
     Question("rows", _rows("BACKWARD_ROWS"), _ROWS, ("backward", "reversible")),
     Question("forward-rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
-    Question("tile", _tried("launch", "TILE_BYTES", 4096, 2048, 8192), _PLANES, ("forward", "backward", "inverse", "reversible")),
-    Question("columns", _tried("coupling", "_COLUMNS_BWD", 64, 32, 128), ("fastflow-wrn50/1", "fastflow-wrn50/3"), ("backward",)),
-    Question("sums", _tried("reduce", "_SUMS_BLOCK_K", 256, 64, 128, 512), ("fastflow-cait", "fastflow-r18/3", "tabular"), ("backward",)),
+    Question(
+        "tile",
+        _tried("launch", "TILE_BYTES", 4096, 2048, 8192),
+        _PLANES,
+        ("forward", "backward", "inverse", "reversible"),
+    ),
+    Question(
+        "columns",
+        _tried("coupling", "_COLUMNS_BWD", 64, 32, 128),
+        ("fastflow-wrn50/1", "fastflow-wrn50/3"),
+        ("backward",),
+    ),
+    Question(
+        "sums",
+        _tried("reduce", "_SUMS_BLOCK_K", 256, 64, 128, 512),
+        ("fastflow-cait", "fastflow-r18/3", "tabular"),
+        ("backward",),
+    ),
 )
 
 
@@ -86,7 +103,10 @@ def _module(name: str) -> ModuleType:
 
 def label(setting: tuple[Setting, ...]) -> str:
     """The constants' values, as rows name them."""
-    return ", ".join(f"{constant}={tuple(value) if isinstance(value, tuple) else value}" for _, constant, value in setting)
+    return ", ".join(
+        f"{constant}={tuple(value) if isinstance(value, tuple) else value}"
+        for _, constant, value in setting
+    )
 
 
 @contextlib.contextmanager
@@ -108,7 +128,9 @@ def _forget() -> None:
 
 
 class Variant:
-    """The launches of one workload with other values of constants: ``ready`` prepares them, the calls only launch."""
+    """The launches of one workload with other values of constants: ``ready`` prepares them, the
+    calls only launch.
+    """
 
     def __init__(self, setting: tuple[Setting, ...], passes: Passes) -> None:
         self.setting, self.passes = setting, passes
@@ -126,7 +148,13 @@ def jobs(only: Iterable[str] = (), chosen: Iterable[Question] = QUESTIONS) -> li
     """The (question, setting, workload, dtype), the settings of one case in a row."""
     known = {workload.name: workload for workload in workloads("block", on_cpu=False)}
     asked = [question for question in chosen if not only or question.name in only]
-    return [(q, setting, known[name], dtype) for q in asked for name in q.workloads for dtype in DTYPES for setting in q.settings]
+    return [
+        (q, setting, known[name], dtype)
+        for q in asked
+        for name in q.workloads
+        for dtype in DTYPES
+        for setting in q.settings
+    ]
 
 
 def name_of(job: Job) -> str:
@@ -137,12 +165,16 @@ def name_of(job: Job) -> str:
 def compile_variant(job: Job, device: str) -> None:
     """Launch everything once, so that Triton's cache has it."""
     question, setting, workload, dtype = job
-    variant = Variant(setting, Passes(workload, getattr(torch, dtype), torch.device(device), most=1))
+    variant = Variant(
+        setting, Passes(workload, getattr(torch, dtype), torch.device(device), most=1)
+    )
     for mode in question.passes:
         variant.ready(mode, 0)
 
 
-def measure(todo: list[Job], device: torch.device, keep: Callable[[Row], None], say: Callable[[str], None]) -> None:
+def measure(
+    todo: list[Job], device: torch.device, keep: Callable[[Row], None], say: Callable[[str], None]
+) -> None:
     """Time all settings of each case in turn, and hand over a row for each."""
     cases: dict[tuple[str, str, str], list[Job]] = defaultdict(list)
     for job in todo:
@@ -171,29 +203,50 @@ def measure(todo: list[Job], device: torch.device, keep: Callable[[Row], None], 
                         "ratio": medians[value] / medians[present],
                     }
                 )
-            say(f"{asked} {name} {mode} {dtype}: " + "; ".join(f"{v} {t * 1e6:,.1f} us" for v, t in medians.items()))
+            say(
+                f"{asked} {name} {mode} {dtype}: "
+                + "; ".join(f"{v} {t * 1e6:,.1f} us" for v, t in medians.items())
+            )
     _forget()
 
 
 def table(rows: list[Row]) -> str:
-    """For each setting and pass: time as a multiple of the present one's, geometric mean, least and largest over all cases."""
+    """For each setting and pass: time as a multiple of the present one's, geometric mean, least and
+    largest over all cases.
+    """
     ratios: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         ratios[row["provider"], row["mode"]].append(row)
-    lines = ["| setting | pass | mean of the present one's time | least | largest, where |", "|---|---|---:|---:|---|"]
+    lines = [
+        "| setting | pass | mean of the present one's time | least | largest, where |",
+        "|---|---|---:|---:|---|",
+    ]
     for (provider, mode), alike in ratios.items():
         mean = math.exp(statistics.fmean(math.log(row["ratio"]) for row in alike))
         least, most = (pick(alike, key=lambda row: row["ratio"]) for pick in (min, max))
         lines.append(
-            f"| {provider} | {mode} | {mean:.3f} | {least['ratio']:.3f} | {most['ratio']:.3f}, {most['workload']}, {most['dtype']} |"
+            f"| {provider} | {mode} | {mean:.3f} | {least['ratio']:.3f} | {most['ratio']:.3f}, "
+            f"{most['workload']}, {most['dtype']} |"
         )
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune", description="Time the kernels with other values of their constants.")
-    parser.add_argument("--only", default="", help=f"questions, of {','.join(q.name for q in QUESTIONS)} (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("out/tune.jsonl"), help="a .jsonl file to append the rows to")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune",
+        description="Time the kernels with other values of their constants.",
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"questions, of {','.join(q.name for q in QUESTIONS)} (default: all)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/tune.jsonl"),
+        help="a .jsonl file to append the rows to",
+    )
     options = parser.parse_args(arguments)
     only = [name for name in options.only.split(",") if name]
     if unknown := set(only) - {question.name for question in QUESTIONS}:

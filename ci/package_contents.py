@@ -18,16 +18,33 @@ def main(source: Path, dist: Path) -> None:
 
     files = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     (metadata,) = {name.split("/")[0] for name in files} - {PACKAGE}
-    inside, wanted = ({name for name in names if name.startswith(f"{PACKAGE}/")} for names in (files, tracked))
-    expect(inside == wanted, f"the package as it is in the source; they differ in {sorted(inside ^ wanted)}")
+    inside, wanted = (
+        {name for name in names if name.startswith(f"{PACKAGE}/")} for names in (files, tracked)
+    )
+    expect(
+        inside == wanted,
+        f"the package as it is in the source; they differ in {sorted(inside ^ wanted)}",
+    )
     expect(f"{PACKAGE}/py.typed" in inside, "py.typed in the wheel")
-    expect(f"{metadata}/licenses/LICENSE" in files, f"the licence in the wheel, got {sorted(files - inside)}")
+    expect(
+        f"{metadata}/licenses/LICENSE" in files,
+        f"the licence in the wheel, got {sorted(files - inside)}",
+    )
 
     with tarfile.open(sdist) as archive:
         names = {member.name.split("/", 1)[1] for member in archive.getmembers() if member.isfile()}
-    names = {name for name in names if not name.startswith(f"{PACKAGE}.egg-info/")} - {"PKG-INFO", "setup.cfg"}
-    expect(tracked <= names, f"all files in the source distribution; missing, or left in the checkout: {sorted(tracked - names)}")
-    expect(names <= tracked, f"nothing else in the source distribution, got {sorted(names - tracked)}")
+    names = {name for name in names if not name.startswith(f"{PACKAGE}.egg-info/")} - {
+        "PKG-INFO",
+        "setup.cfg",
+    }
+    expect(
+        tracked <= names,
+        "all files in the source distribution; missing, or left in the checkout: "
+        f"{sorted(tracked - names)}",
+    )
+    expect(
+        names <= tracked, f"nothing else in the source distribution, got {sorted(names - tracked)}"
+    )
     print(f"{wheel.name}: {len(files)} files; {sdist.name}: {len(names)} files")
 
 

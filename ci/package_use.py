@@ -1,4 +1,6 @@
-"""Use the installed package as its users do: ``python ci/package_use.py alone|freia``, run outside of the checkout."""
+"""Use the installed package as its users do: ``python ci/package_use.py alone|freia``, run outside
+of the checkout.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import fastflow_kernels
 from fastflow_kernels import AllInOneBlock, accelerate, report, restore
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-assert CHECKOUT not in Path(fastflow_kernels.__file__).resolve().parents, "the checkout was imported, not the installed package"
+assert CHECKOUT not in Path(fastflow_kernels.__file__).resolve().parents, (
+    "the checkout was imported, not the installed package"
+)
 
 
 def subnet(channels_in: int, channels_out: int) -> torch.nn.Module:
@@ -29,7 +33,9 @@ def alone() -> None:
         (back,), minus = block([y], rev=True)
     torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(minus, -logdet, atol=1e-2, rtol=1e-4)
-    assert not {"numpy", "scipy", "FrEIA", "anomalib"} & {name for name in sys.modules if "." not in name}
+    assert not {"numpy", "scipy", "FrEIA", "anomalib"} & {
+        name for name in sys.modules if "." not in name
+    }
 
 
 def freia() -> None:

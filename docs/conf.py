@@ -1,4 +1,6 @@
-"""Sphinx's settings: pages in Markdown (MyST), the API from Google-style docstrings, the furo theme. ``make docs`` builds the site."""
+"""Sphinx's settings: pages in Markdown (MyST), the API from Google-style docstrings, the furo
+theme. ``make docs`` builds the site.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 100
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"fastflow_kernels\.reversible\.Reversible"),  # what ReversibleSequence shares with chains made so by accelerate
+    # what ReversibleSequence shares with chains made so by accelerate
+    ("py:class", r"fastflow_kernels\.reversible\.Reversible"),
     ("py:class", r"(torch|collections|nn|typing)\..*|Tensor|Path|optional"),
     ("py:.*", r"FrEIA\..*|(fastflow_kernels\.)?(eager|permutations\._|functional\._).*"),
 ]
@@ -43,7 +46,9 @@ html_math_renderer = "mathml"
 
 
 def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
-    """``(B, C, *S)`` in a docstring is no emphasis; examples and what stands in double backquotes stay as they are."""
+    """``(B, C, *S)`` in a docstring is no emphasis; examples and what stands in double backquotes
+    stay as they are.
+    """
     for i, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             parts = line.split("``")
@@ -52,7 +57,9 @@ def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def _constructor(app, what, name, obj, options, signature, returns) -> tuple[str, str] | None:
-    """A class's arguments as its ``__init__`` has them; ours have a ``__new__`` that takes anything."""
+    """A class's arguments as its ``__init__`` has them; ours have a ``__new__`` that takes
+    anything.
+    """
     if what != "class" or "__init__" not in vars(obj):
         return None
     own = inspect.signature(obj.__init__)

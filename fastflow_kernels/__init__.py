@@ -1,8 +1,19 @@
-"""Fused affine coupling blocks for normalizing flows: a drop-in AllInOneBlock for anomalib and FrEIA models."""
+"""Fused affine coupling blocks for normalizing flows: a drop-in AllInOneBlock for anomalib and
+FrEIA models.
+"""
 
 from fastflow_kernels.modules import AllInOneBlock, InvertibleModule
 from fastflow_kernels.patch import Report, accelerate, report, restore
 from fastflow_kernels.reversible import ReversibleSequence
 
 __version__ = "0.1.0"
-__all__ = ["AllInOneBlock", "InvertibleModule", "Report", "ReversibleSequence", "__version__", "accelerate", "report", "restore"]
+__all__ = [
+    "AllInOneBlock",
+    "InvertibleModule",
+    "Report",
+    "ReversibleSequence",
+    "__version__",
+    "accelerate",
+    "report",
+    "restore",
+]

@@ -1,7 +1,7 @@
 """Classes of ours that count as another library's, once that is imported.
 
-Containers ask ``isinstance(module, theirs)``. Importing their library to derive from its class would cost every user that import, and
-FrEIA's brings SciPy.
+Containers ask ``isinstance(module, theirs)``. Importing their library to derive from its class
+would cost every user that import, and FrEIA's brings SciPy.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 
 def adopt(cls: type, module: str, name: str) -> None:
-    """Make a class of another module a base of ``cls``: now if that module is imported, else right after it has been.
+    """Make a class of another module a base of ``cls``: now if that module is imported, else right
+    after it has been.
 
-    Instances that exist by then are instances of it, too. Where the other class changes, because its module is imported anew, the new one
-    takes the place of the old one at the next call.
+    Instances that exist by then are instances of it, too. Where the other class changes, because
+    its module is imported anew, the new one takes the place of the old one at the next call.
 
     Args:
         cls: The class of ours; it defines all that the other one does.
@@ -47,18 +48,23 @@ def _adopt(module: ModuleType) -> None:
     replaced = tuple(base for base in bases if not issubclass(theirs, base))
     try:
         cls.__bases__ = (*replaced, theirs)
-    except TypeError:  # a class of the same name that has nothing to do with modules, or does not fit ours
+    except TypeError:
+        # a class of the same name that has nothing to do with modules, or does not fit ours
         return
     _adopted[cls] = theirs
 
 
 class _Finder(MetaPathFinder):
-    """Stands first among the finders until the modules that are waited for have come: finds nothing itself, but looks at what they find."""
+    """Stands first among the finders until the modules that are waited for have come: finds nothing
+    itself, but looks at what they find.
+    """
 
     def __init__(self) -> None:
         self._asking = threading.local()
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in _wanted or getattr(self._asking, "now", False):
             return None
         self._asking.now = True
@@ -71,7 +77,9 @@ class _Finder(MetaPathFinder):
         return spec
 
 
-def _found(fullname: str, path: Sequence[str] | None, target: ModuleType | None, without: _Finder) -> ModuleSpec | None:
+def _found(
+    fullname: str, path: Sequence[str] | None, target: ModuleType | None, without: _Finder
+) -> ModuleSpec | None:
     """What the other finders say."""
     for finder in list(sys.meta_path):
         find_spec = None if finder is without else getattr(finder, "find_spec", None)
@@ -82,7 +90,9 @@ def _found(fullname: str, path: Sequence[str] | None, target: ModuleType | None,
 
 
 class _Loader(Loader):
-    """Another loader, after which a class is adopted. Only while it loads: the module keeps the other one."""
+    """Another loader, after which a class is adopted. Only while it loads: the module keeps the
+    other one.
+    """
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

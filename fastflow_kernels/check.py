@@ -17,7 +17,8 @@ from fastflow_kernels.functional import all_in_one_block
 from fastflow_kernels.permutations import IndexPermutation
 from fastflow_kernels.spec import CouplingSpec
 
-# Blocks of published models, and one odd shape. On a CPU the batch of images is smaller, so that a laptop is done in seconds.
+# Blocks of published models, and one odd shape. On a CPU the batch of images is smaller, so that a
+# laptop is done in seconds.
 CPU_SHAPES = {
     "FastFlow wide-resnet50, stage 3": (4, 1024, 16, 16),
     "FastFlow resnet18, stage 1": (4, 64, 64, 64),
@@ -31,7 +32,8 @@ GPU_SHAPES = {
     "CFlow": (64, 512),
     "odd": (3, 33, 7, 9),
 }
-MINIMAL_BYTES = 8  # of forward and backward, in inputs: read x, a, then dy, x, a; write y, then dx, da
+# of forward and backward, in inputs: read x, a, then dy, x, a; write y, then dx, da
+MINIMAL_BYTES = 8
 
 Run = Callable[[dict[str, Tensor], bool], tuple[Tensor, Tensor]]
 
@@ -46,13 +48,17 @@ class Row:
         shape: (B, C, *S).
         dtype: Of the data.
         worst: The quantity nearest to its limit, and its error as a fraction of that limit.
-        passed: Whether every quantity keeps err <= 2 * err(plain operations in this dtype) + 4 eps * max, by maximum and by RMS.
+        passed: Whether every quantity keeps err <= 2 * err(plain operations in this dtype) + 4 eps
+            * max, by maximum and by RMS.
         milliseconds: Median time of forward and backward, as called.
-        speedup: Against the formula in plain operations (indexing, tanh, exp), in the same interleaved run. Not against a stock block,
-            which is slower than those: `make bench` compares with them.
-        device_milliseconds: On a GPU, the same of the device alone, without what Python and the launches take.
-        share: On a GPU, the bytes that must be moved in that time, per second, as a share of what a large copy moves; None where they
-            fit into the L2 cache twice, which is faster than memory.
+        speedup: Against the formula in plain operations (indexing, tanh, exp), in the same
+            interleaved run. Not against a stock block, which is slower than those: `make bench`
+            compares with them.
+        device_milliseconds: On a GPU, the same of the device alone, without what Python and the
+            launches take.
+        share: On a GPU, the bytes that must be moved in that time, per second, as a share of what a
+            large copy moves; None where they fit into the L2 cache twice, which is faster than
+            memory.
     """
 
     backend: str
@@ -77,7 +83,10 @@ def backends() -> dict[str, str | None]:
     """Every backend, with the reason why it is not available on this machine, or None."""
     if not torch.cuda.is_available() and not dispatch.interpreted():
         return {"eager": None, "triton": "torch finds no GPU on this machine"}
-    return {"eager": None, "triton": dispatch.why_not_triton(torch.empty(1, 2, 1, device=_device()))}
+    return {
+        "eager": None,
+        "triton": dispatch.why_not_triton(torch.empty(1, 2, 1, device=_device())),
+    }
 
 
 def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None) -> list[Row]:
@@ -102,8 +111,14 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
             for backend in available:
                 worst, fraction = _worst(_evaluate(_backend(backend), tensors), plain, truth, dtype)
                 seconds, speedup = _time(_backend(backend), tensors, repeats)
-                on_device = device.seconds(_step(_backend(backend), tensors), seconds) if device else None
-                share = device.share(MINIMAL_BYTES * tensors["x"].nbytes, on_device) if device and on_device else None
+                on_device = (
+                    device.seconds(_step(_backend(backend), tensors), seconds) if device else None
+                )
+                share = (
+                    device.share(MINIMAL_BYTES * tensors["x"].nbytes, on_device)
+                    if device and on_device
+                    else None
+                )
                 rows.append(
                     Row(
                         backend=backend,
@@ -124,7 +139,9 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    of_copy = f" {'device':>11} {'of copy':>8}" if any(row.device_milliseconds for row in rows) else ""
+    of_copy = (
+        f" {'device':>11} {'of copy':>8}" if any(row.device_milliseconds for row in rows) else ""
+    )
     head = f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>11} {'vs plain':>9}"
     lines = [head + of_copy]
     for row in rows:
@@ -132,7 +149,11 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{row.backend:<8} {row.workload:<32} {row.shape!s:<20} {row.dtype:<9} {error:<26} "
             f"{row.milliseconds:>8.3f} ms {row.speedup:>8.2f}x"
-            + (f" {row.device_milliseconds:>8.3f} ms" if row.device_milliseconds is not None else "")
+            + (
+                f" {row.device_milliseconds:>8.3f} ms"
+                if row.device_milliseconds is not None
+                else ""
+            )
             + (f" {row.share:>8.0%}" if row.share is not None else "")
         )
     return "\n".join(lines)
@@ -179,7 +200,16 @@ def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
 def _backend(name: str) -> Run:
     def run(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         permutation = IndexPermutation(t["perm"], torch.argsort(t["perm"]))
-        return all_in_one_block(t["x"], lambda _: t["a"], t["scale"], t["offset"], permutation, _SPEC, rev=rev, backend=name)
+        return all_in_one_block(
+            t["x"],
+            lambda _: t["a"],
+            t["scale"],
+            t["offset"],
+            permutation,
+            _SPEC,
+            rev=rev,
+            backend=name,
+        )
 
     return run
 
@@ -197,20 +227,35 @@ def _plain(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
     sum_s = s.flatten(1).sum(1)
     if rev:
         return torch.cat((x1, (x2 - shift) * torch.exp(-s)), 1), -sum_s - log_scale
-    return (torch.cat((x1, x2 * torch.exp(s) + shift), 1) * scale + offset)[:, perm], sum_s + log_scale
+    return (torch.cat((x1, x2 * torch.exp(s) + shift), 1) * scale + offset)[
+        :, perm
+    ], sum_s + log_scale
 
 
 def _evaluate(run: Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     leaves = {key: tensors[key].detach().requires_grad_() for key in ("x", "a", "scale", "offset")}
     y, logdet = run({**tensors, **leaves}, False)
-    torch.autograd.backward([y, logdet], [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
+    torch.autograd.backward(
+        [y, logdet], [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)]
+    )
     with torch.no_grad():
         inverse, inverse_logdet = run(tensors, True)
     gradients = {f"d{key}": leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-    return {"output": y, "log-det": logdet, "inverse": inverse, "inverse log-det": inverse_logdet, **gradients}
+    return {
+        "output": y,
+        "log-det": logdet,
+        "inverse": inverse,
+        "inverse log-det": inverse_logdet,
+        **gradients,
+    }
 
 
-def _worst(actual: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype) -> tuple[str, float]:
+def _worst(
+    actual: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> tuple[str, float]:
     """The quantity whose error is the largest fraction of what is allowed."""
     fractions = {}
     for key, exact in truth.items():
@@ -228,7 +273,11 @@ def _step(run: Run, tensors: dict[str, Tensor]) -> Callable[[], object]:
 
     def step() -> object:
         y, logdet = run({**tensors, **leaves}, False)
-        return torch.autograd.grad([y, logdet], list(leaves.values()), [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)])
+        return torch.autograd.grad(
+            [y, logdet],
+            list(leaves.values()),
+            [tensors["dy"].to(y.dtype), tensors["dlogdet"].to(logdet.dtype)],
+        )
 
     return step
 
@@ -238,7 +287,9 @@ def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, fl
     fused, plain = _step(run, tensors), _step(_plain, tensors)
     _seconds(fused), _seconds(plain)
     pairs = [(_seconds(fused), _seconds(plain)) for _ in range(repeats)]
-    return statistics.median(mine for mine, _ in pairs), statistics.median(other / mine for mine, other in pairs)
+    return statistics.median(mine for mine, _ in pairs), statistics.median(
+        other / mine for mine, other in pairs
+    )
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -253,7 +304,9 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 class _Device:
-    """Times calls on the GPU alone: they are queued behind copies that take longer than queueing does, so that no launch is waited for."""
+    """Times calls on the GPU alone: they are queued behind copies that take longer than queueing
+    does, so that no launch is waited for.
+    """
 
     CALLS, REPEATS = 5, 3
 
@@ -261,14 +314,18 @@ class _Device:
         self.source = torch.ones(1 << 28, dtype=torch.uint8, device=_device())
         self.target = torch.empty_like(self.source)
         self._copy()
-        self.copy_seconds = statistics.median(self._timed(self._copy, copies=10) for _ in range(self.REPEATS))
+        self.copy_seconds = statistics.median(
+            self._timed(self._copy, copies=10) for _ in range(self.REPEATS)
+        )
 
     def bandwidth(self) -> float:
         """Bytes per second, read and written together, of a large copy."""
         return 2 * self.source.nbytes / self.copy_seconds
 
     def share(self, moved: int, seconds: float) -> float | None:
-        """Bytes moved per second as a share of a large copy's; None where the cache could serve them."""
+        """Bytes moved per second as a share of a large copy's; None where the cache could serve
+        them.
+        """
         cache = torch.cuda.get_device_properties(self.source.device).L2_cache_size
         return moved / seconds / self.bandwidth() if moved > 2 * cache else None
 

@@ -1,4 +1,6 @@
-"""The one place that picks who does the work: the Triton kernels, the eager functions, or plain differentiable operations."""
+"""The one place that picks who does the work: the Triton kernels, the eager functions, or plain
+differentiable operations.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,30 @@ from fastflow_kernels.spec import CouplingSpec
 BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
 
-# Elements up to which "auto" runs plain operations on a CPU: autograd's own nodes cost less than a Python one, and here that is most of the
-# time. Train step of one block on a thread of an AMD EPYC, plain against eager: 321 against 478 us for (100, 2), 417 against 533 us for
-# (64, 256), 507 against 592 us for (64, 512), 665 against 659 us for (1, 256, 16, 16).
+# Elements up to which "auto" runs plain operations on a CPU: autograd's own nodes cost less than a
+# Python one, and here that is most of the time. Train step of one block on a thread of an AMD EPYC,
+# plain against eager: 321 against 478 us for (100, 2), 417 against 533 us for (64, 256), 507
+# against 592 us for (64, 512), 665 against 659 us for (1, 256, 16, 16).
 SMALL = 1 << 15
 
 _environment: Any = getattr(os.environ, "_data", None)  # CPython's own dictionary behind it
 _variable: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
-# Clamps that kernels are compiled for in a process. Each costs half a second a kernel, and its binaries stay: a clamp that is annealed,
-# with a new value in every step, runs the eager functions from here on.
+# Clamps that kernels are compiled for in a process. Each costs half a second a kernel, and its
+# binaries stay: a clamp that is annealed, with a new value in every step, runs the eager functions
+# from here on.
 MOST_CLAMPS = 16
 _clamps: set[tuple[float, float]] = set()
 
 
 def validated(backend: str, where: str = "backend") -> str:
-    """Return ``backend``, or raise ValueError (TypeError) if it is none of "auto", "eager", "triton"."""
+    """Return ``backend``, or raise ValueError (TypeError) if it is none of "auto", "eager",
+    "triton".
+    """
     if not isinstance(backend, str):
-        raise TypeError(f"{where} must be a string, one of {', '.join(BACKENDS)}; got {type(backend).__name__}")
+        raise TypeError(
+            f"{where} must be a string, one of {', '.join(BACKENDS)}; got {type(backend).__name__}"
+        )
     if backend not in BACKENDS:
         raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
@@ -51,7 +59,9 @@ def default_backend() -> str:
 
 
 def _is_unset() -> bool:
-    """Whether the variable is certainly not there; 0.1 us, where os.environ takes 0.5 to look for what is not there."""
+    """Whether the variable is certainly not there; 0.1 us, where os.environ takes 0.5 to look for
+    what is not there.
+    """
     return _environment is not None and _variable not in _environment
 
 
@@ -61,10 +71,12 @@ def resolved(backend: str) -> str:
 
 
 def unless_annealed(backend: str, x: Tensor, spec: CouplingSpec) -> str:
-    """The backend, or "eager" in place of "auto" on a GPU where kernels were compiled for :data:`MOST_CLAMPS` other clamps.
+    """The backend, or "eager" in place of "auto" on a GPU where kernels were compiled for
+    :data:`MOST_CLAMPS` other clamps.
 
     Args:
-        backend: "auto", "eager" or "triton", :func:`resolved`; whoever asks for "triton" gets it compiled.
+        backend: "auto", "eager" or "triton", :func:`resolved`; whoever asks for "triton" gets it
+            compiled.
         x: The block's input, (B, C, *S).
         spec: The coupling's constants.
     """
@@ -83,7 +95,8 @@ def unless_annealed(backend: str, x: Tensor, spec: CouplingSpec) -> str:
 def _warn_of_annealing() -> None:
     """Once."""
     warnings.warn(
-        f"a kernel is compiled for every clamp, and {MOST_CLAMPS} have been: blocks with yet another one run the eager functions. Change "
+        f"a kernel is compiled for every clamp, and {MOST_CLAMPS} have been: blocks with yet "
+        "another one run the eager functions. Change "
         "the clamp in steps, or ask for backend='triton'",
         stacklevel=2,
     )
@@ -102,7 +115,9 @@ def triton_missing() -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is switched on, which runs kernels on CPU tensors (slowly, for tests)."""
+    """Whether Triton's interpreter is switched on, which runs kernels on CPU tensors (slowly, for
+    tests).
+    """
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -120,7 +135,8 @@ def why_not_triton(x: Tensor) -> str | None:
 
 
 def is_plain(x: Tensor, backend: str, times: int = 1) -> bool:
-    """Whether plain differentiable operations take this input: the call is recorded or transformed, or there is little to compute.
+    """Whether plain differentiable operations take this input: the call is recorded or transformed,
+    or there is little to compute.
 
     Args:
         x: The block's input, (B, C, *S).
@@ -134,11 +150,13 @@ def is_plain(x: Tensor, backend: str, times: int = 1) -> bool:
         if backend == "triton":
             raise _not_triton("the call is being traced, transformed or compiled")
         return True
-    return is_small(x, times) if backend == "auto" else not x.numel()  # nothing to compute, so any backend agrees
+    # nothing to compute, so any backend agrees
+    return is_small(x, times) if backend == "auto" else not x.numel()
 
 
 def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType:
-    """The module whose ``coupling_*`` functions take this input, for which plain operations are none.
+    """The module whose ``coupling_*`` functions take this input, for which plain operations are
+    none.
 
     Args:
         x: The block's input, (B, C, *S).
@@ -159,22 +177,32 @@ def pick(x: Tensor, backend: str, rows: bool = False) -> ModuleType:
 
 
 def _not_triton(reason: str) -> RuntimeError:
-    return RuntimeError(f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is available.")
+    return RuntimeError(
+        f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is "
+        "available."
+    )
 
 
 def is_small(x: Tensor, times: int = 1) -> bool:
-    """Whether what a call costs outweighs what it computes; never on a GPU, where fused kernels save launches.
+    """Whether what a call costs outweighs what it computes; never on a GPU, where fused kernels
+    save launches.
 
     Args:
         x: The block's input, (B, C, *S).
-        times: How many times dearer the computation is by what fusing does not shorten, such as a matrix product.
+        times: How many times dearer the computation is by what fusing does not shorten, such as a
+            matrix product.
     """
     return x.numel() <= times * SMALL and not x.is_cuda
 
 
 def coverable(x: Tensor, backend: str) -> Tensor:
     """The block's input, or a contiguous copy of it where the kernels could take that."""
-    if x.is_contiguous() or backend == "eager" or needs_composite(x) or not (x.is_cuda or (backend == "triton" and interpreted())):
+    if (
+        x.is_contiguous()
+        or backend == "eager"
+        or needs_composite(x)
+        or not (x.is_cuda or (backend == "triton" and interpreted()))
+    ):
         return x
     return x if triton_missing() or _kernels().uncovered(x) is None else x.contiguous()
 
@@ -185,24 +213,32 @@ def packed(operations: ModuleType, a: Tensor) -> Tensor:
 
 
 def needs_composite(*tensors: Tensor | None) -> bool:
-    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func, forward mode, fake and other tensors.
+    """Whether hand-derived functions must stand aside: tracing, export, compilation, torch.func,
+    forward mode, fake and other tensors.
 
     Args:
         tensors: What they would be given from outside; None counts for nothing.
     """
-    if modes.is_recorded() or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if (
+        modes.is_recorded()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
         return True
     for t in tensors:
         if t is not None and (
             (type(t) is not Tensor and type(t) is not torch.nn.Parameter)
-            or torch._C._functorch.is_legacy_batchedtensor(t)  # autograd.grad(is_grads_batched=True)
+            # autograd.grad(is_grads_batched=True)
+            or torch._C._functorch.is_legacy_batchedtensor(t)
         ):
             return True
     return False
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for tensors on this device; the meta device has none, and torch.amp.is_autocast_available has no compiler."""
+    """Whether autocast is on for tensors on this device; the meta device has none, and
+    torch.amp.is_autocast_available has no compiler.
+    """
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 

@@ -1,17 +1,21 @@
 """The coupling in plain PyTorch: hand-derived forward, backward and inverse.
 
-The fast path of CPUs and the fallback everywhere else. The functions called ``coupling_*`` have twins of the same signature
-in ``kernels``; those called ``composite_*`` are the same maths as ordinary differentiable operations, for double backward,
-``torch.func``, ``torch.compile`` and export.
+The fast path of CPUs and the fallback everywhere else. The functions called ``coupling_*`` have
+twins of the same signature in ``kernels``; those called ``composite_*`` are the same maths as
+ordinary differentiable operations, for double backward, ``torch.func``, ``torch.compile`` and
+export.
 
-Notation, as in :class:`~fastflow_kernels.spec.CouplingSpec`: x (B, C, *S), C1 = C - C//2, C2 = C//2, a (B, 2*C2, *S) = (a_s, a_t),
-P = prod(S); g (``global_scale``) and offset have C elements. ``perm`` and ``inv = argsort(perm)`` are int64 (C,), or None for the
-identity: y[:, j] = v[:, perm[j]].
+Notation, as in :class:`~fastflow_kernels.spec.CouplingSpec`: x (B, C, *S), C1 = C - C//2, C2 =
+C//2, a (B, 2*C2, *S) = (a_s, a_t), P = prod(S); g (``global_scale``) and offset have C elements.
+``perm`` and ``inv = argsort(perm)`` are int64 (C,), or None for the identity: y[:, j] = v[:,
+perm[j]].
 
-Why it looks as it does (float32, one thread of an AMD EPYC with AVX-512, nanoseconds per element): torch.tanh 2.0, exp 0.6, sigmoid
-0.2, exp2 0.1, one arithmetic pass in cache 0.05 to 0.1, ``x[:, p]`` 1.1 to 3.9 against 0.1 to 0.6 for index_select. So tanh is a
-rational function (0.6) where its sum is asked for, which keeps small arguments accurate, and comes from a sigmoid (0.6) in the backward
-pass, which keeps small slopes accurate; tensors are walked in chunks that stay in the cache, and scratch is reused between them.
+Why it looks as it does (float32, one thread of an AMD EPYC with AVX-512, nanoseconds per element):
+torch.tanh 2.0, exp 0.6, sigmoid 0.2, exp2 0.1, one arithmetic pass in cache 0.05 to 0.1, ``x[:,
+p]`` 1.1 to 3.9 against 0.1 to 0.6 for index_select. So tanh is a rational function (0.6) where its
+sum is asked for, which keeps small arguments accurate, and comes from a sigmoid (0.6) in the
+backward pass, which keeps small slopes accurate; tensors are walked in chunks that stay in the
+cache, and scratch is reused between them.
 """
 
 from __future__ import annotations
@@ -31,26 +35,36 @@ from fastflow_kernels.spec import CouplingSpec
 _LN2 = math.log(2.0)
 _CHUNK_BYTES = 1 << 20  # per thread: what stays in a core's second-level cache beside its operands
 _SCRATCH_BYTES = 16 << 20  # per thread and dtype: the most that is kept between calls
-# tanh(z) = z * (p0 + p1 * w + p2 * w**2 + p3 * w**3 + pole / w) with w = z**2 + shift, to 7.3e-9 of itself up to the bound: a minimax
-# rational (Lawson's iteration; the error was measured in 40 digits) whose one pole, near tanh's own at z**2 = -(pi / 2)**2, is split off.
-# Evaluated in float32 it is off by at most 3.4 * 2**-24. The bound is |a_s| = 17.5 for tanh_scale 0.1.
+# tanh(z) = z * (p0 + p1 * w + p2 * w**2 + p3 * w**3 + pole / w) with w = z**2 + shift, to 7.3e-9 of
+# itself up to the bound: a minimax rational (Lawson's iteration; the error was measured in 40
+# digits) whose one pole, near tanh's own at z**2 = -(pi / 2)**2, is split off. Evaluated in float32
+# it is off by at most 3.4 * 2**-24. The bound is |a_s| = 17.5 for tanh_scale 0.1.
 _TANH_BOUND = 1.75
-_TANH_POLYNOMIAL = (0.20184652973087983, -0.005647746654773138, 0.00020399073216209457, -4.582889990536395e-06)
+_TANH_POLYNOMIAL = (
+    0.20184652973087983,
+    -0.005647746654773138,
+    0.00020399073216209457,
+    -4.582889990536395e-06,
+)
 _TANH_POLE, _TANH_SHIFT = 2.0011255121967095, 2.467730965303713
-# The clamps for which these forms are used. s is off by clamp times their error, and y and the gradients by as large a share of
-# themselves: the sigmoid's form is off by up to 2.0 * 2**-24 wherever tanh is small, where plain PyTorch's error may be 0. The accuracy
-# criterion (tests/compare.py) allows 8 * 2**-24 of the largest value then; half of it is left for the other roundings. Larger clamps take
-# the operations of plain PyTorch, whose s and exp(s) have the same bits: 1.7 to 1.8 times the time forward, 1.2 to 1.8 times backward
-# (block alone, (4, 256, 64, 64) to (2048, 512)). Below the least, coefficients for dialect "freia" would overflow.
+# The clamps for which these forms are used. s is off by clamp times their error, and y and the
+# gradients by as large a share of themselves: the sigmoid's form is off by up to 2.0 * 2**-24
+# wherever tanh is small, where plain PyTorch's error may be 0. The accuracy criterion
+# (tests/compare.py) allows 8 * 2**-24 of the largest value then; half of it is left for the other
+# roundings. Larger clamps take the operations of plain PyTorch, whose s and exp(s) have the same
+# bits: 1.7 to 1.8 times the time forward, 1.2 to 1.8 times backward (block alone, (4, 256, 64, 64)
+# to (2048, 512)). Below the least, coefficients for dialect "freia" would overflow.
 _LEAST_CLAMP, _MOST_CLAMP = 1e-6, 2.0
 _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
-# --- global affine -----------------------------------------------------------------------------------------------------------------
+# --- global affine --------------------------------------------------------------------------------
 
 
 def scale_of(g: Tensor, activation: str) -> Tensor:
-    """The global scale, activation(g): SIGMOID 10*sigmoid(g - 2), SOFTPLUS 0.1*softplus(g, beta=0.5), EXP exp(g)."""
+    """The global scale, activation(g): SIGMOID 10*sigmoid(g - 2), SOFTPLUS 0.1*softplus(g,
+    beta=0.5), EXP exp(g).
+    """
     if activation == "SIGMOID":
         return torch.sigmoid(g - _number(2.0, g)) * _number(10.0, g)
     if activation == "SOFTPLUS":
@@ -59,7 +73,9 @@ def scale_of(g: Tensor, activation: str) -> Tensor:
 
 
 def scale_or_none(g: Tensor, spec: CouplingSpec) -> Tensor | None:
-    """The global scale in the dtype of the computation, in the shape of g; None for GIN, where it is 1."""
+    """The global scale in the dtype of the computation, in the shape of g; None for GIN, where it
+    is 1.
+    """
     return None if spec.gin else scale_of(_as(g, _accumulator(g.dtype)), spec.activation)
 
 
@@ -69,11 +85,12 @@ def _log_scale_slope(scale: Tensor, activation: str) -> Tensor | float:
         return 1.0 - 0.1 * scale
     if activation == "SOFTPLUS":
         scale = scale.clamp_min(1e-30)
-        return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)  # 0.1 * sigmoid(g / 2) / scale, by way of the scale
+        # 0.1 * sigmoid(g / 2) / scale, by way of the scale
+        return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)
     return 1.0
 
 
-# --- chunks, scratch and constants -------------------------------------------------------------------------------------------------
+# --- chunks, scratch and constants ----------------------------------------------------------------
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -113,7 +130,9 @@ def _walk(dim: int, step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
 
 
 class _Scratch(threading.local):
-    """Buffers of a thread that are kept between calls: fresh pages cost more than the arithmetic done in them."""
+    """Buffers of a thread that are kept between calls: fresh pages cost more than the arithmetic
+    done in them.
+    """
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
@@ -128,11 +147,15 @@ class _Scratch(threading.local):
         total = sum(sizes)
         keep = kept and total * acc.itemsize <= _SCRATCH_BYTES
         buffer = self.buffers.get(acc) if keep else None
-        with torch.inference_mode(False):  # else the buffer could not be written to outside of inference mode
+        # else the buffer could not be written to outside of inference mode
+        with torch.inference_mode(False):
             if buffer is None or buffer.numel() < total:
                 buffer = torch.empty(total, dtype=acc, device=like.device)
                 self._forget(acc)
-            views = [piece.view(shape) for piece, shape in zip(buffer[:total].split(sizes), shapes, strict=True)]
+            views = [
+                piece.view(shape)
+                for piece, shape in zip(buffer[:total].split(sizes), shapes, strict=True)
+            ]
         if keep:
             if len(self.views) >= 64:
                 self._forget(acc)
@@ -149,9 +172,11 @@ _scratch = _Scratch()
 
 
 def _constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A 0-dimensional tensor: as an operand it is 1.5 us cheaper than a Python number, which is wrapped anew by every call.
+    """A 0-dimensional tensor: as an operand it is 1.5 us cheaper than a Python number, which is
+    wrapped anew by every call.
 
-    It lies on the CPU, whatever the default device is: operands of no dimensions may, beside tensors of any device.
+    It lies on the CPU, whatever the default device is: operands of no dimensions may, beside
+    tensors of any device.
     """
     return _new_constant(value, dtype) if modes.is_watched() else _kept_constant(value, dtype)
 
@@ -161,11 +186,14 @@ def _new_constant(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-_kept_constant = lru_cache(maxsize=128)(_new_constant)  # a coupling needs about ten; a clamp that changes every step must not add up
+# a coupling needs about ten; a clamp that changes every step must not add up
+_kept_constant = lru_cache(maxsize=128)(_new_constant)
 
 
 def _number(value: Any, like: Tensor) -> Any:
-    """A factor for plain operations: a constant as above, but where operations are recorded; a tensor as it is."""
+    """A factor for plain operations: a constant as above, but where operations are recorded; a
+    tensor as it is.
+    """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or type(value) is not float:
         return value
     return _constant(value, like.dtype)
@@ -176,7 +204,9 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the dtype that sums of them are held in: float64, or float32 for everything less."""
+    """The tensors in the dtype that sums of them are held in: float64, or float32 for everything
+    less.
+    """
     acc = _accumulator(promoted(*tensors))
     return tuple(_as(t, acc) for t in tensors)
 
@@ -190,7 +220,9 @@ def promoted(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _channelwise_constants(g: Tensor, offset: Tensor, spec: CouplingSpec, acc: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def _channelwise_constants(
+    g: Tensor, offset: Tensor, spec: CouplingSpec, acc: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
     """scale and offset as (1, C, 1) in the accumulator's dtype; scale is None for GIN."""
     scale = None if spec.gin else scale_of(_as(g, acc).view(1, -1, 1), spec.activation)
     return scale, _as(offset, acc).view(1, -1, 1)
@@ -198,15 +230,18 @@ def _channelwise_constants(g: Tensor, offset: Tensor, spec: CouplingSpec, acc: t
 
 def _halves(t: Tensor, c1: int, c2: int) -> tuple[Tensor, Tensor]:
     """The first c1 and the last c2 channels."""
-    first, last = torch.split_with_sizes(t, (c1, c2), 1)  # Tensor.split is a Python function five times slower
+    # Tensor.split is a Python function five times slower
+    first, last = torch.split_with_sizes(t, (c1, c2), 1)
     return first, last
 
 
-# --- s = clamp * tanh(tanh_scale * a_s) ---------------------------------------------------------------------------------------------
+# --- s = clamp * tanh(tanh_scale * a_s) -----------------------------------------------------------
 
 
 def _is_fast(spec: CouplingSpec, x: Tensor) -> bool:
-    """Whether s comes by the cheap forms, in units of ln 2; elsewhere by the operations of plain PyTorch: fewer, and as accurate."""
+    """Whether s comes by the cheap forms, in units of ln 2; elsewhere by the operations of plain
+    PyTorch: fewer, and as accurate.
+    """
     return x.device.type == "cpu" and _LEAST_CLAMP <= spec.clamp <= _MOST_CLAMP
 
 
@@ -215,8 +250,12 @@ def _exp(s: Tensor, fast: bool) -> Tensor:
     return s.exp2_() if fast else s.exp_()
 
 
-def _log_factor(a_s: Tensor, spec: CouplingSpec, sign: float, fast: bool, out: Tensor, scratch: Tensor) -> Tensor:
-    """sign * s into out (in units of ln 2 where it is fast), for GIN less its mean; to a few ulp at every magnitude, for its sum."""
+def _log_factor(
+    a_s: Tensor, spec: CouplingSpec, sign: float, fast: bool, out: Tensor, scratch: Tensor
+) -> Tensor:
+    """sign * s into out (in units of ln 2 where it is fast), for GIN less its mean; to a few ulp at
+    every magnitude, for its sum.
+    """
     factor = sign * spec.clamp
     if not fast or out.dtype is not torch.float32 or not out.numel():
         torch.mul(a_s, _constant(spec.tanh_scale, out.dtype), out=out).tanh_()
@@ -232,12 +271,17 @@ def _fast_tanh(a_s: Tensor, scale: float, factor: float, out: Tensor, w: Tensor)
     torch.addcmul(_constant(shift, out.dtype), a_s, a_s, out=w)
     if w.amax().item() <= bound:  # nan is not
         return _rational(a_s, w, polynomial, pole, out)
-    # Both forms, and of each element the one that its own value asks for, so that neighbours change nothing. Not by torch.where, which
-    # takes 2.0 ns an element where the condition is random: the mask is 0 or 1 and both forms are finite, so lerp takes one exactly.
-    beyond = _from_sigmoid(_small_sigmoid(a_s, scale, torch.empty_like(out)), a_s, factor, torch.empty_like(out))
+    # Both forms, and of each element the one that its own value asks for, so that neighbours change
+    # nothing. Not by torch.where, which takes 2.0 ns an element where the condition is random: the
+    # mask is 0 or 1 and both forms are finite, so lerp takes one exactly.
+    beyond = _from_sigmoid(
+        _small_sigmoid(a_s, scale, torch.empty_like(out)), a_s, factor, torch.empty_like(out)
+    )
     is_near = torch.le(w, bound, out=torch.empty_like(out))
     a_s = torch.clamp(a_s, -most, most)
-    near = _rational(a_s, torch.addcmul(_constant(shift, out.dtype), a_s, a_s, out=w), polynomial, pole, out)
+    near = _rational(
+        a_s, torch.addcmul(_constant(shift, out.dtype), a_s, a_s, out=w), polynomial, pole, out
+    )
     return torch.lerp(beyond, near, is_near, out=out)
 
 
@@ -252,20 +296,32 @@ def _rational(a_s: Tensor, w: Tensor, polynomial: list[float], pole: float, out:
 
 @lru_cache(maxsize=128)
 def _tanh_coefficients(scale: float, factor: float) -> tuple[float, ...]:
-    """The polynomial's and the pole's for w = a_s**2 + shift, the shift, the bound of w, and that of abs(a_s)."""
+    """The polynomial's and the pole's for w = a_s**2 + shift, the shift, the bound of w, and that
+    of abs(a_s).
+    """
     square, slope = scale * scale, factor * scale
     polynomial = (slope * p * square**k for k, p in enumerate(_TANH_POLYNOMIAL))
     shift = _TANH_SHIFT / square
-    return *polynomial, slope * _TANH_POLE / square, shift, _TANH_BOUND**2 / square + shift, _TANH_BOUND / scale
+    return (
+        *polynomial,
+        slope * _TANH_POLE / square,
+        shift,
+        _TANH_BOUND**2 / square + shift,
+        _TANH_BOUND / scale,
+    )
 
 
 def _small_sigmoid(a_s: Tensor, scale: float, out: Tensor) -> Tensor:
-    """sigma = sigmoid(-2 * |scale * a_s|), into out: at most 1/2, so that 4 * sigma * (1 - sigma) = 1 - tanh**2 keeps its digits."""
+    """sigma = sigmoid(-2 * |scale * a_s|), into out: at most 1/2, so that 4 * sigma * (1 - sigma) =
+    1 - tanh**2 keeps its digits.
+    """
     return torch.abs(a_s, out=out).mul_(_constant(-2.0 * scale, out.dtype)).sigmoid_()
 
 
 def _from_sigmoid(sigma: Tensor, a_s: Tensor, factor: float, out: Tensor) -> Tensor:
-    """factor * tanh(scale * a_s) from :func:`_small_sigmoid`, to 2 * 2**-24 of the factor, into out."""
+    """factor * tanh(scale * a_s) from :func:`_small_sigmoid`, to 2 * 2**-24 of the factor, into
+    out.
+    """
     torch.sub(_constant(abs(factor), out.dtype), sigma, alpha=2.0 * abs(factor), out=out)
     torch.copysign(out, a_s, out=out)
     return out if factor > 0.0 else out.neg_()
@@ -278,11 +334,18 @@ def _less_mean(t: Tensor, spec: CouplingSpec) -> Tensor:
     return t
 
 
-# --- forward -----------------------------------------------------------------------------------------------------------------------
+# --- forward --------------------------------------------------------------------------------------
 
 
 def coupling_fwd(
-    x: Tensor, a: Tensor, g: Tensor, offset: Tensor, perm: Tensor | None, inv: Tensor | None, spec: CouplingSpec, jac: bool
+    x: Tensor,
+    a: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    perm: Tensor | None,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+    jac: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Coupling, global affine and permutation in one walk over memory.
 
@@ -297,8 +360,8 @@ def coupling_fwd(
         jac: Whether the log-determinant is wanted.
 
     Returns:
-        y (B, C, *S) in the promoted dtype of x, a and g, and the log-determinant (B,) in nats (float64 if y is, else float32;
-        zeros for GIN), or None without ``jac``.
+        y (B, C, *S) in the promoted dtype of x, a and g, and the log-determinant (B,) in nats
+        (float64 if y is, else float32; zeros for GIN), or None without ``jac``.
     """
     y = torch.empty(x.shape, dtype=promoted(x, a, g), device=x.device)
     acc = _accumulator(y.dtype)
@@ -309,12 +372,18 @@ def coupling_fwd(
     c1 = channels - c2
     samples, pairs = _chunks(x, acc, spec.gin_rows if spec.gin else 0)
     in_place = perm is None and y.dtype is acc  # nothing moves: work where the result belongs
-    s, t, *moved = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2, *[] if in_place else [(samples, channels, pixels)])
+    s, t, *moved = _scratch.take(
+        x, acc, *[(samples, pairs, pixels)] * 2, *[] if in_place else [(samples, channels, pixels)]
+    )
     fast = _is_fast(spec, x)
     sums: list[Tensor] = []
     for xb, ab, yb in _walk(0, samples, x, a, out):
         xb, ab, v = _as(xb, acc), _as(ab, acc), yb if in_place else _fit(moved[0], xb)
-        (x1, x2), (v1, v2), (a_s, a_t) = _halves(xb, c1, c2), _halves(v, c1, c2), _halves(ab, c2, c2)
+        (x1, x2), (v1, v2), (a_s, a_t) = (
+            _halves(xb, c1, c2),
+            _halves(v, c1, c2),
+            _halves(ab, c2, c2),
+        )
         total = None
         for x2i, v2i, a_si, a_ti in _walk(1, pairs, x2, v2, a_s, a_t):
             si, ti = _fit(s, a_si), _fit(t, a_si)
@@ -327,7 +396,8 @@ def coupling_fwd(
             v.add_(offset)
         elif pixels == 1:
             v1.copy_(x1)
-            torch.addcmul(offset, v, scale, out=v)  # with a constant per row of pixels this is three times slower than two passes
+            # with a constant per row of pixels this is three times slower than two passes
+            torch.addcmul(offset, v, scale, out=v)
         else:
             scale1, scale2 = _halves(scale, c1, c2)
             torch.mul(x1, scale1, out=v1)
@@ -342,7 +412,11 @@ def coupling_fwd(
 
 def _fit(scratch: Tensor, like: Tensor) -> Tensor:
     """The scratch in the shape of ``like``, which is smaller in the last chunk."""
-    return scratch if scratch.shape == like.shape else scratch.view(-1)[: like.numel()].view(like.shape)
+    return (
+        scratch
+        if scratch.shape == like.shape
+        else scratch.view(-1)[: like.numel()].view(like.shape)
+    )
 
 
 def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
@@ -353,21 +427,27 @@ def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
 
 
 def _summed(total: Tensor | None, s: Tensor, spec: CouplingSpec, jac: bool) -> Tensor | None:
-    """Add the sum of s per sample to the total, if it is wanted; for GIN 0, or nan where a coefficient was, for then every s is."""
+    """Add the sum of s per sample to the total, if it is wanted; for GIN 0, or nan where a
+    coefficient was, for then every s is.
+    """
     if not jac:
         return None
     return s[:, :1, :1].sum((1, 2)).mul_(0.0) if spec.gin else _plus(total, s.sum((1, 2)))
 
 
-def _logdet(sums: list[Tensor], scale: Tensor | None, pixels: int, sign: float, fast: bool) -> Tensor:
-    """The chunks' sums of s, in nats, + sign * P * sum log scale, where the former carry their sign already."""
+def _logdet(
+    sums: list[Tensor], scale: Tensor | None, pixels: int, sign: float, fast: bool
+) -> Tensor:
+    """The chunks' sums of s, in nats, + sign * P * sum log scale, where the former carry their sign
+    already.
+    """
     sum_s = sums[0] if len(sums) == 1 else torch.cat(sums)
     if scale is None:
         return sum_s
     return (sum_s.mul_(_LN2) if fast else sum_s).add_(scale.log().sum(), alpha=sign * pixels)
 
 
-# --- backward ----------------------------------------------------------------------------------------------------------------------
+# --- backward -------------------------------------------------------------------------------------
 
 
 def coupling_bwd(
@@ -385,14 +465,16 @@ def coupling_bwd(
     """Gradients of :func:`coupling_fwd`; tanh and exp are computed again rather than kept.
 
     Args:
-        dy: Gradient of y, (B, C, *S); where scale and offset are folded, that of log(scale) * u, whose memory may become dx.
-        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows of x make one.
+        dy: Gradient of y, (B, C, *S); where scale and offset are folded, that of log(scale) * u,
+            whose memory may become dx.
+        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows
+            of x make one.
         x, a, g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
 
     Returns:
-        (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless wanted, dg None for GIN, doffset None
-        where it is folded.
+        (dx, da, dg, doffset), each in the shape and dtype of its tensor; the last two None unless
+        wanted, dg None for GIN, doffset None where it is folded.
     """
     return _backward(dy, dlogdet, x, a, g, offset, inv, spec, need_params, False)
 
@@ -409,9 +491,12 @@ def _backward(
     need_params: bool,
     invert: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """:func:`coupling_bwd`; with ``invert`` the active channels of x hold u, in the accumulator's dtype, and x is written there."""
+    """:func:`coupling_bwd`; with ``invert`` the active channels of x hold u, in the accumulator's
+    dtype, and x is written there.
+    """
     acc = _accumulator(promoted(x, a, g))
-    in_place = spec.folded and dy.dtype is x.dtype is acc and dy.is_contiguous()  # a pass over memory less
+    # a pass over memory less
+    in_place = spec.folded and dy.dtype is x.dtype is acc and dy.is_contiguous()
     dx = dy if in_place else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     scale, _ = _channelwise_constants(g, offset, spec, acc)
@@ -427,12 +512,18 @@ def _backward(
     rows = 1 if dlogdet is None else batch // dlogdet.shape[0]
     direct = None
     if dlogdet is not None and not spec.gin:
-        direct = _as(dlogdet if rows == 1 else dlogdet.repeat_interleave(rows), acc).mul(slope).view(-1, 1, 1)
+        direct = (
+            _as(dlogdet if rows == 1 else dlogdet.repeat_interleave(rows), acc)
+            .mul(slope)
+            .view(-1, 1, 1)
+        )
     t, e = _scratch.take(x, acc, *[(samples, pairs, pixels)] * 2)
     need_scale = need_params and scale is not None
     doffset: Tensor | None = None
     products: Tensor | None = None  # per channel, the sum of du * u: the gradient of log(scale)
-    for xb, ab, dyb, dxb, dab, *direct_b in _walk(0, samples, x, a, dy, _flat(dx), _flat(da), *[] if direct is None else [direct]):
+    for xb, ab, dyb, dxb, dab, *direct_b in _walk(
+        0, samples, x, a, dy, _flat(dx), _flat(da), *[] if direct is None else [direct]
+    ):
         xb, ab = _as(xb, acc), _as(ab, acc)
         du = dxb if in_place else _gathered(dyb, inv, dxb, acc)
         dab_acc = dab if dab.dtype is acc else torch.empty_like(ab)
@@ -440,19 +531,38 @@ def _backward(
             doffset = _plus(doffset, du.sum((0, 2)))
         if scale is not None and not spec.folded:
             du.mul_(scale)
-        (x1, x2), (du1, du2), (a_s, a_t), (ds, dt) = _halves(xb, c1, c2), _halves(du, c1, c2), _halves(ab, c2, c2), _halves(dab_acc, c2, c2)
-        parts = [torch.mul(*pair, out=_fit(e, pair[0])).sum((0, 2)) for pair in _walk(1, pairs, du1, x1)] if need_scale else []
+        (x1, x2), (du1, du2), (a_s, a_t), (ds, dt) = (
+            _halves(xb, c1, c2),
+            _halves(du, c1, c2),
+            _halves(ab, c2, c2),
+            _halves(dab_acc, c2, c2),
+        )
+        parts = (
+            [
+                torch.mul(*pair, out=_fit(e, pair[0])).sum((0, 2))
+                for pair in _walk(1, pairs, du1, x1)
+            ]
+            if need_scale
+            else []
+        )
         for x2i, du2i, a_si, a_ti, dsi, dti in _walk(1, pairs, x2, du2, a_s, a_t, ds, dt):
             ti, e_i = _fit(t, a_si), _fit(e, a_si)
             if fast and invert:
-                # s with the bits that the forward took: the input of 32 blocks comes back with 0.46 of the error (median of 24 draws)
+                # s with the bits that the forward took: the input of 32 blocks comes back with 0.46
+                # of the error (median of 24 draws)
                 _log_factor(a_si, spec, 1.0, fast, e_i, ti)
                 _small_sigmoid(a_si, spec.tanh_scale, ti)
             else:
                 if fast:
-                    _from_sigmoid(_small_sigmoid(a_si, spec.tanh_scale, ti), a_si, spec.clamp / _LN2, e_i)
+                    _from_sigmoid(
+                        _small_sigmoid(a_si, spec.tanh_scale, ti), a_si, spec.clamp / _LN2, e_i
+                    )
                 else:
-                    torch.mul(torch.mul(a_si, _constant(spec.tanh_scale, acc), out=ti).tanh_(), _constant(spec.clamp, acc), out=e_i)
+                    torch.mul(
+                        torch.mul(a_si, _constant(spec.tanh_scale, acc), out=ti).tanh_(),
+                        _constant(spec.clamp, acc),
+                        out=e_i,
+                    )
                 if spec.gin:
                     _less_mean(e_i, spec)
             _exp(e_i, fast)
@@ -473,7 +583,8 @@ def _backward(
                 torch.add(direct_b[0], dsi, alpha=slope, out=dsi)
             else:
                 dsi.mul_(_constant(slope, acc))
-            if modes.is_watched():  # allow_mutation_on_saved_tensors() expects that results are called "out"
+            # allow_mutation_on_saved_tensors() expects that results are called "out"
+            if modes.is_watched():
                 dsi.copy_(slope_backward(dsi, ti))
             else:
                 slope_backward.grad_input(dsi, ti, grad_input=dsi)
@@ -493,7 +604,9 @@ def _plus(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, acc: torch.dtype) -> Tensor:
-    """dy[:, inv] in the accumulator's dtype: in out where that has it, else in a tensor of its own."""
+    """dy[:, inv] in the accumulator's dtype: in out where that has it, else in a tensor of
+    its own.
+    """
     if out.dtype is not acc:
         return dy.to(acc, copy=True) if inv is None else _as(dy, acc).index_select(1, inv)
     if inv is not None and dy.dtype is acc:
@@ -502,21 +615,39 @@ def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, acc: torch.dtype) -> 
 
 
 def _scale_gradient(
-    products: Tensor | None, dlogdet: Tensor | None, g: Tensor, scale: Tensor | None, pixels: int, spec: CouplingSpec, acc: torch.dtype
+    products: Tensor | None,
+    dlogdet: Tensor | None,
+    g: Tensor,
+    scale: Tensor | None,
+    pixels: int,
+    spec: CouplingSpec,
+    acc: torch.dtype,
 ) -> Tensor | None:
-    """The gradient of g from that of log(scale): the sum of du * u, and P times the log-determinant's."""
+    """The gradient of g from that of log(scale): the sum of du * u, and P times the
+    log-determinant's.
+    """
     if products is None or scale is None:
         return None
     if dlogdet is not None:
-        # summed as plain PyTorch sums it, by the same operation in the same dtype: no device needs to have float64
+        # summed as plain PyTorch sums it, by the same operation in the same dtype: no device needs
+        # to have float64
         products = products.add_(_as(dlogdet, acc).sum(), alpha=pixels)
-    return _as(products.mul_(_log_scale_slope(scale.view(-1), spec.activation)), g.dtype).view(g.shape)
+    return _as(products.mul_(_log_scale_slope(scale.view(-1), spec.activation)), g.dtype).view(
+        g.shape
+    )
 
 
-# --- inverse -----------------------------------------------------------------------------------------------------------------------
+# --- inverse --------------------------------------------------------------------------------------
 
 
-def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | None, inv: Tensor | None, spec: CouplingSpec) -> Tensor:
+def coupling_inv_passive(
+    y: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    perm: Tensor | None,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+) -> Tensor:
     """First half of the inverse: the passive channels, which the subnet needs.
 
     Args:
@@ -524,9 +655,11 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
         g, offset, perm, inv, spec: As given to the forward.
 
     Returns:
-        A new x (B, C, *S) in the promoted dtype of y and g; x[:, :C1] is final, x[:, C1:] is for :func:`coupling_inv_active`.
+        A new x (B, C, *S) in the promoted dtype of y and g; x[:, :C1] is final, x[:, C1:] is for
+        :func:`coupling_inv_active`.
     """
-    with torch.inference_mode(False):  # so that it counts its versions: a subnet that writes to its input is noticed
+    # so that it counts its versions: a subnet that writes to its input is noticed
+    with torch.inference_mode(False):
         x = torch.empty(y.shape, dtype=promoted(y, g), device=y.device)
     acc = _accumulator(x.dtype)
     scale, offset = _channelwise_constants(g, offset, spec, acc)
@@ -534,7 +667,8 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
     c1 = y.shape[1] - y.shape[1] // 2
     samples, _ = _chunks(y, acc, 1)
     for yb, xb in _walk(0, samples, y, out):
-        # all channels at once; in half precision only the passive ones are kept, for a second rounding would hurt the others
+        # all channels at once; in half precision only the passive ones are kept, for a second
+        # rounding would hurt the others
         u = _gathered(yb, inv, xb, acc).sub_(offset)
         if scale is not None:
             u.div_(scale)
@@ -544,7 +678,15 @@ def coupling_inv_passive(y: Tensor, g: Tensor, offset: Tensor, perm: Tensor | No
 
 
 def coupling_inv_active(
-    y: Tensor, x: Tensor, a: Tensor, g: Tensor, offset: Tensor, perm: Tensor | None, inv: Tensor | None, spec: CouplingSpec, jac: bool
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    g: Tensor,
+    offset: Tensor,
+    perm: Tensor | None,
+    inv: Tensor | None,
+    spec: CouplingSpec,
+    jac: bool,
 ) -> Tensor | None:
     """Second half of the inverse: writes x[:, C1:] in place.
 
@@ -585,7 +727,9 @@ def coupling_inv_active(
     return _logdet(sums, scale, pixels, -1.0, fast) if jac else None
 
 
-def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | None, c2: int, acc: torch.dtype) -> Tensor:
+def _active_of(
+    y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | None, c2: int, acc: torch.dtype
+) -> Tensor:
     """(y[:, inv] - offset) / scale of the active channels, in the accumulator's dtype."""
     c1 = y.shape[1] - c2
     u = y[:, c1:].to(acc, copy=True) if inv is None else _as(y.index_select(1, inv[c1:]), acc)
@@ -593,7 +737,7 @@ def _active_of(y: Tensor, scale: Tensor | None, offset: Tensor, inv: Tensor | No
     return u if scale is None else u.div_(scale[:, c1:])
 
 
-# --- inverse and backward in one, for chains that keep no activations -----------------------------------------------------------------
+# --- inverse and backward in one, for chains that keep no activations -----------------------------
 
 
 def coupling_inv_bwd(
@@ -609,13 +753,15 @@ def coupling_inv_bwd(
     spec: CouplingSpec,
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """:func:`coupling_inv_active` and :func:`coupling_bwd`: writes x[:, C1:] in place and returns the gradients.
+    """:func:`coupling_inv_active` and :func:`coupling_bwd`: writes x[:, C1:] in place and returns
+    the gradients.
 
     Args:
         y: The output of :func:`coupling_fwd`.
         x: What :func:`coupling_inv_passive` returned.
         dy: Gradient of y, (B, C, *S).
-        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows of x make one.
+        dlogdet: Gradient of the log-determinant, (B,), or None; of fewer samples where several rows
+            of x make one.
         a: (B, 2*C2, *S), the subnet's output for x[:, :C1].
         g, offset, perm, inv, spec: As given to the forward.
         need_params: Whether the gradients of g and offset are wanted.
@@ -623,18 +769,21 @@ def coupling_inv_bwd(
     Returns:
         (dx, da, dg, doffset), as :func:`coupling_bwd`.
     """
-    if x.dtype is not _accumulator(promoted(x, a, g)) or not x.is_contiguous():  # u would not fit in x
+    # u would not fit in x
+    if x.dtype is not _accumulator(promoted(x, a, g)) or not x.is_contiguous():
         coupling_inv_active(y, x, a, g, offset, perm, inv, spec, False)
         return coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, need_params)
     return _backward(dy, dlogdet, x, a, g, offset, inv, spec, need_params, True)
 
 
-# --- the same maths as differentiable operations -----------------------------------------------------------------------------------
+# --- the same maths as differentiable operations --------------------------------------------------
 
 
-def composite_fwd(x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
-    """:func:`coupling_fwd` of the halves of x and without permutation, as ordinary operations: differentiable any number of times,
-    traceable, transformable."""
+def composite_fwd(
+    x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """:func:`coupling_fwd` of the halves of x and without permutation, as ordinary operations:
+    differentiable any number of times, traceable, transformable."""
     dtype = promoted(x1, a, g)
     acc = _accumulator(dtype)
     u2, sum_s = composite_affine(_as(x2, acc), _as(a, acc), spec, False)
@@ -643,7 +792,11 @@ def composite_fwd(x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, 
     scale = None if spec.gin else scale_of(_channelwise(g, u.dim(), acc), spec.activation)
     if scale is None:
         v = u + offset
-    elif torch.is_grad_enabled() or modes.is_recorded() or torch._C._are_functorch_transforms_active():
+    elif (
+        torch.is_grad_enabled()
+        or modes.is_recorded()
+        or torch._C._are_functorch_transforms_active()
+    ):
         v = u * scale + offset  # not addcmul, whose backward takes a pass over u more
     elif u.dim() == 2:
         v = torch.addcmul(offset, u, scale)
@@ -652,8 +805,12 @@ def composite_fwd(x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, 
     return _as(v, dtype), _composite_logdet(sum_s, scale, u, 1.0)
 
 
-def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
-    """u = (v - offset) / scale as ordinary operations, in the dtype of the computation; and scale, None for GIN."""
+def composite_inv_affine(
+    v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec
+) -> tuple[Tensor, Tensor | None]:
+    """u = (v - offset) / scale as ordinary operations, in the dtype of the computation; and scale,
+    None for GIN.
+    """
     acc = _accumulator(promoted(v, g))
     u = _as(v, acc) - _channelwise(offset, v.dim(), acc)
     if spec.gin:
@@ -662,8 +819,12 @@ def composite_inv_affine(v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpe
     return u / scale, scale
 
 
-def composite_inv_coupling(u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
-    """x = cat(u1, (u2 - 0.1 a_t) * exp(-s)) and the inverse's log-determinant as ordinary operations."""
+def composite_inv_coupling(
+    u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """x = cat(u1, (u2 - 0.1 a_t) * exp(-s)) and the inverse's log-determinant as ordinary
+    operations.
+    """
     acc = _accumulator(promoted(u1, a))
     x2, sum_s = composite_affine(_as(u2, acc), _as(a, acc), spec, True)
     x = torch.cat((_as(u1, acc), x2), 1)
@@ -671,13 +832,16 @@ def composite_inv_coupling(u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | No
 
 
 def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tuple[Tensor, Tensor]:
-    """The coupling of the active half and the sum of its log-factors per sample, negative in reverse."""
+    """The coupling of the active half and the sum of its log-factors per sample, negative in
+    reverse.
+    """
     c2 = x2.shape[1]
     dims = tuple(range(1, x2.dim()))
     a_s, a_t = _halves(a, c2, c2)
     s = a_s * _number(spec.tanh_scale, a)
     clamp = _number(-spec.clamp if rev else spec.clamp, a)
-    in_place = type(clamp) is Tensor and not torch.is_grad_enabled()  # 0.3 us less an operation; the clamp is a number in what is recorded
+    # 0.3 us less an operation; the clamp is a number in what is recorded
+    in_place = type(clamp) is Tensor and not torch.is_grad_enabled()
     s = s.tanh_().mul_(clamp) if in_place else torch.tanh(s) * clamp
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
@@ -687,7 +851,9 @@ def composite_affine(x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tu
         sum_s = s.sum(dims)
     if in_place:
         e = s.exp_()
-        return torch.sub(x2, a_t, alpha=0.1).mul_(e) if rev else (x2 * e).add_(a_t, alpha=0.1), sum_s
+        return torch.sub(x2, a_t, alpha=0.1).mul_(e) if rev else (x2 * e).add_(
+            a_t, alpha=0.1
+        ), sum_s
     e = torch.exp(s)
     return _add(x2, a_t, -0.1) * e if rev else _add(x2 * e, a_t, 0.1), sum_s
 
@@ -703,7 +869,9 @@ def _composite_logdet(sum_s: Tensor, scale: Tensor | None, x: Tensor, sign: floa
 
 
 def _add(x: Tensor, y: Tensor, factor: float) -> Tensor:
-    """x + factor * y; in one operation, but where torch.func.linearize may look on, which crashes on that in torch 2.13."""
+    """x + factor * y; in one operation, but where torch.func.linearize may look on, which crashes
+    on that in torch 2.13.
+    """
     if torch.compiler.is_compiling() or not modes.is_watched():
         return torch.add(x, y, alpha=factor)
     return x + factor * y

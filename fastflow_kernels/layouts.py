@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The format that a result should have: channels-last where each sample of x is, else contiguous."""
+    """The format that a result should have: channels-last where each sample of x is, else
+    contiguous.
+    """
     if x.dim() > 3 and not x.is_contiguous():
         layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         if x.is_contiguous(memory_format=layout):
@@ -20,11 +22,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 def as_rows(x: Tensor) -> Tensor:
     """(B, C, *S) -> (B * P, C), contiguous; a view where x is channels-last."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()  # one sample of another layout would be a transposed view
+    # one sample of another layout would be a transposed view
+    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """(B * P, C) -> (B, C, *S), channels-last, on the same memory; no view to autograd, which forbids to change a Function's views."""
+    """(B * P, C) -> (B, C, *S), channels-last, on the same memory; no view to autograd, which
+    forbids to change a Function's views.
+    """
     batch, _, *spatial = like.shape
     view = rows.view(batch, *spatial, rows.shape[1]).movedim(-1, 1)
     return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(

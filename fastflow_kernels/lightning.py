@@ -1,4 +1,6 @@
-"""``Accelerate``: a callback for Lightning's Trainer and anomalib's Engine. Needs Lightning; importing ``fastflow_kernels`` does not."""
+"""``Accelerate``: a callback for Lightning's Trainer and anomalib's Engine. Needs Lightning;
+importing ``fastflow_kernels`` does not.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,17 @@ from fastflow_kernels.patch import accelerate, report
 
 
 class Accelerate(Callback):
-    """Accelerate the model once training, validation, testing or prediction sets up, before a checkpoint is loaded into it.
+    """Accelerate the model once training, validation, testing or prediction sets up, before a
+    checkpoint is loaded into it.
 
-    The model stays accelerated; :func:`fastflow_kernels.restore` gives its own blocks back. Blocks that a module builds in
-    ``configure_model`` come too late for this callback: call :func:`fastflow_kernels.accelerate` there.
+    The model stays accelerated; :func:`fastflow_kernels.restore` gives its own blocks back. Blocks
+    that a module builds in ``configure_model`` come too late for this callback: call
+    :func:`fastflow_kernels.accelerate` there.
 
     Args:
         backend: "auto", "eager" or "triton", for the blocks.
-        reversible: Also make the model's chains reversible, see :func:`fastflow_kernels.accelerate`.
+        reversible: Also make the model's chains reversible, see
+            :func:`fastflow_kernels.accelerate`.
 
     Raises:
         TypeError, ValueError: An unknown backend.
@@ -33,7 +38,9 @@ class Accelerate(Callback):
         self._said = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called by Lightning in every stage; logs what runs, once. :func:`fastflow_kernels.accelerate` warns if no block runs fused."""
+        """Called by Lightning in every stage; logs what runs, once.
+        :func:`fastflow_kernels.accelerate` warns if no block runs fused.
+        """
         found = report(accelerate(pl_module, backend=self.backend, reversible=self.reversible))
         said = str(found) if found.left else str(found).splitlines()[0]
         if found.changed and said != self._said:

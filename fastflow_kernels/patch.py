@@ -1,8 +1,11 @@
-"""``accelerate(model)``, ``restore(model)``, ``report(model)``: the fused block, and reversible chains, in models of FrEIA and anomalib.
+"""``accelerate(model)``, ``restore(model)``, ``report(model)``: the fused block, and reversible
+chains, in models of FrEIA and anomalib.
 
-A stock block stays the object it is, with its parameters, hooks and state-dict keys; only its class is exchanged for a subclass of its own
-whose ``forward`` is the fused one. Containers that keep references of their own (GraphINN's nodes) and optimizers notice nothing. What the
-block computes is found by :mod:`fastflow_kernels.probe`; where that has changed since, ``forward`` is the stock block's own.
+A stock block stays the object it is, with its parameters, hooks and state-dict keys; only its class
+is exchanged for a subclass of its own whose ``forward`` is the fused one. Containers that keep
+references of their own (GraphINN's nodes) and optimizers notice nothing. What the block computes is
+found by :mod:`fastflow_kernels.probe`; where that has changed since, ``forward`` is the stock
+block's own.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from fastflow_kernels.spec import CouplingSpec
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# --- what runs ---------------------------------------------------------------------------------------------------------------------
+# --- what runs ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Entry:
     Attributes:
         name: Its name in the model, as ``named_modules`` gives it ("" for the model itself).
         kind: Its class, with the module that defines it.
-        state: What runs. Of a block: "accelerated" or "fused" (built so), "stock maths" (accelerated or fused, but something that it reads
-            was exchanged), "left" (a stock block, as it is). Of a chain: "reversible" or "left".
+        state: What runs. Of a block: "accelerated" or "fused" (built so), "stock maths"
+            (accelerated or fused, but something that it reads was exchanged), "left" (a stock
+            block, as it is). Of a chain: "reversible" or "left".
         changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
         reason: How it was recognised, or why it runs as it does.
     """
@@ -73,7 +77,11 @@ class Report:
 
     def __str__(self) -> str:
         fused = sum(entry.state in ("accelerated", "fused") for entry in self.entries)
-        lines = [f"{fused} of {len(self.entries)} blocks run fused" if self.entries else "no AllInOneBlock found in the model"]
+        lines = [
+            f"{fused} of {len(self.entries)} blocks run fused"
+            if self.entries
+            else "no AllInOneBlock found in the model"
+        ]
         lines += [_line(entry) for entry in self.entries]
         if self.chains:
             reversible = sum(entry.state == "reversible" for entry in self.chains)
@@ -89,7 +97,8 @@ def _line(entry: Entry) -> str:
 def report(model: nn.Module) -> Report:
     """Say of every block and every chain in a model what runs, and why.
 
-    It is found by asking the model as it is now, at any time, accelerated or not; nothing about the model changes.
+    It is found by asking the model as it is now, at any time, accelerated or not; nothing about the
+    model changes.
 
     Args:
         model: Any module; a block itself will do.
@@ -102,12 +111,15 @@ def report(model: nn.Module) -> Report:
         >>> from fastflow_kernels import AllInOneBlock, report
         >>> print(report(torch.nn.Sequential(AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear))))
         1 of 1 blocks run fused
-          fused       0  fastflow_kernels.modules.AllInOneBlock: dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'
+          fused       0  fastflow_kernels.modules.AllInOneBlock: dialect 'anomalib', SOFTPLUS, hard
+          permutation; backend 'auto'
     """
     named = _modules_of(model)
     entries = [_entry_of_block(name, block) for name, block in named]
     chains = [_entry_of_chain(name, chain) for name, chain in named]
-    return Report(tuple(entry for entry in entries if entry), tuple(entry for entry in chains if entry))
+    return Report(
+        tuple(entry for entry in entries if entry), tuple(entry for entry in chains if entry)
+    )
 
 
 def _entry_of_block(name: str, block: Any) -> Entry | None:
@@ -121,7 +133,13 @@ def _entry_of_block(name: str, block: Any) -> Entry | None:
     if isinstance(block, _Accelerated):
         held = block._fastflow
         if (changed := block._exchanged()) is not None:
-            return Entry(name, kind, "stock maths", True, f"its {changed} is another one than when it was accelerated")
+            return Entry(
+                name,
+                kind,
+                "stock maths",
+                True,
+                f"its {changed} is another one than when it was accelerated",
+            )
         maths = _in_words(block, held.dialect, held.activation)
         return Entry(name, kind, "accelerated", True, f"computes {maths}; backend {held.backend!r}")
     if not probe.is_named(type(block)):
@@ -146,7 +164,13 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     if found is None:
         return None
     would, reason = found
-    return Entry(name, kind, "left", False, f"accelerate(model, reversible=True) would take it: {reason}" if would else reason)
+    return Entry(
+        name,
+        kind,
+        "left",
+        False,
+        f"accelerate(model, reversible=True) would take it: {reason}" if would else reason,
+    )
 
 
 def _in_words(block: Any, dialect: str, activation: str) -> str:
@@ -155,7 +179,11 @@ def _in_words(block: Any, dialect: str, activation: str) -> str:
     elif modes.is_symbolic() or block.w_perm.is_meta:
         permutation = "a permutation that holds no values now"
     else:
-        permutation = "hard permutation" if isinstance(IndexCache().permutation(block), IndexPermutation) else "soft permutation"
+        permutation = (
+            "hard permutation"
+            if isinstance(IndexCache().permutation(block), IndexPermutation)
+            else "soft permutation"
+        )
     return f"dialect {dialect!r}, {activation}, {permutation}"
 
 
@@ -170,23 +198,25 @@ def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules())
 
 
-# --- the two functions -------------------------------------------------------------------------------------------------------------
+# --- the two functions ----------------------------------------------------------------------------
 
 
 def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False) -> _Model:
     """Make every AllInOneBlock of FrEIA or anomalib in ``model`` run fused, in place.
 
-    Parameters and their identity, hooks, state-dict keys and values stay what they are. Each block is asked, by running a copy of it on a
-    small input with random parameters, which maths it computes; a block that computes something else than expected, or whose class
-    overrides a step of it, is left alone. :func:`report` says what was done. Something that a stock block reads in every call and that is
-    exchanged later (``permute_function``, a step, the activation, ``clamp`` for a tensor) takes effect: such a call runs the stock maths.
+    Parameters and their identity, hooks, state-dict keys and values stay what they are. Each block
+    is asked, by running a copy of it on a small input with random parameters, which maths it
+    computes; a block that computes something else than expected, or whose class overrides a step of
+    it, is left alone. :func:`report` says what was done. Something that a stock block reads in
+    every call and that is exchanged later (``permute_function``, a step, the activation, ``clamp``
+    for a tensor) takes effect: such a call runs the stock maths.
 
     Args:
         model: Any module; a block itself will do.
         backend: "auto", "eager" or "triton", for the changed blocks.
-        reversible: Also make every SequenceINN of FrEIA train in memory that does not grow with its depth, as
-            :class:`~fastflow_kernels.ReversibleSequence` does; its ``checkpoint_every``, ``debug`` and ``drift`` are attributes then,
-            which can be set.
+        reversible: Also make every SequenceINN of FrEIA train in memory that does not grow with its
+            depth, as :class:`~fastflow_kernels.ReversibleSequence` does; its ``checkpoint_every``,
+            ``debug`` and ``drift`` are attributes then, which can be set.
 
     Returns:
         ``model``, the same object.
@@ -196,7 +226,8 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
         ValueError: An unknown backend.
 
     Warns:
-        UserWarning: No block of the model runs fused afterwards, or no chain is reversible where that was asked for.
+        UserWarning: No block of the model runs fused afterwards, or no chain is reversible where
+            that was asked for.
 
     Example:
         >>> import torch
@@ -209,16 +240,28 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
     dispatch.validated(backend)
     named = _modules_of(model)
     for _, block in named:
-        if isinstance(block, _Accelerated) or (probe.is_named(type(block)) and not isinstance(block, modules.AllInOneBlock)):
+        if isinstance(block, _Accelerated) or (
+            probe.is_named(type(block)) and not isinstance(block, modules.AllInOneBlock)
+        ):
             _accelerate_block(block, backend)
     if reversible:
         for _, chain in named:
             _made_reversible(chain)
-    missing = [] if any(_runs_fused(block) for _, block in named) else ["no block of the model runs fused"]
+    missing = (
+        []
+        if any(_runs_fused(block) for _, block in named)
+        else ["no block of the model runs fused"]
+    )
     if reversible and not any(isinstance(chain, Reversible) for _, chain in named):
-        missing.append("no chain of the model was made reversible (a SequenceINN can be, a GraphINN cannot)")
+        missing.append(
+            "no chain of the model was made reversible (a SequenceINN can be, a GraphINN cannot)"
+        )
     if missing:
-        warnings.warn(f"{' and '.join(missing)}; print(fastflow_kernels.report(model)) says why", UserWarning, stacklevel=2)
+        warnings.warn(
+            f"{' and '.join(missing)}; print(fastflow_kernels.report(model)) says why",
+            UserWarning,
+            stacklevel=2,
+        )
     return model
 
 
@@ -233,14 +276,19 @@ def restore(model: _Model) -> _Model:
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        RuntimeError: The class of a changed block or chain was changed again since, by a parametrization for instance. Nothing is restored
-            then.
+        RuntimeError: The class of a changed block or chain was changed again since, by a
+            parametrization for instance. Nothing is restored then.
     """
-    changed = [(name, part) for name, part in _modules_of(model) if isinstance(part, (_Accelerated, _Reversible))]
+    changed = [
+        (name, part)
+        for name, part in _modules_of(model)
+        if isinstance(part, (_Accelerated, _Reversible))
+    ]
     stuck = [name or "the model itself" for name, part in changed if not _can_be_restored(part)]
     if stuck:
         raise RuntimeError(
-            f"cannot restore {', '.join(stuck)}: the class was changed again since accelerate (by a parametrization or by FSDP, perhaps). "
+            f"cannot restore {', '.join(stuck)}: the class was changed again since accelerate (by "
+            "a parametrization or by FSDP, perhaps). "
             "Undo that first; nothing was restored"
         )
     for _, part in changed:
@@ -266,7 +314,9 @@ def _runs_fused(block: Any) -> bool:
 
 
 def _accelerate_block(block: Any, backend: str) -> None:
-    """Exchange the class of a stock block, if it computes one of the known forms; ask an accelerated one again if it has changed since."""
+    """Exchange the class of a stock block, if it computes one of the known forms; ask an
+    accelerated one again if it has changed since.
+    """
     is_accelerated = isinstance(block, _Accelerated)
     if is_accelerated:
         block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
@@ -277,16 +327,18 @@ def _accelerate_block(block: Any, backend: str) -> None:
         maths = probe.identify(block, cls)
     except Left:
         return
-    if block.householder:  # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
+    # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
+    if block.householder:
         block.w_perm = block.w_perm_inv = None
     held = _Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
-    held.index.permutation(block)  # now, for the first forward may be a compiled one, which cannot look
+    # now, for the first forward may be a compiled one, which cannot look
+    held.index.permutation(block)
     block.__dict__["_fastflow"] = held
     if not is_accelerated:
         block.__class__ = _derived(_Accelerated, cls)
 
 
-# --- the accelerated block ---------------------------------------------------------------------------------------------------------
+# --- the accelerated block ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -337,14 +389,26 @@ class _Accelerated(_Stock):
         *,
         run: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[tuple[Tensor], Tensor]:
-        """The fused form of the stock block's forward; see :class:`fastflow_kernels.AllInOneBlock`."""
+        """The fused form of the stock block's forward; see
+        :class:`fastflow_kernels.AllInOneBlock`.
+        """
         held = self._fastflow
         if self._exchanged() is not None:
             return super().forward(x, *(() if c is None else (c,)), rev=rev, jac=jac)
-        given, x = x, single_input(x, self.in_channels, self.input_rank, tuple(self.dims_in[0]) if held.is_sized else None)
+        given, x = (
+            x,
+            single_input(
+                x,
+                self.in_channels,
+                self.input_rank,
+                tuple(self.dims_in[0]) if held.is_sized else None,
+            ),
+        )
         if not x.is_floating_point():  # integers promote, step by step
             return super().forward(given, *(() if c is None else (c,)), rev=rev, jac=jac)
-        own = self._parameters  # where parameters are found at once, if they are not parametrized: see permutations.parameter
+        # where parameters are found at once, if they are not parametrized: see
+        # permutations.parameter
+        own = self._parameters
         scale, offset = own.get("global_scale"), own.get("global_offset")
         y, logdet = (run or all_in_one_block)(
             x,
@@ -361,7 +425,9 @@ class _Accelerated(_Stock):
         return (y,), logdet
 
     def _exchanged(self) -> str | None:
-        """The name of what the stock block reads and what is another one since the block was asked: then the stock maths runs."""
+        """The name of what the stock block reads and what is another one since the block was asked:
+        then the stock maths runs.
+        """
         held, clamp = self._fastflow, self.__dict__.get("clamp")
         if not probe.is_number(clamp) or (held.dialect == "freia" and clamp == 0):
             return "clamp"
@@ -378,19 +444,33 @@ class _Accelerated(_Stock):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self._exchanged() is None:
-            self._fastflow.index.permutation(self)  # now, because the next forward may be a compiled one, which cannot look
+            # now, because the next forward may be a compiled one, which cannot look
+            self._fastflow.index.permutation(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """As torch has it, but for what no copy takes: FrEIA's lambdas, and the product of reflections that a stock pass leaves behind."""
+        """As torch has it, but for what no copy takes: FrEIA's lambdas, and the product of
+        reflections that a stock pass leaves behind.
+        """
         state, held = self.__dict__.copy(), self._fastflow
-        state |= {name: None for name in ("w_perm", "w_perm_inv") if isinstance(state.get(name), Tensor) and state[name].grad_fn}
+        state |= {
+            name: None
+            for name in ("w_perm", "w_perm_inv")
+            if isinstance(state.get(name), Tensor) and state[name].grad_fn
+        }
         stand_ins: dict[str, Any] = {"global_scale_activation": probe.Activation(held.activation)}
         if getattr(getattr(self, "w_perm", None), "ndim", 0) == 1:
             stand_ins["permute_function"] = _take_channels
-        lambdas = [name for name in stand_ins if "<lambda>" in getattr(state.get(name), "__qualname__", "")]
-        stand_ins = {name: stand_ins[name] for name in lambdas if held.seen.holds(name, state[name])}
+        lambdas = [
+            name for name in stand_ins if "<lambda>" in getattr(state.get(name), "__qualname__", "")
+        ]
+        stand_ins = {
+            name: stand_ins[name] for name in lambdas if held.seen.holds(name, state[name])
+        }
         if stand_ins:
-            state |= {**stand_ins, "_fastflow": replace(held, seen=held.seen.with_values(**stand_ins))}
+            state |= {
+                **stand_ins,
+                "_fastflow": replace(held, seen=held.seen.with_values(**stand_ins)),
+            }
         return _new, (_Accelerated, self._fastflow_stock), state
 
 
@@ -403,7 +483,11 @@ def _take_channels(x: Tensor, index: Tensor) -> Tensor:
 def _derived(addition: type, cls: type) -> Any:
     """The subclass of a stock class that has what ``addition`` adds."""
     name = f"{addition.__name__.removeprefix('_')}{cls.__name__}"
-    return type(name, (addition, cls), {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls})
+    return type(
+        name,
+        (addition, cls),
+        {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls},
+    )
 
 
 def _new(addition: type, cls: type) -> nn.Module:
@@ -412,7 +496,7 @@ def _new(addition: type, cls: type) -> nn.Module:
     return derived.__new__(derived)
 
 
-# --- chains --------------------------------------------------------------------------------------------------------------------------
+# --- chains ---------------------------------------------------------------------------------------
 
 
 class _Reversible(Reversible):
@@ -422,7 +506,9 @@ class _Reversible(Reversible):
     _fastflow_attributes = ("_checkpoint_every", "debug", "drift", "_measured_spacing")
 
     def __getitem__(self, item: int | slice) -> Any:
-        """As the stock class has it; where that makes a chain of a slice, this is reversible, too."""
+        """As the stock class has it; where that makes a chain of a slice, this is reversible,
+        too.
+        """
         stock: Any = super()
         part = stock.__getitem__(item)
         if isinstance(item, slice):
@@ -440,14 +526,23 @@ def _made_reversible(chain: Any) -> tuple[bool, str] | None:
     if isinstance(chain, Reversible):
         return False, "is reversible already"
     cls: type = type(chain)
-    stock: Any = next((base for base in cls.__mro__ if base.__name__ == "SequenceINN" and "forward" in vars(base)), None)
+    stock: Any = next(
+        (
+            base
+            for base in cls.__mro__
+            if base.__name__ == "SequenceINN" and "forward" in vars(base)
+        ),
+        None,
+    )
     if stock is None:
         return None
     if getattr(cls, "forward", None) is not stock.forward or "forward" in vars(chain):
         return False, f"{cls.__name__} overrides forward"
     try:
         reversible = _derived(_Reversible, cls)
-        alike = all(_answers(cls, chain, rev) == _answers(reversible, chain, rev) for rev in (False, True))
+        alike = all(
+            _answers(cls, chain, rev) == _answers(reversible, chain, rev) for rev in (False, True)
+        )
     except Exception as error:
         return False, f"it could not be asked: {type(error).__name__}: {error}"
     if not alike:
@@ -464,15 +559,21 @@ class _Step(nn.Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True) -> tuple[tuple[Tensor], float]:
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], float]:
         return (self.factor * x[0] + sum(c),), self.factor * (1 + 2 * rev + 4 * jac)
 
 
 def _answers(cls: type, chain: Any, rev: bool) -> list[float]:
-    """What a chain of two such modules, the second with a condition, returns as one of class ``cls``."""
+    """What a chain of two such modules, the second with a condition, returns as one of class
+    ``cls``.
+    """
     asked = copy.copy(chain)
     asked.__class__ = cls
     asked.__dict__["_modules"] = {"module_list": nn.ModuleList([_Step(2.0), _Step(3.0)])}
     asked.conditions, asked.force_tuple_output = [None, 1], False
-    y, log_det = asked.forward(torch.ones(1), [torch.ones(1), torch.full((1,), 7.0)], rev=rev, jac=not rev)
+    y, log_det = asked.forward(
+        torch.ones(1), [torch.ones(1), torch.full((1,), 7.0)], rev=rev, jac=not rev
+    )
     return [float(y), float(log_det)]

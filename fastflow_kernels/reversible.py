@@ -1,8 +1,9 @@
 """Chains of invertible blocks whose training memory does not grow with their depth.
 
-A flow's activations need not be kept: the backward pass walks the chain from its output, inverts one block at a time and differentiates
-it. Every block is an autograd node of its own, so that hooks, distributed training and frozen parameters see an ordinary graph; the
-activation that a block has reconstructed travels to the block before it by way of their links.
+A flow's activations need not be kept: the backward pass walks the chain from its output, inverts
+one block at a time and differentiates it. Every block is an autograd node of its own, so that
+hooks, distributed training and frozen parameters see an ordinary graph; the activation that a block
+has reconstructed travels to the block before it by way of their links.
 """
 
 from __future__ import annotations
@@ -31,47 +32,74 @@ from fastflow_kernels.modules import InvertibleModule
 from fastflow_kernels.permutations import HouseholderPermutation, Permutation
 from fastflow_kernels.spec import CouplingSpec
 
-# Errors of a reconstructed activation relative to its norm. FastFlow on photographs, 32 blocks, float32: the reconstruction is off by 3e-7
-# and the gradients of a plain chain by 1e-5.
-_WANTED = {torch.float32: 2.0**-17, torch.float64: 2.0**-33}  # above this, the passes to come keep more
+# Errors of a reconstructed activation relative to its norm. FastFlow on photographs, 32 blocks,
+# float32: the reconstruction is off by 3e-7 and the gradients of a plain chain by 1e-5. above this,
+# the passes to come keep more
+_WANTED = {torch.float32: 2.0**-17, torch.float64: 2.0**-33}
 _WARNED = 2.0**-11  # above this, the user is told
-_SAME = {torch.float64: 2.0**-33}  # as much may a block's second output differ from its first; of other dtypes as much as nobody is told of
+# as much may a block's second output differ from its first; of other dtypes as much as nobody is
+# told of
+_SAME = {torch.float64: 2.0**-33}
 _REFUSED = 2.0**-6  # above this, the gradients are wrong
-_SMALL_INPUT = 2.0**-10  # an input that is smaller than this times the output is measured by the output
+# an input that is smaller than this times the output is measured by the output
+_SMALL_INPUT = 2.0**-10
 _RANGE = (2.0**-40, 2.0**40)  # of norms whose squares float32 certainly holds
-_SMALL_BUFFER = 1 << 16  # elements: on a GPU, asking whether a buffer has changed costs more time than keeping a copy costs memory
+# elements: on a GPU, asking whether a buffer has changed costs more time than keeping a copy costs
+# memory
+_SMALL_BUFFER = 1 << 16
 
 _swapping = threading.RLock()  # of a subnet's parameters, while a backward pass runs it again
 
 
-# --- a subnet that runs twice --------------------------------------------------------------------------------------------------------
+# --- a subnet that runs twice ---------------------------------------------------------------------
 
 
 class _Subnet:
-    """A block's subnet in one forward pass, with all that its result depends on beside its input: so that it can run again.
+    """A block's subnet in one forward pass, with all that its result depends on beside its input:
+    so that it can run again.
 
     That is: parameters, buffers, training flags, autocast, and the state of the random numbers.
     """
 
-    def __init__(self, module: nn.Module, evaluate: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, evaluate: Callable[[Tensor], Tensor], device: torch.device
+    ) -> None:
         self.evaluate, self.device = evaluate, device
         modules = list(module.modules())
         self.training = [(m, m.training) for m in modules]
-        self.places = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
+        self.places = [
+            (m._parameters, name, p)
+            for m in modules
+            for name, p in m._parameters.items()
+            if p is not None
+        ]
         self.parameters = list(dict.fromkeys(p for *_, p in self.places))
-        self.buffers = [(m._buffers, name, b, m.training) for m in modules for name, b in m._buffers.items() if b is not None]
-        self.changed: list[tuple[dict[str, Any], str, Tensor]] = []  # buffers that a run changes, as they were before it
+        self.buffers = [
+            (m._buffers, name, b, m.training)
+            for m in modules
+            for name, b in m._buffers.items()
+            if b is not None
+        ]
+        # buffers that a run changes, as they were before it
+        self.changed: list[tuple[dict[str, Any], str, Tensor]] = []
         self.input_takes_gradient = False
         self.random: list[Tensor] | None = None
         self.autocast = _autocast(device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The first run: with gradients enabled, as in a plain chain, for a subnet may ask; what autograd records is dropped at once."""
+        """The first run: with gradients enabled, as in a plain chain, for a subnet may ask; what
+        autograd records is dropped at once.
+        """
         random = self._random_state()
         before = [(b._version, b.clone()) for _, _, b, _ in self.buffers]
-        unseen = saved_tensors_hooks(Tensor.detach, _itself) if _hooks_are_set() else nullcontext()  # by the user's hooks
+        # by the user's hooks
+        unseen = saved_tensors_hooks(Tensor.detach, _itself) if _hooks_are_set() else nullcontext()
         with self.autocast(), torch.enable_grad(), unseen:
-            x = _Sealed.apply(x.detach().requires_grad_()) if self.input_takes_gradient else x.detach()
+            x = (
+                _Sealed.apply(x.detach().requires_grad_())
+                if self.input_takes_gradient
+                else x.detach()
+            )
             a = self.evaluate(x)
         if random is not None and not all(map(torch.equal, random, self._random_state() or random)):
             self.random = random
@@ -100,14 +128,18 @@ class _Subnet:
 
     @contextmanager
     def as_it_was(self, stand_ins: dict[Tensor, Tensor]) -> Iterator[None]:
-        """Within: the run's training flags, its buffers as they were before it, and stand-ins for its parameters.
+        """Within: the run's training flags, its buffers as they were before it, and stand-ins for
+        its parameters.
 
-        Stand-ins collect the gradients, so that a parameter's own hooks fire when autograd accumulates what the block's node returns, and
-        only then.
+        Stand-ins collect the gradients, so that a parameter's own hooks fire when autograd
+        accumulates what the block's node returns, and only then.
         """
         now = [(m, m.training) for m, _ in self.training]
-        mine: list[tuple[dict[str, Any], str, Tensor]] = [(holder, name, stand_ins[p]) for holder, name, p in self.places]
-        mine += [(holder, name, value.clone()) for holder, name, value in self.changed]  # a copy, for a run changes it
+        mine: list[tuple[dict[str, Any], str, Tensor]] = [
+            (holder, name, stand_ins[p]) for holder, name, p in self.places
+        ]
+        # a copy, for a run changes it
+        mine += [(holder, name, value.clone()) for holder, name, value in self.changed]
         outside = [(holder, name, holder.get(name)) for holder, name, _ in mine]
         try:
             _assign(self.training, mine)
@@ -120,7 +152,10 @@ class _Subnet:
             return [torch.get_rng_state()]
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # neither can it be read then; a graph advances it by itself
-        return [torch.get_rng_state(), torch.get_device_module(self.device).get_rng_state(self.device)]
+        return [
+            torch.get_rng_state(),
+            torch.get_device_module(self.device).get_rng_state(self.device),
+        ]
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -128,7 +163,9 @@ def _itself(x: Tensor) -> Tensor:
 
 
 class _Sealed(Function):
-    """A subnet's input in its first run: what is computed from it takes gradients, which nobody may ask for beside the block's backward."""
+    """A subnet's input in its first run: what is computed from it takes gradients, which nobody may
+    ask for beside the block's backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -137,13 +174,16 @@ class _Sealed(Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> None:
         raise RuntimeError(
-            "a subnet in a reversible chain handed out something beside its result (an auxiliary loss, a feature map), whose gradient "
+            "a subnet in a reversible chain handed out something beside its result (an auxiliary "
+            "loss, a feature map), whose gradient "
             "cannot reach the blocks before it: use a chain that is not reversible"
         )
 
 
 def _is_written(b: Tensor, before: Tensor, training: bool) -> bool:
-    """Whether a buffer has changed without a sign, as a batch norm's statistics do, and what is written through ``.data``."""
+    """Whether a buffer has changed without a sign, as a batch norm's statistics do, and what is
+    written through ``.data``.
+    """
     if b.device.type != "cpu" and (not training or b.numel() <= _SMALL_BUFFER or _is_capturing(b)):
         return training  # to ask would be to wait for the device
     return not torch.equal(b, before)
@@ -154,7 +194,9 @@ def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _assign(training: list[tuple[nn.Module, bool]], tensors: list[tuple[dict[str, Any], str, Any]]) -> None:
+def _assign(
+    training: list[tuple[nn.Module, bool]], tensors: list[tuple[dict[str, Any], str, Any]]
+) -> None:
     for module, flag in training:
         module.training = flag
     for holder, name, tensor in tensors:
@@ -165,23 +207,35 @@ def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
     """A context manager's constructor: autocast as it is now."""
     if not dispatch.is_autocast(device):
         return nullcontext
-    return partial(torch.autocast, device.type, torch.get_autocast_dtype(device.type), True, torch.is_autocast_cache_enabled())
+    return partial(
+        torch.autocast,
+        device.type,
+        torch.get_autocast_dtype(device.type),
+        True,
+        torch.is_autocast_cache_enabled(),
+    )
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, enabled=False) if dispatch.is_autocast(device) else nullcontext()
+    return (
+        torch.autocast(device.type, enabled=False)
+        if dispatch.is_autocast(device)
+        else nullcontext()
+    )
 
 
-# --- one block of a chain ------------------------------------------------------------------------------------------------------------
+# --- one block of a chain -------------------------------------------------------------------------
 
 
 @dataclass
 class _Segment:
-    """A part of a chain in one forward pass: its first block's input is kept, to compare with, and its last one's output, to start from.
+    """A part of a chain in one forward pass: its first block's input is kept, to compare with, and
+    its last one's output, to start from.
 
     Attributes:
         first, last: The blocks' places.
-        largest: The largest magnitude in that output, once the backward pass has begun: not finite only if the forward pass overflowed.
+        largest: The largest magnitude in that output, once the backward pass has begun: not finite
+            only if the forward pass overflowed.
     """
 
     first: int
@@ -190,18 +244,36 @@ class _Segment:
 
 
 class _Link:
-    """One block's place in one forward pass of a chain: evaluates it without keeping its input or output.
+    """One block's place in one forward pass of a chain: evaluates it without keeping its input or
+    output.
 
     Attributes:
         drift: The errors found in this pass, by block.
         segment: The part of the chain that it belongs to.
-        output: The block's output, as the block after it has reconstructed it; only while the backward pass is between the two.
+        output: The block's output, as the block after it has reconstructed it; only while the
+            backward pass is between the two.
     """
 
-    def __init__(self, chain: Reversible, place: int, segment: _Segment, previous: _Link | None, drift: dict[int, float]) -> None:
-        self.chain, self.place, self.segment, self.previous, self.drift = chain, place, segment, previous, drift
+    def __init__(
+        self,
+        chain: Reversible,
+        place: int,
+        segment: _Segment,
+        previous: _Link | None,
+        drift: dict[int, float],
+    ) -> None:
+        self.chain, self.place, self.segment, self.previous, self.drift = (
+            chain,
+            place,
+            segment,
+            previous,
+            drift,
+        )
         self.output: Tensor | None = None
-        self.differences: list[tuple[int, Tensor]] = [] if previous is None else previous.differences  # of second runs, not looked at yet
+        # of second runs, not looked at yet
+        self.differences: list[tuple[int, Tensor]] = (
+            [] if previous is None else previous.differences
+        )
         self.seen: tuple[Any, Any] | None = None  # which tensors came in and went out
 
     @property
@@ -230,12 +302,18 @@ class _Link:
         for p in recorded.parameters:
             if type(p) is not Tensor and type(p) is not nn.Parameter:
                 raise TypeError(
-                    f"expected the parameters of the subnet of block {self.place} in a reversible chain to be plain tensors, got "
-                    f"{type(p).__name__}; initialise lazy modules first, and shard whole blocks or the chain, not the subnet"
+                    f"expected the parameters of the subnet of block {self.place} in a reversible "
+                    "chain to be plain tensors, got "
+                    f"{type(p).__name__}; initialise lazy modules first, and shard whole blocks or "
+                    "the chain, not the subnet"
                 )
-        call = _Call(self, recorded, permutation, spec, len(conditions), reverse_permutation, backend)
+        call = _Call(
+            self, recorded, permutation, spec, len(conditions), reverse_permutation, backend
+        )
         vectors = permutation.vectors if isinstance(permutation, HouseholderPermutation) else None
-        y, logdet = _Block.apply(call, x, global_scale, global_offset, vectors, *conditions, *recorded.parameters)
+        y, logdet = _Block.apply(
+            call, x, global_scale, global_offset, vectors, *conditions, *recorded.parameters
+        )
         self.seen = _identity(x), _identity(y)
         return y, logdet
 
@@ -243,38 +321,54 @@ class _Link:
         y, self.output = self.output, None
         if y is None:
             raise RuntimeError(
-                f"block {self.place} of the reversible chain has no output to start from: gradients were asked of it without those of the "
-                f"block after it. Make the loss depend on the chain's result, or use a chain that is not reversible."
+                f"block {self.place} of the reversible chain has no output to start from: "
+                "gradients were asked of it without those of the "
+                "block after it. Make the loss depend on the chain's result, or use a chain that "
+                "is not reversible."
             )
         return y
 
     def compare(self, found: Tensor, x: Tensor, y: Tensor) -> None:
-        """Note how far the reconstructed input is from the kept one, and say so where that is too much for the gradients to be right."""
+        """Note how far the reconstructed input is from the kept one, and say so where that is too
+        much for the gradients to be right.
+        """
         if _is_capturing(x):
             return
         # by halves, for one that is small beside the other is lost first
         whole, of_output, *parts = _norms(x, y, *eager.halves(x), *eager.halves(found - x))
         least = 64 * torch.finfo(x.dtype).eps * _largest(whole, of_output * _SMALL_INPUT)
-        error = _largest(*(_ratio(off, _largest(half, least)) for half, off in zip(parts[:2], parts[2:], strict=True)))
+        error = _largest(
+            *(
+                _ratio(off, _largest(half, least))
+                for half, off in zip(parts[:2], parts[2:], strict=True)
+            )
+        )
         largest = self.segment.largest
         if math.isnan(error) and largest is not None and largest.isfinite():
-            error = math.inf  # the inverse has overflowed, not the forward pass, whose gradients would be nan in a plain chain, too
+            # the inverse has overflowed, not the forward pass, whose gradients would be nan in a
+            # plain chain, too
+            error = math.inf
         self.drift[self.place] = error
         if self.first:
             self.chain._heed(error, self.segment, x.dtype)
 
     def compare_runs(self, again: Tensor, y: Tensor) -> None:
-        """Note how far a block's second output from the same input is from the first; on a CPU, where that is known at once, say so."""
+        """Note how far a block's second output from the same input is from the first; on a CPU,
+        where that is known at once, say so.
+        """
         if _is_capturing(y):
             return
-        # on a CPU most are the same, which is seen at once: (4, 64, 32, 32) in 0.12 ms, where _difference takes 1.3, AMD EPYC
+        # on a CPU most are the same, which is seen at once: (4, 64, 32, 32) in 0.12 ms, where
+        # _difference takes 1.3, AMD EPYC
         if y.device.type != "cpu" or not torch.equal(again, y):
             self.differences.append((self.place, _difference(again.detach(), y)))
         if y.device.type == "cpu":
             self.refuse_differences(y.dtype)
 
     def refuse_differences(self, dtype: torch.dtype) -> None:
-        """Raise if a second run was another one. At the end of a backward pass, so that a GPU is waited for once."""
+        """Raise if a second run was another one. At the end of a backward pass, so that a GPU is
+        waited for once.
+        """
         if not self.differences:
             return
         places, errors = zip(*self.differences, strict=True)
@@ -283,24 +377,36 @@ class _Link:
         for place, error in zip(places, torch.stack(errors).tolist(), strict=True):
             if error > allowed:
                 raise RuntimeError(
-                    f"block {place} of the reversible chain returned something else when it ran again for its gradients, off by "
-                    f"{error:.2g}: its subnet depends on what is not replayed (a random generator of its own, random numbers of Python or "
-                    "NumPy, a state that is no buffer). Discard the gradients, and use a chain that is not reversible"
+                    f"block {place} of the reversible chain returned something else when it ran "
+                    "again for its gradients, off by "
+                    f"{error:.2g}: its subnet depends on what is not replayed (a random generator "
+                    "of its own, random numbers of Python or "
+                    "NumPy, a state that is no buffer). Discard the gradients, and use a chain "
+                    "that is not reversible"
                 )
 
 
 def _difference(x: Tensor, y: Tensor) -> Tensor:
-    """The largest difference of a channel relative to its largest magnitude in y: a small one may be the one that differs."""
+    """The largest difference of a channel relative to its largest magnitude in y: a small one may
+    be the one that differs.
+    """
     others = (0, *range(2, y.dim()))
     magnitude = torch.linalg.vector_norm(y, math.inf, dim=others)
     least = 64 * torch.finfo(y.dtype).eps * magnitude.amax()
-    return (torch.linalg.vector_norm(x - y, math.inf, dim=others) / torch.maximum(magnitude, least)).amax()
+    return (
+        torch.linalg.vector_norm(x - y, math.inf, dim=others) / torch.maximum(magnitude, least)
+    ).amax()
 
 
 def _norms(*tensors: Tensor) -> list[float]:
     """Euclidean norms without float64, which not every device has, and without overflow."""
-    found: list[float] = torch.stack([torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]).tolist()
-    return [n if n == 0 or _RANGE[0] < n < _RANGE[1] else _scaled_norm(t) for n, t in zip(found, tensors, strict=True)]
+    found: list[float] = torch.stack(
+        [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
+    ).tolist()
+    return [
+        n if n == 0 or _RANGE[0] < n < _RANGE[1] else _scaled_norm(t)
+        for n, t in zip(found, tensors, strict=True)
+    ]
 
 
 def _scaled_norm(x: Tensor) -> float:
@@ -340,34 +446,58 @@ class _Call(NamedTuple):
 
 
 class _Block(Function):
-    """A block that keeps neither its input nor its coefficients; see :class:`_Link` for what it keeps instead."""
+    """A block that keeps neither its input nor its coefficients; see :class:`_Link` for what it
+    keeps instead.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, x: Tensor, g: Tensor, offset: Tensor, vectors: Tensor | None, *rest: Tensor
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        g: Tensor,
+        offset: Tensor,
+        vectors: Tensor | None,
+        *rest: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.call = call
         link = call.link
-        call.subnet.input_takes_gradient = any((ctx.needs_input_grad[1], *ctx.needs_input_grad[5 : 5 + call.conditions]))
+        call.subnet.input_takes_gradient = any(
+            (ctx.needs_input_grad[1], *ctx.needs_input_grad[5 : 5 + call.conditions])
+        )
         with _without_autocast(x.device):
             y, logdet = all_in_one_block(
                 x, call.subnet, g, offset, call.permutation, call.spec, rest[: call.conditions],
                 reverse_permutation=call.reverse_permutation, backend=call.backend,
             )  # fmt: skip
         if y.dtype is not x.dtype:
-            raise TypeError(f"expected block {link.place} of the reversible chain to return {x.dtype}, its input's dtype; got {y.dtype}")
+            raise TypeError(
+                f"expected block {link.place} of the reversible chain to return {x.dtype}, its "
+                f"input's dtype; got {y.dtype}"
+            )
         kept_x = x if link.first or link.chain.debug else None
         kept_y = y if link.last else None
-        # the parameters, constant buffers and indices too, for autograd to notice if one is changed before the backward pass
-        ctx.save_for_backward(kept_x, kept_y, g, offset, vectors, *rest, *call.subnet.constants(), *_fixed(call.permutation))
+        # the parameters, constant buffers and indices too, for autograd to notice if one is changed
+        # before the backward pass
+        ctx.save_for_backward(
+            kept_x,
+            kept_y,
+            g,
+            offset,
+            vectors,
+            *rest,
+            *call.subnet.constants(),
+            *_fixed(call.permutation),
+        )
         return y, logdet
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlogdet: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() or dispatch.needs_composite(dy, dlogdet):
             raise RuntimeError(
-                "a reversible chain has no second or batched gradients (create_graph, is_grads_batched): use FrEIA's SequenceINN, or "
+                "a reversible chain has no second or batched gradients (create_graph, "
+                "is_grads_batched): use FrEIA's SequenceINN, or "
                 "accelerate without reversible=True"
             )
         call: _Call = ctx.call
@@ -375,7 +505,8 @@ class _Block(Function):
         rest = rest[: call.conditions + len(call.subnet.parameters)]
         needs = ctx.needs_input_grad
         leaves: list[Any] = [
-            None if t is None else t.detach().requires_grad_(need) for t, need in zip((g, offset, vectors, *rest), needs[2:], strict=True)
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((g, offset, vectors, *rest), needs[2:], strict=True)
         ]
         g, offset, vectors, *rest = leaves
         permutation = call.permutation
@@ -403,33 +534,57 @@ class _Block(Function):
             else:
                 call.link.segment.largest = torch.linalg.vector_norm(y, math.inf)
             dy = torch.zeros_like(y) if dy is None else dy
-            found = all_in_one_block_bwd(y, dy, dlogdet, *arguments, need_x=needs[1], need_params=needs[2] or needs[3], **options)
+            found = all_in_one_block_bwd(
+                y,
+                dy,
+                dlogdet,
+                *arguments,
+                need_x=needs[1],
+                need_params=needs[2] or needs[3],
+                **options,
+            )
         if call.link.previous is None or not needs[1]:
             call.link.refuse_differences(y.dtype)
         if x is not None:
             call.link.compare(found.x, x, y)
         if needs[1] and not call.link.first and call.link.previous is not None:
             call.link.previous.output = found.x
-        return None, found.dx if needs[1] else None, found.dg, found.doffset, *(None if t is None else t.grad for t in leaves[2:])
+        return (
+            None,
+            found.dx if needs[1] else None,
+            found.dg,
+            found.doffset,
+            *(None if t is None else t.grad for t in leaves[2:]),
+        )
 
 
 def _differentiate(results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Add the gradients of what results depend on to the ``grad`` of each."""
-    pairs = [(t, dt) for t, dt in zip(results, gradients, strict=True) if dt is not None and t.requires_grad]
+    pairs = [
+        (t, dt)
+        for t, dt in zip(results, gradients, strict=True)
+        if dt is not None and t.requires_grad
+    ]
     if pairs:
         torch.autograd.backward([t for t, _ in pairs], [dt for _, dt in pairs])
 
 
 def _fixed(permutation: Permutation) -> tuple[Tensor, ...]:
     """The tensors of a permutation that take no gradient."""
-    return _fixed(permutation.base) if isinstance(permutation, HouseholderPermutation) else tuple(permutation)
+    return (
+        _fixed(permutation.base)
+        if isinstance(permutation, HouseholderPermutation)
+        else tuple(permutation)
+    )
 
 
-# --- the chain -----------------------------------------------------------------------------------------------------------------------
+# --- the chain ------------------------------------------------------------------------------------
 
 
 class Reversible:
-    """What the class of a reversible chain adds to that of FrEIA's SequenceINN; see :class:`ReversibleSequence`."""
+    """What the class of a reversible chain adds to that of FrEIA's SequenceINN; see
+    :class:`ReversibleSequence`.
+    """
 
     module_list: Any  # an nn.ModuleList of modules of which no type tells the attributes
     conditions: list[int | None]
@@ -441,7 +596,9 @@ class Reversible:
 
     @property
     def checkpoint_every(self) -> int | None:
-        """How many blocks lie between two activations that are kept, None for as many as the measured error allows; can be set."""
+        """How many blocks lie between two activations that are kept, None for as many as the
+        measured error allows; can be set.
+        """
         return self._checkpoint_every
 
     @checkpoint_every.setter
@@ -453,7 +610,11 @@ class Reversible:
         self._checkpoint_every = value
 
     def forward(
-        self, x_or_z: Tensor | Sequence[Tensor], c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
+        self,
+        x_or_z: Tensor | Sequence[Tensor],
+        c: Sequence[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
     ) -> tuple[Any, Any]:
         """Evaluate the chain or its inverse.
 
@@ -461,64 +622,103 @@ class Reversible:
             x_or_z: (B, C, *S), or a list or tuple with that one tensor.
             c: The conditions, in which the blocks' ``cond`` count.
             rev: Compute the inverse. Its gradients, if asked for, are those of an ordinary chain.
-            jac: Whether the log-determinant is wanted; the blocks return it anyway, other modules of the chain are told.
+            jac: Whether the log-determinant is wanted; the blocks return it anyway, other modules
+                of the chain are told.
 
         Returns:
-            The result, in a tuple if ``force_tuple_output``, and the log-determinant (B,) in nats per sample.
+            The result, in a tuple if ``force_tuple_output``, and the log-determinant (B,) in nats
+            per sample.
 
         Raises:
             RuntimeError: A hook exchanged a block's input or output.
-            TypeError: A subnet's parameters are no plain tensors while its block runs, or it widens the dtype.
+            TypeError: A subnet's parameters are no plain tensors while its block runs, or it widens
+                the dtype.
         """
         x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
         links = {} if rev else self._links(x, c)
         order = range(len(self.module_list))
-        log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if _is_batch(x) else 0  # as FrEIA's, also where no module has one
+        # as FrEIA's, also where no module has one
+        log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if _is_batch(x) else 0
         for i in reversed(order) if rev else order:
             module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
             if link is not None and x[0].is_floating_point() and dispatch.is_autocast(x[0].device):
-                x = (x[0].to(eager.promoted(x[0], module.global_scale)),)  # the chain's state stays in the parameters' dtype
+                # the chain's state stays in the parameters' dtype
+                x = (x[0].to(eager.promoted(x[0], module.global_scale)),)
             given = x
-            arguments: dict[str, Any] = {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "run": link}
+            arguments: dict[str, Any] = (
+                {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "run": link}
+            )
             if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]
             x, j = module(x, **arguments)
             if link is not None and link.seen != (_identity(given[0]), _identity(x[0])):
-                raise RuntimeError(f"a hook exchanged the input or the output of block {i}, which a reversible chain cannot undo")
+                raise RuntimeError(
+                    f"a hook exchanged the input or the output of block {i}, which a reversible "
+                    "chain cannot undo"
+                )
             log_det = j + log_det
         return x if self.force_tuple_output else x[0], log_det
 
     def drift_report(self) -> str:
-        """The reconstruction's errors in the last backward pass, and with ``debug`` the block that has made them grow most."""
+        """The reconstruction's errors in the last backward pass, and with ``debug`` the block that
+        has made them grow most.
+        """
         if not self.drift:
             return "nothing was compared yet"
         places = sorted(self.drift, reverse=True)
-        lines = [f"block {place}: its input is off by {self.drift[place]:.2g} of its norm" for place in places]
-        growth = {after: self.drift[after] / max(self.drift[before], 1e-30) for before, after in pairwise(places) if before == after + 1}
+        lines = [
+            f"block {place}: its input is off by {self.drift[place]:.2g} of its norm"
+            for place in places
+        ]
+        growth = {
+            after: self.drift[after] / max(self.drift[before], 1e-30)
+            for before, after in pairwise(places)
+            if before == after + 1
+        }
         if growth:
             worst = max(growth, key=growth.__getitem__)
-            lines.append(f"worst: block {worst}, whose inverse multiplies the error by {growth[worst]:.2g}")
+            lines.append(
+                f"worst: block {worst}, whose inverse multiplies the error by {growth[worst]:.2g}"
+            )
         return "\n".join(lines)
 
     def _links(self, x: Sequence[Tensor], c: Sequence[Tensor] | None) -> dict[int, _Link]:
-        """A link for every block that can be undone; none where plain operations must do, or where no gradients are wanted."""
-        if not torch.is_grad_enabled() or len(x) != 1 or not isinstance(x[0], Tensor) or not x[0].numel() or dispatch.needs_composite(x[0]):
+        """A link for every block that can be undone; none where plain operations must do, or where
+        no gradients are wanted.
+        """
+        if (
+            not torch.is_grad_enabled()
+            or len(x) != 1
+            or not isinstance(x[0], Tensor)
+            or not x[0].numel()
+            or dispatch.needs_composite(x[0])
+        ):
             return {}
-        if x[0].is_meta or not x[0].is_floating_point():  # there is nothing to look at for drift; integers run step by step
+        # there is nothing to look at for drift; integers run step by step
+        if x[0].is_meta or not x[0].is_floating_point():
             return {}
-        if parametrize._cache_enabled:  # the cache would hand a first run's parameters to the second
+        # the cache would hand a first run's parameters to the second
+        if parametrize._cache_enabled:
             return {}
         links: dict[int, _Link] = {}
         drift: dict[int, float] = {}
         self.drift = drift
         needed = x[0].requires_grad  # whether the backward pass reaches the block
-        for i, (module, condition) in enumerate(zip(self.module_list, self.conditions, strict=True)):
+        for i, (module, condition) in enumerate(
+            zip(self.module_list, self.conditions, strict=True)
+        ):
             given = None if condition is None or c is None else c[condition]
-            needed = needed or any(p.requires_grad for p in module.parameters()) or (isinstance(given, Tensor) and given.requires_grad)
+            needed = (
+                needed
+                or any(p.requires_grad for p in module.parameters())
+                or (isinstance(given, Tensor) and given.requires_grad)
+            )
             if needed and is_reversible(module):
                 previous = links.get(i - 1)
                 segment = None if previous is None else previous.segment
-                if segment is None or i - segment.first >= self._spacing(eager.promoted(x[0], module.global_scale)):
+                if segment is None or i - segment.first >= self._spacing(
+                    eager.promoted(x[0], module.global_scale)
+                ):
                     segment = _Segment(i, i)
                 segment.last = i
                 links[i] = _Link(self, i, segment, previous, drift)
@@ -528,10 +728,13 @@ class Reversible:
         """Blocks from one kept activation to the next."""
         if self.checkpoint_every is not None:
             return self.checkpoint_every
-        return 1 if dtype.itemsize == 2 else self._measured_spacing  # half precision loses too much in a single block
+        # half precision loses too much in a single block
+        return 1 if dtype.itemsize == 2 else self._measured_spacing
 
     def _heed(self, error: float, segment: _Segment, dtype: torch.dtype) -> None:
-        """Draw the conclusions from the error that has built up between the last and the first block of a segment."""
+        """Draw the conclusions from the error that has built up between the last and the first
+        block of a segment.
+        """
         eps, wanted = torch.finfo(dtype).eps, _WANTED.get(dtype, _WARNED)
         if not error > wanted:  # nan: the forward pass has overflowed
             return
@@ -543,8 +746,10 @@ class Reversible:
         else:
             remedy = "set a smaller checkpoint_every"
         said = (
-            f"the input of block {segment.first} of the reversible chain, reconstructed from the output of block {segment.last}, is off by "
-            f"{error:.2g} of its norm, and the gradients are off accordingly: discard them; {remedy}. With debug=True, drift_report() "
+            f"the input of block {segment.first} of the reversible chain, reconstructed from the "
+            f"output of block {segment.last}, is off by "
+            f"{error:.2g} of its norm, and the gradients are off accordingly: discard them; "
+            f"{remedy}. With debug=True, drift_report() "
             "names the block that amplifies most"
         )
         if error > _REFUSED:
@@ -558,52 +763,74 @@ def _is_batch(x: Sequence[Any]) -> bool:
 
 
 def _hooks_are_set() -> bool:
-    """Whether somebody looks on at what autograd keeps. Hooks of our own are set then only: torch.func.grad refuses to run under any."""
+    """Whether somebody looks on at what autograd keeps. Hooks of our own are set then only:
+    torch.func.grad refuses to run under any.
+    """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
 
 
 def is_reversible(module: nn.Module) -> bool:
     """Whether a module is a block whose every gradient the reversible backward knows."""
-    takes_run = getattr(type(module), "_takes_run", None)  # of its own type, for wrappers hand on what they are asked for
+    # of its own type, for wrappers hand on what they are asked for
+    takes_run = getattr(type(module), "_takes_run", None)
     block: Any = module
-    if takes_run is None or not takes_run(block) or block._compiled_call_impl is not None or not _runs_twice(block.subnet):
+    if (
+        takes_run is None
+        or not takes_run(block)
+        or block._compiled_call_impl is not None
+        or not _runs_twice(block.subnet)
+    ):
         return False
-    return not any(getattr(getattr(block, name, None), "requires_grad", False) for name in ("w_perm", "w_perm_inv", "w_0"))
+    return not any(
+        getattr(getattr(block, name, None), "requires_grad", False)
+        for name in ("w_perm", "w_perm_inv", "w_0")
+    )
 
 
 def _runs_twice(subnet: Any) -> bool:
-    """Whether a subnet can run again with stand-ins for its parameters, which collect their gradients."""
+    """Whether a subnet can run again with stand-ins for its parameters, which collect their
+    gradients.
+    """
     if not isinstance(subnet, nn.Module):
         return False
-    if any(b.requires_grad for b in subnet.buffers()) or any(map(nn.parameter.is_lazy, subnet.parameters())):
+    if any(b.requires_grad for b in subnet.buffers()) or any(
+        map(nn.parameter.is_lazy, subnet.parameters())
+    ):
         return False
-    return not any(isinstance(m, torch.jit.ScriptModule) for m in subnet.modules())  # takes no other tensors for its parameters
+    # takes no other tensors for its parameters
+    return not any(isinstance(m, torch.jit.ScriptModule) for m in subnet.modules())
 
 
 class ReversibleSequence(Reversible, InvertibleModule):
     """A chain of invertible modules whose training memory does not grow with its depth.
 
-    A drop-in for FrEIA's SequenceINN: same methods, attributes and state dict, and where FrEIA is imported an instance of it. The backward
-    pass starts from the chain's output and undoes one block at a time. Only :class:`AllInOneBlock` is undone; other modules in between are
-    kept as they are, with what they keep.
+    A drop-in for FrEIA's SequenceINN: same methods, attributes and state dict, and where FrEIA is
+    imported an instance of it. The backward pass starts from the chain's output and undoes one
+    block at a time. Only :class:`AllInOneBlock` is undone; other modules in between are kept as
+    they are, with what they keep.
 
-    The reconstruction loses digits. Where its input is alive anyway, at the start of the chain and wherever an activation is kept, it is
-    compared, relative to its norm: an error above 8e-6 (1e-10 in float64) makes the passes to come keep activations, so many that it stays
-    below if every block multiplies it alike; above 5e-4 there is a RuntimeWarning, above 2e-2 a RuntimeError. In half precision every
-    activation is kept, and only the coefficients are not.
+    The reconstruction loses digits. Where its input is alive anyway, at the start of the chain and
+    wherever an activation is kept, it is compared, relative to its norm: an error above 8e-6 (1e-10
+    in float64) makes the passes to come keep activations, so many that it stays below if every
+    block multiplies it alike; above 5e-4 there is a RuntimeWarning, above 2e-2 a RuntimeError. In
+    half precision every activation is kept, and only the coefficients are not.
 
-    A block's inverse multiplies errors of its active half by exp(-s) / scale, at most exp(clamp) / scale, and adds what the subnet makes of
-    those of the passive half. That is the bound; a trained FastFlow of 32 blocks (clamp 2) is off by 3e-7 in all, 3 eps.
+    A block's inverse multiplies errors of its active half by exp(-s) / scale, at most exp(clamp) /
+    scale, and adds what the subnet makes of those of the passive half. That is the bound; a trained
+    FastFlow of 32 blocks (clamp 2) is off by 3e-7 in all, 3 eps.
 
     Args:
         dims: The input's shape without the batch, C, *S.
         force_tuple_output: Return the result in a tuple, as other invertible modules do.
-        checkpoint_every: Blocks between two activations that are kept. None: as many as the measured error allows, at first all.
-        debug: Keep every activation and compare it; see :meth:`drift_report`. For a look, for it takes the memory that is saved otherwise.
+        checkpoint_every: Blocks between two activations that are kept. None: as many as the
+            measured error allows, at first all.
+        debug: Keep every activation and compare it; see :meth:`drift_report`. For a look, for it
+            takes the memory that is saved otherwise.
 
     Attributes:
-        drift: Of the last backward pass, by block: the error of its reconstructed input relative to the norm, where it was compared.
+        drift: Of the last backward pass, by block: the error of its reconstructed input relative to
+            the norm, where it was compared.
 
     Raises:
         ValueError, TypeError: ``checkpoint_every`` is no positive integer.
@@ -622,7 +849,13 @@ class ReversibleSequence(Reversible, InvertibleModule):
         _adopt_freia()  # see InvertibleModule
         return super().__new__(cls)
 
-    def __init__(self, *dims: int, force_tuple_output: bool = False, checkpoint_every: int | None = None, debug: bool = False) -> None:
+    def __init__(
+        self,
+        *dims: int,
+        force_tuple_output: bool = False,
+        checkpoint_every: int | None = None,
+        debug: bool = False,
+    ) -> None:
         super().__init__([dims])
         self.shapes = [tuple(dims)]
         self.conditions: list[int | None] = []
@@ -641,23 +874,30 @@ class ReversibleSequence(Reversible, InvertibleModule):
         """Append a module.
 
         Args:
-            module_class: An invertible module's class, called as ``module_class([shape], **kwargs)``; or an instance.
+            module_class: An invertible module's class, called as ``module_class([shape],
+                **kwargs)``; or an instance.
             cond: Which of the conditions given to ``forward`` the module takes.
             cond_shape: That condition's shape without the batch; an instance knows it.
             kwargs: For the class.
 
         Raises:
-            TypeError: Arguments for an instance (a ValueError, too), or a condition without a shape.
-            ValueError: The module has more than one output, or an instance was built for another shape.
+            TypeError: Arguments for an instance (a ValueError, too), or a condition without a
+                shape.
+            ValueError: The module has more than one output, or an instance was built for another
+                shape.
         """
         dims_in = [self.shapes[-1]]
         if isinstance(module_class, nn.Module):
             if kwargs:
-                raise _ArgumentError(f"expected no arguments beside an instance, got {', '.join(kwargs)}")
+                raise _ArgumentError(
+                    f"expected no arguments beside an instance, got {', '.join(kwargs)}"
+                )
             module: Any = module_class
             expected = _shapes(module, "dims_in", dims_in)
             if expected != dims_in:
-                raise ValueError(f"expected a module for inputs of shape {dims_in}, got one for {expected}")
+                raise ValueError(
+                    f"expected a module for inputs of shape {dims_in}, got one for {expected}"
+                )
         else:
             if cond is not None:
                 if cond_shape is None:
@@ -666,7 +906,9 @@ class ReversibleSequence(Reversible, InvertibleModule):
             module = module_class(dims_in, **kwargs)
         dims_out: list[tuple[int, ...]] = module.output_dims(dims_in)
         if len(dims_out) != 1:
-            raise ValueError(f"expected a module with one output, got {len(dims_out)} of {type(module).__name__}")
+            raise ValueError(
+                f"expected a module with one output, got {len(dims_out)} of {type(module).__name__}"
+            )
         self.conditions.append(cond)
         self.module_list.append(module)
         self.shapes.append(tuple(dims_out[0]))
@@ -674,8 +916,8 @@ class ReversibleSequence(Reversible, InvertibleModule):
     def __getitem__(self, item: int | slice) -> nn.Module:
         """A module; or the chain of those in a slice, which shares them.
 
-        Where the slice runs backwards, the chain holds their inverses. Conditions are numbered anew, in the order in which the modules of
-        the new chain first ask for them.
+        Where the slice runs backwards, the chain holds their inverses. Conditions are numbered
+        anew, in the order in which the modules of the new chain first ask for them.
         """
         if not isinstance(item, slice):
             return self.module_list[item]
@@ -701,7 +943,8 @@ class ReversibleSequence(Reversible, InvertibleModule):
         Raises:
             NotImplementedError: ``key`` is a slice.
             TypeError: The module is not an invertible one.
-            ValueError: Its inputs, outputs or conditions have other shapes than those of the module that it replaces.
+            ValueError: Its inputs, outputs or conditions have other shapes than those of the module
+                that it replaces.
         """
         if isinstance(key, slice):
             raise NotImplementedError("expected the place of one module, got a slice")
@@ -716,7 +959,10 @@ class ReversibleSequence(Reversible, InvertibleModule):
             ("conditions", _shapes(before, "dims_c", []), _shapes(value, "dims_c", [])),
         ):
             if actual != expected:
-                raise ValueError(f"expected a module with {what} of shape {expected} at place {place}, got one with {actual}")
+                raise ValueError(
+                    f"expected a module with {what} of shape {expected} at place {place}, got one "
+                    f"with {actual}"
+                )
         self.module_list[place] = value
 
     def __len__(self) -> int:
@@ -725,27 +971,37 @@ class ReversibleSequence(Reversible, InvertibleModule):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self.module_list)
 
-    def output_dims(self, input_dims: Sequence[Sequence[int]] | None = None) -> list[tuple[int, ...]]:
+    def output_dims(
+        self, input_dims: Sequence[Sequence[int]] | None = None
+    ) -> list[tuple[int, ...]]:
         """The output's shape.
 
         Args:
             input_dims: ``[(C, *S)]``, the input's shape; or None.
 
         Raises:
-            ValueError: Another input shape than the chain's; or one without ``force_tuple_output``, for then the chain is no module of
-                another container.
+            ValueError: Another input shape than the chain's; or one without ``force_tuple_output``,
+                for then the chain is no module of another container.
         """
         if input_dims is not None:
             if not self.force_tuple_output:
-                raise ValueError("output_dims needs force_tuple_output=True, which makes the chain a module of other containers")
+                raise ValueError(
+                    "output_dims needs force_tuple_output=True, which makes the chain a module of "
+                    "other containers"
+                )
             expected = self.shapes[0]
-            if tuple(input_dims) != expected and [tuple(shape) for shape in input_dims] != [expected]:
-                raise ValueError(f"expected input_dims {[expected]}, the chain's input, got {input_dims}")
+            if tuple(input_dims) != expected and [tuple(shape) for shape in input_dims] != [
+                expected
+            ]:
+                raise ValueError(
+                    f"expected input_dims {[expected]}, the chain's input, got {input_dims}"
+                )
         return [self.shapes[-1]]
 
 
 class Inverse(InvertibleModule):
-    """The inverse of an invertible module, in the part of a chain that runs backwards; with the state dict of FrEIA's Inverse.
+    """The inverse of an invertible module, in the part of a chain that runs backwards; with the
+    state dict of FrEIA's Inverse.
 
     Args:
         module: The other module.
@@ -757,7 +1013,9 @@ class Inverse(InvertibleModule):
         super().__init__(module.output_dims(module.dims_in), getattr(module, "dims_c", None))
         self.module = module
 
-    def forward(self, *args: Any, rev: bool = False, **kwargs: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+    def forward(
+        self, *args: Any, rev: bool = False, **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Evaluate the other module in the other direction; the arguments are its own."""
         results: tuple[tuple[Tensor, ...], Tensor] = self.module(*args, rev=not rev, **kwargs)
         return results

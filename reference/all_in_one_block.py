@@ -35,8 +35,9 @@ SCALE_ACTIVATIONS = {"SIGMOID": sigmoid_scale, "SOFTPLUS": softplus_scale, "EXP"
 def initial_global_scale(scale: float, activation: str, dialect: str) -> torch.Tensor:
     """The pre-activation g with ``activation(g) == scale``.
 
-    Both peers invert the activation by the same formula, anomalib in the default dtype and FrEIA in float64. The same is done here,
-    so that a fresh block has the peer's very bits, except where the peer's formula overflows or cancels to an infinity.
+    Both peers invert the activation by the same formula, anomalib in the default dtype and FrEIA in
+    float64. The same is done here, so that a fresh block has the peer's very bits, except where the
+    peer's formula overflows or cancels to an infinity.
 
     Returns:
         A tensor without dimensions, in the default dtype.
@@ -62,8 +63,9 @@ def initial_global_scale(scale: float, activation: str, dialect: str) -> torch.T
 def random_rotation(n: int) -> torch.Tensor:
     """A matrix drawn uniformly (Haar) from SO(n), shape (n, n), float64.
 
-    Q of the QR decomposition of a Gaussian matrix is uniform on O(n) once its columns carry the signs of R's diagonal (Mezzadri 2007);
-    turning one column around where the determinant is -1 leaves it uniform on SO(n).
+    Q of the QR decomposition of a Gaussian matrix is uniform on O(n) once its columns carry the
+    signs of R's diagonal (Mezzadri 2007); turning one column around where the determinant is -1
+    leaves it uniform on SO(n).
     """
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
     q = q * torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
@@ -73,10 +75,11 @@ def random_rotation(n: int) -> torch.Tensor:
 
 
 class AllInOneBlock(InvertibleModule):
-    r"""Affine coupling, global affine transformation (ActNorm) and channel permutation, invertible, with its log-determinant.
+    r"""Affine coupling, global affine transformation (ActNorm) and channel permutation, invertible,
+    with its log-determinant.
 
-    With C channels split into ``x1`` (the first C - C//2, passive) and ``x2`` (the last C//2, active), P pixels, and
-    ``a = subnet(cat(x1, *c))`` split into halves ``(a_s, a_t)``::
+    With C channels split into ``x1`` (the first C - C//2, passive) and ``x2`` (the last C//2,
+    active), P pixels, and ``a = subnet(cat(x1, *c))`` split into halves ``(a_s, a_t)``::
 
         s      = clamp * tanh(0.1 * a_s)            dialect "anomalib" (every anomalib, FrEIA 0.2)
         s      = clamp * tanh(0.1 * a_s / clamp)    dialect "freia"    (FrEIA's main branch)
@@ -85,35 +88,48 @@ class AllInOneBlock(InvertibleModule):
         y      = permute(u * scale + offset)        scale = activation(global_scale); 1 if gin_block
         logdet = sum(s) + P * sum(log(scale))       per sample, in nats; 0 if gin_block
 
-    The inverse runs these lines backwards, with the log-determinant negated. Reading the permutation as a matrix W, ``permute(v) = W v``;
-    W is orthogonal with \|det W\| = 1, so it adds nothing to the log-determinant.
+    The inverse runs these lines backwards, with the log-determinant negated. Reading the
+    permutation as a matrix W, ``permute(v) = W v``; W is orthogonal with \|det W\| = 1, so it adds
+    nothing to the log-determinant.
 
-    Sources: the block is FrEIA's (Ardizzone, Lueth, Kruse, Rother, Koethe 2019, and the FrEIA documentation); affine coupling with a
-    clamped exponent is RealNVP's (Dinh, Sohl-Dickstein, Bengio 2017); the global affine is Glow's ActNorm (Kingma, Dhariwal 2018); GIN is
-    Sorrenson, Rother, Koethe 2020; the learned reflections are Householder flows (Tomczak, Welling 2016); undoing the permutation before
-    the block is Putzky, Welling 2019.
+    Sources: the block is FrEIA's (Ardizzone, Lueth, Kruse, Rother, Koethe 2019, and the FrEIA
+    documentation); affine coupling with a clamped exponent is RealNVP's (Dinh, Sohl-Dickstein,
+    Bengio 2017); the global affine is Glow's ActNorm (Kingma, Dhariwal 2018); GIN is Sorrenson,
+    Rother, Koethe 2020; the learned reflections are Householder flows (Tomczak, Welling 2016);
+    undoing the permutation before the block is Putzky, Welling 2019.
 
     Args:
-        dims_in: One shape without the batch dimension, ``[(C, *S)]`` with S of rank 0 to 3 and C at least 1.
-        dims_c: Shapes of the conditions, ``[(C_i, *S), ...]``; their channels are appended to the subnet's input.
-        subnet_constructor: ``f(channels_in, channels_out)`` gives the subnet, a module that keeps S.
-        affine_clamping: Bound of \|s\|. 0 makes the coupling additive (not in dialect "freia", which divides by it).
+        dims_in: One shape without the batch dimension, ``[(C, *S)]`` with S of rank 0 to 3 and C at
+            least 1.
+        dims_c: Shapes of the conditions, ``[(C_i, *S), ...]``; their channels are appended to the
+            subnet's input.
+        subnet_constructor: ``f(channels_in, channels_out)`` gives the subnet, a module that keeps
+            S.
+        affine_clamping: Bound of \|s\|. 0 makes the coupling additive (not in dialect "freia",
+            which divides by it).
         gin_block: Volume-preserving coupling (GIN).
         global_affine_init: Initial ``scale``: above 0, and below 10 for "SIGMOID".
-        global_affine_type: "SIGMOID", 10 * sigmoid(g - 2); "SOFTPLUS", 0.1 * softplus(g, beta=0.5); or "EXP".
+        global_affine_type: "SIGMOID", 10 * sigmoid(g - 2); "SOFTPLUS", 0.1 * softplus(g, beta=0.5);
+            or "EXP".
         permute_soft: W is a fixed random rotation from SO(C) and not a permutation.
-        learned_householder_permutation: Number K of learned reflections: W = w_0 H_1 ... H_K with H_k = I - 2 v_k v_k^T / v_k^T v_k.
+        learned_householder_permutation: Number K of learned reflections: W = w_0 H_1 ... H_K with
+            H_k = I - 2 v_k v_k^T / v_k^T v_k.
         reverse_permutation: Apply W^-1 before the coupling.
-        dialect: "anomalib" or "freia": the formula of s, and the form of a hard permutation in the state dict.
+        dialect: "anomalib" or "freia": the formula of s, and the form of a hard permutation in the
+            state dict.
 
     Attributes:
-        global_scale, global_offset: Parameters, (1, C, 1, ...); ``global_scale`` is before its activation.
-        w_perm, w_perm_inv: W and its inverse, parameters without gradient; None with Householder reflections. A hard permutation is a float
-            one-hot matrix (C, C, 1, ...) in dialect "anomalib" and an int64 index (C,) in "freia": ``y[:, j] = v[:, w_perm[j]]``.
-        vk_householder, w_0: Only with Householder reflections: (K, C), and the float matrix (C, C) that they multiply.
+        global_scale, global_offset: Parameters, (1, C, 1, ...); ``global_scale`` is before its
+            activation.
+        w_perm, w_perm_inv: W and its inverse, parameters without gradient; None with Householder
+            reflections. A hard permutation is a float one-hot matrix (C, C, 1, ...) in dialect
+            "anomalib" and an int64 index (C,) in "freia": ``y[:, j] = v[:, w_perm[j]]``.
+        vk_householder, w_0: Only with Householder reflections: (K, C), and the float matrix (C, C)
+            that they multiply.
         subnet: What ``subnet_constructor`` made.
-        in_channels, splits, input_rank, sum_dims, conditional, condition_channels: Sizes; ``splits`` is ``[C - C//2, C//2]``.
-        clamp, GIN, householder, reverse_pre_permute, permute_soft, dialect: The options.
+        in_channels, splits, input_rank, sum_dims, conditional, condition_channels: Sizes;
+        ``splits`` is ``[C - C//2, C//2]``. clamp, GIN, householder, reverse_pre_permute,
+        permute_soft, dialect: The options.
         global_scale_activation: The function that gives ``scale``.
 
     Raises:
@@ -148,7 +164,10 @@ class AllInOneBlock(InvertibleModule):
     ) -> None:
         super().__init__(dims_in, dims_c)
         if not callable(subnet_constructor):
-            raise ValueError(f"subnet_constructor must be a callable f(channels_in, channels_out), got {subnet_constructor!r}")
+            raise ValueError(
+                "subnet_constructor must be a callable f(channels_in, channels_out), got "
+                f"{subnet_constructor!r}"
+            )
         _check_options(
             self.dims_in,
             self.dims_c,
@@ -176,7 +195,8 @@ class AllInOneBlock(InvertibleModule):
         self.global_scale_activation = SCALE_ACTIVATIONS[global_affine_type]
         self.last_jac = None
 
-        # From here on the order matters: of the parameters, and of the random draws (permutation, reflections, subnet).
+        # From here on the order matters: of the parameters, and of the random draws (permutation,
+        # reflections, subnet).
         initial = initial_global_scale(global_affine_init, global_affine_type, dialect)
         self.global_scale = nn.Parameter(torch.ones(1, channels, *ones) * initial)
         self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
@@ -199,7 +219,9 @@ class AllInOneBlock(InvertibleModule):
             self.w_perm = _constant(matrix.reshape(channels, channels, *ones))
             self.w_perm_inv = _constant(matrix.T.reshape(channels, channels, *ones))
 
-        self.subnet = subnet_constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
+        self.subnet = subnet_constructor(
+            self.splits[0] + self.condition_channels, 2 * self.splits[1]
+        )
 
     def forward(
         self,
@@ -211,13 +233,16 @@ class AllInOneBlock(InvertibleModule):
         """Map ``x`` forward, or back if ``rev``.
 
         Args:
-            x: One tensor (B, C, *S), B may be 0. S must be the declared one in dialect "freia" and is free in "anomalib".
+            x: One tensor (B, C, *S), B may be 0. S must be the declared one in dialect "freia" and
+                is free in "anomalib".
             c: The conditions, (B, C_i, *S) each.
             rev: Apply the inverse.
-            jac: Whether the log-determinant is wanted. It is returned anyway, as the peers do: their users add it to what they have.
+            jac: Whether the log-determinant is wanted. It is returned anyway, as the peers do:
+                their users add it to what they have.
 
         Returns:
-            ``((y,), log_det)``: y like x; log_det (B,), in nats per sample, of the direction that was evaluated.
+            ``((y,), log_det)``: y like x; log_det (B,), in nats per sample, of the direction that
+            was evaluated.
 
         Raises:
             ValueError: If the number or the shape of the inputs is not the declared one.
@@ -248,7 +273,9 @@ class AllInOneBlock(InvertibleModule):
         """The shapes of the outputs: those of the inputs."""
         return input_dims
 
-    def _affine(self, x: torch.Tensor, a: torch.Tensor, rev: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def _affine(
+        self, x: torch.Tensor, a: torch.Tensor, rev: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The coupling: ``x * exp(s) + t``, or its inverse ``(x - t) * exp(-s)``.
 
         Args:
@@ -259,10 +286,12 @@ class AllInOneBlock(InvertibleModule):
         Returns:
             The mapped half, like x, and its log-determinant, (B,), in nats per sample.
         """
-        # Under autocast the subnet answers in half precision; the coupling and its log-det stay in x's.
+        # Under autocast the subnet answers in half precision; the coupling and its log-det stay in
+        # x's.
         a = a.to(torch.promote_types(a.dtype, x.dtype))
         active = x.shape[1]
-        a = a * 0.1  # the subnet's part is made small, so that a fresh block is close to the identity
+        # the subnet's part is made small, so that a fresh block is close to the identity
+        a = a * 0.1
         s, t = a[:, :active], a[:, active:]
         s = self.clamp * torch.tanh(s / self.clamp if self.dialect == "freia" else s)
         if self.GIN:
@@ -272,15 +301,19 @@ class AllInOneBlock(InvertibleModule):
             return (x - t) * torch.exp(-s), -log_det
         return x * torch.exp(s) + t, log_det
 
-    def _permute(self, x: torch.Tensor, rev: bool = False) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Global affine and permutation, ``W (x * scale + offset)``, or the inverse, ``(W^-1 x - offset) / scale``.
+    def _permute(
+        self, x: torch.Tensor, rev: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Global affine and permutation, ``W (x * scale + offset)``, or the inverse, ``(W^-1 x -
+        offset) / scale``.
 
         Args:
             x: (B, C, *S).
             rev: Apply the inverse.
 
         Returns:
-            The mapped tensor, like x, and ``sum(log(scale))``, the forward direction's log-determinant per pixel (for either ``rev``).
+            The mapped tensor, like x, and ``sum(log(scale))``, the forward direction's
+            log-determinant per pixel (for either ``rev``).
         """
         w, w_inv = self._permutation()
         if self.GIN:
@@ -293,7 +326,9 @@ class AllInOneBlock(InvertibleModule):
         return self.permute_function(x * scale + self.global_offset, w), log_scale
 
     def _pre_permute(self, x: torch.Tensor, rev: bool = False) -> torch.Tensor:
-        """``W^-1 x`` before the coupling, or ``W x`` after the inverse coupling if ``rev``. Only for ``reverse_permutation``."""
+        """``W^-1 x`` before the coupling, or ``W x`` after the inverse coupling if ``rev``. Only
+        for ``reverse_permutation``.
+        """
         w, w_inv = self._permutation()
         return self.permute_function(x, w if rev else w_inv)
 
@@ -310,14 +345,19 @@ class AllInOneBlock(InvertibleModule):
         if w.dtype == torch.int64:
             return x[:, w]
         w = w.flatten(1)
-        # A one-hot matrix permutes exactly, also what is infinite or NaN, which a sum over 0 * x would spread to every channel.
-        # The values are asked and not the options, since any orthogonal matrix may have been loaded.
-        if not w.requires_grad and bool(((w != 0).sum(dim=1) == 1).all() and (w.amax(dim=1) == 1).all()):
+        # A one-hot matrix permutes exactly, also what is infinite or NaN, which a sum over 0 * x
+        # would spread to every channel. The values are asked and not the options, since any
+        # orthogonal matrix may have been loaded.
+        if not w.requires_grad and bool(
+            ((w != 0).sum(dim=1) == 1).all() and (w.amax(dim=1) == 1).all()
+        ):
             return x[:, w.argmax(dim=1)]
         return torch.einsum("oc,bc...->bo...", w, x)
 
     def _permutation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W and its inverse. The Householder product is built anew each time: kept as an attribute, it would hold on to its graph."""
+        """W and its inverse. The Householder product is built anew each time: kept as an attribute,
+        it would hold on to its graph.
+        """
         if self.w_perm is None or self.w_perm_inv is None:
             w = self._construct_householder_permutation()
             return w, w.transpose(0, 1)
@@ -327,17 +367,28 @@ class AllInOneBlock(InvertibleModule):
         """Raise a ValueError if the number or the shape of the inputs is wrong."""
         for name, tensors, count in (("x", x, 1), ("c", c, len(self.dims_c))):
             if isinstance(tensors, torch.Tensor) or len(tensors) != count:
-                got = f"a tensor of shape {tuple(tensors.shape)}" if isinstance(tensors, torch.Tensor) else f"{len(tensors)}"
+                got = (
+                    f"a tensor of shape {tuple(tensors.shape)}"
+                    if isinstance(tensors, torch.Tensor)
+                    else f"{len(tensors)}"
+                )
                 raise ValueError(f"{name} must be a list of {count} tensors, got {got}")
         expected, got = self.dims_in[0], tuple(x[0].shape[1:])
         if self.dialect == "freia" and got != expected:
-            raise ValueError(f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x[0].shape)}")
+            raise ValueError(
+                f"x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x[0].shape)}"
+            )
         if len(got) != len(expected) or got[0] != expected[0]:
-            raise ValueError(f"x must have {expected[0]} channels and {self.input_rank} spatial dimensions, got {tuple(x[0].shape)}")
+            raise ValueError(
+                f"x must have {expected[0]} channels and {self.input_rank} spatial dimensions, got "
+                f"{tuple(x[0].shape)}"
+            )
 
 
 def _constant(value: torch.Tensor) -> nn.Parameter:
-    """A parameter without gradient: the peers keep their permutations so, and state dicts list them in this order."""
+    """A parameter without gradient: the peers keep their permutations so, and state dicts list them
+    in this order.
+    """
     return nn.Parameter(value.contiguous(), requires_grad=False)
 
 
@@ -356,20 +407,33 @@ def _check_options(
     if len(dims_in) != 1:
         raise ValueError(f"dims_in must hold one shape, got {dims_in}")
     if not 1 <= len(dims_in[0]) <= 4:
-        raise ValueError(f"dims_in must be [(C,)] to [(C, D, H, W)], 1 to 4 dimensions without the batch, got {dims_in}")
+        raise ValueError(
+            "dims_in must be [(C,)] to [(C, D, H, W)], 1 to 4 dimensions without the batch, got "
+            f"{dims_in}"
+        )
     if dims_in[0][0] < 1:
         raise ValueError(f"dims_in must have at least one channel, got {dims_in}")
     for dims in dims_c:
         if dims[1:] != dims_in[0][1:]:
-            raise ValueError(f"every condition must have the spatial shape of the input, {dims_in[0][1:]}, got {dims_c}")
+            raise ValueError(
+                f"every condition must have the spatial shape of the input, {dims_in[0][1:]}, got "
+                f"{dims_c}"
+            )
     if not math.isfinite(clamp):
         raise ValueError(f"affine_clamping must be finite, got {clamp}")
     if dialect == "freia" and clamp == 0:
         raise ValueError('affine_clamping must not be 0 in dialect "freia", which divides by it')
     if activation not in SCALE_ACTIVATIONS:
-        raise ValueError(f'global_affine_type must be "SIGMOID", "SOFTPLUS" or "EXP", got {activation!r}')
+        raise ValueError(
+            f'global_affine_type must be "SIGMOID", "SOFTPLUS" or "EXP", got {activation!r}'
+        )
     upper = 10.0 if activation == "SIGMOID" else math.inf
     if not 0.0 < init < upper:
-        raise ValueError(f"global_affine_init must be above 0 and below {upper} for {activation}, got {init}")
+        raise ValueError(
+            f"global_affine_init must be above 0 and below {upper} for {activation}, got {init}"
+        )
     if householder < 0:
-        raise ValueError(f"learned_householder_permutation must be a number of reflections, 0 or more, got {householder}")
+        raise ValueError(
+            "learned_householder_permutation must be a number of reflections, 0 or more, got "
+            f"{householder}"
+        )

@@ -11,10 +11,11 @@ Shape = tuple[int, ...]
 
 
 class InvertibleModule(nn.Module):
-    """A bijection with a tractable log-determinant; the interface of ``FrEIA.modules.InvertibleModule``.
+    """A bijection with a tractable log-determinant; the interface of
+    ``FrEIA.modules.InvertibleModule``.
 
-    A subclass maps a tuple of tensors to a tuple of tensors, ``(z,), log_det = module((x,))``, and back,
-    ``(x,), -log_det = module((z,), rev=True)``.
+    A subclass maps a tuple of tensors to a tuple of tensors, ``(z,), log_det = module((x,))``, and
+    back, ``(x,), -log_det = module((z,), rev=True)``.
 
     Args:
         dims_in: Shape of each input without the batch dimension, such as ``[(64, 32, 32)]``.
@@ -25,7 +26,9 @@ class InvertibleModule(nn.Module):
         dims_c: The condition shapes, a list of tuples.
     """
 
-    def __init__(self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None
+    ) -> None:
         super().__init__()
         self.dims_in: list[Shape] = [tuple(dims) for dims in dims_in]
         self.dims_c: list[Shape] = [tuple(dims) for dims in dims_c or ()]
@@ -46,7 +49,8 @@ class InvertibleModule(nn.Module):
             jac: Whether the log-determinant is needed.
 
         Returns:
-            The outputs, and ``log |det J|`` of the direction that was evaluated, (B,), in nats per sample.
+            The outputs, and ``log |det J|`` of the direction that was evaluated, (B,), in nats per
+            sample.
 
         Raises:
             NotImplementedError: Always; a subclass defines it.
@@ -59,7 +63,9 @@ class InvertibleModule(nn.Module):
         Raises:
             DeprecationWarning: Always.
         """
-        raise DeprecationWarning("log_jacobian() is gone: forward(..., jac=True) returns (outputs, log-determinant)")
+        raise DeprecationWarning(
+            "log_jacobian() is gone: forward(..., jac=True) returns (outputs, log-determinant)"
+        )
 
     def output_dims(self, input_dims: list[Shape]) -> list[Shape]:
         """The output shapes that belong to ``input_dims``, both without the batch dimension.

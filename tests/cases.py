@@ -1,4 +1,5 @@
-"""The one table of what the tests run on: configurations, shapes, layouts and dtypes, with small builders. Plain data first.
+"""The one table of what the tests run on: configurations, shapes, layouts and dtypes, with small
+builders. Plain data first.
 
 Ids read ``B2-C7-5x5-freia-gin-rev``; with a dtype ``B2-C7-5x5-...-bf16``.
 """
@@ -16,9 +17,15 @@ from torch.nn import functional as F
 
 from fastflow_kernels import dispatch
 
-# of the tests that run kernels: a GPU where there is one, but the interpreter's checks are made on the CPU's memory
+# of the tests that run kernels: a GPU where there is one, but the interpreter's checks are made on
+# the CPU's memory
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu")
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 DIALECTS = ("anomalib", "freia")
 
 
@@ -39,7 +46,8 @@ class Shape:
         return f"B{self.batch}-C{self.channels}" + (f"-{pixels}" if pixels else "")
 
 
-# Small enough for a brute-force Jacobian. Among them: C odd, 1 and 2; P = 1; P not divisible by 4; no power of two where it can be avoided.
+# Small enough for a brute-force Jacobian. Among them: C odd, 1 and 2; P = 1; P not divisible by 4;
+# no power of two where it can be avoided.
 SHAPES = (
     Shape(2, 7),
     Shape(3, 1),
@@ -55,7 +63,8 @@ SHAPES = (
     Shape(2, 3, (2, 3, 3)),
 )
 
-# For the kernels and the fast paths: more than one tile in some direction, ragged ends, vector widths that fit and that do not.
+# For the kernels and the fast paths: more than one tile in some direction, ragged ends, vector
+# widths that fit and that do not.
 LARGE_SHAPES = (
     Shape(5, 513),
     Shape(300, 33),
@@ -77,18 +86,35 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cond": {"conditions": (3,)},
     "cond2-rev": {"conditions": (1, 4), "reverse_permutation": True},
     "gin": {"gin_block": True},
-    "gin-rev-cond": {"gin_block": True, "reverse_permutation": True, "conditions": (2,), "affine_clamping": 3.0},
+    "gin-rev-cond": {
+        "gin_block": True,
+        "reverse_permutation": True,
+        "conditions": (2,),
+        "affine_clamping": 3.0,
+    },
     "soft": {"permute_soft": True},
-    "soft-rev-exp": {"permute_soft": True, "reverse_permutation": True, "global_affine_type": "EXP"},
+    "soft-rev-exp": {
+        "permute_soft": True,
+        "reverse_permutation": True,
+        "global_affine_type": "EXP",
+    },
     "gin-soft": {"gin_block": True, "permute_soft": True},
     "hh1": {"learned_householder_permutation": 1},
-    "hh3-rev-cond": {"learned_householder_permutation": 3, "reverse_permutation": True, "conditions": (2,)},
-    "hh2-soft-sigmoid": {"learned_householder_permutation": 2, "permute_soft": True, "global_affine_type": "SIGMOID"},
+    "hh3-rev-cond": {
+        "learned_householder_permutation": 3,
+        "reverse_permutation": True,
+        "conditions": (2,),
+    },
+    "hh2-soft-sigmoid": {
+        "learned_householder_permutation": 2,
+        "permute_soft": True,
+        "global_affine_type": "SIGMOID",
+    },
     "gin-hh2": {"gin_block": True, "learned_householder_permutation": 2},
 }
-# At the bound up to which the eager functions take cheap forms, and beyond it; with "freia" 50 makes the argument of tanh tiny and 0.001
-# makes it huge. Negative clamps mean what positive ones do. A table of their own, because exp(50) is beyond what numerical differences can
-# check.
+# At the bound up to which the eager functions take cheap forms, and beyond it; with "freia" 50
+# makes the argument of tanh tiny and 0.001 makes it huge. Negative clamps mean what positive ones
+# do. A table of their own, because exp(50) is beyond what numerical differences can check.
 CLAMP_OPTIONS: dict[str, dict[str, Any]] = {
     "clamp2": {"affine_clamping": 2.0},
     "clamp2.1-rev": {"affine_clamping": 2.1, "reverse_permutation": True},
@@ -143,16 +169,34 @@ class Case:
 
 
 def _table() -> tuple[Case, ...]:
-    """Every option on one shape of rank 0 and one of rank 2, every shape with a few options that matter to it; both dialects."""
+    """Every option on one shape of rank 0 and one of rank 2, every shape with a few options that
+    matter to it; both dialects.
+    """
     pairs = [(shape, name) for shape in (SHAPES[0], SHAPES[6]) for name in OPTIONS]
-    pairs += [(shape, name) for shape in SHAPES for name in ("hard", "gin-rev-cond", "soft-rev-exp", "hh3-rev-cond")]
-    return tuple(Case(shape, name, dialect) for shape, name in dict.fromkeys(pairs) for dialect in DIALECTS)
+    pairs += [
+        (shape, name)
+        for shape in SHAPES
+        for name in ("hard", "gin-rev-cond", "soft-rev-exp", "hh3-rev-cond")
+    ]
+    return tuple(
+        Case(shape, name, dialect) for shape, name in dict.fromkeys(pairs) for dialect in DIALECTS
+    )
 
 
 CASES = _table()
 HARD_CASES = tuple(case for case in CASES if case.name in HARD_OPTIONS)
-CLAMP_CASES = tuple(Case(shape, name, dialect) for shape in (SHAPES[0], SHAPES[6]) for name in CLAMP_OPTIONS for dialect in DIALECTS)
-LARGE_CASES = tuple(Case(shape, name, dialect) for shape in LARGE_SHAPES for name in ("hard", "gin", "rev") for dialect in DIALECTS)
+CLAMP_CASES = tuple(
+    Case(shape, name, dialect)
+    for shape in (SHAPES[0], SHAPES[6])
+    for name in CLAMP_OPTIONS
+    for dialect in DIALECTS
+)
+LARGE_CASES = tuple(
+    Case(shape, name, dialect)
+    for shape in LARGE_SHAPES
+    for name in ("hard", "gin", "rev")
+    for dialect in DIALECTS
+)
 
 
 # --- layouts: the same values, other strides
@@ -194,20 +238,26 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Subnet(nn.Module):
-    """A smooth two-layer network, kernel 3 then 1, whose output is of order ``gain``, so that the clamp is felt (0.1 * a of order 1)."""
+    """A smooth two-layer network, kernel 3 then 1, whose output is of order ``gain``, so that the
+    clamp is felt (0.1 * a of order 1).
+    """
 
     def __init__(self, channels_in: int, channels_out: int, rank: int, gain: float = 6.0) -> None:
         super().__init__()
         hidden = 6
         kernel = 3 if rank else 1
         self.rank = rank
-        self.w1 = nn.Parameter(torch.randn(hidden, channels_in, *[kernel] * rank) * (channels_in * kernel**rank) ** -0.5)
+        self.w1 = nn.Parameter(
+            torch.randn(hidden, channels_in, *[kernel] * rank)
+            * (channels_in * kernel**rank) ** -0.5
+        )
         self.b1 = nn.Parameter(0.1 * torch.randn(hidden))
         self.w2 = nn.Parameter(torch.randn(channels_out, hidden, *[1] * rank) * gain * hidden**-0.5)
         self.b2 = nn.Parameter(0.1 * gain * torch.randn(channels_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.w2.shape[0] == 0:  # one channel has no active half, and a convolution refuses to have no outputs
+        # one channel has no active half, and a convolution refuses to have no outputs
+        if self.w2.shape[0] == 0:
             return x[:, :0].clone()  # no view: the peers write to it
         if self.rank == 0:
             return F.linear(torch.tanh(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
@@ -222,11 +272,14 @@ def make_subnet(rank: int, gain: float = 6.0) -> Callable[[int, int], nn.Module]
 
 @torch.no_grad()
 def randomize(block: nn.Module) -> nn.Module:
-    """Give a fresh block a random global affine, unit reflections, and matrices orthogonal to the last bit. It ends in float64."""
+    """Give a fresh block a random global affine, unit reflections, and matrices orthogonal to the
+    last bit. It ends in float64.
+    """
     block.double()
     block.global_scale += 0.5 * torch.randn_like(block.global_scale)
     block.global_offset += torch.randn_like(block.global_offset)
-    if getattr(block, "householder", 0):  # a reflection does not depend on the vector's length, its gradient does: 1 / length
+    # a reflection does not depend on the vector's length, its gradient does: 1 / length
+    if getattr(block, "householder", 0):
         block.vk_householder /= block.vk_householder.norm(dim=1, keepdim=True)
     for name in ("w_0", "w_perm"):
         w = getattr(block, name, None)
@@ -243,14 +296,26 @@ def _one_hot(w: torch.Tensor) -> bool:
     return bool(((w == 0) | (w == 1)).all())
 
 
-def make_block(cls: type, case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, **extra: Any) -> nn.Module:
-    """A block of class ``cls`` with random parameters that ``dtype`` represents. The real peers know no ``dialect``: pass theirs as is."""
+def make_block(
+    cls: type, case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, **extra: Any
+) -> nn.Module:
+    """A block of class ``cls`` with random parameters that ``dtype`` represents. The real peers
+    know no ``dialect``: pass theirs as is.
+    """
     torch.manual_seed(seed)
-    block = cls(case.dims_in, case.dims_c, subnet_constructor=make_subnet(case.rank), **case.options, **extra)
+    block = cls(
+        case.dims_in,
+        case.dims_c,
+        subnet_constructor=make_subnet(case.rank),
+        **case.options,
+        **extra,
+    )
     return randomize(block).to(dtype)
 
 
-def make_input(case: Case, dtype: torch.dtype = torch.float64, seed: int = 1) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def make_input(
+    case: Case, dtype: torch.dtype = torch.float64, seed: int = 1
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """``(x, c)`` with values that ``dtype`` represents."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}

@@ -1,11 +1,14 @@
 """A memory checker for Triton kernels that run in the interpreter (TRITON_INTERPRET=1).
 
-The interpreter itself lets kernels read and write anywhere and write twice. Inside :func:`sanitize` every launch is checked:
+The interpreter itself lets kernels read and write anywhere and write twice. Inside :func:`sanitize`
+every launch is checked:
 
-- each lane's address lies inside one of the launch's tensors (inside their spans; other memory is out of bounds);
+- each lane's address lies inside one of the launch's tensors (inside their spans; other memory is
+  out of bounds);
 - no address is stored to twice in one launch, whatever the programs' order would be;
 - the bytes that each tensor's loads and stores move are counted, masked lanes excepted;
-- ``torch.empty`` and its kin hand out NaN (integers: the least value), so that a value read or returned unwritten shows.
+- ``torch.empty`` and its kin hand out NaN (integers: the least value), so that a value read or
+  returned unwritten shows.
 
 Where kernels run on a GPU only the last one holds.
 """
@@ -40,7 +43,9 @@ class _Range:
 
 
 class _Checker:
-    """Stands in for the interpreter's C++ module, whose ``load`` and ``store`` see every address."""
+    """Stands in for the interpreter's C++ module, whose ``load`` and ``store`` see every
+    address.
+    """
 
     def __init__(self, real) -> None:
         self._real = real
@@ -63,8 +68,12 @@ class _Checker:
             r.itemsize = size
         return self._real.store(pointers, value, mask)
 
-    def _by_range(self, pointers, mask, size: int, kind: str) -> Iterator[tuple[_Range, np.ndarray]]:
-        addresses = np.asarray(pointers).astype(np.uint64).ravel()[np.asarray(mask).ravel().astype(bool)]
+    def _by_range(
+        self, pointers, mask, size: int, kind: str
+    ) -> Iterator[tuple[_Range, np.ndarray]]:
+        addresses = (
+            np.asarray(pointers).astype(np.uint64).ravel()[np.asarray(mask).ravel().astype(bool)]
+        )
         left = addresses
         for r in self.ranges:
             inside = (left >= r.first) & (left + np.uint64(size) <= r.end)
@@ -79,26 +88,41 @@ class _Checker:
     def finish(self, kernel: str) -> Launch:
         launch = Launch(kernel)
         for r in self.ranges:
-            loads, stores = (np.concatenate(parts or [np.empty(0, np.uint64)]) for parts in (r.loads, r.stores))
+            loads, stores = (
+                np.concatenate(parts or [np.empty(0, np.uint64)]) for parts in (r.loads, r.stores)
+            )
             twice = stores.size - np.unique(stores).size
             if twice:
-                raise StrayAccess(f"{kernel}: {twice} addresses of {r.name} stored twice in one launch")
+                raise StrayAccess(
+                    f"{kernel}: {twice} addresses of {r.name} stored twice in one launch"
+                )
             launch.count(r.name, loads, stores, r.itemsize)
         return launch
 
 
 def _range_of(name: str, t: torch.Tensor) -> _Range:
-    span = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    span = (
+        sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1
+        if t.numel()
+        else 0
+    )
     return _Range(name, t.data_ptr(), t.data_ptr() + span * t.element_size())
 
 
 def _poison(t: torch.Tensor) -> None:
-    t.fill_(torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).min if t.dtype is not torch.bool else True)
+    t.fill_(
+        torch.nan
+        if t.is_floating_point()
+        else torch.iinfo(t.dtype).min
+        if t.dtype is not torch.bool
+        else True
+    )
 
 
 @contextlib.contextmanager
 def sanitize() -> Iterator[list[Launch]]:
-    """Check every kernel launch inside the block; yields the list of launches, which grows as they finish (on a GPU it stays empty).
+    """Check every kernel launch inside the block; yields the list of launches, which grows as they
+    finish (on a GPU it stays empty).
 
     Raises:
         InterpreterError: From the launch, naming the out-of-bounds access.
@@ -110,7 +134,9 @@ def sanitize() -> Iterator[list[Launch]]:
 
     def checked(self, *args, **kwargs):
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        checker.ranges = [_range_of(name, t) for name, t in named.items() if isinstance(t, torch.Tensor)]
+        checker.ranges = [
+            _range_of(name, t) for name, t in named.items() if isinstance(t, torch.Tensor)
+        ]
         execute(self, *args, **kwargs)
         launches.append(checker.finish(self.fn.__name__))
 

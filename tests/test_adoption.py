@@ -12,7 +12,8 @@ from bench.peers import freia
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What of FrEIA's packages matters here, as its main branch has it; the names are those of FrEIA 0.2, too.
+# What of FrEIA's packages matters here, as its main branch has it; the names are those of FrEIA
+# 0.2, too.
 STUB = {
     "__init__.py": "from . import framework, modules",
     "modules/__init__.py": "from .base import *",
@@ -152,7 +153,8 @@ for module in (FrEIA.modules.base, FrEIA.framework.sequence_inn):
 }
 
 
-# Each situation in a fork of a process that has imported torch and this package, which takes seconds.
+# Each situation in a fork of a process that has imported torch and this package, which takes
+# seconds.
 RUN = """
 import os, sys, traceback
 failed = []
@@ -175,7 +177,9 @@ sys.exit(bool(failed))
 
 def run(situations: dict[str, tuple[str | None, str]]) -> None:
     code = f"{MAKE}\nsituations = {situations!r}\n{RUN}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -196,7 +200,13 @@ def test_classes_are_adopted_whenever_freia_is_imported(tmp_path: Path) -> None:
 @pytest.mark.peers
 def test_classes_are_adopted_by_the_real_one() -> None:
     freia()
-    run({name: (None, code) for name, code in SITUATIONS.items() if name not in ("reloaded", "loaders as without")})
+    run(
+        {
+            name: (None, code)
+            for name, code in SITUATIONS.items()
+            if name not in ("reloaded", "loaders as without")
+        }
+    )
 
 
 def test_another_module_of_that_name_does_no_harm(tmp_path: Path) -> None:
@@ -218,6 +228,10 @@ for chain in (make(), chain):
         *(f"class InvertibleModule{base}:\n    pass" for base in ("", "(int)")),
     ]
     folders = [
-        written(tmp_path / str(i), {"__init__.py": "", "modules/__init__.py": "", "modules/base.py": body}) for i, body in enumerate(bodies)
+        written(
+            tmp_path / str(i),
+            {"__init__.py": "", "modules/__init__.py": "", "modules/base.py": body},
+        )
+        for i, body in enumerate(bodies)
     ]
     run({body: (folder, code) for body, folder in zip(bodies, folders, strict=True)})

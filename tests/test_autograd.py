@@ -1,4 +1,6 @@
-"""How gradients flow: numerical checks, double backward, what is kept, what is skipped, transformations, overrides."""
+"""How gradients flow: numerical checks, double backward, what is kept, what is skipped,
+transformations, overrides.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, dispatch, functional, report
-from tests.cases import CASES, OPTIONS, SHAPES, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.cases import (
+    CASES,
+    OPTIONS,
+    SHAPES,
+    Case,
+    Shape,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
 
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
@@ -31,7 +43,9 @@ def as_function(block: nn.Module, conditions: int, rev: bool) -> tuple[Any, list
 
     def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         c, parameters = rest[:conditions], rest[conditions:]
-        (y,), logdet = torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), ([x], list(c)), {"rev": rev})
+        (y,), logdet = torch.func.functional_call(
+            block, dict(zip(names, parameters, strict=True)), ([x], list(c)), {"rev": rev}
+        )
         return y, logdet
 
     return run, values
@@ -49,7 +63,9 @@ def test_block_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
 
 
 @pytest.mark.parametrize("in_halves", [False, True], ids=["forked", "in halves"])
-def test_block_second_gradients_equal_the_references(in_halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_second_gradients_equal_the_references(
+    in_halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kernels' small inputs are handed to autograd in halves, everything else whole."""
     monkeypatch.setattr(functional, "_in_halves", lambda *_: in_halves)
     case = Case(Shape(2, 7, (3, 5)), "hard")
@@ -61,7 +77,9 @@ def test_block_second_gradients_equal_the_references(in_halves: bool, monkeypatc
         (y,), logdet = block([x])
         (dx,) = torch.autograd.grad(y.square().sum() + logdet.square().sum(), x, create_graph=True)
         dx.square().sum().backward()
-        found.append([x.grad, block.global_scale.grad, *(p.grad for p in block.subnet.parameters())])
+        found.append(
+            [x.grad, block.global_scale.grad, *(p.grad for p in block.subnet.parameters())]
+        )
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
 
@@ -89,7 +107,9 @@ KEPT = {
 
 @pytest.mark.parametrize("options", KEPT.values(), ids=KEPT.keys())
 @pytest.mark.parametrize("shape", [(8, 32, 16, 16), (256, 64)], ids=["rank2", "rank0"])
-def test_block_keeps_x_and_a_and_nothing_else_of_their_size(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_block_keeps_x_and_a_and_nothing_else_of_their_size(
+    options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
     x, a = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
     block = AllInOneBlock([shape[1:]], subnet_constructor=lambda *_: Stored(a), **options)
     known = {t.untyped_storage().data_ptr() for t in (a, *block.parameters())}
@@ -103,7 +123,8 @@ def test_block_keeps_x_and_a_and_nothing_else_of_their_size(options: dict[str, A
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = block([x])
-    # x, or its gathered copy where the permutation is undone first; and, per channel, an index and a few numbers for each reflection
+    # x, or its gathered copy where the permutation is undone first; and, per channel, an index and
+    # a few numbers for each reflection
     reflections = options.get("learned_householder_permutation", 0)
     assert sum(kept.values()) <= x.nbytes + (64 + 64 * reflections) * shape[1], kept
     assert outputs[0][0].grad_fn is not None
@@ -116,7 +137,9 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.names: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.names[function.overloadpacket.__name__] += 1
         return function(*args, **(kwargs or {}))
 
@@ -125,7 +148,9 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @both_directions
 def test_the_log_determinant_is_returned_whatever_jac_is(rev: bool, grad: bool, jac: Any) -> None:
-    """As the stock blocks do: FrEIA.distributions and old chains call with other values and add what comes back."""
+    """As the stock blocks do: FrEIA.distributions and old chains call with other values and add
+    what comes back.
+    """
     block = block_of(Case(Shape(2, 7, (3, 5)), "hard"))
     x, _ = make_input(Case(Shape(2, 7, (3, 5)), "hard"))
     with torch.set_grad_enabled(grad):
@@ -202,10 +227,14 @@ def test_func_transforms_and_forward_mode_agree() -> None:
         return block([x])[0][0]
 
     jacobian = torch.func.jacrev(run)(x)
-    torch.testing.assert_close(torch.func.jvp(run, (x,), (v,))[1], torch.einsum("abcd,cd->ab", jacobian, v))
+    torch.testing.assert_close(
+        torch.func.jvp(run, (x,), (v,))[1], torch.einsum("abcd,cd->ab", jacobian, v)
+    )
     torch.testing.assert_close(torch.func.vmap(lambda r: run(r[None])[0])(x), run(x))
     with torch.autograd.forward_ad.dual_level():
-        tangent = torch.autograd.forward_ad.unpack_dual(run(torch.autograd.forward_ad.make_dual(x, v))).tangent
+        tangent = torch.autograd.forward_ad.unpack_dual(
+            run(torch.autograd.forward_ad.make_dual(x, v))
+        ).tangent
     torch.testing.assert_close(tangent, torch.einsum("abcd,cd->ab", jacobian, v))
 
 
@@ -227,7 +256,8 @@ def test_compile_and_export_hold_a_gather_and_no_product(rev: bool) -> None:
         expected = Wrapped()(x)
         program = torch.export.export(Wrapped(), (x,))
         compiled = torch.compile(Wrapped(), fullgraph=True, backend="aot_eager")(x)
-        with warnings.catch_warnings():  # that it is deprecated, and that shapes are constants in it
+        # that it is deprecated, and that shapes are constants in it
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(Wrapped(), (x,))(x)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -239,7 +269,9 @@ def test_compile_and_export_hold_a_gather_and_no_product(rev: bool) -> None:
 
 
 def test_autocast_keeps_the_log_determinant_in_float32() -> None:
-    block = AllInOneBlock([(8, 6, 6)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 3, padding=1))
+    block = AllInOneBlock(
+        [(8, 6, 6)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 3, padding=1)
+    )
     x = torch.randn(2, 8, 6, 6, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         (y,), logdet = block([x])
@@ -247,7 +279,8 @@ def test_autocast_keeps_the_log_determinant_in_float32() -> None:
     (y.sum() + logdet.sum()).backward()
     assert block.global_scale.grad.dtype == torch.float32
     exact = copy.deepcopy(block).double()([x.detach().double()])
-    # only the subnet is in bfloat16: its relative error 2^-8 times 0.1 * clamp * |a|, at random over the log-factors
+    # only the subnet is in bfloat16: its relative error 2^-8 times 0.1 * clamp * |a|, at random
+    # over the log-factors
     assert (logdet - exact[1]).abs().max() < 0.2 * 2**-8 * (4 * 36) ** 0.5 * 8
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         (back,), minus = block([y], rev=True)
@@ -288,18 +321,28 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     block = Doubled([(4,)], subnet_constructor=make_subnet(0)).double()
     x = torch.randn(3, 4, dtype=torch.float64)
     (y,), _ = block([x])
-    expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[:, block._permutation().perm] * block.global_scale_activation(block.global_scale)
+    expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[
+        :, block._permutation().perm
+    ] * block.global_scale_activation(block.global_scale)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(block([y], rev=True)[0][0], x)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"]
+)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_operand_lies_on_another_device(name: str, layout: torch.memory_format) -> None:
-    """On the meta device, where mixing devices raises as on a GPU: forward, backward and inverse of the eager path."""
+    """On the meta device, where mixing devices raises as on a GPU: forward, backward and inverse of
+    the eager path.
+    """
     case = Case(Shape(2, 6, (4, 4)), name)
     block = make_block(AllInOneBlock, case, torch.float32, dialect="freia").to("meta")
-    x = torch.empty(case.shape.full, device="meta").contiguous(memory_format=layout).requires_grad_()
+    x = (
+        torch.empty(case.shape.full, device="meta")
+        .contiguous(memory_format=layout)
+        .requires_grad_()
+    )
     c = [torch.empty(2, *dims, device="meta") for dims in case.dims_c]
     (y,), logdet = block([x], c)
     (y.sum() + logdet.sum()).backward()
@@ -309,7 +352,9 @@ def test_no_operand_lies_on_another_device(name: str, layout: torch.memory_forma
 
 
 def test_default_device_leaves_nothing_behind() -> None:
-    block = AllInOneBlock([(6,)], subnet_constructor=lambda i, o: nn.Linear(i, o), affine_clamping=1.234)
+    block = AllInOneBlock(
+        [(6,)], subnet_constructor=lambda i, o: nn.Linear(i, o), affine_clamping=1.234
+    )
     x = torch.randn(3, 6)
     with torch.device("meta"):
         block([x])
@@ -321,7 +366,9 @@ def test_gradient_of_a_scale_that_underflowed(activation: str) -> None:
     grads = []
     for cls in (AllInOneBlock, reference.AllInOneBlock):
         torch.manual_seed(0)
-        block = cls([(4,)], subnet_constructor=lambda i, o: nn.Linear(i, o), global_affine_type=activation)
+        block = cls(
+            [(4,)], subnet_constructor=lambda i, o: nn.Linear(i, o), global_affine_type=activation
+        )
         with torch.no_grad():
             block.global_scale.fill_(-300.0)
         block([torch.ones(2, 4)])[0][0].sum().backward()
@@ -330,7 +377,9 @@ def test_gradient_of_a_scale_that_underflowed(activation: str) -> None:
 
 
 def test_large_finite_values_stay_finite() -> None:
-    block = AllInOneBlock([(4,)], subnet_constructor=lambda i, o: Stored(torch.zeros(1, 4)), global_affine_type="EXP")
+    block = AllInOneBlock(
+        [(4,)], subnet_constructor=lambda i, o: Stored(torch.zeros(1, 4)), global_affine_type="EXP"
+    )
     (y,), _ = block([torch.full((1, 4), 3e38)])
     assert torch.equal(y, torch.full((1, 4), 3e38))
 
@@ -339,15 +388,24 @@ def test_batched_gradients_of_the_log_determinant_alone() -> None:
     block = block_of(Case(Shape(3, 5), "hard"))
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     logdet = block([x])[1]
-    batched = torch.autograd.grad(logdet, x, torch.eye(3, dtype=torch.float64), is_grads_batched=True, retain_graph=True)[0]
-    single = torch.stack([torch.autograd.grad(logdet, x, e, retain_graph=True)[0] for e in torch.eye(3, dtype=torch.float64)])
+    batched = torch.autograd.grad(
+        logdet, x, torch.eye(3, dtype=torch.float64), is_grads_batched=True, retain_graph=True
+    )[0]
+    single = torch.stack(
+        [
+            torch.autograd.grad(logdet, x, e, retain_graph=True)[0]
+            for e in torch.eye(3, dtype=torch.float64)
+        ]
+    )
     torch.testing.assert_close(batched, single, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999])
 def test_moving_averages_keep_the_permutation(decay: float) -> None:
     block = AllInOneBlock([(512,)], subnet_constructor=lambda i, o: nn.Linear(i, o)).double()
-    averaged = torch.optim.swa_utils.AveragedModel(block, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
+    averaged = torch.optim.swa_utils.AveragedModel(
+        block, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    )
     for _ in range(30):
         averaged.update_parameters(block)
     x = torch.randn(2, 512, dtype=torch.float64)
@@ -359,20 +417,27 @@ def test_moving_averages_keep_the_permutation(decay: float) -> None:
 def test_compiled_block_sees_a_loaded_permutation(stock: bool) -> None:
     def make(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return (reference.AllInOneBlock if stock else AllInOneBlock)([(16,)], subnet_constructor=lambda i, o: nn.Linear(i, o))
+        return (reference.AllInOneBlock if stock else AllInOneBlock)(
+            [(16,)], subnet_constructor=lambda i, o: nn.Linear(i, o)
+        )
 
     block, other = make(0), make(1)
     if stock:
         assert report(accelerate(block)).changed
     x = torch.randn(3, 16)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")  # straight away: no ordinary pass comes first
+    # straight away: no ordinary pass comes first
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled([x])[0][0], block([x])[0][0])
         block.load_state_dict(other.state_dict())
         torch.testing.assert_close(compiled([x])[0][0], other([x])[0][0])
 
 
-@pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 2}], ids=["hard", "soft", "hh"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"permute_soft": True}, {"learned_householder_permutation": 2}],
+    ids=["hard", "soft", "hh"],
+)
 def test_second_gradients_where_only_the_offset_takes_any(options: dict[str, Any]) -> None:
     """The log-determinant then depends on nothing that does."""
     block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", **options)
@@ -385,7 +450,9 @@ def test_second_gradients_where_only_the_offset_takes_any(options: dict[str, Any
 
 
 def test_a_rotation_changed_before_backward_is_noticed() -> None:
-    block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True)
+    block = AllInOneBlock(
+        [(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True
+    )
     (y,), _ = block([torch.randn(30, 6, requires_grad=True)])
     with torch.no_grad():
         block.w_perm.mul_(2.0)
@@ -394,7 +461,9 @@ def test_a_rotation_changed_before_backward_is_noticed() -> None:
 
 
 def test_inverse_of_a_rotation_keeps_its_dtype_under_autocast() -> None:
-    block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True)
+    block = AllInOneBlock(
+        [(6,)], subnet_constructor=make_subnet(0), backend="eager", permute_soft=True
+    )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert block([torch.randn(30, 6)], rev=True)[0][0].dtype is torch.float32
 
@@ -419,7 +488,9 @@ def test_attributes_that_a_subclass_computes_are_asked_for() -> None:
 
 @pytest.mark.plain
 @pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 2)])
-def test_small_is_larger_for_a_soft_permutation(grad: bool, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_is_larger_for_a_soft_permutation(
+    grad: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to so many times dispatch.SMALL a product takes most of the time, fused or not."""
     plain: list[bool] = []
     is_plain = dispatch.is_plain

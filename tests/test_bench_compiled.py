@@ -1,4 +1,6 @@
-"""The predictions of bench/compiled.py: that SASS is counted as it runs, and that figures known otherwise come out."""
+"""The predictions of bench/compiled.py: that SASS is counted as it runs, and that figures known
+otherwise come out.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ SASS = """
 
 
 def test_instructions_count_as_often_as_they_run() -> None:
-    """8 iterations of 12 bytes, two of them in one pass through the body: it runs 4 times; what a branch jumps over, never."""
+    """8 iterations of 12 bytes, two of them in one pass through the body: it runs 4 times; what a
+    branch jumps over, never.
+    """
     run = list(executed(parse(SASS), [Loop(8, "LD", 12)]))
     assert [(i.name, times) for i, times in run] == [
         ("LDC", 1), ("BRA", 1), ("LDG.E.128", 4), ("LDG.E.64", 4), ("FADD", 4), ("BRA", 4),
@@ -47,7 +51,9 @@ def test_instructions_count_as_often_as_they_run() -> None:
 
 
 def test_waits_follow_from_registers() -> None:
-    """In the loop for R5; then for R8, asked for before and asked for in the same turn; then for R10."""
+    """In the loop for R5; then for R8, asked for before and asked for in the same turn; then for
+    R10.
+    """
     rounds, most = waits(list(executed(parse(SASS), [Loop(8, "LD", 12)])))
     assert rounds == 4 + 1
     assert most == 16 + 8
@@ -55,12 +61,15 @@ def test_waits_follow_from_registers() -> None:
 
 def test_predictions_of_a_small_workload() -> None:
     shape = (8, 16, 32, 32)
-    found = {(p.phase, p.code.kernel): p for p in compiled.predict(Workload("small", shape), "fp32")}
+    found = {
+        (p.phase, p.code.kernel): p for p in compiled.predict(Workload("small", shape), "fp32")
+    }
     forward = found["forward", "_coupling_fwd_kernel"]
     assert len(found) == 7
     assert 12 <= forward.bytes / forward.elements < 12.5  # 3 N, and little for the rest
     assert 15 < forward.per_element < 60
-    assert forward.programs * forward.code.warps * 32 * 16 == forward.elements  # 8 pairs for each thread
+    # 8 pairs for each thread
+    assert forward.programs * forward.code.warps * 32 * 16 == forward.elements
     for p in found.values():
         assert p.code.spills == 0
         assert min(p.issue, p.pipe[0], p.memory, p.latency) > 0
@@ -70,9 +79,15 @@ def test_predictions_of_a_small_workload() -> None:
 
 
 def test_loops_are_counted() -> None:
-    """Twice the samples in twice the iterations of as many programs: about twice the instructions of a program."""
+    """Twice the samples in twice the iterations of as many programs: about twice the instructions
+    of a program.
+    """
     few, many = (
-        next(p for p in compiled.predict(Workload("rows", (batch, 512)), "fp32") if p.code.kernel == "_coupling_bwd_kernel")
+        next(
+            p
+            for p in compiled.predict(Workload("rows", (batch, 512)), "fp32")
+            if p.code.kernel == "_coupling_bwd_kernel"
+        )
         for batch in (4096, 8192)
     )
     assert few.programs == many.programs
@@ -99,10 +114,16 @@ def test_a_question_asks_about_what_is_there(question: tune.Question) -> None:
 
 
 @pytest.mark.parametrize(("name", "workload"), [("tile", PLANES), ("rows", ROWS), ("sums", PLANES)])
-def test_a_variant_launches_what_its_value_cuts(name: str, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_launches_what_its_value_cuts(
+    name: str, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (question,) = (q for q in tune.QUESTIONS if q.name == name)
     launched: list[tuple[object, ...]] = []
-    monkeypatch.setattr(prepared.Launch, "__call__", lambda self, *_: launched.append((self.grid, self.options, *self.constants.values())))
+    monkeypatch.setattr(
+        prepared.Launch,
+        "__call__",
+        lambda self, *_: launched.append((self.grid, self.options, *self.constants.values())),
+    )
 
     def launches(variant: tune.Variant) -> list[tuple[object, ...]]:
         (call,) = variant.ready("backward", 1)
@@ -117,10 +138,17 @@ def test_a_variant_launches_what_its_value_cuts(name: str, workload: Workload, m
         assert launches(other) == launches(other)
 
 
-def test_tuning_times_every_value_and_leaves_the_code_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(timing, "SPAN", {"cpu": 0.0})
     monkeypatch.setattr(tune, "REPEATS", (2, 2))
-    question = tune.Question("tile", tune._tried("launch", "TILE_BYTES", 4096, 2048), ("planes",), ("forward", "inverse", "reversible"))
+    question = tune.Question(
+        "tile",
+        tune._tried("launch", "TILE_BYTES", 4096, 2048),
+        ("planes",),
+        ("forward", "inverse", "reversible"),
+    )
     rows: list[dict] = []
     with mock_gpu():
         todo = [(question, setting, PLANES, "bfloat16") for setting in question.settings]
@@ -139,19 +167,35 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(monkeypatch: pyt
 @pytest.mark.parametrize("workload", [PLANES, ROWS], ids=lambda workload: workload.name)
 def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(prepared.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__))
+    monkeypatch.setattr(
+        prepared.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__)
+    )
     with mock_gpu():
         passes = Passes(workload, torch.float32, CPU)
         for name in PASSES:
             for call in passes.calls(name, 2):
                 call()
-    defined = {name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")} - {"_gin_sums_kernel"}
-    other = {"_coupling_fwd_kernel", "_logdet_kernel"} if workload is ROWS else {"_coupling_rows_fwd_kernel"}
+    defined = {
+        name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")
+    } - {"_gin_sums_kernel"}
+    other = (
+        {"_coupling_fwd_kernel", "_logdet_kernel"}
+        if workload is ROWS
+        else {"_coupling_rows_fwd_kernel"}
+    )
     assert set(launched) == defined - other
 
 
 def test_kernel_times_are_medians_of_the_device_s_own() -> None:
     events = [SimpleNamespace(name="_logdet_kernel", device_time=t) for t in (2.0, 1.0, 9.0)]
-    events += [SimpleNamespace(name="void at::native::fill", device_time=50.0), SimpleNamespace(name="_logdet_kernel", device_time=0)]
+    events += [
+        SimpleNamespace(name="void at::native::fill", device_time=50.0),
+        SimpleNamespace(name="_logdet_kernel", device_time=0),
+    ]
     (row,) = kernel_times.rows_of(events, PLANES, "forward", "float32")
-    assert (row["provider"], row["median_us"], row["repeats"], row["kind"]) == ("_logdet_kernel", 2.0, 3, "kernel")
+    assert (row["provider"], row["median_us"], row["repeats"], row["kind"]) == (
+        "_logdet_kernel",
+        2.0,
+        3,
+        "kernel",
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints: layouts, keys and strictness, into and out of the peers; copies and pickles; seeds; FrEIA's containers."""
+"""Checkpoints: layouts, keys and strictness, into and out of the peers; copies and pickles; seeds;
+FrEIA's containers.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,31 @@ ROOT = Path(__file__).resolve().parent.parent
 EPS = torch.finfo(torch.float64).eps
 
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
-NAMES = ("hard", "rev", "gin-rev-cond", "soft", "soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-hh2")
+NAMES = (
+    "hard",
+    "rev",
+    "gin-rev-cond",
+    "soft",
+    "soft-rev-exp",
+    "hh3-rev-cond",
+    "hh2-soft-sigmoid",
+    "gin-hh2",
+)
 CASES = [Case(shape, name) for shape in (Shape(2, 7), Shape(2, 6, (3, 4))) for name in NAMES]
 CASES += [Case(shape, "hard") for shape in (Shape(3, 1), Shape(2, 2, (3,)), Shape(2, 5, (2, 3, 2)))]
 each_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER = (
-    Case(Shape(2, 6, (3, 4)), name) for name in ("gin-rev-cond", "soft", "hh3-rev-cond", "hh2-soft-sigmoid")
+    Case(Shape(2, 6, (3, 4)), name)
+    for name in ("gin-rev-cond", "soft", "hh3-rev-cond", "hh2-soft-sigmoid")
 )
-kinds = pytest.mark.parametrize("case", [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "soft", "hh", "hh-soft"])
+kinds = pytest.mark.parametrize(
+    "case", [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "soft", "hh", "hh-soft"]
+)
 
 
-def ours(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64, dialect: str = "anomalib") -> AllInOneBlock:
+def ours(
+    case: Case, seed: int = 0, dtype: torch.dtype = torch.float64, dialect: str = "anomalib"
+) -> AllInOneBlock:
     return make_block(AllInOneBlock, case, dtype, seed, dialect=dialect)
 
 
@@ -51,9 +67,14 @@ def results(block: nn.Module, case: Case) -> list[Tensor]:
 
 
 def assert_same_results(actual: nn.Module, expected: nn.Module, case: Case) -> None:
-    """float64: to the roundings of a sum of C terms, and of the exponential of a log-factor of a few units, which multiplies its own."""
+    """float64: to the roundings of a sum of C terms, and of the exponential of a log-factor of a
+    few units, which multiplies its own.
+    """
     for name, a, e in zip(
-        ("output", "log-det", "inverse", "inverse's log-det"), results(actual, case), results(expected, case), strict=True
+        ("output", "log-det", "inverse", "inverse's log-det"),
+        results(actual, case),
+        results(expected, case),
+        strict=True,
     ):
         assert a.shape == e.shape
         assert a.dtype == e.dtype
@@ -64,7 +85,9 @@ def assert_same_results(actual: nn.Module, expected: nn.Module, case: Case) -> N
 
 def contents(block: nn.Module) -> dict[str, Tensor]:
     """Everything that a block holds, copied."""
-    return {name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]}
+    return {
+        name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
+    }
 
 
 def assert_equal_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -86,18 +109,22 @@ def is_hard(case: Case) -> bool:
     return not case.options.get("permute_soft")
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 @each_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["fp32", "fp64", "bf16"]
+)
 @both_dialects
 def test_state_dict_is_in_the_dialects_layout(case: Case, dtype: torch.dtype, dialect: str) -> None:
     block = ours(case, dtype=dtype, dialect=dialect)
     theirs = make_block(reference.AllInOneBlock, case, dtype, seed=5, dialect=dialect)
     state, expected = block.state_dict(), theirs.state_dict()
     assert list(state) == list(expected)
-    assert [(t.shape, t.dtype) for t in state.values()] == [(t.shape, t.dtype) for t in expected.values()]
+    assert [(t.shape, t.dtype) for t in state.values()] == [
+        (t.shape, t.dtype) for t in expected.values()
+    ]
     channels, ones = case.shape.channels, [1] * case.rank
     if "w_0" in state:
         assert state["w_0"].shape == (channels, channels)
@@ -119,10 +146,16 @@ def test_state_dict_is_in_the_dialects_layout(case: Case, dtype: torch.dtype, di
 
 @both_dialects
 def test_state_dict_of_a_model_has_its_prefixes(dialect: str) -> None:
-    model = nn.ModuleDict({"flow": nn.ModuleList([ours(HARD, seed, dialect=dialect) for seed in range(2)])})
+    model = nn.ModuleDict(
+        {"flow": nn.ModuleList([ours(HARD, seed, dialect=dialect) for seed in range(2)])}
+    )
     state = model.state_dict()
-    assert [key for key in state if "w_perm" in key] == [f"flow.{i}.{name}" for i in range(2) for name in ("w_perm", "w_perm_inv")]
-    other = nn.ModuleDict({"flow": nn.ModuleList([ours(HARD, seed, dialect=dialect) for seed in (7, 8)])})
+    assert [key for key in state if "w_perm" in key] == [
+        f"flow.{i}.{name}" for i in range(2) for name in ("w_perm", "w_perm_inv")
+    ]
+    other = nn.ModuleDict(
+        {"flow": nn.ModuleList([ours(HARD, seed, dialect=dialect) for seed in (7, 8)])}
+    )
     other.load_state_dict(state)
     assert_equal_states(other.state_dict(), state)
 
@@ -142,18 +175,26 @@ def test_either_layout_loads_into_either_dialect(case: Case, source: str, target
         same.load_state_dict(given)
         assert_equal_states(block.state_dict(), given)
     else:
-        same.load_state_dict({key: value for key, value in given.items() if "perm" not in key}, strict=False)
+        same.load_state_dict(
+            {key: value for key, value in given.items() if "perm" not in key}, strict=False
+        )
         for name in ("w_perm", "w_perm_inv"):
             if name in given:
                 w = given[name]
                 if is_hard(case):
-                    w = w.view(w.shape[:2]).argmax(1) if w.dim() > 1 else one_hot(w, case.rank, torch.float64)
+                    w = (
+                        w.view(w.shape[:2]).argmax(1)
+                        if w.dim() > 1
+                        else one_hot(w, case.rank, torch.float64)
+                    )
                 getattr(same, name).data = w.clone()
         assert_equal_states(block.state_dict(), same.state_dict())
     assert_same_results(block, same, case)
 
 
-@pytest.mark.parametrize("case", [SOFT, SOFT_HOUSEHOLDER, HOUSEHOLDER], ids=["soft", "hh-soft", "hh"])
+@pytest.mark.parametrize(
+    "case", [SOFT, SOFT_HOUSEHOLDER, HOUSEHOLDER], ids=["soft", "hh-soft", "hh"]
+)
 @pytest.mark.parametrize("form", ["index", "matrix"])
 def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
     """A permutation is a rotation too (or a reflection)."""
@@ -164,7 +205,9 @@ def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
     if block.householder:
         state["w_0"] = index if form == "index" else square
     else:
-        state["w_perm"], state["w_perm_inv"] = (index, index.argsort()) if form == "index" else (square, square.transpose(0, 1))
+        state["w_perm"], state["w_perm_inv"] = (
+            (index, index.argsort()) if form == "index" else (square, square.transpose(0, 1))
+        )
     block.load_state_dict(state, strict=True)
     assert torch.equal(block.state_dict()["w_0" if block.householder else "w_perm"], square)
     if not block.householder:
@@ -174,7 +217,7 @@ def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
     assert_same_results(block, theirs, case)
 
 
-# --- the peers -------------------------------------------------------------------------------------------------------------------------
+# --- the peers ------------------------------------------------------------------------------------
 
 PEERS = pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
 
@@ -204,8 +247,12 @@ def test_checkpoints_go_into_and_out_of_the_peers(case: Case, peer: Callable[[],
 def test_optimizer_state_of_a_stock_block_loads(case: Case, peer: Callable[[], type]) -> None:
     """It goes by the number and order of the parameters; so the next step is the stock block's."""
     theirs, block = make_block(peer(), case, seed=3), ours(case, seed=4)
-    assert [name for name, _ in block.named_parameters()] == [name for name, _ in theirs.named_parameters()]
-    assert [p.requires_grad for p in block.parameters()] == [p.requires_grad for p in theirs.parameters()]
+    assert [name for name, _ in block.named_parameters()] == [
+        name for name, _ in theirs.named_parameters()
+    ]
+    assert [p.requires_grad for p in block.parameters()] == [
+        p.requires_grad for p in theirs.parameters()
+    ]
     optimizers = [torch.optim.Adam(b.parameters(), lr=1e-2) for b in (theirs, block)]
 
     def step(b: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -217,11 +264,13 @@ def test_optimizer_state_of_a_stock_block_loads(case: Case, peer: Callable[[], t
 
     step(theirs, optimizers[0])
     block.load_state_dict(theirs.state_dict())
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # which shares its tensors otherwise
+    # which shares its tensors otherwise
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
     for b, optimizer in zip((theirs, block), optimizers, strict=True):
         step(b, optimizer)
-    # Adam's step is lr * m / sqrt(v): an element's relative error is its gradient's, here 1e-12 or less where the gradient is above 1e-2
-    # (they are of order 1), and nothing is known where it is rounding noise.
+    # Adam's step is lr * m / sqrt(v): an element's relative error is its gradient's, here 1e-12 or
+    # less where the gradient is above 1e-2 (they are of order 1), and nothing is known where it is
+    # rounding noise.
     for (name, p), expected in zip(block.named_parameters(), theirs.parameters(), strict=True):
         if expected.grad is not None and expected.numel():
             reliable = expected.grad.abs() > 1e-2
@@ -241,10 +290,13 @@ def test_same_seed_gives_anomalibs_block(case: Case, activation: str) -> None:
         blocks, states = [], []
         for cls in (anomalib_block(), AllInOneBlock):
             torch.manual_seed(17)
-            blocks.append(cls(case.dims_in, case.dims_c, subnet_constructor=make_subnet(case.rank), **options))
+            blocks.append(
+                cls(case.dims_in, case.dims_c, subnet_constructor=make_subnet(case.rank), **options)
+            )
             states.append(torch.random.get_rng_state())
         expected, actual = (block.state_dict() for block in blocks)
-        if not is_hard(case):  # the stock block draws its rotation by NumPy: that differs, all else does not
+        # the stock block draws its rotation by NumPy: that differs, all else does not
+        if not is_hard(case):
             for name in ("w_0", "w_perm", "w_perm_inv"):
                 actual.pop(name, None)
                 expected.pop(name, None)
@@ -258,16 +310,25 @@ def test_same_seed_gives_the_same_block(case: Case, dialect: str) -> None:
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        states.append(AllInOneBlock(case.dims_in, case.dims_c, make_subnet(case.rank), **case.options, dialect=dialect).state_dict())
+        states.append(
+            AllInOneBlock(
+                case.dims_in, case.dims_c, make_subnet(case.rank), **case.options, dialect=dialect
+            ).state_dict()
+        )
     assert_equal_states(states[0], states[1])
     name = "w_0" if "w_0" in states[0] else "w_perm"
     assert not torch.equal(states[0][name], states[2][name])
     torch.manual_seed(1)
-    in_a_row = [AllInOneBlock(case.dims_in, case.dims_c, make_subnet(case.rank), **case.options).state_dict()[name] for _ in range(2)]
+    in_a_row = [
+        AllInOneBlock(
+            case.dims_in, case.dims_c, make_subnet(case.rank), **case.options
+        ).state_dict()[name]
+        for _ in range(2)
+    ]
     assert not torch.equal(*in_a_row), "the blocks of a flow need permutations of their own"
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def rotation(channels: int) -> Tensor:
@@ -284,32 +345,80 @@ INVERSE = [1, 2, 0, 4, 5, 3]
 
 # Name: (w_perm, w_perm_inv, what the message must say), for a hard block of 6 channels and rank 2.
 BAD_HARD: dict[str, tuple[Tensor, Tensor, str]] = {
-    "duplicate index": (torch.tensor([0, 0, 1, 2, 3, 4]), torch.tensor(INVERSE), "w_perm.*not a permutation of 6"),
-    "index out of range": (torch.tensor([1, 2, 3, 4, 5, 6]), torch.tensor(INVERSE), "w_perm.*not a permutation of 6"),
-    "negative index": (torch.tensor([-1, 0, 1, 2, 3, 4]), torch.tensor(INVERSE), "w_perm.*not a permutation of 6"),
+    "duplicate index": (
+        torch.tensor([0, 0, 1, 2, 3, 4]),
+        torch.tensor(INVERSE),
+        "w_perm.*not a permutation of 6",
+    ),
+    "index out of range": (
+        torch.tensor([1, 2, 3, 4, 5, 6]),
+        torch.tensor(INVERSE),
+        "w_perm.*not a permutation of 6",
+    ),
+    "negative index": (
+        torch.tensor([-1, 0, 1, 2, 3, 4]),
+        torch.tensor(INVERSE),
+        "w_perm.*not a permutation of 6",
+    ),
     "index of 5": (torch.arange(5), torch.arange(5), r"w_perm.*\(5,\).*6"),
-    "index in floats": (torch.tensor(GOOD).double(), torch.tensor(INVERSE).double(), "w_perm.*not a permutation of 6"),
-    "inverse is no permutation": (torch.tensor(GOOD), torch.tensor([1, 1, 0, 4, 5, 3]), "w_perm_inv.*not a permutation of 6"),
-    "matrix of 5": (hard([0, 1, 2, 3, 4]), hard([0, 1, 2, 3, 4]), r"w_perm.*\(5, 5, 1, 1\).*expected.*6"),
-    "flattened matrix": (hard(GOOD).view(1, 36), hard(INVERSE).view(1, 36), r"w_perm.*\(1, 36\).*expected.*6"),
+    "index in floats": (
+        torch.tensor(GOOD).double(),
+        torch.tensor(INVERSE).double(),
+        "w_perm.*not a permutation of 6",
+    ),
+    "inverse is no permutation": (
+        torch.tensor(GOOD),
+        torch.tensor([1, 1, 0, 4, 5, 3]),
+        "w_perm_inv.*not a permutation of 6",
+    ),
+    "matrix of 5": (
+        hard([0, 1, 2, 3, 4]),
+        hard([0, 1, 2, 3, 4]),
+        r"w_perm.*\(5, 5, 1, 1\).*expected.*6",
+    ),
+    "flattened matrix": (
+        hard(GOOD).view(1, 36),
+        hard(INVERSE).view(1, 36),
+        r"w_perm.*\(1, 36\).*expected.*6",
+    ),
     "scalar": (torch.tensor(3), torch.tensor(3), "w_perm.*expected.*6"),
-    "kernel of 3x3": (hard(GOOD).repeat(1, 1, 3, 3), hard(INVERSE).repeat(1, 1, 3, 3), r"w_perm.*\(6, 6, 3, 3\).*expected.*6"),
+    "kernel of 3x3": (
+        hard(GOOD).repeat(1, 1, 3, 3),
+        hard(INVERSE).repeat(1, 1, 3, 3),
+        r"w_perm.*\(6, 6, 3, 3\).*expected.*6",
+    ),
 }
-# Matrices that a stock block loads and multiplies by: means of checkpoints, matrices trained by accident, broken ones. The last column is
-# what the warning says, where there must be one.
+# Matrices that a stock block loads and multiplies by: means of checkpoints, matrices trained by
+# accident, broken ones. The last column is what the warning says, where there must be one.
 ELSEWHERE = 1e-3 * torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6, 1, 1)
 ODD: dict[str, tuple[Tensor, Tensor, str | None]] = {
-    "mean of ten": (sum(0.1 * hard(GOOD).float() for _ in range(10)), sum(0.1 * hard(INVERSE).float() for _ in range(10)), None),
+    "mean of ten": (
+        sum(0.1 * hard(GOOD).float() for _ in range(10)),
+        sum(0.1 * hard(INVERSE).float() for _ in range(10)),
+        None,
+    ),
     "rotation": ((r := rotation(6)).view(6, 6, 1, 1), r.T.reshape(6, 6, 1, 1), None),
     "trained a little": (hard(GOOD) + ELSEWHERE, hard(INVERSE) + ELSEWHERE, "not the inverse"),
     "not quite one": (hard(GOOD) * 0.999, hard(INVERSE) * 0.999, None),
     "sign": (-hard(GOOD), -hard(INVERSE), None),
     "inverse of another": (hard(GOOD), hard(GOOD), "not the inverse"),
-    "of two rotations": (rotation(6).view(6, 6, 1, 1), rotation(6).view(6, 6, 1, 1), "not the inverse"),
-    "scaled": (2 * (r := rotation(6)).view(6, 6, 1, 1), 0.5 * r.T.reshape(6, 6, 1, 1), "no rotation"),
+    "of two rotations": (
+        rotation(6).view(6, 6, 1, 1),
+        rotation(6).view(6, 6, 1, 1),
+        "not the inverse",
+    ),
+    "scaled": (
+        2 * (r := rotation(6)).view(6, 6, 1, 1),
+        0.5 * r.T.reshape(6, 6, 1, 1),
+        "no rotation",
+    ),
     "duplicate row": (hard([0, 0, 1, 2, 3, 4]), hard(INVERSE), "no rotation"),
     "zeros": (torch.zeros(6, 6, 1, 1), torch.zeros(6, 6, 1, 1), "no rotation"),
-    "nan": (torch.full((6, 6, 1, 1), torch.nan), torch.full((6, 6, 1, 1), torch.nan), "no rotation"),
+    "nan": (
+        torch.full((6, 6, 1, 1), torch.nan),
+        torch.full((6, 6, 1, 1), torch.nan),
+        "no rotation",
+    ),
 }
 
 
@@ -324,7 +433,10 @@ def assert_refused(block: nn.Module, state: dict[str, Tensor], match: str, **opt
 
 def other_state(block: nn.Module) -> dict[str, Tensor]:
     """A state dict that differs from the block's everywhere but in the permutation."""
-    return {key: value if key.startswith("w_") else value + 1 for key, value in block.state_dict().items()}
+    return {
+        key: value if key.startswith("w_") else value + 1
+        for key, value in block.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("bad", BAD_HARD, ids=[name.replace(" ", "_") for name in BAD_HARD])
@@ -333,25 +445,35 @@ def other_state(block: nn.Module) -> dict[str, Tensor]:
 def test_bad_permutation_is_refused(bad: str, assign: bool, dialect: str) -> None:
     w, w_inv, match = BAD_HARD[bad]
     block = ours(HARD, dialect=dialect)
-    assert_refused(block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, match, assign=assign)
+    assert_refused(
+        block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, match, assign=assign
+    )
 
 
 @pytest.mark.parametrize("bad", BAD_HARD, ids=[name.replace(" ", "_") for name in BAD_HARD])
 def test_bad_permutation_is_refused_also_when_not_strict(bad: str) -> None:
     w, w_inv, match = BAD_HARD[bad]
     block = ours(HARD)
-    assert_refused(block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, match, strict=False)
+    assert_refused(
+        block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, match, strict=False
+    )
 
 
 BAD_HOUSEHOLDER = [name for name in BAD_HARD if "inverse" not in name]
 
 
-@pytest.mark.parametrize("bad", BAD_HOUSEHOLDER, ids=[name.replace(" ", "_") for name in BAD_HOUSEHOLDER])
+@pytest.mark.parametrize(
+    "bad", BAD_HOUSEHOLDER, ids=[name.replace(" ", "_") for name in BAD_HOUSEHOLDER]
+)
 def test_bad_permutation_before_reflections_is_refused(bad: str) -> None:
     w, _, match = BAD_HARD[bad]
     block = ours(HOUSEHOLDER)
     w = w[..., 0, 0] if w.dim() == 4 and w.shape[-1] == 1 else w
-    assert_refused(block, {**other_state(block), "w_0": w}, match.replace("w_perm", "w_0").replace(r"\(5, 5, 1, 1\)", r"\(5, 5\)"))
+    assert_refused(
+        block,
+        {**other_state(block), "w_0": w},
+        match.replace("w_perm", "w_0").replace(r"\(5, 5, 1, 1\)", r"\(5, 5\)"),
+    )
 
 
 def assert_computes_like(block: nn.Module, stock: nn.Module, case: Case) -> None:
@@ -360,7 +482,8 @@ def assert_computes_like(block: nn.Module, stock: nn.Module, case: Case) -> None
     for rev in (False, True):
         (y,), logdet = block([x], c, rev=rev)
         (expected,), expected_logdet = stock([x], c, rev=rev)
-        # ones that are off by up to 4 eps(float64) may count as ones; beyond that the matrix itself is taken
+        # ones that are off by up to 4 eps(float64) may count as ones; beyond that the matrix itself
+        # is taken
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
         torch.testing.assert_close(logdet, expected_logdet, rtol=1e-12, atol=1e-12, equal_nan=True)
 
@@ -368,7 +491,9 @@ def assert_computes_like(block: nn.Module, stock: nn.Module, case: Case) -> None
 @pytest.mark.parametrize("odd", ODD, ids=[name.replace(" ", "_") for name in ODD])
 @pytest.mark.parametrize("case", [HARD, SOFT], ids=["hard", "soft"])
 def test_any_matrix_loads_and_is_computed_with(case: Case, odd: str) -> None:
-    """As the stock block does: with the matrix itself, or within its rounding with the permutation that it is."""
+    """As the stock block does: with the matrix itself, or within its rounding with the permutation
+    that it is.
+    """
     w, w_inv, warning = ODD[odd]
     block, stock = ours(case), make_block(reference.AllInOneBlock, case)
     state = {**other_state(block), "w_perm": w.double(), "w_perm_inv": w_inv.double()}
@@ -380,7 +505,9 @@ def test_any_matrix_loads_and_is_computed_with(case: Case, odd: str) -> None:
     assert_computes_like(block, stock, case)
 
 
-@pytest.mark.parametrize("odd", [name for name in ODD if name not in ("inverse of another", "of two rotations")])
+@pytest.mark.parametrize(
+    "odd", [name for name in ODD if name not in ("inverse of another", "of two rotations")]
+)
 def test_any_matrix_loads_before_reflections(odd: str) -> None:
     w, _, _ = ODD[odd]
     block, stock = ours(SOFT_HOUSEHOLDER), make_block(reference.AllInOneBlock, SOFT_HOUSEHOLDER)
@@ -396,14 +523,24 @@ def test_any_matrix_loads_before_reflections(odd: str) -> None:
 @both_dialects
 def test_a_permutation_matrix_of_another_dtype_loads(dtype: torch.dtype, dialect: str) -> None:
     block = ours(HARD, dialect=dialect)
-    block.load_state_dict({**other_state(block), "w_perm": hard(GOOD).to(dtype), "w_perm_inv": hard(INVERSE).to(dtype)})
+    block.load_state_dict(
+        {
+            **other_state(block),
+            "w_perm": hard(GOOD).to(dtype),
+            "w_perm_inv": hard(INVERSE).to(dtype),
+        }
+    )
     assert block._index.permutation(block).perm.tolist() == GOOD
 
 
 def test_means_of_checkpoints_stay_permutations() -> None:
-    """Of ten float32 checkpoints, each a tenth: the ones carry rounding, and the index is taken all the same."""
+    """Of ten float32 checkpoints, each a tenth: the ones carry rounding, and the index is taken all
+    the same.
+    """
     block = ours(HARD, dtype=torch.float32)
-    state = {key: sum(value * (1 / 10) for _ in range(10)) for key, value in block.state_dict().items()}
+    state = {
+        key: sum(value * (1 / 10) for _ in range(10)) for key, value in block.state_dict().items()
+    }
     assert not torch.equal(state["w_perm"], block.w_perm)
     expected = block.w_perm.flatten(1).argmax(1)
     block.load_state_dict(state)
@@ -415,12 +552,18 @@ def test_means_of_checkpoints_stay_permutations() -> None:
     assert torch.equal(freia.w_perm, expected)
 
 
-@pytest.mark.parametrize("odd", [name for name in ODD if name not in ("mean of ten", "inverse of another")])
+@pytest.mark.parametrize(
+    "odd", [name for name in ODD if name not in ("mean of ten", "inverse of another")]
+)
 def test_an_index_has_no_room_for_another_matrix(odd: str) -> None:
     """In dialect "freia" a hard block holds an index."""
     w, w_inv, _ = ODD[odd]
     block = ours(HARD, dialect="freia")
-    assert_refused(block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, "w_perm is not a permutation")
+    assert_refused(
+        block,
+        {**other_state(block), "w_perm": w, "w_perm_inv": w_inv},
+        "w_perm is not a permutation",
+    )
 
 
 def test_an_index_with_another_inverse_loads_with_a_warning() -> None:
@@ -431,7 +574,9 @@ def test_an_index_with_another_inverse_loads_with_a_warning() -> None:
     assert_equal_states(contents(block), state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
+)
 def test_rotation_in_low_precision_is_accepted(dtype: torch.dtype) -> None:
     """Orthogonal to what its dtype can say: a checkpoint in half precision is no error."""
     case = Case(Shape(2, 48), "soft")
@@ -455,14 +600,16 @@ def test_strict_names_what_is_missing_and_what_is_too_much(dialect: str) -> None
     assert found.unexpected_keys == ["w_0"]
 
 
-# --- one half of a pair ----------------------------------------------------------------------------------------------------------------
+# --- one half of a pair ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [HARD, SOFT], ids=["hard", "soft"])
 @pytest.mark.parametrize("given", ["w_perm", "w_perm_inv"])
 @pytest.mark.parametrize("assign", [False, True], ids=["", "assign"])
 @both_dialects
-def test_one_of_the_pair_brings_the_other(case: Case, given: str, assign: bool, dialect: str) -> None:
+def test_one_of_the_pair_brings_the_other(
+    case: Case, given: str, assign: bool, dialect: str
+) -> None:
     source, block = ours(case, 3, dialect=dialect), ours(case, 4, dialect=dialect)
     kept = contents(block)
     other = "w_perm_inv" if given == "w_perm" else "w_perm"
@@ -492,7 +639,7 @@ def test_a_state_without_the_permutation_leaves_it(case: Case) -> None:
         assert torch.equal(value, kept[key] if key.startswith("w_") else state[key]), key
 
 
-# --- copies and files ------------------------------------------------------------------------------------------------------------------
+# --- copies and files -----------------------------------------------------------------------------
 
 
 def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -520,7 +667,9 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @kinds
 def test_copies(case: Case, method: str, used: bool) -> None:
-    """Also after a pass with gradients: the stock Householder block holds on to its graph then, which cannot be copied."""
+    """Also after a pass with gradients: the stock Householder block holds on to its graph then,
+    which cannot be copied.
+    """
     block = ours(case)
     if used:
         x, c = make_input(case)
@@ -530,8 +679,12 @@ def test_copies(case: Case, method: str, used: bool) -> None:
     made = COPIES[method](block)
     assert type(made) is AllInOneBlock
     assert_equal_states(made.state_dict(), block.state_dict())
-    assert [p.requires_grad for p in made.parameters()] == [p.requires_grad for p in block.parameters()]
-    assert not {p.data_ptr() for p in made.parameters()} & {p.data_ptr() for p in block.parameters()}
+    assert [p.requires_grad for p in made.parameters()] == [
+        p.requires_grad for p in block.parameters()
+    ]
+    assert not {p.data_ptr() for p in made.parameters()} & {
+        p.data_ptr() for p in block.parameters()
+    }
     for a, e in zip(results(made, case), results(block, case), strict=True):
         assert torch.equal(a, e)
     kept = contents(block)
@@ -592,13 +745,24 @@ def test_conversion_of_the_dtype_keeps_the_permutation(case: Case) -> None:
 
 
 def test_hook_that_renames_keys_is_honoured() -> None:
-    """torch calls it before the block loads, and what it changes in the state dict counts for the subnet too."""
+    """torch calls it before the block loads, and what it changes in the state dict counts for the
+    subnet too.
+    """
     block, source = ours(HARD, 1), ours(HARD, 2)
-    state = {key.replace("subnet.", "net.").replace("global_", ""): value for key, value in source.state_dict().items()}
+    state = {
+        key.replace("subnet.", "net.").replace("global_", ""): value
+        for key, value in source.state_dict().items()
+    }
 
     def rename(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for key in list(state_dict):
-            new = key.replace("net.", "subnet.") if key.startswith("net.") else f"global_{key}" if key in ("scale", "offset") else key
+            new = (
+                key.replace("net.", "subnet.")
+                if key.startswith("net.")
+                else f"global_{key}"
+                if key in ("scale", "offset")
+                else key
+            )
             state_dict[new] = state_dict.pop(key)
 
     block.register_load_state_dict_pre_hook(rename)
@@ -606,7 +770,7 @@ def test_hook_that_renames_keys_is_honoured() -> None:
     assert_equal_states(block.state_dict(), source.state_dict())
 
 
-# --- FrEIA -----------------------------------------------------------------------------------------------------------------------------
+# --- FrEIA ----------------------------------------------------------------------------------------
 
 ISINSTANCE = """
 import sys
@@ -646,14 +810,24 @@ def test_freias_sequence_takes_our_block() -> None:
     for sequence, cls in ((stock, freia_block()), (own, AllInOneBlock)):
         torch.manual_seed(1)
         for cond in (None, 0):
-            sequence.append(cls, cond=cond, cond_shape=(2, 3, 3), subnet_constructor=make_subnet(2), permute_soft=True)
+            sequence.append(
+                cls,
+                cond=cond,
+                cond_shape=(2, 3, 3),
+                subnet_constructor=make_subnet(2),
+                permute_soft=True,
+            )
         sequence.double()
     own.load_state_dict(stock.state_dict())
-    x, c = torch.randn(2, 6, 3, 3, dtype=torch.float64), [torch.randn(2, 2, 3, 3, dtype=torch.float64)]
+    x, c = (
+        torch.randn(2, 6, 3, 3, dtype=torch.float64),
+        [torch.randn(2, 2, 3, 3, dtype=torch.float64)],
+    )
     for rev in (False, True):
         expected, actual = stock(x, c, rev=rev), own(x, c, rev=rev)
         for a, e in zip(actual, expected, strict=True):
-            assert (a - e).abs().max() <= 1000 * EPS * max(1.0, e.abs().max().item())  # two blocks of sums of 6 and 54 terms
+            # two blocks of sums of 6 and 54 terms
+            assert (a - e).abs().max() <= 1000 * EPS * max(1.0, e.abs().max().item())
 
 
 @pytest.mark.peers
@@ -669,7 +843,9 @@ def test_freias_containers_take_instances() -> None:
     assert torch.equal(z, expected)
     assert torch.equal(logdet, expected_logdet)
     start = framework.InputNode(6, name="in")
-    node = framework.Node(start, AllInOneBlock, {"subnet_constructor": make_subnet(0)}, name="block")
+    node = framework.Node(
+        start, AllInOneBlock, {"subnet_constructor": make_subnet(0)}, name="block"
+    )
     graph = framework.GraphINN([start, node, framework.OutputNode(node)])
     z, logdet = graph(x)
     (expected,), expected_logdet = node.module([x])
@@ -681,7 +857,9 @@ def test_freias_containers_take_instances() -> None:
 
 
 def test_index_layout_in_the_other_dialect_warns() -> None:
-    """It was saved by FrEIA's main branch, whose formula is not this block's, unless the clamp is 1."""
+    """It was saved by FrEIA's main branch, whose formula is not this block's, unless the clamp is
+    1.
+    """
     state = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, dialect="freia").state_dict()
     with pytest.warns(UserWarning, match="w_perm is stored as an index.*dialect='freia'"):
         AllInOneBlock([(6,)], subnet_constructor=nn.Linear).load_state_dict(state)
@@ -694,7 +872,11 @@ def test_index_layout_in_the_other_dialect_warns() -> None:
 @pytest.mark.parametrize("value", [None, np.eye(6)], ids=["none", "numpy"])
 def test_permutation_that_is_no_tensor_is_refused(value: Any) -> None:
     block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear)
-    assert_refused(block, {**AllInOneBlock([(6,)], subnet_constructor=nn.Linear).state_dict(), "w_perm": value}, "w_perm to be a tensor")
+    assert_refused(
+        block,
+        {**AllInOneBlock([(6,)], subnet_constructor=nn.Linear).state_dict(), "w_perm": value},
+        "w_perm to be a tensor",
+    )
 
 
 def test_rotations_differ_even_if_nothing_else_is_drawn() -> None:
@@ -702,7 +884,12 @@ def test_rotations_differ_even_if_nothing_else_is_drawn() -> None:
 
     def two() -> list[Tensor]:
         torch.manual_seed(0)
-        return [AllInOneBlock([(6,)], permute_soft=True, subnet_constructor=lambda i, o: nn.Identity()).w_perm for _ in range(2)]
+        return [
+            AllInOneBlock(
+                [(6,)], permute_soft=True, subnet_constructor=lambda i, o: nn.Identity()
+            ).w_perm
+            for _ in range(2)
+        ]
 
     first, second = two()
     assert not torch.allclose(first, second, atol=1e-3)

@@ -1,6 +1,8 @@
-"""Every clamp and size of coefficients, by the one criterion of accuracy: the eager functions and the kernels, each pass by itself.
+"""Every clamp and size of coefficients, by the one criterion of accuracy: the eager functions and
+the kernels, each pass by itself.
 
-TRITON_INTERPRET=1 pytest tests/test_clamps.py   # the kernels in Triton's interpreter; otherwise as tests/test_kernels.py says
+TRITON_INTERPRET=1 pytest tests/test_clamps.py   # the kernels in Triton's interpreter; otherwise as
+tests/test_kernels.py says
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from tests.support import modes
 from tests.support.coupling import check_everything, gradients, make, plain_fwd, plain_inv
 from tests.support.modes import INTERPRETED
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's: overflow to inf is meant
+# numpy's: overflow to inf is meant
+pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
 CLAMPS = (1e-3, 0.5, 1.9, 2.0, 2.1, 5.0, 8.0, 20.0, 50.0, -1.0, -8.0)
 GAINS = (1e-3, 0.1, 1.0, 5.0, 30.0, 300.0)  # standard deviation of a
@@ -39,7 +42,11 @@ def inputs_of(shape, clamp, dialect, gin, gain, dtype=torch.float32):
 @both_kinds
 @both_dialects
 @pytest.mark.parametrize("clamp", CLAMPS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    ids=lambda dtype: str(dtype)[6:],
+)
 @pytest.mark.parametrize("shape", [(4, 6, 9, 7), (50, 7)], ids=["planes", "rows"])
 def test_eager_functions_at_any_clamp(shape, dtype, clamp, dialect, gin):
     for gain in GAINS:
@@ -51,7 +58,9 @@ def test_eager_functions_at_any_clamp(shape, dtype, clamp, dialect, gin):
 @pytest.mark.parametrize("clamp", [c for c in CLAMPS if abs(c) <= 2.0])
 @pytest.mark.parametrize("z", [1e-4, 0.05, 0.3, 0.7, 1.2, 1.7, 1.8, 4.0, 8.0])
 def test_eager_functions_where_all_coefficients_are_alike(z, clamp, gin):
-    """The criterion measures by the largest value, and here none is larger than others: no error hides behind it."""
+    """The criterion measures by the largest value, and here none is larger than others: no error
+    hides behind it.
+    """
     x, a, g, *rest, spec = make((4, 6, 9, 7), gin=gin, clamp=clamp)
     signed = z / spec.tanh_scale * (0.9 + 0.1 * torch.rand(a.shape)) * torch.randn(a.shape).sign()
     check_everything((x, torch.cat((signed[:, :3], a[:, 3:]), 1), g, *rest, spec), operations=eager)
@@ -63,20 +72,33 @@ def test_eager_functions_where_all_coefficients_are_alike(z, clamp, gin):
 def test_eager_functions_overflow_only_where_plain_pytorch_does(dtype, clamp, gin):
     """Where exp leaves the dtype's range there is no truth to compare with."""
     for gain in (1.0, 30.0, 300.0):
-        x, a, g, offset, perm, inv, spec = inputs_of((4, 6, 9, 7), clamp, "anomalib", gin, gain, dtype)
+        x, a, g, offset, perm, inv, spec = inputs_of(
+            (4, 6, 9, 7), clamp, "anomalib", gin, gain, dtype
+        )
         y, logdet = eager.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
         dy, dlogdet = torch.randn_like(y), torch.randn_like(logdet)
         grads = eager.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, True)
         back = eager.coupling_inv_passive(x, g, offset, perm, inv, spec)
-        found = [y, logdet, *grads, back, eager.coupling_inv_active(x, back, a, g, offset, perm, inv, spec, True)]
-        plain = [*plain_fwd(x, a, g, offset, perm, spec), *gradients(x, a, g, offset, perm, spec, dy, dlogdet, None)]
+        found = [
+            y,
+            logdet,
+            *grads,
+            back,
+            eager.coupling_inv_active(x, back, a, g, offset, perm, inv, spec, True),
+        ]
+        plain = [
+            *plain_fwd(x, a, g, offset, perm, spec),
+            *gradients(x, a, g, offset, perm, spec, dy, dlogdet, None),
+        ]
         plain += plain_inv(x, a, g, offset, inv, spec)
         for ours, theirs in zip(found, plain, strict=True):
             assert ours is None or (ours.isfinite() | ~theirs.isfinite()).all()
 
 
 def test_coefficients_of_the_cheap_form_fit_in_float32():
-    """At the least clamp that takes it, where dialect "freia" makes tanh_scale largest, and just below, where it does not."""
+    """At the least clamp that takes it, where dialect "freia" makes tanh_scale largest, and just
+    below, where it does not.
+    """
     for clamp in (eager._LEAST_CLAMP, 0.5 * eager._LEAST_CLAMP, 1e-15):
         for dialect in DIALECTS:
             check_everything(inputs_of((4, 6, 9, 7), clamp, dialect, False, 1.0), operations=eager)
@@ -92,7 +114,10 @@ def test_coefficients_of_the_cheap_form_fit_in_float32():
 @pytest.mark.parametrize("shape", [(2, 7, 4, 5), (9, 7)], ids=["planes", "rows"])
 def test_kernels_at_any_clamp(shape, clamp, dialect, gin):
     if gin and abs(clamp) > 20.0:
-        pytest.skip("the sums ahead of GIN's backward are taken before the mean is known: exp(clamp) of range is lost")
+        pytest.skip(
+            "the sums ahead of GIN's backward are taken before the mean is known: exp(clamp) of "
+            "range is lost"
+        )
     with modes.kernels_run(), DEVICE:
         for gain in KERNEL_GAINS:
             torch.manual_seed(0)

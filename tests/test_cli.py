@@ -18,7 +18,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "shapes", lambda: {"planes": (2, 10, 4, 4), "rows": (6, 7)})
 
 
-def test_info_names_versions_backends_and_switches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_names_versions_backends_and_switches(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "eager")
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
@@ -54,8 +56,12 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["coupling_fwd", "coupling_bwd", "coupling_inv_active"])
-def test_check_fails_on_an_inaccurate_backend(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative error of 1e-4 in one function of a backend, in float32 only (the truth is computed in float64)."""
+def test_check_fails_on_an_inaccurate_backend(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative error of 1e-4 in one function of a backend, in float32 only (the truth is computed
+    in float64).
+    """
     right = getattr(check.eager, name)
 
     def wrong(*arguments: object) -> object:
@@ -76,18 +82,25 @@ def test_unknown_command_is_refused() -> None:
     assert refused.value.code == 2
 
 
-def test_check_refuses_an_unknown_default_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_refuses_an_unknown_default_backend(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(SystemExit) as refused:
         cli.main(["check"])
     assert refused.value.code == 2
-    assert "FASTFLOW_KERNELS_BACKEND must be one of auto, eager, triton; got 'cuda'" in capsys.readouterr().err
+    assert (
+        "FASTFLOW_KERNELS_BACKEND must be one of auto, eager, triton; got 'cuda'"
+        in capsys.readouterr().err
+    )
     assert cli.main(["info"]) == 1
     assert "UNKNOWN" in capsys.readouterr().out
 
 
 def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that the GPU would keep: a copy takes 0.1 ms, a call 0.05 ms, and 1 ms until Python has queued it."""
+    """On a clock that the GPU would keep: a copy takes 0.1 ms, a call 0.05 ms, and 1 ms until
+    Python has queued it.
+    """
     clock = 0.0
 
     class Event:
@@ -110,7 +123,9 @@ def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.Monkey
     monkeypatch.setattr(check._Device, "_copy", lambda self: (copies.append(1), advance(0.1)))
     device = check._Device()
     assert device.bandwidth() == pytest.approx(2 * 2**28 / 1e-4)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20)
+    )
     assert device.share(2**28, 1e-4) == pytest.approx(0.5)
     assert device.share(2**21, 1e-6) is None  # the cache serves it
     copies.clear()

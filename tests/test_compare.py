@@ -10,14 +10,20 @@ from tests.compare import assert_close
 TRUTH = torch.linspace(-3, 5, 101, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 def test_limit_is_twice_the_baseline_plus_a_floor(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     baseline = (TRUTH + 16 * eps).to(dtype)
     off = (baseline.double() - TRUTH).abs().max().item()
     assert_close(TRUTH.to(dtype), TRUTH, baseline)
     assert_close((TRUTH + 1.5 * off).to(dtype), TRUTH, baseline)
-    for wrong in (TRUTH + 2 * off + 25 * eps, TRUTH - 2 * off - 25 * eps, TRUTH * (1 + 30 * eps) + 32 * eps):
+    for wrong in (
+        TRUTH + 2 * off + 25 * eps,
+        TRUTH - 2 * off - 25 * eps,
+        TRUTH * (1 + 30 * eps) + 32 * eps,
+    ):
         with pytest.raises(AssertionError, match="max error .* > allowed"):
             assert_close(wrong.to(dtype), TRUTH, baseline, "y")
 
@@ -31,7 +37,8 @@ def test_rms_fails_where_the_maximum_does_not() -> None:
 
 
 def test_float64_is_measured_by_the_reference_in_float32() -> None:
-    baseline = (TRUTH + 2.0**-18).float()  # an error of 32 eps, the same number of eps is 2^-47 in float64
+    # an error of 32 eps, the same number of eps is 2^-47 in float64
+    baseline = (TRUTH + 2.0**-18).float()
     assert_close(TRUTH + 2.5 * 2.0**-47, TRUTH, baseline)
     with pytest.raises(AssertionError, match="max error"):
         assert_close(TRUTH + 4 * 2.0**-47, TRUTH, baseline)
@@ -63,7 +70,11 @@ def test_non_finite_pattern_must_match(value: float) -> None:
     truth = TRUTH.clone()
     truth[5] = value
     assert_close(truth.float(), truth, truth.float())
-    for other in (TRUTH.float(), truth.neg().float() if value == value else TRUTH.float() / 0, truth.roll(1).float()):
+    for other in (
+        TRUTH.float(),
+        truth.neg().float() if value == value else TRUTH.float() / 0,
+        truth.roll(1).float(),
+    ):
         with pytest.raises(AssertionError, match="differ in being"):
             assert_close(other, truth, truth.float())
     with pytest.raises(AssertionError, match="differ in being"):

@@ -33,7 +33,8 @@ def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-# On both sides of dispatch.SMALL, which must decide nothing here. The first one's sizes differ: torch takes equal ones for one symbol.
+# On both sides of dispatch.SMALL, which must decide nothing here. The first one's sizes differ:
+# torch takes equal ones for one symbol.
 SIZES = [(4, 9, 7), (2, 8, 8), (9, 64, 40), (4, 64, 64)]
 
 
@@ -53,7 +54,9 @@ def test_every_batch_and_image_size_runs_the_same_graph(name: str, rev: bool) ->
             loss = y.square().mean() + logdet.mean() / x[0].numel()
             results.append((y, logdet, torch.autograd.grad(loss, x)[0]))
         for actual, expected in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+            )
     assert _graphs() == 1
 
 
@@ -105,11 +108,17 @@ MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("move", [pytest.param(move, marks=pytest.mark.gpu if move == "cuda" else ()) for move in MOVES])
+@pytest.mark.parametrize(
+    "move", [pytest.param(move, marks=pytest.mark.gpu if move == "cuda" else ()) for move in MOVES]
+)
 @pytest.mark.parametrize("stock", [True, False], ids=["accelerated", "ours"])
 def test_block_is_compiled_straight_away(stock: bool, move: str) -> None:
     """Without an ordinary pass before it, which would look for the index where it is now."""
-    block = make_block(reference.AllInOneBlock if stock else AllInOneBlock, Case(Shape(2, 6, (4, 4)), "hard"), torch.float32)
+    block = make_block(
+        reference.AllInOneBlock if stock else AllInOneBlock,
+        Case(Shape(2, 6, (4, 4)), "hard"),
+        torch.float32,
+    )
     if stock:
         assert report(accelerate(block)).changed
     x = torch.randn(2, 6, 4, 4)
@@ -125,12 +134,23 @@ def test_block_is_compiled_straight_away(stock: bool, move: str) -> None:
     torch.testing.assert_close(actual.to(x), expected, rtol=1e-4, atol=1e-4)
     names = [str(node.target) for node in operations]
     assert names.count("index_select") == 1
-    assert sum("conv" in name and node.op != "placeholder" for name, node in zip(names, operations, strict=True)) == 2  # the subnet's
+    # the subnet's
+    assert (
+        sum(
+            "conv" in name and node.op != "placeholder"
+            for name, node in zip(names, operations, strict=True)
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize("stock", [True, False], ids=["accelerated", "ours"])
 def test_index_does_not_stay_on_the_device_that_the_block_left(stock: bool) -> None:
-    block = make_block(reference.AllInOneBlock if stock else AllInOneBlock, Case(Shape(2, 6, (4, 4)), "hard"), torch.float32)
+    block = make_block(
+        reference.AllInOneBlock if stock else AllInOneBlock,
+        Case(Shape(2, 6, (4, 4)), "hard"),
+        torch.float32,
+    )
     if stock:
         assert report(accelerate(block)).changed
     assert _compiled(block.to("meta"))([torch.randn(2, 6, 4, 4, device="meta")])[0][0].is_meta

@@ -1,4 +1,6 @@
-"""A permutation is that of the weights a call is given: exchanged, loaded, broadcast or handed in, in eager mode and in recorded graphs."""
+"""A permutation is that of the weights a call is given: exchanged, loaded, broadcast or handed in,
+in eager mode and in recorded graphs.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,12 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def make(kind: str, case: Case, seed: int = 0) -> nn.Module:
-    block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed, dialect=case.dialect)
+    block = make_block(
+        AllInOneBlock if kind == "ours" else reference.AllInOneBlock,
+        case,
+        seed=seed,
+        dialect=case.dialect,
+    )
     if kind == "accelerated":
         accelerate(block)
     return block
@@ -62,7 +69,7 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
-# --- recorded graphs -----------------------------------------------------------------------------------------------------------------
+# --- recorded graphs ------------------------------------------------------------------------------
 
 Recorded = Callable[[nn.Module, Tensor], nn.Module]
 
@@ -75,9 +82,13 @@ def _traced(model: nn.Module, x: Tensor) -> nn.Module:
 
 RECORDERS: dict[str, Recorded] = {
     "export": lambda model, x: torch.export.export(copy.deepcopy(model), (x,)).module(),
-    "strict export": lambda model, x: torch.export.export(copy.deepcopy(model), (x,), strict=True).module(),
+    "strict export": lambda model, x: torch.export.export(
+        copy.deepcopy(model), (x,), strict=True
+    ).module(),
     "trace": _traced,
-    "compile": lambda model, x: torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager"),
+    "compile": lambda model, x: torch.compile(
+        copy.deepcopy(model), fullgraph=True, backend="eager"
+    ),
 }
 
 
@@ -85,16 +96,23 @@ RECORDERS: dict[str, Recorded] = {
 @kinds
 @pytest.mark.parametrize("recorder", RECORDERS)
 @both_directions
-def test_a_recorded_block_takes_another_checkpoint(case: Case, kind: str, recorder: str, rev: bool) -> None:
+def test_a_recorded_block_takes_another_checkpoint(
+    case: Case, kind: str, recorder: str, rev: bool
+) -> None:
     model, other = (TakesTensor(make(kind, case, seed), rev) for seed in (0, 1))
     x, _ = make_input(case)
     with torch.no_grad():
         recorded = RECORDERS[recorder](model, x)
         assert_same(recorded(x), truth(model.block, case, x, rev))
         state = other.state_dict()
-        if recorder == "strict export":  # which leaves out what the graph does not use, of the stock block, too
+        # which leaves out what the graph does not use, of the stock block, too
+        if recorder == "strict export":
             state = {key: value for key, value in state.items() if key in recorded.state_dict()}
-        recorded.load_state_dict({f"_orig_mod.{key}": value for key, value in state.items()} if "compile" in recorder else state)
+        recorded.load_state_dict(
+            {f"_orig_mod.{key}": value for key, value in state.items()}
+            if "compile" in recorder
+            else state
+        )
         assert_same(recorded(x), truth(other.block, case, x, rev))
 
 
@@ -138,15 +156,21 @@ def test_a_compiled_ensemble(case: Case, kind: str, rev: bool) -> None:
     x, _ = make_input(case)
     with torch.no_grad():
         parameters, _ = stack_module_state(models)
-        together = torch.compile(vmap(lambda p: functional_call(models[0], p, (x,))), backend="eager")(parameters)
+        together = torch.compile(
+            vmap(lambda p: functional_call(models[0], p, (x,))), backend="eager"
+        )(parameters)
         for k, model in enumerate(models):
             assert_same((together[0][k], together[1][k]), truth(model.block, case, x, rev))
 
 
 @pytest.mark.parametrize("recorder", RECORDERS)
 @both_directions
-def test_a_graph_of_a_permutation_raises_if_it_is_given_a_rotation(recorder: str, rev: bool) -> None:
-    """It holds a gather, and cannot compute the product; a compiled block, whose own method loads, is compiled anew."""
+def test_a_graph_of_a_permutation_raises_if_it_is_given_a_rotation(
+    recorder: str, rev: bool
+) -> None:
+    """It holds a gather, and cannot compute the product; a compiled block, whose own method loads,
+    is compiled anew.
+    """
     case = Case(Shape(3, 6), "hard")
     model = TakesTensor(make("ours", case), rev)
     x, _ = make_input(case)
@@ -158,13 +182,16 @@ def test_a_graph_of_a_permutation_raises_if_it_is_given_a_rotation(recorder: str
             recorded.load_state_dict({f"_orig_mod.{key}": value for key, value in state.items()})
             model.load_state_dict(state)
             assert_same(recorded(x), truth(model.block, case, x, rev))
-            recorded._orig_mod.block.w_perm.data.copy_(-w)  # past every hook: the form of the graph stays, and its values are asked
+            # past every hook: the form of the graph stays, and its values are asked
+            recorded._orig_mod.block.w_perm.data.copy_(-w)
             recorded._orig_mod.block.w_perm_inv.data.copy_(-w.T)
             model.block.w_perm.data.copy_(-w)
             model.block.w_perm_inv.data.copy_(-w.T)
             assert_same(recorded(x), truth(model.block, case, x, rev))
         else:
-            recorded.load_state_dict({key: value for key, value in state.items() if key in recorded.state_dict()})
+            recorded.load_state_dict(
+                {key: value for key, value in state.items() if key in recorded.state_dict()}
+            )
             with pytest.raises((RuntimeError, IndexError), match="out of"):
                 recorded(x)
 
@@ -197,14 +224,18 @@ def test_a_pass_without_values_leaves_nothing_behind(kind: str, rev: bool) -> No
         assert_same(TakesTensor(block, rev)(x), expected)
 
 
-# --- eager mode ------------------------------------------------------------------------------------------------------------------------
+# --- eager mode -----------------------------------------------------------------------------------
 
 PERMUTATION = [1, 2, 3, 4, 5, 0]
 
 
 def _exchange(p: nn.Parameter, through: str) -> None:
     """Another permutation where this one was."""
-    other = torch.tensor(PERMUTATION) if p.dim() == 1 else torch.eye(6, dtype=p.dtype)[PERMUTATION].view(p.shape)
+    other = (
+        torch.tensor(PERMUTATION)
+        if p.dim() == 1
+        else torch.eye(6, dtype=p.dtype)[PERMUTATION].view(p.shape)
+    )
     if through == "data":
         p.data.copy_(other)
     elif through == "new data":
@@ -221,7 +252,9 @@ def _exchange(p: nn.Parameter, through: str) -> None:
 @pytest.mark.parametrize("name", ["w_perm", "w_perm_inv"])
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @both_directions
-def test_one_matrix_exchanged_without_the_other(case: Case, kind: str, through: str, name: str, backend: str, rev: bool) -> None:
+def test_one_matrix_exchanged_without_the_other(
+    case: Case, kind: str, through: str, name: str, backend: str, rev: bool
+) -> None:
     """Results and gradients of the matrix that is there, whatever the other one is."""
     block = make(kind, case)
     if kind == "ours":
@@ -240,12 +273,16 @@ def test_one_matrix_exchanged_without_the_other(case: Case, kind: str, through: 
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
+)
 @pytest.mark.parametrize("name", ["hard", "rev", "hh1"])
 @pytest.mark.parametrize("written", ["beside", "beside, twice", "one"])
 @pytest.mark.parametrize("channels", [7, 80])
 @both_directions
-def test_values_written_past_the_version_are_seen(name: str, written: str, channels: int, rev: bool, dtype: torch.dtype) -> None:
+def test_values_written_past_the_version_are_seen(
+    name: str, written: str, channels: int, rev: bool, dtype: torch.dtype
+) -> None:
     """Beside the ones, in pairs that cancel in a sum, and into the ones."""
     case = Case(Shape(70, channels), name)
     block = make_block(AllInOneBlock, case, dtype)
@@ -268,5 +305,7 @@ def test_values_written_past_the_version_are_seen(name: str, written: str, chann
     (expected,), expected_log_det = stock([x.double()], rev=rev)
     tolerance = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance)
-    tolerance = 64 * channels * torch.finfo(dtype).eps * max(1.0, expected_log_det.abs().max().item())
+    tolerance = (
+        64 * channels * torch.finfo(dtype).eps * max(1.0, expected_log_det.abs().max().item())
+    )
     torch.testing.assert_close(log_det.double(), expected_log_det, rtol=0, atol=tolerance)

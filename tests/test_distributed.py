@@ -1,4 +1,6 @@
-"""DDP and FSDP2 on two processes: the same results and gradients as one process on the whole batch."""
+"""DDP and FSDP2 on two processes: the same results and gradients as one process on the whole
+batch.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ class Flow(nn.Module):
 def _batch(name: str) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(3)
     widths = (SHAPE.channels, *Case(SHAPE, name).conditions)
-    x, *c = (torch.randn(SHAPE.batch, width, *SHAPE.spatial, generator=generator, dtype=torch.float64) for width in widths)
+    x, *c = (
+        torch.randn(SHAPE.batch, width, *SHAPE.spatial, generator=generator, dtype=torch.float64)
+        for width in widths
+    )
     return x, c
 
 
@@ -55,17 +60,23 @@ def _trained(model: nn.Module, flow: Flow, x: Tensor, c: list[Tensor]) -> dict[s
         optimizer.zero_grad()
         model(x, c).backward()
         weights = {name: p.detach().clone() for name, p in flow.named_parameters()}
-        gradients = {f"{name}.grad": p.grad for name, p in flow.named_parameters() if p.requires_grad}
+        gradients = {
+            f"{name}.grad": p.grad for name, p in flow.named_parameters() if p.requires_grad
+        }
         optimizer.step()
     results = weights | gradients
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()}
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()
+    }
 
 
 class Block(nn.Module):
     def __init__(self, kind: str, seed: int) -> None:
         super().__init__()
         case = Case(SHAPE, "hard")
-        self.block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed)
+        self.block = make_block(
+            AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed
+        )
         if kind == "accelerated":
             accelerate(self)
 
@@ -74,7 +85,9 @@ class Block(nn.Module):
 
 
 def _compiled_from_another_seed(kind: str, rank: int) -> Tensor:
-    """What a compiled block computes whose weights DDP has broadcast: those of rank 0, its permutation too."""
+    """What a compiled block computes whose weights DDP has broadcast: those of rank 0, its
+    permutation too.
+    """
     model = DistributedDataParallel(Block(kind, seed=rank + 1))
     with torch.no_grad():
         return torch.compile(model, backend="eager")(_batch("hard")[0])
@@ -83,7 +96,9 @@ def _compiled_from_another_seed(kind: str, rank: int) -> Tensor:
 def _one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dispatch.SMALL = 0  # the inputs are small, and what is asked for is the fused path
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     results: dict[str, Any] = {}
     for name in NAMES:
         x, c = _batch(name)
@@ -99,7 +114,9 @@ def _one_rank(rank: int, folder: str) -> None:
                     for block in flow.blocks:
                         fully_shard(block, mesh=mesh)
                     model = fully_shard(flow, mesh=mesh)
-                results[f"{name} {kind} {wrapper}"] = _trained(model, flow, x[half], [t[half] for t in c])
+                results[f"{name} {kind} {wrapper}"] = _trained(
+                    model, flow, x[half], [t[half] for t in c]
+                )
     for kind in KINDS:
         results[f"compiled {kind}"] = _compiled_from_another_seed(kind, rank)
     torch.save(results, f"{folder}/{rank}.pt")
@@ -118,7 +135,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_train_like_one(name: str, kind: str, wrapper: str, ranks: list[dict[str, Any]]) -> None:
+def test_two_processes_train_like_one(
+    name: str, kind: str, wrapper: str, ranks: list[dict[str, Any]]
+) -> None:
     flow = Flow(name, kind)
     expected = _trained(flow, flow, *_batch(name))
     for found in ranks:
@@ -130,7 +149,9 @@ def test_two_processes_train_like_one(name: str, kind: str, wrapper: str, ranks:
                 assert key.endswith("global_scale.grad")
                 assert actual[key] is None or not actual[key].any()
                 continue
-            torch.testing.assert_close(actual[key], value, rtol=1e-10, atol=1e-11 * value.abs().max().item(), msg=key)
+            torch.testing.assert_close(
+                actual[key], value, rtol=1e-10, atol=1e-11 * value.abs().max().item(), msg=key
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,8 @@
 """The examples of the pages and of the docstrings run, and print what they say.
 
-A ``pycon`` block is a session whose output is compared, a ``python`` block runs; the blocks of a page share their names. An HTML comment
-``<!-- not run: reason -->`` in the line before a block excuses it.
+A ``pycon`` block is a session whose output is compared, a ``python`` block runs; the blocks of a
+page share their names. An HTML comment ``<!-- not run: reason -->`` in the line before a block
+excuses it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,22 @@ MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("fastflow_kernels", "reference")
     for path in (ROOT / folder).glob("*.py")
-    if ">>>" in path.read_text() and path.stem != "lightning"  # which needs Lightning: tests/ecosystem runs its example
+    # which needs Lightning: tests/ecosystem runs its example
+    if ">>>" in path.read_text() and path.stem != "lightning"
 )
-BLOCK = re.compile(r"^(?P<excuse><!-- not run: [^\n]+ -->\n)?```(?P<kind>python|pycon)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?P<excuse><!-- not run: [^\n]+ -->\n)?```(?P<kind>python|pycon)\n(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 def blocks(page: str) -> list[tuple[str, int, str]]:
     """Kind, line number and code of every block that is to run."""
-    return [(m["kind"], page[: m.start("code")].count("\n"), m["code"]) for m in BLOCK.finditer(page) if not m["excuse"]]
+    return [
+        (m["kind"], page[: m.start("code")].count("\n"), m["code"])
+        for m in BLOCK.finditer(page)
+        if not m["excuse"]
+    ]
 
 
 def run(page: str, name: str) -> int:
@@ -39,7 +48,9 @@ def run(page: str, name: str) -> int:
             continue
         test = doctest.DocTestParser().get_doctest(code, names, name, name, line)
         report: list[str] = []
-        failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append, clear_globs=False)
+        failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
+            test, out=report.append, clear_globs=False
+        )
         names = test.globs
         assert attempted, f"{name}, line {line}: a session without a command"
         assert not failed, "".join(report)
@@ -47,8 +58,12 @@ def run(page: str, name: str) -> int:
 
 
 def page_of(path: Path) -> pytest.param:
-    uses_peers = any(re.search(r"\b(FrEIA|anomalib)\b", code) for _, _, code in blocks(path.read_text()))
-    return pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.peers] if uses_peers else [])
+    uses_peers = any(
+        re.search(r"\b(FrEIA|anomalib)\b", code) for _, _, code in blocks(path.read_text())
+    )
+    return pytest.param(
+        path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.peers] if uses_peers else []
+    )
 
 
 @pytest.mark.plain

@@ -1,4 +1,6 @@
-"""What users' code does to a block of our own class in a stock block's place: attributes exchanged, hooks, transforms, few channels."""
+"""What users' code does to a block of our own class in a stock block's place: attributes exchanged,
+hooks, transforms, few channels.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ROWS, PLANES = Shape(3, 6), Shape(2, 6, (4, 5))
 
 def pair(case: Case, dialect: str = "anomalib") -> tuple[nn.Module, nn.Module]:
     """A block of ours and the reference with the same weights."""
-    block, stock = (make_block(cls, case, dialect=dialect) for cls in (AllInOneBlock, reference.AllInOneBlock))
+    block, stock = (
+        make_block(cls, case, dialect=dialect) for cls in (AllInOneBlock, reference.AllInOneBlock)
+    )
     stock.load_state_dict(block.state_dict())  # the two draw their rotations in their own ways
     return block, stock
 
@@ -37,15 +41,28 @@ def assert_same(actual: nn.Module, expected: nn.Module, case: Case, rev: bool) -
         leaf = x.clone().requires_grad_()
         (y,), log_det = block([leaf], c, rev=rev)
         (y.sin().sum() + log_det.sum()).backward()
-        found.append({"y": y, "log-det": log_det, "dx": leaf.grad, **{name: p.grad for name, p in block.named_parameters()}})
+        found.append(
+            {
+                "y": y,
+                "log-det": log_det,
+                "dx": leaf.grad,
+                **{name: p.grad for name, p in block.named_parameters()},
+            }
+        )
     for name, value in found[1].items():
         if value is None:
             assert found[0][name] is None or not found[0][name].any(), name
         else:
-            torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-9 * max(1.0, value.abs().max().item()), msg=name)
+            torch.testing.assert_close(
+                found[0][name],
+                value,
+                rtol=1e-9,
+                atol=1e-9 * max(1.0, value.abs().max().item()),
+                msg=name,
+            )
 
 
-# --- what the stock block reads when it is called --------------------------------------------------------------------------------------
+# --- what the stock block reads when it is called -------------------------------------------------
 
 
 def _other_softplus(block: Any) -> None:
@@ -59,14 +76,22 @@ def _other_softplus(block: Any) -> None:
 def _other_splits(block: Any) -> None:
     """Two passive channels and four active ones."""
     block.splits = [2, 4]
-    w1, w2 = block.subnet.w1.detach()[:, :2], torch.linspace(-1, 1, 8 * block.subnet.w2[0].numel(), dtype=torch.float64)
-    block.subnet.w1, block.subnet.w2 = nn.Parameter(w1.clone()), nn.Parameter(w2.view(8, *block.subnet.w2.shape[1:]))
+    w1, w2 = (
+        block.subnet.w1.detach()[:, :2],
+        torch.linspace(-1, 1, 8 * block.subnet.w2[0].numel(), dtype=torch.float64),
+    )
+    block.subnet.w1, block.subnet.w2 = (
+        nn.Parameter(w1.clone()),
+        nn.Parameter(w2.view(8, *block.subnet.w2.shape[1:])),
+    )
     block.subnet.b2 = nn.Parameter(torch.zeros(8, dtype=torch.float64))
 
 
 EXCHANGES: dict[str, Callable[[Any], None]] = {
     "clamp": lambda block: setattr(block, "clamp", 3.5),
-    "clamp that learns": lambda block: setattr(block, "clamp", nn.Parameter(torch.tensor(1.7, dtype=torch.float64))),
+    "clamp that learns": lambda block: setattr(
+        block, "clamp", nn.Parameter(torch.tensor(1.7, dtype=torch.float64))
+    ),
     "GIN": lambda block: setattr(block, "GIN", True),
     "softplus": _other_softplus,
     "activation": lambda block: setattr(block, "global_scale_activation", lambda g: g.exp() + 0.5),
@@ -77,7 +102,9 @@ EXCHANGES: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("case", [Case(PLANES, "hard"), Case(ROWS, "soft"), Case(ROWS, "hh1")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(PLANES, "hard"), Case(ROWS, "soft"), Case(ROWS, "hh1")], ids=str
+)
 @both_dialects
 @both_directions
 def test_what_is_exchanged_takes_effect(case: Case, exchange: str, dialect: str, rev: bool) -> None:
@@ -96,7 +123,9 @@ def test_steps_that_are_patched_on_the_class_take_effect(rev: bool) -> None:
     before = block([x], rev=rev)[0][0]
     affine = AllInOneBlock._affine
 
-    def doubled(self: AllInOneBlock, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+    def doubled(
+        self: AllInOneBlock, x: Tensor, a: Tensor, rev: bool = False
+    ) -> tuple[Tensor, Tensor]:
         return affine(self, x, 2.0 * a, rev)
 
     with mock.patch.object(AllInOneBlock, "_affine", doubled):
@@ -125,11 +154,13 @@ def test_attributes_of_the_stock_blocks_exist(name: str, dialect: str) -> None:
 @both_dialects
 @pytest.mark.parametrize("soft", [False, True])
 def test_a_matrix_and_its_inverse_share_no_memory(soft: bool, dialect: str) -> None:
-    block = AllInOneBlock([(1,)], subnet_constructor=lambda i, o: nn.Flatten(), permute_soft=soft, dialect=dialect)
+    block = AllInOneBlock(
+        [(1,)], subnet_constructor=lambda i, o: nn.Flatten(), permute_soft=soft, dialect=dialect
+    )
     assert block.w_perm.data_ptr() != block.w_perm_inv.data_ptr()
 
 
-# --- hooks --------------------------------------------------------------------------------------------------------------------------------
+# --- hooks ----------------------------------------------------------------------------------------
 
 KEEPERS: dict[str, Callable[[Tensor], Any]] = {
     "itself": lambda g: g,
@@ -148,7 +179,11 @@ def test_a_gradient_that_a_hook_keeps_does_not_change(keep: str, shape: Shape) -
     x, _ = make_input(Case(shape, "hard"))
     kept: list[tuple[Any, Tensor]] = []
     (y,), log_det = block([x.requires_grad_()])
-    y.grad_fn.register_hook(lambda into, _: kept.extend((KEEPERS[keep](g), torch.as_tensor(KEEPERS[keep](g)).clone()) for g in into[:1]))
+    y.grad_fn.register_hook(
+        lambda into, _: kept.extend(
+            (KEEPERS[keep](g), torch.as_tensor(KEEPERS[keep](g)).clone()) for g in into[:1]
+        )
+    )
     (y.sum() + log_det.sum()).backward()
     assert kept
     for held, copy in kept:
@@ -160,7 +195,9 @@ def test_without_hooks_no_gradient_is_copied() -> None:
     block.backend = "eager"
     clones: list[Tensor] = []
     clone = Tensor.clone
-    with mock.patch.object(Tensor, "clone", lambda self, *a, **k: (clones.append(self), clone(self, *a, **k))[1]):
+    with mock.patch.object(
+        Tensor, "clone", lambda self, *a, **k: (clones.append(self), clone(self, *a, **k))[1]
+    ):
         for _ in range(2):  # the first one finds out what a gradient without holders looks like
             clones.clear()
             (y,), log_det = block([torch.randn(40, 6, dtype=torch.float64, requires_grad=True)])
@@ -168,13 +205,18 @@ def test_without_hooks_no_gradient_is_copied() -> None:
     assert not clones
 
 
-# --- transforms ---------------------------------------------------------------------------------------------------------------------------
+# --- transforms -----------------------------------------------------------------------------------
 
-TRANSFORMED = [Case(shape, name) for shape in (ROWS, PLANES) for name in ("rev", "soft", "hh1", "gin")]
-TRANSFORMED += [Case(Shape(3, 2), "hh1"), Case(Shape(3, 3), "hh3-rev-cond")]  # more reflections than half the channels: one dense matrix
+TRANSFORMED = [
+    Case(shape, name) for shape in (ROWS, PLANES) for name in ("rev", "soft", "hh1", "gin")
+]
+# more reflections than half the channels: one dense matrix
+TRANSFORMED += [Case(Shape(3, 2), "hh1"), Case(Shape(3, 3), "hh3-rev-cond")]
 
 
-def function_of(block: nn.Module, c: list[Tensor], rev: bool) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def function_of(
+    block: nn.Module, c: list[Tensor], rev: bool
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         (y,), log_det = block([x], c, rev=rev)
         return y, log_det
@@ -234,13 +276,17 @@ def test_reflections_of_few_channels_compile_with_dynamic_sizes(
     )
     x = torch.randn(2, channels, *spatial)
     with torch.no_grad():
-        for layout in (torch.contiguous_format, torch.channels_last) if len(spatial) == 2 else (torch.contiguous_format,):
+        for layout in (
+            (torch.contiguous_format, torch.channels_last)
+            if len(spatial) == 2
+            else (torch.contiguous_format,)
+        ):
             given = x.contiguous(memory_format=layout)
             found = torch.compile(lambda x: block([x])[0][0], fullgraph=True, dynamic=True)(given)
             torch.testing.assert_close(found, block([given])[0][0], rtol=1e-4, atol=1e-4)
 
 
-# --- inside a chain -----------------------------------------------------------------------------------------------------------------------
+# --- inside a chain -------------------------------------------------------------------------------
 
 
 class Field(nn.Module):
@@ -254,7 +300,9 @@ class Field(nn.Module):
         return self.out(grad(lambda y: self.potential(y).tanh().sum())(x) + x)
 
 
-@pytest.mark.parametrize("subnet", [Field, lambda i, o: nn.LazyLinear(o)], ids=["torch.func", "lazy"])
+@pytest.mark.parametrize(
+    "subnet", [Field, lambda i, o: nn.LazyLinear(o)], ids=["torch.func", "lazy"]
+)
 def test_subnets_in_a_reversible_chain(subnet: Callable[[int, int], nn.Module]) -> None:
     torch.manual_seed(0)
     chain = ReversibleSequence(8)
@@ -283,15 +331,27 @@ class Drawn(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, odd: bool) -> None:
         super().__init__()
-        self.layer, self.generator = nn.Linear(channels_in, channels_out), torch.Generator().manual_seed(1) if odd else None
+        self.layer, self.generator = (
+            nn.Linear(channels_in, channels_out),
+            torch.Generator().manual_seed(1) if odd else None,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.layer(x)
-        return a if self.generator is None else a * (torch.rand(a.shape, generator=self.generator, dtype=a.dtype) > 0.5)
+        return (
+            a
+            if self.generator is None
+            else a * (torch.rand(a.shape, generator=self.generator, dtype=a.dtype) > 0.5)
+        )
 
 
-@pytest.mark.parametrize(("blocks", "every", "odd"), [(3, 2, 2), (5, 2, 4), (3, 1, 0), (3, 1, 2), (1, None, 0), (4, 2, 1), (4, 2, 3)])
-def test_a_second_run_that_differs_is_an_error_wherever_it_is(blocks: int, every: int | None, odd: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "every", "odd"),
+    [(3, 2, 2), (5, 2, 4), (3, 1, 0), (3, 1, 2), (1, None, 0), (4, 2, 1), (4, 2, 3)],
+)
+def test_a_second_run_that_differs_is_an_error_wherever_it_is(
+    blocks: int, every: int | None, odd: int
+) -> None:
     """Also in a segment of one block after longer ones."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8, checkpoint_every=every)
@@ -306,7 +366,9 @@ def test_a_second_run_that_differs_is_an_error_wherever_it_is(blocks: int, every
 def test_a_reversible_chain_of_integers_is_a_plain_one() -> None:
     chain = ReversibleSequence(6)
     for _ in range(2):
-        chain.append(AllInOneBlock, subnet_constructor=lambda i, o: nn.Linear(i, o, dtype=torch.float64))
+        chain.append(
+            AllInOneBlock, subnet_constructor=lambda i, o: nn.Linear(i, o, dtype=torch.float64)
+        )
     for module in chain:
         module.subnet.register_forward_pre_hook(lambda _, given: (given[0].double(),))
     x = torch.arange(18).view(3, 6)

@@ -1,4 +1,6 @@
-"""What a stock block reads in a call and is exchanged after accelerate is honoured, or the stock maths runs; and what is left for that."""
+"""What a stock block reads in a call and is exchanged after accelerate is honoured, or the stock
+maths runs; and what is left for that.
+"""
 
 from __future__ import annotations
 
@@ -45,18 +47,33 @@ def bound_block() -> type:
 
 
 def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was never released."""
+    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
+    never released.
+    """
     return functools.partial(reference.AllInOneBlock, dialect="freia")
 
 
-PEERS = {"anomalib": anomalib_block, "freia0.2": freia_block, "bound": bound_block, "freia-main": freia_main_block}
+PEERS = {
+    "anomalib": anomalib_block,
+    "freia0.2": freia_block,
+    "bound": bound_block,
+    "freia-main": freia_main_block,
+}
 peers = pytest.mark.parametrize(
-    "peer", [pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers]) for name, peer in PEERS.items()]
+    "peer",
+    [
+        pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers])
+        for name, peer in PEERS.items()
+    ],
 )
-with_softplus = pytest.mark.parametrize("peer", [freia_block, bound_block], ids=["freia0.2", "bound"])
+with_softplus = pytest.mark.parametrize(
+    "peer", [freia_block, bound_block], ids=["freia0.2", "bound"]
+)
 
 
-def pair(peer: Callable[[], Any], name: str = "hard", **options: Any) -> tuple[nn.Module, nn.Module]:
+def pair(
+    peer: Callable[[], Any], name: str = "hard", **options: Any
+) -> tuple[nn.Module, nn.Module]:
     """An accelerated block and a stock one with the same parameters, of one class."""
     made, cls = [], peer()
     for _ in range(2):
@@ -80,14 +97,18 @@ def evaluate(block: nn.Module, rev: bool, name: str = "hard") -> list[Tensor] | 
         (y,), logdet = block([x], c, rev=rev)
         weights = torch.linspace(0.5, 2.0, y.numel(), dtype=torch.float64).view(y.shape)
         leaves = [x, *(p for p in block.parameters() if p.requires_grad)]
-        gradients = torch.autograd.grad((weights * y).sum() + logdet.sum(), leaves, allow_unused=True)
+        gradients = torch.autograd.grad(
+            (weights * y).sum() + logdet.sum(), leaves, allow_unused=True
+        )
     except Exception as error:
         return error
     return [y.detach(), logdet.detach(), *(torch.zeros(()) if g is None else g for g in gradients)]
 
 
 def assert_same(block: nn.Module, stock: nn.Module, name: str = "hard") -> None:
-    """Bit for bit where the stock maths runs; otherwise what rounding leaves, with some hundred terms in a sum."""
+    """Bit for bit where the stock maths runs; otherwise what rounding leaves, with some hundred
+    terms in a sum.
+    """
     tolerance = 0.0 if state_of(block) == "stock maths" else 2000 * EPS
     for rev in (False, True):
         actual, expected = evaluate(block, rev, name), evaluate(stock, rev, name)
@@ -97,10 +118,12 @@ def assert_same(block: nn.Module, stock: nn.Module, name: str = "hard") -> None:
         assert not isinstance(actual, Exception), actual
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a.isnan(), e.isnan())
-            assert ((a - e).abs().nan_to_num() <= tolerance * e.abs().nan_to_num().max().clamp(min=1.0)).all()
+            assert (
+                (a - e).abs().nan_to_num() <= tolerance * e.abs().nan_to_num().max().clamp(min=1.0)
+            ).all()
 
 
-# --- on the block ----------------------------------------------------------------------------------------------------------------------
+# --- on the block ---------------------------------------------------------------------------------
 
 
 class Flip(nn.Module):
@@ -126,7 +149,9 @@ EXCHANGES: dict[str, Callable[[nn.Module], object]] = {
     "permute_function, a module": setting("permute_function", Flip()),
     "GIN": lambda block: setattr(block, "GIN", not block.GIN),
     "GIN, a tensor": setting("GIN", torch.tensor(True)),
-    "reverse_pre_permute": lambda block: setattr(block, "reverse_pre_permute", not block.reverse_pre_permute),
+    "reverse_pre_permute": lambda block: setattr(
+        block, "reverse_pre_permute", not block.reverse_pre_permute
+    ),
     "householder, more": setting("householder", 5),
     "householder, none": setting("householder", 0),
     "splits": setting("splits", [4, 2]),
@@ -143,7 +168,8 @@ EXCHANGES: dict[str, Callable[[nn.Module], object]] = {
     "_permute": setting("_permute", lambda x, rev=False: (x.flip(1), x.mean())),
     "_pre_permute": setting("_pre_permute", lambda x, rev=False: x.flip(1)),
     "_construct_householder_permutation": setting(
-        "_construct_householder_permutation", lambda: torch.eye(6, dtype=torch.float64).flip(0)[..., None]
+        "_construct_householder_permutation",
+        lambda: torch.eye(6, dtype=torch.float64).flip(0)[..., None],
     ),
 }
 CASES = ["hard", "gin", "soft-rev-exp", "hh3-rev-cond"]
@@ -152,7 +178,9 @@ CASES = ["hard", "gin", "soft-rev-exp", "hh3-rev-cond"]
 @peers
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_what_is_exchanged_on_the_block_takes_effect(exchange: str, name: str, peer: Callable[[], Any]) -> None:
+def test_what_is_exchanged_on_the_block_takes_effect(
+    exchange: str, name: str, peer: Callable[[], Any]
+) -> None:
     block, stock = pair(peer, name)
     for b in (block, stock):
         EXCHANGES[exchange](b)
@@ -195,7 +223,9 @@ def test_another_clamp(clamp: str, peer: Callable[[], Any]) -> None:
 
 @peers
 @pytest.mark.parametrize("kind", ["parameter", "buffer"])
-def test_clamp_that_becomes_a_parameter_and_a_number_again(kind: str, peer: Callable[[], Any]) -> None:
+def test_clamp_that_becomes_a_parameter_and_a_number_again(
+    kind: str, peer: Callable[[], Any]
+) -> None:
     block, stock = pair(peer)
     for b in (block, stock):
         del b.clamp
@@ -221,7 +251,9 @@ def _learned_beta(block: nn.Module) -> None:
 
 SOFTPLUS: dict[str, Callable[[nn.Module], object]] = {
     "beta": lambda block: setattr(block.softplus, "beta", 1.0),
-    "beta, a tensor": lambda block: setattr(block.softplus, "beta", torch.tensor(0.5, dtype=torch.float64)),
+    "beta, a tensor": lambda block: setattr(
+        block.softplus, "beta", torch.tensor(0.5, dtype=torch.float64)
+    ),
     "beta, a parameter": _learned_beta,
     "threshold": lambda block: setattr(block.softplus, "threshold", 0.1),
     "module": setting("softplus", nn.ELU(2.0)),
@@ -241,7 +273,8 @@ def test_what_the_activation_reads(exchange: str, peer: Callable[[], Any]) -> No
         SOFTPLUS[exchange](b)
     assert state_of(block) == "stock maths"
     assert_same(block, stock)
-    if exchange != "gone":  # a copy of FrEIA 0.2's block goes on reading the softplus of the block that it was copied from
+    # a copy of FrEIA 0.2's block goes on reading the softplus of the block that it was copied from
+    if exchange != "gone":
         assert_same(copy.deepcopy(block), copy.deepcopy(stock))
     for b in (block, stock):
         b.softplus = nn.Softplus(beta=0.5)
@@ -252,7 +285,9 @@ def test_what_the_activation_reads(exchange: str, peer: Callable[[], Any]) -> No
 @pytest.mark.peers
 def test_softplus_of_a_block_that_was_copied_before() -> None:
     """FrEIA 0.2's activation is a lambda, which a copy shares with the block that made it."""
-    first, stock = (make_block(freia_block(), Case(SHAPE, "hard"), torch.float64, 3) for _ in range(2))
+    first, stock = (
+        make_block(freia_block(), Case(SHAPE, "hard"), torch.float64, 3) for _ in range(2)
+    )
     block = copy.deepcopy(first)
     stock.load_state_dict(block.state_dict())
     accelerate(block)
@@ -264,13 +299,15 @@ def test_softplus_of_a_block_that_was_copied_before() -> None:
     assert_same(block, stock)
 
 
-# --- on the class ----------------------------------------------------------------------------------------------------------------------
+# --- on the class ---------------------------------------------------------------------------------
 
 STEPS: dict[str, Callable[..., Any]] = {
     "_affine": lambda self, x, a, rev=False: double(x, a, rev),
     "_permute": lambda self, x, rev=False: (x.flip(1), x.mean()),
     "_pre_permute": lambda self, x, rev=False: x.flip(1),
-    "_construct_householder_permutation": lambda self: torch.eye(6, dtype=torch.float64).flip(0)[..., None],
+    "_construct_householder_permutation": lambda self: torch.eye(6, dtype=torch.float64).flip(0)[
+        ..., None
+    ],
     "forward": lambda self, x, c=(), rev=False, jac=True: ((2.0 * x[0],), x[0].flatten(1).sum(1)),
 }
 
@@ -278,18 +315,26 @@ STEPS: dict[str, Callable[..., Any]] = {
 @peers
 @pytest.mark.parametrize("name", ["hard", "soft-rev-exp", "hh3-rev-cond"])
 @pytest.mark.parametrize("step", STEPS)
-def test_a_step_patched_on_the_class_takes_effect(step: str, name: str, peer: Callable[[], Any]) -> None:
+def test_a_step_patched_on_the_class_takes_effect(
+    step: str, name: str, peer: Callable[[], Any]
+) -> None:
     block, stock = pair(peer, name)
     with mock.patch.object(type(stock), step, STEPS[step]):
-        assert report(block).entries[0].reason == f"its {step} is another one than when it was accelerated"
+        assert (
+            report(block).entries[0].reason
+            == f"its {step} is another one than when it was accelerated"
+        )
         assert_same(block, stock, name)
         copied = copy.deepcopy(block)
         assert_same(copied, stock, name)
-        through_pickle = pickle.loads(pickle.dumps(block)) if peer in (anomalib_block, freia_block) else None
+        through_pickle = (
+            pickle.loads(pickle.dumps(block)) if peer in (anomalib_block, freia_block) else None
+        )
     for b in (block, copied):
         assert state_of(b) == "accelerated"
         assert_same(b, stock, name)
-    if through_pickle is not None:  # what was patched then is not known any more, so the stock maths it is
+    # what was patched then is not known any more, so the stock maths it is
+    if through_pickle is not None:
         assert_same(through_pickle, stock, name)
 
 
@@ -325,19 +370,35 @@ def test_accelerate_again_asks_a_block_that_has_changed() -> None:
     assert state_of(block) == "accelerated"
 
 
-# --- compiled --------------------------------------------------------------------------------------------------------------------------
+# --- compiled -------------------------------------------------------------------------------------
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
 @pytest.mark.parametrize(
-    "exchange", ["permute_function", "GIN", "activation", "_affine", "splits in place", "clamp", "clamp, a tensor", "class"]
+    "exchange",
+    [
+        "permute_function",
+        "GIN",
+        "activation",
+        "_affine",
+        "splits in place",
+        "clamp",
+        "clamp, a tensor",
+        "class",
+    ],
 )
-def test_what_is_exchanged_after_compilation_takes_effect(exchange: str, peer: Callable[[], Any]) -> None:
-    """A method that is set on the block itself does so where torch notices it in a stock block: not in 2.7."""
+def test_what_is_exchanged_after_compilation_takes_effect(
+    exchange: str, peer: Callable[[], Any]
+) -> None:
+    """A method that is set on the block itself does so where torch notices it in a stock block: not
+    in 2.7.
+    """
     torch._dynamo.reset()
     block, stock = pair(peer)
-    compiled, compiled_stock = (torch.compile(b.__call__, backend="eager", fullgraph=True) for b in (block, stock))
+    compiled, compiled_stock = (
+        torch.compile(b.__call__, backend="eager", fullgraph=True) for b in (block, stock)
+    )
     expected_of = compiled_stock if exchange == "_affine" else stock
     x, _ = make_input(Case(SHAPE, "hard"))
 
@@ -347,7 +408,11 @@ def test_what_is_exchanged_after_compilation_takes_effect(exchange: str, peer: C
         torch.testing.assert_close((y, logdet), (expected, expected_logdet), rtol=1e-12, atol=1e-12)
 
     assert_compiled_is_stock()
-    context = mock.patch.object(type(stock), "_affine", STEPS["_affine"]) if exchange == "class" else nullcontext()
+    context = (
+        mock.patch.object(type(stock), "_affine", STEPS["_affine"])
+        if exchange == "class"
+        else nullcontext()
+    )
     with context:
         for b in (block, stock):
             if exchange.startswith("clamp"):
@@ -359,7 +424,7 @@ def test_what_is_exchanged_after_compilation_takes_effect(exchange: str, peer: C
         assert_compiled_is_stock()
 
 
-# --- which activations are taken -------------------------------------------------------------------------------------------------------
+# --- which activations are taken ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -373,7 +438,9 @@ def test_what_is_exchanged_after_compilation_takes_effect(exchange: str, peer: C
         ("SOFTPLUS", lambda g: 0.1 * nn.Softplus(beta=0.5)(g)),
     ],
 )
-def test_activation_of_a_known_form_is_taken(name: str, activation: Callable[[Tensor], Tensor]) -> None:
+def test_activation_of_a_known_form_is_taken(
+    name: str, activation: Callable[[Tensor], Tensor]
+) -> None:
     block = make_block(reference.AllInOneBlock, Case(SHAPE, "hard"))
     block.global_scale_activation = activation
     assert name in report(accelerate(block)).changed[0].reason
@@ -439,7 +506,7 @@ def test_activation_that_reads_an_attribute_of_its_block_is_left() -> None:
     assert "uses factor" in report(block).left[0].reason
 
 
-# --- copies of the block that read something more ----------------------------------------------------------------------------------------
+# --- copies of the block that read something more -------------------------------------------------
 
 
 def vendored(log_factor: Callable[[Any, Tensor], Tensor], **members: Any) -> type:
@@ -451,7 +518,12 @@ def vendored(log_factor: Callable[[Any, Tensor], Tensor], **members: Any) -> typ
         total = s.sum(self.sum_dims)
         return ((x - t) * torch.exp(-s), -total) if rev else (x * torch.exp(s) + t, total)
 
-    methods = {"forward": base.forward, "_permute": base._permute, "_affine": _affine, "_log_factor": log_factor}
+    methods = {
+        "forward": base.forward,
+        "_permute": base._permute,
+        "_affine": _affine,
+        "_log_factor": log_factor,
+    }
     return type("AllInOneBlock", (base,), methods | members)
 
 
@@ -469,20 +541,42 @@ class Box:
     factor = 1.0
 
 
-EXTRA: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any, Callable[[nn.Module], object] | None]] = {
-    "attribute": (lambda self, a: self.factor * self.clamp * torch.tanh(a), 1.0, setting("factor", 2.0)),
+EXTRA: dict[
+    str, tuple[Callable[[Any, Tensor], Tensor], Any, Callable[[nn.Module], object] | None]
+] = {
+    "attribute": (
+        lambda self, a: self.factor * self.clamp * torch.tanh(a),
+        1.0,
+        setting("factor", 2.0),
+    ),
     "dictionary": (
         lambda self, a: self.factor["of s"] * self.clamp * torch.tanh(a),
         {"of s": 1.0},
         lambda block: block.factor.update({"of s": 2.0}),
     ),
-    "training": (lambda self, a: self.factor * self.clamp * torch.tanh(a) * (1.0 if self.training else 0.5), 1.0, nn.Module.eval),
-    "helper": (lambda self, a: self.factor * self.clamp * torch.tanh(a), 1.0, setting("_log_factor", lambda a: a)),
-    "parameter": (lambda self, a: self.factor * self.clamp * torch.tanh(a), nn.Parameter(torch.ones(())), None),
+    "training": (
+        lambda self, a: self.factor * self.clamp * torch.tanh(a) * (1.0 if self.training else 0.5),
+        1.0,
+        nn.Module.eval,
+    ),
+    "helper": (
+        lambda self, a: self.factor * self.clamp * torch.tanh(a),
+        1.0,
+        setting("_log_factor", lambda a: a),
+    ),
+    "parameter": (
+        lambda self, a: self.factor * self.clamp * torch.tanh(a),
+        nn.Parameter(torch.ones(())),
+        None,
+    ),
     "buffer": (lambda self, a: self.factor * self.clamp * torch.tanh(a), torch.ones(()), None),
     "module": (lambda self, a: self.clamp * self.factor(a), nn.Tanh(), None),
     "object": (lambda self, a: self.factor.factor * self.clamp * torch.tanh(a), Box(), None),
-    "list of tensors": (lambda self, a: self.factor[0] * self.clamp * torch.tanh(a), [torch.ones(())], None),
+    "list of tensors": (
+        lambda self, a: self.factor[0] * self.clamp * torch.tanh(a),
+        [torch.ones(())],
+        None,
+    ),
     "made from clamp": (lambda self, a: self.factor * torch.tanh(a), 2.0, None),
 }
 
@@ -521,7 +615,8 @@ def test_a_constant_of_the_class_is_followed() -> None:
 @pytest.mark.parametrize("name", ["factor", "clamp"])
 def test_a_property_is_left(name: str) -> None:
     cls = vendored(
-        lambda self, a: self.factor * self.clamp * torch.tanh(a), **{"factor": 1.0, name: property(lambda self: 1.0, lambda *_: None)}
+        lambda self, a: self.factor * self.clamp * torch.tanh(a),
+        **{"factor": 1.0, name: property(lambda self: 1.0, lambda *_: None)},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -545,13 +640,15 @@ def test_a_permute_function_that_may_read_more_is_left() -> None:
             assert state_of(accelerate(block)) == state
 
 
-# --- the dialect -----------------------------------------------------------------------------------------------------------------------
+# --- the dialect ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("clamp", [1, 1.0, -1.0, 1.7, 1e-3, 300.0])
 def test_dialect_and_clamp(clamp: float, dialect: str) -> None:
-    """Also with a clamp of 1, at which both dialects agree, and with one at which exp(clamp) overflows."""
+    """Also with a clamp of 1, at which both dialects agree, and with one at which exp(clamp)
+    overflows.
+    """
     block, stock = pair(lambda: reference.AllInOneBlock, affine_clamping=clamp, dialect=dialect)
     assert repr(dialect) in report(block).changed[0].reason
     block.clamp = stock.clamp = 3.0
@@ -561,7 +658,10 @@ def test_dialect_and_clamp(clamp: float, dialect: str) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_dialect_of_gin_with_one_active_value(dialect: str) -> None:
     """GIN takes the mean of one value, which is that value: no clamp tells the dialects apart."""
-    made = [reference.AllInOneBlock([(3,)], [], nn.Linear, gin_block=True, dialect=dialect).double() for _ in range(2)]
+    made = [
+        reference.AllInOneBlock([(3,)], [], nn.Linear, gin_block=True, dialect=dialect).double()
+        for _ in range(2)
+    ]
     made[1].load_state_dict(made[0].state_dict())
     block, stock = accelerate(made[0]), made[1]
     assert repr(dialect) in report(block).changed[0].reason
@@ -592,7 +692,7 @@ def test_a_block_that_takes_the_declared_size_only_still_does() -> None:
         torch.testing.assert_close(block([x]), stock([x]), rtol=1e-12, atol=1e-12)
 
 
-# --- where it is asked -----------------------------------------------------------------------------------------------------------------
+# --- where it is asked ----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -614,7 +714,11 @@ class WithoutFloat64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(isinstance(t, Tensor) and t.dtype is torch.float32 for t in args) and isinstance(out, Tensor) and out.dtype is torch.float64:
+        if (
+            any(isinstance(t, Tensor) and t.dtype is torch.float32 for t in args)
+            and isinstance(out, Tensor)
+            and out.dtype is torch.float64
+        ):
             raise TypeError("no float64 here")
         return out
 
@@ -633,7 +737,9 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
 @peers
 @pytest.mark.parametrize("name", ["hard", "gin", "soft-rev-exp", "hh3-rev-cond"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_accelerate_anywhere_and_report_changes_nothing(context: str, name: str, peer: Callable[[], Any]) -> None:
+def test_accelerate_anywhere_and_report_changes_nothing(
+    context: str, name: str, peer: Callable[[], Any]
+) -> None:
     np.random.seed(3)
     block = make_block(peer(), Case(SHAPE, name), torch.float32, 3)
     stock = copy.deepcopy(block)
@@ -651,7 +757,8 @@ def test_accelerate_anywhere_and_report_changes_nothing(context: str, name: str,
     assert vars(block) == attributes
     x, c = make_input(Case(SHAPE, name), torch.float32)
     accelerate(block)
-    torch.testing.assert_close(block([x], c), stock([x], c), rtol=1e-4, atol=1e-4)  # another formula differs in the first digit
+    # another formula differs in the first digit
+    torch.testing.assert_close(block([x], c), stock([x], c), rtol=1e-4, atol=1e-4)
 
 
 @peers
@@ -670,11 +777,13 @@ def test_fake_tensors_cannot_be_asked(allow: bool, peer: Callable[[], Any]) -> N
     assert state_of(block.to("meta")) == "accelerated"
 
 
-# --- what is found, and what is said ---------------------------------------------------------------------------------------------------
+# --- what is found, and what is said --------------------------------------------------------------
 
 
 def test_old_forms_of_the_block_are_named() -> None:
-    old = type("AllInOneBlock", (nn.Module,), {"affine": lambda *_: None, "permute": lambda *_: None})
+    old = type(
+        "AllInOneBlock", (nn.Module,), {"affine": lambda *_: None, "permute": lambda *_: None}
+    )
     unknown = type("AllInOneBlock", (nn.Module,), {})
     model = nn.Sequential(nn.Linear(1, 1), old(), type("Mine", (old,), {})(), unknown())
     with pytest.warns(UserWarning, match="no block of the model runs fused") as caught:
@@ -682,7 +791,10 @@ def test_old_forms_of_the_block_are_named() -> None:
     assert len(caught) == 1
     said = report(model)
     assert [entry.name for entry in said.left] == ["1", "2", "3"]
-    assert all("old form of the block, with methods affine and permute" in entry.reason for entry in said.left[:2])
+    assert all(
+        "old form of the block, with methods affine and permute" in entry.reason
+        for entry in said.left[:2]
+    )
     assert "does not define forward, _affine and _permute" in said.left[2].reason
     assert str(said).startswith("0 of 3 blocks run fused")
 
@@ -699,11 +811,17 @@ def test_one_fused_block_is_enough_not_to_warn() -> None:
 
 @pytest.mark.peers
 def test_restore_restores_all_or_nothing() -> None:
-    model = nn.Sequential(*(pair(anomalib_block)[0] for _ in range(2)), accelerate(freia().framework.SequenceINN(4), reversible=True))
+    model = nn.Sequential(
+        *(pair(anomalib_block)[0] for _ in range(2)),
+        accelerate(freia().framework.SequenceINN(4), reversible=True),
+    )
     before = [type(module) for module in model]
     parametrize.register_parametrization(model[1], "global_scale", nn.Identity())
     changed = [type(module) for module in model]
-    with pytest.raises(RuntimeError, match=r"cannot restore 1: the class was changed again since accelerate .* nothing was restored"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"cannot restore 1: the class was changed again since accelerate .* nothing was restored",
+    ):
         restore(model)
     assert [type(module) for module in model] == changed
     parametrize.remove_parametrizations(model[1], "global_scale")
@@ -721,6 +839,9 @@ def test_state_dict_and_attributes_are_the_stock_blocks(peer: Callable[[], Any])
     accelerate(block)
     assert vars(block).keys() - attributes.keys() == {"_fastflow"}
     assert list(block.state_dict()) == keys
-    assert [name for name, _ in block.named_modules()] == ["", *(name for name, _ in block.named_modules() if name)]
+    assert [name for name, _ in block.named_modules()] == [
+        "",
+        *(name for name, _ in block.named_modules() if name),
+    ]
     restore(block)
     assert vars(block) == attributes

@@ -1,4 +1,6 @@
-"""The executor of compiled kernels itself: it computes what PTX says, and it notices every kind of fault."""
+"""The executor of compiled kernels itself: it computes what PTX says, and it notices every kind of
+fault.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,16 @@ HEADER = """
 """
 
 
-def execute(body: str, values: torch.Tensor, result: torch.Tensor | None = None, shared: int = 0, **options: object) -> torch.Tensor:
-    """Run PTX in one CTA, a thread for each value: %rd4 is the address of a thread's value, %rd5 that of its result."""
+def execute(
+    body: str,
+    values: torch.Tensor,
+    result: torch.Tensor | None = None,
+    shared: int = 0,
+    **options: object,
+) -> torch.Tensor:
+    """Run PTX in one CTA, a thread for each value: %rd4 is the address of a thread's value, %rd5
+    that of its result.
+    """
     result = torch.zeros_like(values) if result is None else result
     program = Program(HEADER.format(threads=values.numel(), size=values.element_size(), body=body))
     program.launch((1, 1, 1), [("values", values), ("result", result)], shared, **options)
@@ -53,14 +63,16 @@ def execute(body: str, values: torch.Tensor, result: torch.Tensor | None = None,
 
 def of_float32(instructions: str, values: torch.Tensor, **options: object) -> torch.Tensor:
     """Run instructions that make %r3 of %r2."""
-    return execute(f"ld.global.b32 %r2, [%rd4];\n{instructions}\nst.global.b32 [%rd5], %r3;", values, **options)
+    return execute(
+        f"ld.global.b32 %r2, [%rd4];\n{instructions}\nst.global.b32 [%rd5], %r3;", values, **options
+    )
 
 
 def floats(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32).repeat(-(-32 // len(values)))[:32].contiguous()
 
 
-# --- instructions -------------------------------------------------------------------------------------------------------------------
+# --- instructions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,15 +83,27 @@ def floats(*values: float) -> torch.Tensor:
         ("mul.f32 %r3, %r2, %r2;", lambda x: x * x),
         ("div.full.f32 %r3, 0f40000000, %r2;", lambda x: 2 / x),
         ("rcp.approx.ftz.f32 %r3, %r2;", lambda x: 1 / x),
-        ("abs.f32 %r4, %r2;\nsqrt.approx.ftz.f32 %r3, %r4;", lambda x: x.double().abs().sqrt().float()),
-        ("abs.f32 %r4, %r2;\nrsqrt.approx.ftz.f32 %r3, %r4;", lambda x: x.double().abs().rsqrt().float()),
+        (
+            "abs.f32 %r4, %r2;\nsqrt.approx.ftz.f32 %r3, %r4;",
+            lambda x: x.double().abs().sqrt().float(),
+        ),
+        (
+            "abs.f32 %r4, %r2;\nrsqrt.approx.ftz.f32 %r3, %r4;",
+            lambda x: x.double().abs().rsqrt().float(),
+        ),
         ("ex2.approx.ftz.f32 %r3, %r2;", lambda x: torch.exp2(x.double()).float()),
         ("neg.f32 %r3, %r2;", torch.neg),
         ("abs.f32 %r3, %r2;", torch.abs),
         ("max.f32 %r3, %r2, 0f00000000;", lambda x: x.clamp(min=0)),
         ("cvt.rmi.f32.f32 %r3, %r2;", torch.floor),
-        ("setp.lt.f32 %p1, %r2, 0f00000000;\nselp.b32 %r3, 0fBF800000, 0f3F800000, %p1;", lambda x: torch.where(x < 0, -1.0, 1.0)),
-        ("setp.ge.f32 %p1, %r2, 0f00000000;\nmov.b32 %r3, 0f00000000;\n@%p1 mov.b32 %r3, %r2;", torch.relu),
+        (
+            "setp.lt.f32 %p1, %r2, 0f00000000;\nselp.b32 %r3, 0fBF800000, 0f3F800000, %p1;",
+            lambda x: torch.where(x < 0, -1.0, 1.0),
+        ),
+        (
+            "setp.ge.f32 %p1, %r2, 0f00000000;\nmov.b32 %r3, 0f00000000;\n@%p1 mov.b32 %r3, %r2;",
+            torch.relu,
+        ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
@@ -116,11 +140,15 @@ def test_an_integer_overflows_as_on_a_gpu():
 
 
 def test_a_fused_multiply_add_is_rounded_once():
-    """The exact sum lies just above the middle between two float32 numbers, and its float64 rounding in the middle."""
+    """The exact sum lies just above the middle between two float32 numbers, and its float64
+    rounding in the middle.
+    """
     x = torch.full((32,), 1 + 2.0**-12)
     tiny = f"0f{int(torch.tensor(2.0**-80).view(torch.int32)):08X}"
     assert (of_float32(f"fma.rn.f32 %r3, %r2, %r2, {tiny};", x) == 1 + 2.0**-11 + 2.0**-23).all()
-    assert (of_float32(f"fma.rn.f32 %r3, %r2, %r2, -{tiny};".replace("-0f1", "0f9"), x) == 1 + 2.0**-11).all()
+    assert (
+        of_float32(f"fma.rn.f32 %r3, %r2, %r2, -{tiny};".replace("-0f1", "0f9"), x) == 1 + 2.0**-11
+    ).all()
 
 
 @pytest.mark.parametrize(
@@ -136,14 +164,27 @@ def test_a_fused_multiply_add_is_rounded_once():
         ("setp.ne.f32 %p1, %r2, 0f7FC00000;\nselp.b32 %r3, 0f3F800000, 0f00000000, %p1;", 0.0),
         ("setp.gt.f32 %p1, 0f00000100, %r2;\nselp.b32 %r3, 0f3F800000, 0f00000000, %p1;", 1.0),
         ("setp.gt.ftz.f32 %p1, 0f00000100, %r2;\nselp.b32 %r3, 0f3F800000, 0f00000000, %p1;", 0.0),
-        ("setp.eq.f32 %p2, %r2, %r2;\nsetp.lt.and.f32 %p1, %r2, 0f00000000, %p2;\nselp.b32 %r3, 0f3F800000, 0f00000000, %p1;", 0.0),
+        (
+            "setp.eq.f32 %p2, %r2, %r2;\nsetp.lt.and.f32 %p1, %r2, 0f00000000, %p2;\nselp.b32 %r3, "
+            "0f3F800000, 0f00000000, %p1;",
+            0.0,
+        ),
         ("mul.f32 %r4, 0f00800000, 0f3F000000;\nmul.f32 %r3, %r4, 0f40000000;", 2.0**-126),
         ("mul.ftz.f32 %r4, 0f00800000, 0f3F000000;\nmul.f32 %r3, %r4, 0f40000000;", 0.0),
     ],
 )
 def test_zeros_nans_and_subnormal_numbers(instruction, expected):
-    torch.testing.assert_close(of_float32(instruction, torch.zeros(32)), torch.full((32,), expected), rtol=0, atol=0, equal_nan=True)
-    assert of_float32(instruction, torch.zeros(32))[0].signbit() == torch.tensor(expected).signbit() or expected != expected
+    torch.testing.assert_close(
+        of_float32(instruction, torch.zeros(32)),
+        torch.full((32,), expected),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+    assert (
+        of_float32(instruction, torch.zeros(32))[0].signbit() == torch.tensor(expected).signbit()
+        or expected != expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,14 +197,18 @@ def test_zeros_nans_and_subnormal_numbers(instruction, expected):
         ("or.b32 %r4, %r2, 255;\nnot.b32 %r3, %r4;", lambda x: ~(x | 255)),
         ("min.s32 %r3, %r2, 70000;", lambda x: x.clamp(max=70000)),
         ("mov.b32 %r3, {%h2, %h1};", lambda x: x << 16 | x >> 16 & 0xFFFF),
-        ("shfl.sync.idx.b32 %r3, %r2, 5, 31, -1;", lambda x: x.view(-1, 32)[:, 5:6].expand(-1, 32).reshape(-1)),
+        (
+            "shfl.sync.idx.b32 %r3, %r2, 5, 31, -1;",
+            lambda x: x.view(-1, 32)[:, 5:6].expand(-1, 32).reshape(-1),
+        ),
         ("div.s32 %r3, 7, %r4;", None),
     ],
 )
 def test_more_integer_instructions(instruction, expected):
     x = torch.randint(0, 2**30, (64,), dtype=torch.int32)
     result = of_float32("mov.b32 {%h1, %h2}, %r2;\nmov.b32 %r4, 0;\n" + instruction, x)
-    assert expected is None or torch.equal(result, expected(x))  # what a division by 0 gives is unspecified
+    # what a division by 0 gives is unspecified
+    assert expected is None or torch.equal(result, expected(x))
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
@@ -190,7 +235,9 @@ def test_half_precision_is_rounded_to_nearest(kind, dtype):
 
 
 def test_float64_is_rounded_to_bfloat16_once():
-    """By way of float32 a value just above a tie would become the tie, and then go to the even neighbour."""
+    """By way of float32 a value just above a tie would become the tie, and then go to the even
+    neighbour.
+    """
     x = torch.full((32,), 1 + 2.0**-8 + 2.0**-40, dtype=torch.float64)
     x[1::2] *= -1
     body = "ld.global.b64 %rd6, [%rd4];\ncvt.rn.bf16.f64 %h1, %rd6;\ncvt.f64.bf16 %rd7, %h1;\nst.global.b64 [%rd5], %rd7;"
@@ -199,14 +246,19 @@ def test_float64_is_rounded_to_bfloat16_once():
 
 def test_a_pair_keeps_its_halves_apart():
     body = "ld.global.b32 %r2, [%rd4];\ncvt.rn.bf16x2.f32 %r4, %r2, 0f3F800000;\nmov.b32 {%h1, %h2}, %r4;\n"
-    low, high = (execute(body + f"cvt.f32.bf16 %r3, %h{i};\nst.global.b32 [%rd5], %r3;", floats(2, 3)) for i in (1, 2))
+    low, high = (
+        execute(body + f"cvt.f32.bf16 %r3, %h{i};\nst.global.b32 [%rd5], %r3;", floats(2, 3))
+        for i in (1, 2)
+    )
     assert low.tolist() == [1.0] * 32  # the first operand goes to the upper half
     assert torch.equal(high, floats(2, 3))
 
 
 def test_a_shuffle_exchanges_lanes():
     x = torch.arange(64).float()
-    assert torch.equal(of_float32("shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;", x), x.view(-1, 2).flip(1).reshape(-1))
+    assert torch.equal(
+        of_float32("shfl.sync.bfly.b32 %r3, %r2, 1, 31, -1;", x), x.view(-1, 2).flip(1).reshape(-1)
+    )
 
 
 def test_threads_take_different_ways():
@@ -225,7 +277,9 @@ def test_threads_take_different_ways():
     assert torch.equal(execute(body, n), n * (n + 1) / 2)
 
 
-@pytest.mark.parametrize("instruction", ["ex2.approx.ftz.f32 %r3, %r2;", "div.full.f32 %r3, 0f40400000, %r2;"])
+@pytest.mark.parametrize(
+    "instruction", ["ex2.approx.ftz.f32 %r3, %r2;", "div.full.f32 %r3, 0f40400000, %r2;"]
+)
 def test_perturbed_instructions_stay_within_their_documented_error(instruction):
     x = torch.rand(1024) + 0.5
     exact, *others = (of_float32(instruction, x, perturb=seed) for seed in (None, 1, 1, 2))
@@ -254,7 +308,7 @@ def test_what_is_not_known_is_not_guessed(instruction):
         of_float32(instruction, floats(1))
 
 
-# --- faults in global memory ----------------------------------------------------------------------------------------------------------
+# --- faults in global memory ----------------------------------------------------------------------
 
 
 def fault(message: str):
@@ -266,11 +320,17 @@ def test_a_misaligned_vector():
         execute("ld.global.v2.b32 {%r2, %r3}, [%rd4];", floats(1))
 
 
-@pytest.mark.parametrize(("offset", "message"), [(128, "out of bounds"), (-4, "out of bounds"), (1 << 46, "wild pointer")])
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [(128, "out of bounds"), (-4, "out of bounds"), (1 << 46, "wild pointer")],
+)
 def test_an_access_outside_the_tensor(offset, message):
     memory = torch.zeros(96)
     with fault(message):
-        execute(f"mov.b64 %rd6, {offset};\nadd.s64 %rd7, %rd4, %rd6;\nld.global.b32 %r2, [%rd7];", memory[32:64])
+        execute(
+            f"mov.b64 %rd6, {offset};\nadd.s64 %rd7, %rd4, %rd6;\nld.global.b32 %r2, [%rd7];",
+            memory[32:64],
+        )
 
 
 def test_tensors_that_share_memory_are_refused():
@@ -312,11 +372,15 @@ def test_two_threads_that_store_to_one_element():
 def test_a_thread_that_loads_what_another_stores():
     x = torch.zeros(33)
     with fault("loaded by one thread and stored by another"):
-        program = Program(HEADER.format(threads=32, size=4, body="ld.global.b32 %r2, [%rd4+4];\nst.global.b32 [%rd4], %r2;"))
+        program = Program(
+            HEADER.format(
+                threads=32, size=4, body="ld.global.b32 %r2, [%rd4+4];\nst.global.b32 [%rd4], %r2;"
+            )
+        )
         program.launch((1, 1, 1), [("values", x), ("result", None)], 0)
 
 
-# --- faults between the threads of a CTA ----------------------------------------------------------------------------------------------
+# --- faults between the threads of a CTA ----------------------------------------------------------
 
 STORE_SHARED = "shl.b32 %r4, %r1, 2;\nst.shared.b32 [%r4], %r1;\n"
 LOAD_NEXT_WARP = "add.s32 %r5, %r4, 128;\nand.b32 %r5, %r5, 255;\nld.shared.b32 %r3, [%r5];\nst.global.b32 [%rd5], %r3;"
@@ -335,7 +399,12 @@ def test_a_missing_barrier():
 
 
 def test_a_missing_barrier_before_the_next_use():
-    body = STORE_SHARED + "bar.sync 0;\n" + LOAD_NEXT_WARP + "\nadd.s32 %r6, %r1, 1;\nst.shared.b32 [%r4], %r6;"
+    body = (
+        STORE_SHARED
+        + "bar.sync 0;\n"
+        + LOAD_NEXT_WARP
+        + "\nadd.s32 %r6, %r1, 1;\nst.shared.b32 [%r4], %r6;"
+    )
     with fault("another warp touched without a barrier between"):
         execute(body, torch.zeros(64, dtype=torch.int32), shared=256)
 
@@ -355,7 +424,11 @@ def test_threads_that_have_ended_are_not_waited_for():
     assert execute(body, torch.zeros(64, dtype=torch.int32))[32:].tolist() == list(range(32, 64))
 
 
-@pytest.mark.parametrize("value", ["not.b32 %r3, %r1;", "shl.b32 %r3, %r1, 31;"], ids=["negative integers", "zeros of either sign"])
+@pytest.mark.parametrize(
+    "value",
+    ["not.b32 %r3, %r1;", "shl.b32 %r3, %r1, 31;"],
+    ids=["negative integers", "zeros of either sign"],
+)
 def test_values_that_are_equal_as_floats_are_not_for_memory(value):
     with fault("different values to one shared address"):
         execute(f"{value}\nst.shared.b32 [0], %r3;", floats(1), shared=4)
@@ -384,7 +457,7 @@ def test_a_shuffle_that_not_all_threads_of_a_warp_reach():
         execute("setp.lt.u32 %p1, %r1, 7;\n@%p1 shfl.sync.bfly.b32 %r3, %r1, 1, 31, -1;", floats(1))
 
 
-# --- launches -------------------------------------------------------------------------------------------------------------------------
+# --- launches -------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -408,7 +481,10 @@ def test_a_triton_kernel_runs():
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int8, torch.uint8, torch.bool, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int32, torch.int64, torch.int8, torch.uint8, torch.bool, torch.bfloat16, torch.float64],
+)
 def test_a_triton_kernel_that_is_launched_as_usual(dtype):
     """Without options, or with any; Triton warns of what it will take for fp fusion some day."""
     x = torch.randint(2, (100,)).to(dtype)
@@ -420,7 +496,13 @@ def test_a_triton_kernel_that_is_launched_as_usual(dtype):
 
 
 def test_a_fault_names_the_line_the_element_and_the_program():
-    with gpu(), fault(r"_copy_kernel: test_executor.py:\d+: .*x_ptr \(90,\) .* element 90 of 90, program 1, thread \d+"):
+    with (
+        gpu(),
+        fault(
+            r"_copy_kernel: test_executor.py:\d+: .*x_ptr \(90,\) .* element 90 of 90, program 1, "
+            r"thread \d+"
+        ),
+    ):
         _copy_kernel[(2,)](torch.zeros(90), torch.zeros(100), 100, 1, BLOCK=64)
 
 
@@ -429,9 +511,18 @@ def test_a_fault_names_the_line_the_element_and_the_program():
     [
         (lambda launch, x: copy(True, x[1:], launch), "taken for a multiple of 16"),
         (lambda launch, x: copy(True, x.double(), launch), "torch.float64 for \\*fp32"),
-        (lambda launch, x: copy(True, x, _changed(launch, (96, 1, 64))), "would choose another binary"),
-        (lambda launch, x: copy(True, x, _changed(launch, (100, 1, 32))), "where 64 was compiled in"),
-        (lambda launch, x: copy(True, x, _changed(launch, (100, 2, 64))), "where 1 was compiled in"),
+        (
+            lambda launch, x: copy(True, x, _changed(launch, (96, 1, 64))),
+            "would choose another binary",
+        ),
+        (
+            lambda launch, x: copy(True, x, _changed(launch, (100, 1, 32))),
+            "where 64 was compiled in",
+        ),
+        (
+            lambda launch, x: copy(True, x, _changed(launch, (100, 2, 64))),
+            "where 1 was compiled in",
+        ),
         (lambda launch, x: copy(True, x, _changed(launch, (2**31, 1, 64))), "as i32"),
         (lambda launch, x: copy(True, x, _changed(launch, (100, 1))), "4 arguments for 5"),
     ],
@@ -470,4 +561,8 @@ def test_fresh_memory_is_poisoned_where_it_is_watched():
         copy(True, torch.randn(100), prepared.Launch(_copy_kernel, 2, (100, 1), 1, BLOCK=64))
     assert torch.empty is empty
     (launch,) = launches
-    assert (launch.kernel, launch.loaded, launch.stored) == ("_copy_kernel", {"x_ptr": 400}, {"y_ptr": 400})
+    assert (launch.kernel, launch.loaded, launch.stored) == (
+        "_copy_kernel",
+        {"x_ptr": 400},
+        {"y_ptr": 400},
+    )

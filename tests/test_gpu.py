@@ -1,4 +1,6 @@
-"""What only a GPU can show: graph capture, bitwise repeatability and sizes beyond 32-bit offsets."""
+"""What only a GPU can show: graph capture, bitwise repeatability and sizes beyond 32-bit
+offsets.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Flow(nn.Module):
     def __init__(self, shape: tuple[int, ...], steps: int = 3, **options: object) -> None:
         super().__init__()
         subnet = (lambda i, o: nn.Conv2d(i, o, 3, padding=1)) if len(shape) == 3 else nn.Linear
-        self.blocks = nn.ModuleList(AllInOneBlock([shape], subnet_constructor=subnet, **options) for _ in range(steps))
+        self.blocks = nn.ModuleList(
+            AllInOneBlock([shape], subnet_constructor=subnet, **options) for _ in range(steps)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0])
@@ -35,7 +39,12 @@ def step(flow: nn.Module, x: Tensor) -> list[Tensor]:
     flow.zero_grad(set_to_none=True)
     z, logdet = flow(x)
     (z.square().sum() - logdet.sum()).backward()
-    return [z.detach().clone(), logdet.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in flow.parameters() if p.requires_grad)]
+    return [
+        z.detach().clone(),
+        logdet.detach().clone(),
+        x.grad.clone(),
+        *(p.grad.clone() for p in flow.parameters() if p.requires_grad),
+    ]
 
 
 shapes = pytest.mark.parametrize("shape", [(64, 512), (4, 32, 16, 16)], ids=["rows", "planes"])
@@ -64,7 +73,9 @@ def test_cuda_graph_of_a_whole_flow(shape: tuple[int, ...], how: str) -> None:
 @shapes
 @pytest.mark.parametrize("options", [{}, {"gin_block": True}], ids=["affine", "gin"])
 def test_steps_repeat_bit_for_bit(shape: tuple[int, ...], options: dict) -> None:
-    block = AllInOneBlock([shape[1:]], subnet_constructor=lambda i, o: nn.Identity(), backend="triton", **options).cuda()
+    block = AllInOneBlock(
+        [shape[1:]], subnet_constructor=lambda i, o: nn.Identity(), backend="triton", **options
+    ).cuda()
     a = torch.randn(shape, device="cuda", requires_grad=True)
     block.subnet.forward = lambda x: a
     x = torch.randn(shape, device="cuda", requires_grad=True)
@@ -80,7 +91,9 @@ def test_steps_repeat_bit_for_bit(shape: tuple[int, ...], options: dict) -> None
 
 
 class Twice(nn.Module):
-    """A subnet that copies: a convolution may refuse this many elements, and round one sample otherwise than many."""
+    """A subnet that copies: a convolution may refuse this many elements, and round one sample
+    otherwise than many.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((x, x), 1)
@@ -91,7 +104,11 @@ def test_more_elements_than_32_bits_count() -> None:
     shape = (33, 1024, 256, 256)
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")
-    block = AllInOneBlock([shape[1:]], subnet_constructor=lambda i, o: Twice(), backend="triton").cuda().bfloat16()
+    block = (
+        AllInOneBlock([shape[1:]], subnet_constructor=lambda i, o: Twice(), backend="triton")
+        .cuda()
+        .bfloat16()
+    )
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         (y,), logdet = block([x])

@@ -1,4 +1,6 @@
-"""What bad input gets: a clear error before any work, and nothing half-changed. And what unusual input gets: the right answer."""
+"""What bad input gets: a clear error before any work, and nothing half-changed. And what unusual
+input gets: the right answer.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,19 @@ both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", 
 with_and_without_grad = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 
 # Every kind of permutation, with and without GIN, conditions and the pre-permutation.
-KINDS = ("hard", "rev", "cond", "gin", "gin-rev-cond", "soft", "soft-rev-exp", "gin-soft", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-hh2")
+KINDS = (
+    "hard",
+    "rev",
+    "cond",
+    "gin",
+    "gin-rev-cond",
+    "soft",
+    "soft-rev-exp",
+    "gin-soft",
+    "hh3-rev-cond",
+    "hh2-soft-sigmoid",
+    "gin-hh2",
+)
 kinds = pytest.mark.parametrize("name", KINDS)
 
 
@@ -58,12 +72,16 @@ def function_subnet(function: Callable[[Tensor], Any]) -> Callable[[int, int], n
 
 
 def snapshot(block: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]}
+    return {
+        name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
+    }
 
 
 @contextmanager
 def nothing_happens(block: nn.Module) -> Iterator[None]:
-    """The block's parameters, its attributes, the subnet's count and torch's generator are the same afterwards."""
+    """The block's parameters, its attributes, the subnet's count and torch's generator are the same
+    afterwards.
+    """
     before, attributes, state = snapshot(block), dict(vars(block)), torch.random.get_rng_state()
     yield
     after = snapshot(block)
@@ -74,47 +92,126 @@ def nothing_happens(block: nn.Module) -> Iterator[None]:
     assert torch.equal(torch.random.get_rng_state(), state), "random numbers were drawn"
 
 
-# --- the constructor -----------------------------------------------------------------------------------------------------------------
+# --- the constructor ------------------------------------------------------------------------------
 
 # Name: (options, exception, what the message must say: what was expected, and what came).
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "no subnet": ({"subnet_constructor": None}, ValueError, "expected a subnet_constructor.*got None"),
-    "subnet not callable": ({"subnet_constructor": 3}, TypeError, "subnet_constructor.*callable.*got int"),
-    "subnet, not its constructor": ({"subnet_constructor": nn.Linear(2, 4)}, TypeError, "subnet_constructor.*callable.*got Linear"),
+    "no subnet": (
+        {"subnet_constructor": None},
+        ValueError,
+        "expected a subnet_constructor.*got None",
+    ),
+    "subnet not callable": (
+        {"subnet_constructor": 3},
+        TypeError,
+        "subnet_constructor.*callable.*got int",
+    ),
+    "subnet, not its constructor": (
+        {"subnet_constructor": nn.Linear(2, 4)},
+        TypeError,
+        "subnet_constructor.*callable.*got Linear",
+    ),
     "dialect": ({"dialect": "FrEIA"}, ValueError, "dialect.*anomalib.*freia.*got 'FrEIA'"),
     "dialect none": ({"dialect": None}, ValueError, "dialect.*anomalib.*freia.*got None"),
     "backend": ({"backend": "cuda"}, ValueError, "backend.*auto.*eager.*triton.*got 'cuda'"),
     "backend type": ({"backend": None}, TypeError, "backend.*auto.*eager.*triton.*got NoneType"),
-    "affine type": ({"global_affine_type": "softplus"}, ValueError, "global_affine_type.*SIGMOID.*SOFTPLUS.*EXP.*got 'softplus'"),
-    "affine type none": ({"global_affine_type": None}, ValueError, "global_affine_type.*SIGMOID.*SOFTPLUS.*EXP.*got None"),
-    "init type": ({"global_affine_init": "one"}, TypeError, "global_affine_init.*number.*got 'one'"),
+    "affine type": (
+        {"global_affine_type": "softplus"},
+        ValueError,
+        "global_affine_type.*SIGMOID.*SOFTPLUS.*EXP.*got 'softplus'",
+    ),
+    "affine type none": (
+        {"global_affine_type": None},
+        ValueError,
+        "global_affine_type.*SIGMOID.*SOFTPLUS.*EXP.*got None",
+    ),
+    "init type": (
+        {"global_affine_init": "one"},
+        TypeError,
+        "global_affine_init.*number.*got 'one'",
+    ),
     "clamp type": ({"affine_clamping": "two"}, TypeError, "affine_clamping.*number.*got 'two'"),
     "clamp none": ({"affine_clamping": None}, TypeError, "affine_clamping.*number.*got None"),
-    "clamp 0 in freia": ({"affine_clamping": 0.0, "dialect": "freia"}, ValueError, "affine_clamping=0.*zero.*freia"),
-    "householder -1": ({"learned_householder_permutation": -1}, ValueError, "learned_householder_permutation.*got -1"),
-    "householder 1.5": ({"learned_householder_permutation": 1.5}, (TypeError, ValueError), "learned_householder_permutation.*got 1.5"),
-    "householder True": ({"learned_householder_permutation": True}, TypeError, "learned_householder_permutation.*integer.*got True"),
-    "5 dimensions": ({"dims_in": [(4, 2, 2, 2, 2)]}, ValueError, r"rank 0 to 3.*got dims_in \[\(4, 2, 2, 2, 2\)\]"),
+    "clamp 0 in freia": (
+        {"affine_clamping": 0.0, "dialect": "freia"},
+        ValueError,
+        "affine_clamping=0.*zero.*freia",
+    ),
+    "householder -1": (
+        {"learned_householder_permutation": -1},
+        ValueError,
+        "learned_householder_permutation.*got -1",
+    ),
+    "householder 1.5": (
+        {"learned_householder_permutation": 1.5},
+        (TypeError, ValueError),
+        "learned_householder_permutation.*got 1.5",
+    ),
+    "householder True": (
+        {"learned_householder_permutation": True},
+        TypeError,
+        "learned_householder_permutation.*integer.*got True",
+    ),
+    "5 dimensions": (
+        {"dims_in": [(4, 2, 2, 2, 2)]},
+        ValueError,
+        r"rank 0 to 3.*got dims_in \[\(4, 2, 2, 2, 2\)\]",
+    ),
     "no dimension": ({"dims_in": [()]}, ValueError, r"dims_in.*got \[\(\)\]"),
-    "half a pixel": ({"dims_in": [(4, 2.5)]}, TypeError, r"dims_in as a list of shapes.*got \[\(4, 2.5\)\]"),
+    "half a pixel": (
+        {"dims_in": [(4, 2.5)]},
+        TypeError,
+        r"dims_in as a list of shapes.*got \[\(4, 2.5\)\]",
+    ),
     "text": ({"dims_in": ["4"]}, TypeError, "dims_in as a list of shapes.*got"),
     "negative size": ({"dims_in": [(4, -1)]}, ValueError, r"no negative size.*\(4, -1\)"),
     "no channel": ({"dims_in": [(0, 2)]}, ValueError, r"at least one channel.*\(0, 2\)"),
     "negative channels": ({"dims_in": [(-4,)]}, ValueError, r"at least one channel.*\(-4,\)"),
     "two inputs": ({"dims_in": [(4,), (4,)]}, ValueError, "one shape.*got 2"),
     "no input": ({"dims_in": []}, ValueError, "one shape.*got 0"),
-    "a shape, not a list": ({"dims_in": (4, 8, 8)}, TypeError, r"dims_in as a list of shapes.*got \(4, 8, 8\)"),
+    "a shape, not a list": (
+        {"dims_in": (4, 8, 8)},
+        TypeError,
+        r"dims_in as a list of shapes.*got \(4, 8, 8\)",
+    ),
     "a number, not a list": ({"dims_in": 4}, TypeError, "dims_in as a list of shapes.*got 4"),
-    "condition": ({"dims_c": [(4, 2)]}, ValueError, r"conditions.*spatial shape \(\).*got dims_c \[\(4, 2\)\]"),
-    "second condition": ({"dims_c": [(4,), (4, 2)]}, ValueError, r"conditions.*spatial shape.*\(4, 2\)"),
-    "condition, not a list": ({"dims_c": (4,)}, TypeError, r"dims_c as a list of shapes.*got \(4,\)"),
+    "condition": (
+        {"dims_c": [(4, 2)]},
+        ValueError,
+        r"conditions.*spatial shape \(\).*got dims_c \[\(4, 2\)\]",
+    ),
+    "second condition": (
+        {"dims_c": [(4,), (4, 2)]},
+        ValueError,
+        r"conditions.*spatial shape.*\(4, 2\)",
+    ),
+    "condition, not a list": (
+        {"dims_c": (4,)},
+        TypeError,
+        r"dims_c as a list of shapes.*got \(4,\)",
+    ),
 }
 for activation in ("SIGMOID", "SOFTPLUS", "EXP"):
-    for value in (0.0, -1.0, math.nan, math.inf, -math.inf, *([10.0, 10.5] if activation == "SIGMOID" else [])):
+    for value in (
+        0.0,
+        -1.0,
+        math.nan,
+        math.inf,
+        -math.inf,
+        *([10.0, 10.5] if activation == "SIGMOID" else []),
+    ):
         options = {"global_affine_init": value, "global_affine_type": activation}
-        BAD_OPTIONS[f"{activation} {value}"] = (options, ValueError, rf"global_affine_init in \(0, .*{activation}.*got {value}")
+        BAD_OPTIONS[f"{activation} {value}"] = (
+            options,
+            ValueError,
+            rf"global_affine_init in \(0, .*{activation}.*got {value}",
+        )
 for value in (math.nan, math.inf, -math.inf):
-    BAD_OPTIONS[f"clamp {value}"] = ({"affine_clamping": value}, ValueError, f"finite affine_clamping, got {value}")
+    BAD_OPTIONS[f"clamp {value}"] = (
+        {"affine_clamping": value},
+        ValueError,
+        f"finite affine_clamping, got {value}",
+    )
 
 
 @pytest.mark.parametrize("bad", BAD_OPTIONS, ids=[name.replace(" ", "_") for name in BAD_OPTIONS])
@@ -144,18 +241,27 @@ def test_constructor_refuses_reflections_that_are_no_number(value: Any) -> None:
 
 @both_dialects
 @pytest.mark.parametrize(
-    ("activation", "init"), [("EXP", 1e39), ("EXP", 1e-50), ("SIGMOID", 1e-40), ("SIGMOID", 9.999999), ("SOFTPLUS", 1e-12)]
+    ("activation", "init"),
+    [("EXP", 1e39), ("EXP", 1e-50), ("SIGMOID", 1e-40), ("SIGMOID", 9.999999), ("SOFTPLUS", 1e-12)],
 )
 def test_extreme_initial_scale_is_finite(activation: str, init: float, dialect: str) -> None:
-    """Inside the range, but where the stock block's formula in float32 overflows: never a silent infinity."""
+    """Inside the range, but where the stock block's formula in float32 overflows: never a silent
+    infinity.
+    """
     options = {"global_affine_init": init, "global_affine_type": activation, "dialect": dialect}
-    ours, theirs = (cls([(3,)], [], make_subnet(0), **options) for cls in (AllInOneBlock, reference.AllInOneBlock))
+    ours, theirs = (
+        cls([(3,)], [], make_subnet(0), **options)
+        for cls in (AllInOneBlock, reference.AllInOneBlock)
+    )
     assert ours.global_scale.isfinite().all()
-    assert (ours.global_scale / theirs.global_scale - 1).abs().max() < 1e-6  # a few float32 roundings
+    # a few float32 roundings
+    assert (ours.global_scale / theirs.global_scale - 1).abs().max() < 1e-6
 
 
 def test_zero_clamp_is_additive_coupling() -> None:
-    block = AllInOneBlock([(6, 3)], subnet_constructor=make_subnet(1), affine_clamping=0.0, gin_block=True).double()
+    block = AllInOneBlock(
+        [(6, 3)], subnet_constructor=make_subnet(1), affine_clamping=0.0, gin_block=True
+    ).double()
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     (y,), logdet = block([x])
     a = block.subnet(x[:, :3])
@@ -164,37 +270,75 @@ def test_zero_clamp_is_additive_coupling() -> None:
     assert (y - expected).abs().max() <= 4 * torch.finfo(torch.float64).eps * expected.abs().max()
     expected_grad = torch.autograd.grad(expected.square().sum(), x, retain_graph=True)[0]
     grad = torch.autograd.grad(y.square().sum(), x)[0]
-    assert (grad - expected_grad).abs().max() <= 16 * torch.finfo(torch.float64).eps * expected_grad.abs().max()
+    assert (grad - expected_grad).abs().max() <= 16 * torch.finfo(
+        torch.float64
+    ).eps * expected_grad.abs().max()
     (back,), _ = block([y], rev=True)
     assert (back - x).abs().max() <= 16 * torch.finfo(torch.float64).eps * y.abs().max()
 
 
-# --- the call ------------------------------------------------------------------------------------------------------------------------
+# --- the call -------------------------------------------------------------------------------------
 
 GOOD_X, GOOD_C = torch.randn(2, 6, 3, 4), [torch.randn(2, 3, 3, 4), torch.randn(2, 1, 3, 4)]
 
-# Name: (input, conditions, exception, what the message must say). For a block of 6 channels, rank 2, conditions of 3 and 1 channels.
+# Name: (input, conditions, exception, what the message must say). For a block of 6 channels, rank
+# 2, conditions of 3 and 1 channels.
 BAD_CALLS: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "too few channels": ([GOOD_X[:, :5]], GOOD_C, ValueError, r"\(B, 6, S1, S2\), got \(2, 5, 3, 4\)"),
-    "too many channels": ([torch.randn(2, 7, 3, 4)], GOOD_C, ValueError, r"\(B, 6, S1, S2\), got \(2, 7, 3, 4\)"),
+    "too few channels": (
+        [GOOD_X[:, :5]],
+        GOOD_C,
+        ValueError,
+        r"\(B, 6, S1, S2\), got \(2, 5, 3, 4\)",
+    ),
+    "too many channels": (
+        [torch.randn(2, 7, 3, 4)],
+        GOOD_C,
+        ValueError,
+        r"\(B, 6, S1, S2\), got \(2, 7, 3, 4\)",
+    ),
     "rank 1": ([GOOD_X[..., 0]], GOOD_C, ValueError, r"\(B, 6, S1, S2\), got \(2, 6, 3\)"),
     "rank 3": ([GOOD_X[..., None]], GOOD_C, ValueError, r"\(B, 6, S1, S2\), got \(2, 6, 3, 4, 1\)"),
     "no batch": ([GOOD_X[0]], GOOD_C, ValueError, r"\(B, 6, S1, S2\), got \(6, 3, 4\)"),
-    "a tensor": (GOOD_X, GOOD_C, TypeError, r"list with one tensor, got a tensor of shape \(2, 6, 3, 4\)"),
-    "a tensor of one sample": (GOOD_X[:1], GOOD_C, TypeError, r"list with one tensor, got a tensor of shape \(1, 6, 3, 4\)"),
+    "a tensor": (
+        GOOD_X,
+        GOOD_C,
+        TypeError,
+        r"list with one tensor, got a tensor of shape \(2, 6, 3, 4\)",
+    ),
+    "a tensor of one sample": (
+        GOOD_X[:1],
+        GOOD_C,
+        TypeError,
+        r"list with one tensor, got a tensor of shape \(1, 6, 3, 4\)",
+    ),
     "a dict": ({0: GOOD_X}, GOOD_C, TypeError, "list with one tensor, got dict"),
     "none": (None, GOOD_C, TypeError, "list with one tensor, got NoneType"),
     "a list of none": ([None], GOOD_C, TypeError, "to be a tensor, got NoneType"),
     "an array": ([GOOD_X.tolist()], GOOD_C, TypeError, "to be a tensor, got list"),
     "two inputs": ([GOOD_X, GOOD_X], GOOD_C, ValueError, "one input tensor, got 2"),
     "no input": ([], GOOD_C, ValueError, "one input tensor, got 0"),
-    "complex": ([GOOD_X.to(torch.complex64)], GOOD_C, TypeError, "input in a floating-point dtype, got torch.complex64"),
-    "another device": ([GOOD_X.to("meta")], [t.to("meta") for t in GOOD_C], ValueError, "input on cpu.*got meta"),
+    "complex": (
+        [GOOD_X.to(torch.complex64)],
+        GOOD_C,
+        TypeError,
+        "input in a floating-point dtype, got torch.complex64",
+    ),
+    "another device": (
+        [GOOD_X.to("meta")],
+        [t.to("meta") for t in GOOD_C],
+        ValueError,
+        "input on cpu.*got meta",
+    ),
     "conditions missing": ([GOOD_X], [], ValueError, r"2 condition\(s\), got 0"),
     "conditions none": ([GOOD_X], None, ValueError, r"2 condition\(s\), got 0"),
     "one condition missing": ([GOOD_X], GOOD_C[:1], ValueError, r"2 condition\(s\), got 1"),
     "one condition more": ([GOOD_X], [*GOOD_C, GOOD_C[0]], ValueError, r"2 condition\(s\), got 3"),
-    "conditions as a tensor": ([GOOD_X], torch.cat(GOOD_C, 1), TypeError, "conditions as a list of tensors, got Tensor"),
+    "conditions as a tensor": (
+        [GOOD_X],
+        torch.cat(GOOD_C, 1),
+        TypeError,
+        "conditions as a list of tensors, got Tensor",
+    ),
     "a condition of another width": (
         [GOOD_X],
         [GOOD_C[0], GOOD_C[0]],
@@ -207,9 +351,24 @@ BAD_CALLS: dict[str, tuple[Any, Any, type[Exception], str]] = {
         ValueError,
         r"condition 1 of shape \(2, 1, 3, 4\), got \(1, 1, 3, 4\)",
     ),
-    "condition of another size": ([GOOD_X], [GOOD_C[0], GOOD_C[1][..., :1]], ValueError, r"condition 1 of shape .*, got \(2, 1, 3, 1\)"),
-    "condition of another rank": ([GOOD_X], [GOOD_C[0][..., 0, 0], GOOD_C[1]], ValueError, r"condition 0 of shape .*, got \(2, 3\)"),
-    "condition none": ([GOOD_X], [None, GOOD_C[1]], TypeError, "condition 0 to be a tensor, got NoneType"),
+    "condition of another size": (
+        [GOOD_X],
+        [GOOD_C[0], GOOD_C[1][..., :1]],
+        ValueError,
+        r"condition 1 of shape .*, got \(2, 1, 3, 1\)",
+    ),
+    "condition of another rank": (
+        [GOOD_X],
+        [GOOD_C[0][..., 0, 0], GOOD_C[1]],
+        ValueError,
+        r"condition 0 of shape .*, got \(2, 3\)",
+    ),
+    "condition none": (
+        [GOOD_X],
+        [None, GOOD_C[1]],
+        TypeError,
+        "condition 0 to be a tensor, got NoneType",
+    ),
 }
 
 
@@ -218,7 +377,9 @@ BAD_CALLS: dict[str, tuple[Any, Any, type[Exception], str]] = {
 @both_directions
 def test_call_refuses(bad: str, rev: bool, reverse_permutation: bool) -> None:
     x, c, error, match = BAD_CALLS[bad]
-    block = AllInOneBlock([(6, 3, 4)], [(3, 3, 4), (1, 3, 4)], Counting, reverse_permutation=reverse_permutation)
+    block = AllInOneBlock(
+        [(6, 3, 4)], [(3, 3, 4), (1, 3, 4)], Counting, reverse_permutation=reverse_permutation
+    )
     with nothing_happens(block), pytest.raises(error, match=match) as raised:
         block(x, c, rev=rev)
     assert isinstance(raised.value, RuntimeError)  # which callers of the stock blocks catch
@@ -227,7 +388,9 @@ def test_call_refuses(bad: str, rev: bool, reverse_permutation: bool) -> None:
 LABELS = F.one_hot(torch.tensor([[[0, 1, 2], [1, 1, 0]], [[2, 2, 0], [0, 1, 2]]]), 3).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("labels", [LABELS, LABELS.bool(), LABELS.to(torch.uint8)], ids=["int64", "bool", "uint8"])
+@pytest.mark.parametrize(
+    "labels", [LABELS, LABELS.bool(), LABELS.to(torch.uint8)], ids=["int64", "bool", "uint8"]
+)
 @pytest.mark.parametrize("name", ["cond", "hh3-rev-cond"])
 @both_directions
 @with_and_without_grad
@@ -250,7 +413,9 @@ def test_labels_and_masks_as_conditions(name: str, labels: Tensor, rev: bool, gr
 def test_integer_input_promotes(name: str, dtype: torch.dtype, rev: bool) -> None:
     """Where the subnet takes it, as an embedding does."""
     case = Case(Shape(2, 6, (2, 3)), name)
-    block, stock = (make_block(cls, case, torch.float64) for cls in (AllInOneBlock, reference.AllInOneBlock))
+    block, stock = (
+        make_block(cls, case, torch.float64) for cls in (AllInOneBlock, reference.AllInOneBlock)
+    )
     x = (3 * make_input(case)[0]).abs().to(dtype)
     for b in (block, stock):
         b.subnet.register_forward_pre_hook(lambda _, given: (given[0].double(),))
@@ -285,10 +450,17 @@ def test_everything_on_one_device(elsewhere: str) -> None:
     if elsewhere == "subnet":
         block.subnet.register_forward_hook(lambda _, __, a: a.to("meta"))
     with pytest.raises(ValueError, match="on cpu, where the input is; got meta"):
-        block([torch.randn(2, 4)], [torch.randn(2, 2, device="meta" if elsewhere == "condition" else "cpu")])
+        block(
+            [torch.randn(2, 4)],
+            [torch.randn(2, 2, device="meta" if elsewhere == "condition" else "cpu")],
+        )
 
 
-@pytest.mark.parametrize("bad", [torch.randn(2, 4).to(torch.float8_e4m3fn), torch.randn(2, 4).to_sparse()], ids=["float8", "sparse"])
+@pytest.mark.parametrize(
+    "bad",
+    [torch.randn(2, 4).to(torch.float8_e4m3fn), torch.randn(2, 4).to_sparse()],
+    ids=["float8", "sparse"],
+)
 def test_exotic_tensors_are_refused(bad: Tensor) -> None:
     with pytest.raises(TypeError, match="expected the input"):
         AllInOneBlock([(4,)], subnet_constructor=Counting)([bad])
@@ -297,22 +469,37 @@ def test_exotic_tensors_are_refused(bad: Tensor) -> None:
 @both_directions
 def test_only_freia_asks_for_the_declared_size(rev: bool) -> None:
     x = torch.randn(2, 4, 6, 5)
-    assert AllInOneBlock([(4, 1, 1)], subnet_constructor=Counting)([x], rev=rev)[0][0].shape == x.shape
+    assert (
+        AllInOneBlock([(4, 1, 1)], subnet_constructor=Counting)([x], rev=rev)[0][0].shape == x.shape
+    )
     block = AllInOneBlock([(4, 1, 1)], subnet_constructor=Counting, dialect="freia")
-    with nothing_happens(block), pytest.raises(ValueError, match=r"\(B, 4, 1, 1\), got \(2, 4, 6, 5\)"):
+    with (
+        nothing_happens(block),
+        pytest.raises(ValueError, match=r"\(B, 4, 1, 1\), got \(2, 4, 6, 5\)"),
+    ):
         block([x], rev=rev)
     assert block([x[..., :1, :1]], rev=rev)[0][0].shape == (2, 4, 1, 1)
 
 
 @both_directions
 @with_and_without_grad
-def test_triton_on_a_cpu_says_why_not(rev: bool, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_on_a_cpu_says_why_not(
+    rev: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     block = AllInOneBlock([(6, 3, 4)], subnet_constructor=Counting, backend="triton")
-    with nothing_happens(block), torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="'triton'"):
+    with (
+        nothing_happens(block),
+        torch.set_grad_enabled(grad),
+        pytest.raises(RuntimeError, match="'triton'"),
+    ):
         block([GOOD_X], rev=rev)
     if not (rev and grad):
-        with nothing_happens(block), torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="the input is on cpu"):
+        with (
+            nothing_happens(block),
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match="the input is on cpu"),
+        ):
             block([GOOD_X], rev=rev)
 
 
@@ -322,7 +509,11 @@ def test_environment_sets_the_default_backend(rev: bool, monkeypatch: pytest.Mon
     auto = AllInOneBlock([(6, 3, 4)], subnet_constructor=Counting, reverse_permutation=True)
     eager = AllInOneBlock([(6, 3, 4)], subnet_constructor=Counting, backend="eager")
     for value, error, match in [
-        ("nonsense", ValueError, f"{dispatch.ENVIRONMENT_VARIABLE}.*auto.*eager.*triton.*got 'nonsense'"),
+        (
+            "nonsense",
+            ValueError,
+            f"{dispatch.ENVIRONMENT_VARIABLE}.*auto.*eager.*triton.*got 'nonsense'",
+        ),
         ("triton", RuntimeError, "'triton' cannot be used here: the input is on cpu"),
     ]:
         monkeypatch.setenv("FASTFLOW_KERNELS_BACKEND", value)
@@ -334,19 +525,51 @@ def test_environment_sets_the_default_backend(rev: bool, monkeypatch: pytest.Mon
         auto([GOOD_X], rev=rev)
 
 
-# --- the subnet ----------------------------------------------------------------------------------------------------------------------
+# --- the subnet -----------------------------------------------------------------------------------
 
 BAD_SUBNETS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "half the width": (lambda x: x[:, :3], ValueError, r"subnet to return shape \(2, 6, 5\), got \(2, 3, 5\)"),
-    "a channel more": (lambda x: torch.cat((x, x, x[:, :1]), 1), ValueError, r"subnet to return shape \(2, 6, 5\), got \(2, 7, 5\)"),
-    "a channel, to be broadcast": (lambda x: x[:, :1], ValueError, r"subnet to return shape \(2, 6, 5\), got \(2, 1, 5\)"),
-    "a pixel, to be broadcast": (lambda x: torch.cat((x, x), 1)[..., :1], ValueError, r"subnet to return shape .* got \(2, 6, 1\)"),
-    "a sample, to be broadcast": (lambda x: torch.cat((x, x), 1)[:1], ValueError, r"subnet to return shape .* got \(1, 6, 5\)"),
-    "another rank": (lambda x: torch.cat((x, x), 1).flatten(1), ValueError, r"subnet to return shape .* got \(2, 30\)"),
+    "half the width": (
+        lambda x: x[:, :3],
+        ValueError,
+        r"subnet to return shape \(2, 6, 5\), got \(2, 3, 5\)",
+    ),
+    "a channel more": (
+        lambda x: torch.cat((x, x, x[:, :1]), 1),
+        ValueError,
+        r"subnet to return shape \(2, 6, 5\), got \(2, 7, 5\)",
+    ),
+    "a channel, to be broadcast": (
+        lambda x: x[:, :1],
+        ValueError,
+        r"subnet to return shape \(2, 6, 5\), got \(2, 1, 5\)",
+    ),
+    "a pixel, to be broadcast": (
+        lambda x: torch.cat((x, x), 1)[..., :1],
+        ValueError,
+        r"subnet to return shape .* got \(2, 6, 1\)",
+    ),
+    "a sample, to be broadcast": (
+        lambda x: torch.cat((x, x), 1)[:1],
+        ValueError,
+        r"subnet to return shape .* got \(1, 6, 5\)",
+    ),
+    "another rank": (
+        lambda x: torch.cat((x, x), 1).flatten(1),
+        ValueError,
+        r"subnet to return shape .* got \(2, 30\)",
+    ),
     "a tuple": (lambda x: (x, x), TypeError, "subnet's output to be a tensor, got tuple"),
     "nothing": (lambda x: None, TypeError, "subnet's output to be a tensor, got NoneType"),
-    "integers": (lambda x: torch.cat((x, x), 1).long(), TypeError, "subnet.*torch.float32|floating.*got torch.int64"),
-    "complex": (lambda x: torch.cat((x, x), 1) * 1j, TypeError, "subnet.*torch.float32|floating.*got torch.complex64"),
+    "integers": (
+        lambda x: torch.cat((x, x), 1).long(),
+        TypeError,
+        "subnet.*torch.float32|floating.*got torch.int64",
+    ),
+    "complex": (
+        lambda x: torch.cat((x, x), 1) * 1j,
+        TypeError,
+        "subnet.*torch.float32|floating.*got torch.complex64",
+    ),
 }
 
 
@@ -367,23 +590,36 @@ def test_subnet_that_returns_something_else(bad: str, rev: bool, grad: bool) -> 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *[(name, dtype) for name in ("hard", "rev", "gin", "soft", "hh1") for dtype in (torch.bfloat16, torch.float16)],
-        *[(name, torch.float64) for name in ("hard", "rev", "gin")],  # a product, the stock block's and ours, takes no two dtypes
+        *[
+            (name, dtype)
+            for name in ("hard", "rev", "gin", "soft", "hh1")
+            for dtype in (torch.bfloat16, torch.float16)
+        ],
+        # a product, the stock block's and ours, takes no two dtypes
+        *[(name, torch.float64) for name in ("hard", "rev", "gin")],
     ],
     ids=str,
 )
 @both_directions
 @with_and_without_grad
 def test_subnet_of_another_dtype(name: str, rev: bool, grad: bool, dtype: torch.dtype) -> None:
-    """A float64 subnet in a float32 block, autocast inside a subnet: what comes out is promoted, as in the stock blocks."""
+    """A float64 subnet in a float32 block, autocast inside a subnet: what comes out is promoted, as
+    in the stock blocks.
+    """
     case = Case(Shape(3, 6, (2, 3)), name)
-    block, stock = (make_block(cls, case, torch.float32) for cls in (AllInOneBlock, reference.AllInOneBlock))
+    block, stock = (
+        make_block(cls, case, torch.float32) for cls in (AllInOneBlock, reference.AllInOneBlock)
+    )
     stock.load_state_dict(block.state_dict())
     truth = make_block(reference.AllInOneBlock, case, torch.float64)
     truth.load_state_dict(block.state_dict())
     for b in (block, stock, truth):  # the same values for all three
         b.subnet.register_forward_hook(
-            lambda _, __, a: a.to(torch.bfloat16).to(dtype) if a.dtype is torch.float32 else a.bfloat16().double()
+            lambda _, __, a: (
+                a.to(torch.bfloat16).to(dtype)
+                if a.dtype is torch.float32
+                else a.bfloat16().double()
+            )
         )
     x, _ = make_input(case, torch.float32)
     with torch.set_grad_enabled(grad):
@@ -403,17 +639,26 @@ modes = pytest.mark.parametrize("mode", ["input needs a gradient", "grad", "no_g
 
 
 def in_mode(mode: str) -> Any:
-    return torch.inference_mode() if mode == "inference" else torch.set_grad_enabled(mode != "no_grad")
+    return (
+        torch.inference_mode() if mode == "inference" else torch.set_grad_enabled(mode != "no_grad")
+    )
 
 
 @both_directions
 @modes
 def test_subnet_that_starts_in_place(rev: bool, mode: str) -> None:
-    """The stock block takes what the subnet has made of x1 for x1, and nobody notices; ours gives such a subnet a copy."""
+    """The stock block takes what the subnet has made of x1 for x1, and nobody notices; ours gives
+    such a subnet a copy.
+    """
     torch.manual_seed(0)
-    block = AllInOneBlock([(6, 5)], subnet_constructor=lambda i, o: nn.Sequential(nn.ReLU(inplace=True), Counting(i, o)))
+    block = AllInOneBlock(
+        [(6, 5)],
+        subnet_constructor=lambda i, o: nn.Sequential(nn.ReLU(inplace=True), Counting(i, o)),
+    )
     torch.manual_seed(0)
-    proper = AllInOneBlock([(6, 5)], subnet_constructor=lambda i, o: nn.Sequential(nn.ReLU(), Counting(i, o)))
+    proper = AllInOneBlock(
+        [(6, 5)], subnet_constructor=lambda i, o: nn.Sequential(nn.ReLU(), Counting(i, o))
+    )
     proper.load_state_dict(block.state_dict())
     with in_mode(mode):
         x = torch.randn(2, 6, 5, requires_grad=mode.startswith("input"))
@@ -429,7 +674,10 @@ def test_subnet_that_starts_in_place(rev: bool, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["input needs a gradient", "grad", "no_grad"])
 def test_subnet_that_writes_to_its_input(rev: bool, mode: str) -> None:
     """Further in, it cannot be seen beforehand; it is an error, and not another result."""
-    block = AllInOneBlock([(6, 5)], subnet_constructor=function_subnet(lambda x: x.relu_().mul(2.0)[:, :1].expand(-1, 6, -1)))
+    block = AllInOneBlock(
+        [(6, 5)],
+        subnet_constructor=function_subnet(lambda x: x.relu_().mul(2.0)[:, :1].expand(-1, 6, -1)),
+    )
     x = torch.randn(2, 6, 5, requires_grad=mode.startswith("input"))
     with in_mode(mode), pytest.raises(RuntimeError, match=re.compile("in.?place", re.IGNORECASE)):
         block([x], rev=rev)
@@ -437,7 +685,10 @@ def test_subnet_that_writes_to_its_input(rev: bool, mode: str) -> None:
 
 def test_subnet_that_writes_to_its_own_values() -> None:
     """Only the very input is out of bounds."""
-    block = AllInOneBlock([(6, 5)], subnet_constructor=lambda i, o: nn.Sequential(Counting(i, o), nn.ReLU(inplace=True)))
+    block = AllInOneBlock(
+        [(6, 5)],
+        subnet_constructor=lambda i, o: nn.Sequential(Counting(i, o), nn.ReLU(inplace=True)),
+    )
     x = torch.randn(2, 6, 5, requires_grad=True)
     (y,), logdet = block([x])
     (y.sum() + logdet.sum()).backward()
@@ -445,7 +696,7 @@ def test_subnet_that_writes_to_its_own_values() -> None:
         assert (block([y], rev=True)[0][0] - x).abs().max() < 1e-4
 
 
-# --- nothing of the caller's is written to ---------------------------------------------------------------------------------------------
+# --- nothing of the caller's is written to --------------------------------------------------------
 
 
 class Stored(nn.Module):
@@ -460,14 +711,19 @@ class Stored(nn.Module):
 
 
 @kinds
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
+)
 @pytest.mark.parametrize("shape", [Shape(2, 7), Shape(2, 6, (3, 5))], ids=str)
 def test_nothing_of_the_callers_is_written_to(name: str, dtype: torch.dtype, shape: Shape) -> None:
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, dtype)
     x, c = make_input(case, dtype)
     a = torch.randn(shape.batch, shape.channels // 2 * 2, *shape.spatial).to(dtype)
-    dy, dlogdet = torch.randn_like(x), torch.randn(shape.batch, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    dy, dlogdet = (
+        torch.randn_like(x),
+        torch.randn(shape.batch, dtype=torch.float64 if dtype is torch.float64 else torch.float32),
+    )
     block.subnet = Stored(a.clone().requires_grad_())
     tensors = {"x": x, "dy": dy, "dlogdet": dlogdet, **{f"c{i}": t for i, t in enumerate(c)}}
     before = {key: t.clone() for key, t in tensors.items()} | snapshot(block)
@@ -508,27 +764,40 @@ def gradients(block: nn.Module, x: Tensor, rev: bool = False) -> list[Tensor]:
     x = x.clone().requires_grad_()
     (y,), logdet = block([x], rev=rev)
     (y.square().sum() + logdet.sin().sum()).backward()
-    return [y.detach(), logdet.detach(), x.grad, *[p.grad for p in block.parameters() if p.grad is not None]]
+    return [
+        y.detach(),
+        logdet.detach(),
+        x.grad,
+        *[p.grad for p in block.parameters() if p.grad is not None],
+    ]
 
 
 def assert_rounding(actual: Tensor, expected: Tensor, roundings: float = 64.0) -> None:
-    """float64: equal but for so many roundings of the largest magnitude. The tensors here are sums of a few dozen terms at most."""
+    """float64: equal but for so many roundings of the largest magnitude. The tensors here are sums
+    of a few dozen terms at most.
+    """
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype == torch.float64
     if expected.numel():
         error = (actual - expected).abs().max().item()
-        assert error <= roundings * torch.finfo(torch.float64).eps * max(1.0, expected.abs().max().item())
+        assert error <= roundings * torch.finfo(torch.float64).eps * max(
+            1.0, expected.abs().max().item()
+        )
 
 
 @both_dialects
 @both_directions
 @pytest.mark.parametrize("channels", [3])
 def test_identity_subnet(channels: int, rev: bool, dialect: str) -> None:
-    """The stock block overwrites x1, which an identity returns. With 3 channels x1 has 2, as many as are asked for."""
+    """The stock block overwrites x1, which an identity returns. With 3 channels x1 has 2, as many
+    as are asked for.
+    """
     blocks = []
     for cls in (AllInOneBlock, reference.AllInOneBlock):
         torch.manual_seed(1)
-        blocks.append(cls([(channels, 4)], [], lambda i, o: nn.Identity(), dialect=dialect).double())
+        blocks.append(
+            cls([(channels, 4)], [], lambda i, o: nn.Identity(), dialect=dialect).double()
+        )
     x = torch.randn(2, channels, 4, dtype=torch.float64)
     given = x.clone()
     for actual, expected in zip(*(gradients(block, x, rev) for block in blocks), strict=True):
@@ -548,7 +817,11 @@ def test_subnet_that_ends_in_an_activation_trains(last: type[nn.Module], gin: bo
     blocks = []
     for cls in (AllInOneBlock, reference.AllInOneBlock):
         torch.manual_seed(1)
-        blocks.append(cls([(6,)], [], lambda i, o: nn.Sequential(nn.Linear(i, o), last()), gin_block=gin).double())
+        blocks.append(
+            cls(
+                [(6,)], [], lambda i, o: nn.Sequential(nn.Linear(i, o), last()), gin_block=gin
+            ).double()
+        )
     x = torch.randn(5, 6, dtype=torch.float64)
     for block in blocks:
         optimizer = torch.optim.SGD(block.parameters(), lr=0.05)
@@ -580,12 +853,14 @@ def test_outputs_may_be_changed_in_place(name: str, rev: bool) -> None:
             y, logdet = y * 3 + 1, logdet * 2
         block.zero_grad()
         (y.square().sum() + logdet.square().sum()).backward()
-        results.append([t.grad for t in leaves] + [p.grad for p in block.parameters() if p.grad is not None])
+        results.append(
+            [t.grad for t in leaves] + [p.grad for p in block.parameters() if p.grad is not None]
+        )
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
 
 
-# --- empty batches ---------------------------------------------------------------------------------------------------------------------
+# --- empty batches --------------------------------------------------------------------------------
 
 EMPTY = [Case(Shape(0, 7), name) for name in KINDS]
 EMPTY += [
@@ -611,7 +886,8 @@ def test_empty_batch(case: Case, rev: bool, dialect: str) -> None:
     (y.sum() + logdet.sum()).backward()
     assert all(t.grad is not None and t.grad.shape == t.shape for t in leaves)
     for name, p in block.named_parameters():
-        if p.requires_grad and p.numel() and not (block.GIN and name == "global_scale"):  # which a GIN block does not use
+        # which a GIN block does not use
+        if p.requires_grad and p.numel() and not (block.GIN and name == "global_scale"):
             if case.shape.channels == 1 and name.startswith("subnet"):
                 continue  # no active half: the tests' subnet returns no coefficients
             assert p.grad is not None, name
@@ -622,15 +898,21 @@ def test_empty_batch(case: Case, rev: bool, dialect: str) -> None:
     assert logdet.shape == (0,)
 
 
-# --- NaN and infinity ------------------------------------------------------------------------------------------------------------------
+# --- NaN and infinity -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["hard", "sigmoid", "rev", "gin"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("shape", [Shape(3, 7), Shape(3, 6, (3, 5)), Shape(2, 64, (40, 40))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(3, 7), Shape(3, 6, (3, 5)), Shape(2, 64, (40, 40))], ids=str
+)
 @both_directions
-def test_what_is_not_finite_stays_where_it_is(name: str, value: float, shape: Shape, rev: bool) -> None:
-    """In one active channel of one sample, one pixel: all else is what it was, to the bit. (GIN's mean is over coefficients.)"""
+def test_what_is_not_finite_stays_where_it_is(
+    name: str, value: float, shape: Shape, rev: bool
+) -> None:
+    """In one active channel of one sample, one pixel: all else is what it was, to the bit. (GIN's
+    mean is over coefficients.)
+    """
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, torch.float32)
     block.subnet = Stored(torch.randn(shape.batch, shape.channels // 2 * 2, *shape.spatial))
@@ -638,10 +920,13 @@ def test_what_is_not_finite_stays_where_it_is(name: str, value: float, shape: Sh
     clean = flat(block, x, rev)
     bad = x.clone()
     pixel = (0,) * len(shape.spatial)
-    # a channel of the active half: where the inverse looks for it, and where the permutation that is undone first puts it
+    # a channel of the active half: where the inverse looks for it, and where the permutation that
+    # is undone first puts it
     channel = shape.channels - 1
     if rev or block.reverse_pre_permute:
-        channel = int((block._permutation().perm if rev else block._permutation().inv).eq(channel).nonzero())
+        channel = int(
+            (block._permutation().perm if rev else block._permutation().inv).eq(channel).nonzero()
+        )
     bad[(1, channel, *pixel)] = value
     (y, logdet), (clean_y, clean_logdet) = flat(block, bad, rev), clean
     assert torch.equal(logdet, clean_logdet)
@@ -664,10 +949,13 @@ def flat(block: nn.Module, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @both_directions
 def test_samples_do_not_infect_each_other(name: str, value: float, rev: bool) -> None:
-    """A sample full of NaN or inf: the others' results and gradients are what they were, to the bit."""
+    """A sample full of NaN or inf: the others' results and gradients are what they were, to the
+    bit.
+    """
     case = Case(Shape(3, 6, (3, 5)), name)
     block = make_block(AllInOneBlock, case, torch.float32)
-    block.subnet = Counting(3 + sum(case.conditions), 6)  # by pixel: a convolution may sum in another order
+    # by pixel: a convolution may sum in another order
+    block.subnet = Counting(3 + sum(case.conditions), 6)
     x, c = make_input(case, torch.float32)
     results = []
     for fill in (None, value):
@@ -689,8 +977,12 @@ def test_samples_do_not_infect_each_other(name: str, value: float, rev: bool) ->
 @pytest.mark.parametrize("gin", [False, True], ids=["", "gin"])
 @both_directions
 @both_dialects
-def test_coefficients_that_are_not_finite(value: float, where: int, gin: bool, rev: bool, dialect: str) -> None:
-    """As by the formula: an infinite log-factor is the clamp, a NaN is a NaN of its element and of its sample's log-determinant."""
+def test_coefficients_that_are_not_finite(
+    value: float, where: int, gin: bool, rev: bool, dialect: str
+) -> None:
+    """As by the formula: an infinite log-factor is the clamp, a NaN is a NaN of its element and of
+    its sample's log-determinant.
+    """
     torch.manual_seed(3)
     a = torch.randn(2, 6, 4, dtype=torch.float64)
     a[0, where, 1] = value
@@ -702,37 +994,60 @@ def test_coefficients_that_are_not_finite(value: float, where: int, gin: bool, r
         (y,), logdet = block([x], rev=rev)
         results.append((y.detach(), logdet.detach()))
     (y, logdet), (expected_y, expected_logdet) = results
-    torch.testing.assert_close(y, expected_y, rtol=64 * torch.finfo(torch.float64).eps, atol=1e-15, equal_nan=True)
-    torch.testing.assert_close(logdet, expected_logdet, rtol=64 * torch.finfo(torch.float64).eps, atol=1e-14, equal_nan=True)
+    torch.testing.assert_close(
+        y, expected_y, rtol=64 * torch.finfo(torch.float64).eps, atol=1e-15, equal_nan=True
+    )
+    torch.testing.assert_close(
+        logdet,
+        expected_logdet,
+        rtol=64 * torch.finfo(torch.float64).eps,
+        atol=1e-14,
+        equal_nan=True,
+    )
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-@pytest.mark.parametrize("shape", [Shape(4, 7), Shape(3, 7, (3, 5)), Shape(2, 6, (2, 3, 2))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(4, 7), Shape(3, 7, (3, 5)), Shape(2, 6, (2, 3, 2))], ids=str
+)
 @pytest.mark.parametrize("name", ["hard", "gin", "rev", "cond", "soft", "hh1"])
 @both_directions
 def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, rev: bool) -> None:
-    """The same bits; but channels-last runs pixel by pixel, and torch's products (soft, Householder), means (GIN's inverse) and gradients
-    of what it has broadcast (any inverse) sum in the order of the layout."""
+    """The same bits; but channels-last runs pixel by pixel, and torch's products (soft,
+    Householder), means (GIN's inverse) and gradients of what it has broadcast (any inverse) sum in
+    the order of the layout."""
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case)
-    subnet = Counting(shape.channels - shape.channels // 2 + sum(case.conditions), shape.channels // 2 * 2).double()
+    subnet = Counting(
+        shape.channels - shape.channels // 2 + sum(case.conditions), shape.channels // 2 * 2
+    ).double()
     block.subnet = nn.Sequential(Function(torch.Tensor.contiguous), subnet)
     x, c = make_input(case)
-    x, c = LAYOUTS[layout](x), [LAYOUTS[layout](t) for t in c]  # the values may differ: "expanded" repeats the first sample
-    dy = LAYOUTS[layout](torch.randn(shape.full, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
+    # the values may differ: "expanded" repeats the first sample
+    x, c = LAYOUTS[layout](x), [LAYOUTS[layout](t) for t in c]
+    dy = LAYOUTS[layout](
+        torch.randn(shape.full, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    )
     assert layout == "channels_last" or not x.is_contiguous()
     results = []
-    for convert in (torch.Tensor.detach, lambda t: t.detach().contiguous().clone(memory_format=torch.contiguous_format)):
+    for convert in (
+        torch.Tensor.detach,
+        lambda t: t.detach().contiguous().clone(memory_format=torch.contiguous_format),
+    ):
         xs, cs = convert(x).requires_grad_(), [convert(t).requires_grad_() for t in c]
         (y,), logdet = block([xs], cs, rev=rev)
         block.zero_grad()
-        torch.autograd.backward([y, logdet], [convert(dy), torch.ones(shape.batch, dtype=torch.float64)])
+        torch.autograd.backward(
+            [y, logdet], [convert(dy), torch.ones(shape.batch, dtype=torch.float64)]
+        )
         with torch.no_grad():
             (z,), negated = block([xs], cs, rev=rev)
-        grads = [t.grad for t in (xs, *cs)] + [p.grad for p in block.parameters() if p.grad is not None]
+        grads = [t.grad for t in (xs, *cs)] + [
+            p.grad for p in block.parameters() if p.grad is not None
+        ]
         results.append([y.detach(), logdet.detach(), z, negated, *grads])
     for actual, expected in zip(*results, strict=True):
         if rev or layout == "channels_last" or name in ("soft", "hh1", "gin"):
@@ -744,8 +1059,12 @@ def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, 
 @pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
 @pytest.mark.parametrize("shape", [Shape(3, 7, (3, 5)), Shape(2, 6, (2, 3, 2))], ids=str)
 @kinds
-def test_channels_last_stays(name: str, shape: Shape, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output, inverse and the input's gradient have the input's memory format, so that convolutions around them need no copy."""
+def test_channels_last_stays(
+    name: str, shape: Shape, plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output, inverse and the input's gradient have the input's memory format, so that convolutions
+    around them need no copy.
+    """
     monkeypatch.setattr(dispatch, "SMALL", 1 << 15 if plain else 0)
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, torch.float32)
@@ -760,19 +1079,23 @@ def test_channels_last_stays(name: str, shape: Shape, plain: bool, monkeypatch: 
     assert back.is_contiguous(memory_format=layout)
     assert (back - x).abs().max() < 1e-4
     product_first = block.reverse_pre_permute and (block.permute_soft or block.householder)
-    if not plain and not (product_first and len(shape.spatial) == 3):  # torch's convolution in 3-D gives another format
+    # torch's convolution in 3-D gives another format
+    if not plain and not (product_first and len(shape.spatial) == 3):
         assert dx.is_contiguous(memory_format=layout)
 
 
 def test_a_slice_of_a_channels_last_batch_stays_channels_last() -> None:
     block = make_block(AllInOneBlock, Case(Shape(4, 7, (3, 5)), "rev"), torch.float64)
-    x = make_input(Case(Shape(4, 7, (3, 5)), "rev"))[0].contiguous(memory_format=torch.channels_last)
+    x = make_input(Case(Shape(4, 7, (3, 5)), "rev"))[0].contiguous(
+        memory_format=torch.channels_last
+    )
     with torch.no_grad():
         (y,), _ = block([x[::2]])
         expected = block([x])[0][0][::2]
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected)
-    flat = torch.randn(4, 7, 1, 1, dtype=torch.float64)[::2]  # of a single pixel every format is contiguous: it has none to keep
+    # of a single pixel every format is contiguous: it has none to keep
+    flat = torch.randn(4, 7, 1, 1, dtype=torch.float64)[::2]
     assert memory_format(flat) is torch.contiguous_format
 
 
@@ -780,7 +1103,9 @@ def test_a_slice_of_a_channels_last_batch_stays_channels_last() -> None:
 @pytest.mark.parametrize("of_dy", LAYOUTS)
 @pytest.mark.parametrize("name", ["soft", "gin-soft", "hard", "rev", "gin", "hh1"])
 def test_gradients_come_in_any_layout(name: str, of_x: str, of_dy: str) -> None:
-    """Of the output's gradient and of the input independently, as the layers on the two sides have it."""
+    """Of the output's gradient and of the input independently, as the layers on the two sides have
+    it.
+    """
     case = Case(Shape(4, 6, (4, 4)), name)
     block = make_block(AllInOneBlock, case)
     x, c = make_input(case)
@@ -803,14 +1128,16 @@ def test_gin_hands_no_gradient_to_hooks_of_the_scale() -> None:
     assert block.global_scale.grad is None
 
 
-# --- lower precision -------------------------------------------------------------------------------------------------------------------
+# --- lower precision ------------------------------------------------------------------------------
 
 
 @kinds
 @both_directions
 @with_and_without_grad
 def test_autocast_keeps_the_log_determinant(name: str, rev: bool, grad: bool) -> None:
-    """To float32's accuracy: with the very coefficients that the subnet gave in bfloat16, it is that of the formula in float64."""
+    """To float32's accuracy: with the very coefficients that the subnet gave in bfloat16, it is
+    that of the formula in float64.
+    """
     case = Case(Shape(3, 8, (4, 4)), name)
     seen = []
     block = make_block(AllInOneBlock, case, torch.float32)
@@ -825,7 +1152,10 @@ def test_autocast_keeps_the_log_determinant(name: str, rev: bool, grad: bool) ->
     if block.GIN:
         expected = torch.zeros(3, dtype=torch.float64)
     else:
-        expected = s.flatten(1).sum(1) + 16 * block.global_scale_activation(block.global_scale.detach().double()).log().sum()
+        expected = (
+            s.flatten(1).sum(1)
+            + 16 * block.global_scale_activation(block.global_scale.detach().double()).log().sum()
+        )
     error = (logdet.detach() - (-expected if rev else expected)).abs().max().item()
     terms = s.abs().flatten(1).sum(1).max().item() + 16 * 8
     assert error <= 4 * torch.finfo(torch.float32).eps * terms
@@ -850,10 +1180,16 @@ def test_half_precision_block_has_a_float32_log_determinant(name: str, dtype: to
 
 @pytest.mark.parametrize("name", ["hard", "sigmoid", "gin", "rev"])
 @pytest.mark.parametrize("shape", [Shape(3, 7), Shape(2, 6, (3, 5))], ids=str)
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "narrow", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
 @with_and_without_grad
-def test_inverse_of_a_narrower_input(name: str, shape: Shape, narrow: torch.dtype, grad: bool) -> None:
-    """A latent variable in another dtype than the block's is widened, which is exact: the same bits as if it had come so."""
+def test_inverse_of_a_narrower_input(
+    name: str, shape: Shape, narrow: torch.dtype, grad: bool
+) -> None:
+    """A latent variable in another dtype than the block's is widened, which is exact: the same bits
+    as if it had come so.
+    """
     case = Case(shape, name)
     wide = torch.float64 if narrow is torch.float32 else torch.float32
     block = make_block(AllInOneBlock, case, wide)
@@ -866,7 +1202,7 @@ def test_inverse_of_a_narrower_input(name: str, shape: Shape, narrow: torch.dtyp
     assert torch.equal(logdet, expected_logdet)
 
 
-# --- overrides -------------------------------------------------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", ["too few channels", "a tensor", "conditions missing", "complex"])
@@ -891,9 +1227,14 @@ def test_the_tables_names_exist() -> None:
 @pytest.mark.parametrize("given", ["float32", "half"])
 @kinds
 def test_dtypes_under_autocast(name: str, given: str, half: torch.dtype, dialect: str) -> None:
-    """As the README says: float32 comes out, unless a soft permutation is the last step, whose product is autocast's."""
+    """As the README says: float32 comes out, unless a soft permutation is the last step, whose
+    product is autocast's.
+    """
     block = AllInOneBlock(
-        [(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1), dialect=dialect, **Case(Shape(1, 8, (4, 4)), name).options
+        [(8, 4, 4)],
+        subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1),
+        dialect=dialect,
+        **Case(Shape(1, 8, (4, 4)), name).options,
     )
     dtype = half if given == "half" else torch.float32
     x = torch.randn(3, 8, 4, 4).to(dtype).requires_grad_()
@@ -917,7 +1258,9 @@ def test_float16_overflows_only_where_a_result_does(backend: str) -> None:
 
 
 def check_float16_range(backend: str) -> None:
-    """x2 * exp(s) reaches 3000 * e^5, far beyond float16's 65504, and the sum of s too; y, dx and the log-determinant do not."""
+    """x2 * exp(s) reaches 3000 * e^5, far beyond float16's 65504, and the sum of s too; y, dx and
+    the log-determinant do not.
+    """
     shape = (2, 128, 12, 12)
     a = torch.full(shape, 100.0, dtype=torch.float16, requires_grad=True)
     block = AllInOneBlock(

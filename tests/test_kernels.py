@@ -1,7 +1,8 @@
 """The Triton kernels against plain PyTorch in float64.
 
-pytest tests/test_kernels.py                      # on a GPU; without one compiled, and executed on the CPU (tests/support/executor)
-TRITON_INTERPRET=1 pytest tests/test_kernels.py   # in Triton's interpreter, under the memory checker of sanitizer.py
+pytest tests/test_kernels.py                      # on a GPU; without one compiled, and executed on
+the CPU (tests/support/executor) TRITON_INTERPRET=1 pytest tests/test_kernels.py   # in Triton's
+interpreter, under the memory checker of sanitizer.py
 """
 
 from __future__ import annotations
@@ -45,21 +46,36 @@ from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_execu
 from tests.test_inputs import check_float16_range
 from tests.test_parity import compare, compare_fresh
 
-pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]  # numpy's: overflow to inf is meant
+# numpy's: overflow to inf is meant
+pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
 PLANES = ((2, 7, 4, 5), (3, 2, 3, 3), (2, 1, 2, 3), (1, 9, 7), (2, 6, 2, 4, 2))
 ROWS = ((5, 7), (3, 2), (4, 1), (2, 9, 1, 1), (9, 130))
-TILED = ((1, 3, 1100), (2, 70, 64), (3, 33, 14, 14))  # more than one tile along the pixels, the channels, both
-EXTREME = ((70_000, 2), (2, 4096), (1, 4097, 1, 2))  # a batch beyond a grid's 65535 in y and z; rows too wide for one tile
+# more than one tile along the pixels, the channels, both
+TILED = ((1, 3, 1100), (2, 70, 64), (3, 33, 14, 14))
+# a batch beyond a grid's 65535 in y and z; rows too wide for one tile
+EXTREME = ((70_000, 2), (2, 4096), (1, 4097, 1, 2))
 
-in_the_interpreter = pytest.mark.skipif(not INTERPRETED, reason="is about the interpreter's memory checker")
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="takes the interpreter long, or shows nothing there: compiled kernels run it")
-without_a_gpu = pytest.mark.skipif(not (INTERPRETED or EXECUTED), reason="counts accesses, which a GPU does not tell")
+in_the_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="is about the interpreter's memory checker"
+)
+not_interpreted = pytest.mark.skipif(
+    INTERPRETED,
+    reason="takes the interpreter long, or shows nothing there: compiled kernels run it",
+)
+without_a_gpu = pytest.mark.skipif(
+    not (INTERPRETED or EXECUTED), reason="counts accesses, which a GPU does not tell"
+)
 
 
 def shortly(shapes, keep):
-    """The shapes with their ids; all but those to keep are for slow runs where kernels are compiled for each."""
-    return [pytest.param(shape, id=shape_id(shape), marks=() if shape in keep else slow_when_executed) for shape in shapes]
+    """The shapes with their ids; all but those to keep are for slow runs where kernels are compiled
+    for each.
+    """
+    return [
+        pytest.param(shape, id=shape_id(shape), marks=() if shape in keep else slow_when_executed)
+        for shape in shapes
+    ]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,13 +87,17 @@ def _executor():
 @pytest.fixture(autouse=True)
 def _on_the_device():
     with DEVICE:
-        torch.empty(0)  # the mode looks up which functions it serves at the first call: before sanitize() replaces some of them
+        # the mode looks up which functions it serves at the first call: before sanitize() replaces
+        # some of them
+        torch.empty(0)
         yield
 
 
 @pytest.fixture
 def busy(monkeypatch):
-    """Let one program be enough to keep the GPU busy, so that small inputs are walked in loops as large ones are."""
+    """Let one program be enough to keep the GPU busy, so that small inputs are walked in loops as
+    large ones are.
+    """
     monkeypatch.setattr(launch, "BUSY", 1)
     for name in ("FORWARD_ROWS", "BACKWARD_ROWS"):
         monkeypatch.setattr(coupling, name, getattr(launch, name)._replace(busy=1))
@@ -86,7 +106,7 @@ def busy(monkeypatch):
     launch.plan.cache_clear()
 
 
-# --- parity -------------------------------------------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", PLANES + ROWS, ids=shape_id)
@@ -116,7 +136,9 @@ def test_coupling_parity_of_extreme_sizes(shape):
     check_everything(make(shape))
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 64), pytest.param((1, 3, 80, 1024), marks=not_interpreted)], ids=shape_id)
+@pytest.mark.parametrize(
+    "shape", [(2, 70, 64), pytest.param((1, 3, 80, 1024), marks=not_interpreted)], ids=shape_id
+)
 def test_coupling_gin_parity_of_many_tiles(shape):
     """In the second each program of the sums walks more than one tile."""
     check_everything(make(shape, gin=True))
@@ -128,11 +150,15 @@ def test_log_determinant_of_many_programs():
     x, a, *rest, spec = make((1, 3, 260, 1024))
     logdet = coupling.coupling_fwd(x, a, *rest, spec, True)[1]
     truth = plain_logdet(plain_s(a.double(), spec), x, rest[0].double(), spec)
-    terms = plain_s(a, spec).abs().sum() + x[0, 0].numel() * scale_of(rest[0], spec).log().abs().sum()
+    terms = (
+        plain_s(a, spec).abs().sum() + x[0, 0].numel() * scale_of(rest[0], spec).log().abs().sum()
+    )
     close(logdet, truth, plain_logdet(plain_s(a, spec), x, rest[0], spec), "logdet", terms.item())
 
 
-@pytest.mark.parametrize("gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"])
+@pytest.mark.parametrize(
+    "gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"]
+)
 @pytest.mark.parametrize("shape", [(7, 6, 5, 2), (131, 300), (70, 9)], ids=shape_id)
 def test_coupling_parity_in_loops(shape, gin, busy):
     check_everything(make(shape, gin=gin))
@@ -188,7 +214,9 @@ def misaligned(t):
 
 
 @not_interpreted
-@pytest.mark.parametrize("gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"])
+@pytest.mark.parametrize(
+    "gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"]
+)
 @pytest.mark.parametrize("shape", [(2, 8, 4, 4), (5, 8)], ids=shape_id)
 def test_coupling_parity_of_misaligned_tensors(shape, gin):
     """x, then a, then all others, after a call with aligned tensors has prepared the launches."""
@@ -200,19 +228,29 @@ def test_coupling_parity_of_misaligned_tensors(shape, gin):
     check_everything((x, a, *map(misaligned, others), spec), misaligned(dy), misaligned(dlogdet))
 
 
-@pytest.mark.parametrize("gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"])
+@pytest.mark.parametrize(
+    "gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"]
+)
 @pytest.mark.parametrize("shape", [(2, 4, 16), (2, 16)], ids=shape_id)
 def test_coupling_of_samples_far_apart(shape, gin):
-    """2**31 elements, as in a slice of a large tensor: no product of the stride fits in 32 bits. Only a few of them are touched."""
+    """2**31 elements, as in a slice of a large tensor: no product of the stride fits in 32 bits.
+    Only a few of them are touched.
+    """
     x, a, *rest = make(shape, gin=gin, x=torch.float16)
     size, stride = x[0].numel(), 2**31
     memory = torch.empty(stride + 2 * size, dtype=torch.float16)
-    far_x, far_a = (memory.as_strided(shape, (stride, *x.stride()[1:]), k * size).copy_(t) for k, t in enumerate((x, a)))
+    far_x, far_a = (
+        memory.as_strided(shape, (stride, *x.stride()[1:]), k * size).copy_(t)
+        for k, t in enumerate((x, a))
+    )
     dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
     results = []
     for inputs in ((far_x, far_a, *rest), (x, a, *rest)):
         with sanitize():
-            forward, backward = coupling.coupling_fwd(*inputs, True), coupling.coupling_bwd(dy, dlogdet, *inputs, True)
+            forward, backward = (
+                coupling.coupling_fwd(*inputs, True),
+                coupling.coupling_bwd(dy, dlogdet, *inputs, True),
+            )
             back, logdet = poisoned_inverse(inputs[0], inputs)
             undone = back.clone()
             both = coupling.coupling_inv_bwd(inputs[0], undone, dy, dlogdet, *inputs[1:], True)
@@ -234,7 +272,9 @@ def _columns_kernel(b_ptr, p_ptr, exists_ptr, first, B, P, BLOCK_Q: tl.constexpr
 def test_columns_at_the_end_of_the_largest_sample(sample):
     pixels, block = launch.MAX_SAMPLE, 1024
     b, p, exists = (torch.zeros(block, dtype=torch.int64) for _ in range(3))
-    _columns_kernel[(1,)](b, p, exists, (sample + 1) * (2**31 // block) - 1, 2, pixels, block, enable_fp_fusion=True)
+    _columns_kernel[(1,)](
+        b, p, exists, (sample + 1) * (2**31 // block) - 1, 2, pixels, block, enable_fp_fusion=True
+    )
     assert (b == sample).all()
     assert torch.equal(p[:-1], torch.arange(pixels - block + 1, pixels))
     assert exists.tolist() == [1] * (block - 1) + [0]  # the last column is one past the end
@@ -242,7 +282,9 @@ def test_columns_at_the_end_of_the_largest_sample(sample):
 
 def test_coupling_parity_of_global_parameter_shapes():
     x, a, g, offset, *rest = make((2, 7, 4, 5))
-    check = coupling.coupling_bwd(torch.randn_like(x), None, x, a, g.view(1, 7, 1, 1), offset.view(1, 7, 1, 1), *rest, True)
+    check = coupling.coupling_bwd(
+        torch.randn_like(x), None, x, a, g.view(1, 7, 1, 1), offset.view(1, 7, 1, 1), *rest, True
+    )
     assert check[2].shape == check[3].shape == (1, 7, 1, 1)
 
 
@@ -254,7 +296,13 @@ def test_coupling_without_a_permutation(shape):
     results = []
     for index in (identity, None):
         args = (x, a, g, offset, index, index, spec)
-        results.append([*coupling.coupling_fwd(*args, True), *coupling.coupling_bwd(dy, dlogdet, *args, True), *poisoned_inverse(x, args)])
+        results.append(
+            [
+                *coupling.coupling_fwd(*args, True),
+                *coupling.coupling_bwd(dy, dlogdet, *args, True),
+                *poisoned_inverse(x, args),
+            ]
+        )
     for with_index, without in zip(*results, strict=True):
         assert torch.equal(with_index, without)
 
@@ -262,12 +310,17 @@ def test_coupling_without_a_permutation(shape):
 @pytest.mark.parametrize(("samples", "stride"), [(2, 0), (2, 3), (1, 2)])
 @pytest.mark.parametrize("operations", [coupling, eager], ids=["kernels", "eager"])
 def test_rows_that_share_a_log_determinant(operations, samples, stride):
-    """A gradient for each sample of three rows is what it is repeated for each row; one element is contiguous whatever its stride."""
+    """A gradient for each sample of three rows is what it is repeated for each row; one element is
+    contiguous whatever its stride.
+    """
     rows = 3 * samples
     x, a, *rest = make((rows, 9), a=torch.float32)
     dy, dlogdet = torch.randn(rows, 9), torch.randn(4).as_strided((samples,), (stride,))
     back = operations.coupling_inv_passive(x, *rest)
-    for function, arguments in ((operations.coupling_bwd, (x, a)), (operations.coupling_inv_bwd, None)):
+    for function, arguments in (
+        (operations.coupling_bwd, (x, a)),
+        (operations.coupling_inv_bwd, None),
+    ):
         found = []
         for gradient in (dlogdet, dlogdet.repeat_interleave(3)):
             given = (dy, gradient, *arguments) if arguments else (x, back.clone(), dy, gradient, a)
@@ -277,7 +330,7 @@ def test_rows_that_share_a_log_determinant(operations, samples, stride):
             torch.testing.assert_close(per_sample, per_row)
 
 
-# --- options ------------------------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
@@ -353,7 +406,9 @@ def test_sigmoid_scales_that_torch_takes_for_zero(shape):
     x, a, _, offset, perm, inv, spec = make(shape, "SIGMOID")
     g, offset = torch.tensor([-86.0, -86.8, -90.0, -100.0]), torch.zeros_like(offset)
     y, logdet = coupling.coupling_fwd(1e3 * x, 0 * a, g, offset, perm, inv, spec, True)
-    truth, expected = plain_fwd(1e3 * x.double(), 0 * a.double(), g.double(), offset.double(), perm, spec)
+    truth, expected = plain_fwd(
+        1e3 * x.double(), 0 * a.double(), g.double(), offset.double(), perm, spec
+    )
     assert (y - truth).abs().max() < 4e3 * 10 * 2.0**-149  # the rounding of a subnormal exponential
     torch.testing.assert_close(logdet, expected.float())
     assert poisoned_inverse(y, (x, 0 * a, g, offset, perm, inv, spec))[0].isfinite().all()
@@ -362,7 +417,9 @@ def test_sigmoid_scales_that_torch_takes_for_zero(shape):
 @pytest.mark.parametrize("activation", ["EXP", "SOFTPLUS"])
 @pytest.mark.parametrize("shape", [(2, 8, 3), (6, 8)], ids=shape_id)
 def test_coupling_of_subnormal_scales(shape, activation):
-    """1 / scale is beyond the range there, (y - offset) / scale is not where y - offset is as small."""
+    """1 / scale is beyond the range there, (y - offset) / scale is not where y - offset is as
+    small.
+    """
     _, a, _, offset, perm, inv, spec = make(shape, activation)
     g = torch.linspace(-86.0, -100.0, shape[1]) * (2 if activation == "SOFTPLUS" else 1)
     inputs = (1e3 * torch.randn(shape), 1e-3 * a, g, torch.zeros_like(offset), perm, inv, spec)
@@ -374,7 +431,10 @@ def test_coupling_of_subnormal_scales(shape, activation):
     close(logdet, truth[1], baseline[1], "logdet")
     y = y + 1e-38
     back, minus = poisoned_inverse(y, inputs)
-    truth, baseline = plain_inv(y.double(), *wide[1:], inv, spec), plain_inv(y, *inputs[1:4], inv, spec)
+    truth, baseline = (
+        plain_inv(y.double(), *wide[1:], inv, spec),
+        plain_inv(y, *inputs[1:4], inv, spec),
+    )
     assert baseline[0].isfinite().sum() > y.numel() // 2
     close(minus, truth[1], baseline[1], "inverse logdet")
     undone = coupling.coupling_inv_passive(y, *inputs[2:])
@@ -385,7 +445,11 @@ def test_coupling_of_subnormal_scales(shape, activation):
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float64, id="fp64", marks=slow_when_executed), pytest.param(torch.float32, id="fp32")]
+    "dtype",
+    [
+        pytest.param(torch.float64, id="fp64", marks=slow_when_executed),
+        pytest.param(torch.float32, id="fp32"),
+    ],
 )
 @pytest.mark.parametrize("shape", [(3, 6, 4), (7, 6)], ids=shape_id)
 def test_coupling_passes_nan_and_inf_through(shape, dtype):
@@ -404,7 +468,12 @@ def test_coupling_small_arguments_keep_their_relative_accuracy(shape, size):
     g = torch.zeros_like(g)  # log(exp(0)) = 0: the log-determinant is the sum of s alone
     a = size * a.abs()
     logdet = coupling.coupling_fwd(x, a, g, offset, perm, inv, spec, True)[1]
-    close(logdet, plain_logdet(plain_s(a.double(), spec), x, g.double(), spec), plain_logdet(plain_s(a, spec), x, g, spec), "logdet")
+    close(
+        logdet,
+        plain_logdet(plain_s(a.double(), spec), x, g.double(), spec),
+        plain_logdet(plain_s(a, spec), x, g, spec),
+        "logdet",
+    )
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 4, 5), (6, 7)], ids=shape_id)
@@ -413,20 +482,26 @@ def test_coupling_repeats_bit_for_bit(shape, gin):
     inputs = make(shape, gin=gin)
     dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
     runs = [
-        [*coupling.coupling_fwd(*inputs, True), *coupling.coupling_bwd(dy, dlogdet, *inputs, True), *poisoned_inverse(dy, inputs)]
+        [
+            *coupling.coupling_fwd(*inputs, True),
+            *coupling.coupling_bwd(dy, dlogdet, *inputs, True),
+            *poisoned_inverse(dy, inputs),
+        ]
         for _ in range(2)
     ]
     for first, second in zip(*runs, strict=True):
         assert first is second is None or torch.equal(first, second)
 
 
-# --- traffic ------------------------------------------------------------------------------------------------------------------------
+# --- traffic --------------------------------------------------------------------------------------
 
 FEW = {"g_ptr", "offset_ptr", "inv_ptr", "perm_ptr", "dlogdet_ptr", "sums_ptr"}
 
 
 def traffic(launches: list[Launch]) -> float:
-    """Bytes moved. What has a value per channel or sample is counted once a launch: a cache serves later reads of these few kilobytes."""
+    """Bytes moved. What has a value per channel or sample is counted once a launch: a cache serves
+    later reads of these few kilobytes.
+    """
     return sum(
         sum(n for name, n in run.loaded.items() if name not in FEW)
         + sum(n for name, n in run.distinct.items() if name in FEW)
@@ -441,10 +516,17 @@ def traffic(launches: list[Launch]) -> float:
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((2, 16, 32, 32), torch.float32), ((1, 32, 28, 28), torch.bfloat16), ((128, 512), torch.float32), ((256, 100), torch.bfloat16)],
+    [
+        ((2, 16, 32, 32), torch.float32),
+        ((1, 32, 28, 28), torch.bfloat16),
+        ((128, 512), torch.float32),
+        ((256, 100), torch.bfloat16),
+    ],
     ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
 )
-def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse, busy, record_property):
+def test_coupling_moves_little_more_than_the_minimum(
+    shape, dtype, gin, reverse, busy, record_property
+):
     inputs = make(shape, gin=gin, reverse=reverse, x=dtype)
     n = inputs[0].numel() * inputs[0].element_size()
     with sanitize() as forward:
@@ -453,8 +535,13 @@ def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse,
         coupling.coupling_bwd(y, torch.randn(shape[0]), *inputs, True)
     with sanitize() as inverse:
         poisoned_inverse(y, inputs)
-    # GIN: a_s once more for its mean; backward without x1 and a_t, which only the scale's gradient needs, but with a_s, x2, dy2 twice
-    minimum = {"forward": 3.5, "backward": 5.5, "inverse": 3.5} if gin else {"forward": 3.0, "backward": 5.0, "inverse": 3.0}
+    # GIN: a_s once more for its mean; backward without x1 and a_t, which only the scale's gradient
+    # needs, but with a_s, x2, dy2 twice
+    minimum = (
+        {"forward": 3.5, "backward": 5.5, "inverse": 3.5}
+        if gin
+        else {"forward": 3.0, "backward": 5.0, "inverse": 3.0}
+    )
     for name, launches in (("forward", forward), ("backward", backward), ("inverse", inverse)):
         ratio = traffic(launches) / n
         record_property(name, round(ratio, 3))
@@ -462,7 +549,7 @@ def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse,
         assert ratio <= 1.05 * minimum[name], name
 
 
-# --- the memory checker itself ------------------------------------------------------------------------------------------------------
+# --- the memory checker itself --------------------------------------------------------------------
 
 
 @without_a_gpu
@@ -470,12 +557,16 @@ def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse,
 def test_the_case_for_compute_sanitizer_runs_every_kernel():
     with sanitize() as launches:
         smallest.run("cpu")
-    defined = {name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")}
+    defined = {
+        name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")
+    }
     assert {run.kernel for run in launches} == defined
 
 
 @in_the_interpreter
-@pytest.mark.parametrize(("index", "message"), [(5, "stored twice"), (40, "out of bounds"), (-9, "out of bounds")])
+@pytest.mark.parametrize(
+    ("index", "message"), [(5, "stored twice"), (40, "out of bounds"), (-9, "out of bounds")]
+)
 def test_sanitizer_catches_a_bad_index(index, message):
     x, a, g, offset, perm, inv, spec = make((2, 7, 3))
     inv = torch.arange(7)
@@ -493,7 +584,7 @@ def test_sanitizer_poisons_fresh_memory():
     assert torch.empty.__name__ == "empty"
 
 
-# --- launch.py ----------------------------------------------------------------------------------------------------------------------
+# --- launch.py ------------------------------------------------------------------------------------
 
 
 def test_uncovered_names_the_reason():
@@ -505,13 +596,20 @@ def test_uncovered_names_the_reason():
     assert "dtype" in launch.uncovered(x.to(torch.complex64))
     assert "dimensions" in launch.uncovered(x.view(-1))
     assert "32-bit" in launch.uncovered(torch.empty(2, 2**16, 2**15, device="meta"))
-    assert "a batch of 2147483648 samples" in launch.uncovered(torch.empty(2**31, 2, 2, device="meta"))
-    assert launch.uncovered(torch.empty(2**31, 2, device="meta")) is None  # rows: a tile holds several
+    assert "a batch of 2147483648 samples" in launch.uncovered(
+        torch.empty(2**31, 2, 2, device="meta")
+    )
+    # rows: a tile holds several
+    assert launch.uncovered(torch.empty(2**31, 2, device="meta")) is None
     assert launch.uncovered(torch.empty(2, 4, 1, 1).to(memory_format=torch.channels_last)) is None
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-@pytest.mark.parametrize("rows", [None, launch.FORWARD_ROWS, launch.BACKWARD_ROWS], ids=["planes", "forward rows", "backward rows"])
+@pytest.mark.parametrize(
+    "rows",
+    [None, launch.FORWARD_ROWS, launch.BACKWARD_ROWS],
+    ids=["planes", "forward rows", "backward rows"],
+)
 @pytest.mark.parametrize("batch", [1, 7, 4096, 100_000])
 def test_plan_covers_everything_once(batch, rows, itemsize):
     for channels in (1, 2, 33, 512):
@@ -525,7 +623,11 @@ def test_plan_covers_everything_once(batch, rows, itemsize):
                     assert cut.blocks * cut.block_q >= batch > (cut.blocks - 1) * cut.block_q
                 else:
                     assert cut.blocks % batch == 0
-                    assert (cut.blocks // batch) * cut.block_q >= pixels > (cut.blocks // batch - 1) * cut.block_q
+                    assert (
+                        (cut.blocks // batch) * cut.block_q
+                        >= pixels
+                        > (cut.blocks // batch - 1) * cut.block_q
+                    )
                 for block in (cut.block_c, cut.block_q, cut.loops, cut.warps):
                     assert block & (block - 1) == 0
 
@@ -537,7 +639,9 @@ def test_alignment_is_the_common_power_of_two():
 
 
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
-@pytest.mark.parametrize("shape", shortly(PLANES + ROWS + TILED[1:], keep=(PLANES[0], ROWS[0], ROWS[-1], TILED[1])))
+@pytest.mark.parametrize(
+    "shape", shortly(PLANES + ROWS + TILED[1:], keep=(PLANES[0], ROWS[0], ROWS[-1], TILED[1]))
+)
 def test_reverse_permutation(shape, gin):
     """x read, and its gradient and the inverse written, through the index as well."""
     torch.manual_seed(7)
@@ -554,17 +658,25 @@ class _Gathered(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if "index" in str(function) or "gather" in str(function):
-            self.sizes.append(tuple(args[3].shape if "index_add" in str(function) else result.shape))
+            self.sizes.append(
+                tuple(args[3].shape if "index_add" in str(function) else result.shape)
+            )
         return result
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 4, 5), (6, 10)], ids=shape_id)
 def test_reverse_permutation_takes_no_pass_of_its_own(shape):
-    """Gathered is what the subnet gets, the passive half, and its gradient is added back; never x, y or their gradients."""
+    """Gathered is what the subnet gets, the passive half, and its gradient is added back; never x,
+    y or their gradients.
+    """
     net = torch.nn.Conv2d if len(shape) > 2 else torch.nn.Linear
     more = (1,) if len(shape) > 2 else ()
     block = fastflow_kernels.AllInOneBlock(
-        [shape[1:]], subnet_constructor=lambda i, o: net(i, o, *more), reverse_permutation=True, backend="triton", dialect="freia"
+        [shape[1:]],
+        subnet_constructor=lambda i, o: net(i, o, *more),
+        reverse_permutation=True,
+        backend="triton",
+        dialect="freia",
     )
     x = torch.randn(shape, requires_grad=True)
     half = (shape[0], shape[1] - shape[1] // 2, *shape[2:])
@@ -582,7 +694,11 @@ def test_reverse_permutation_takes_no_pass_of_its_own(shape):
 def test_second_gradients_on_the_triton_backend(options):
     torch.manual_seed(0)
     block = fastflow_kernels.AllInOneBlock(
-        [(5, 3)], subnet_constructor=lambda i, o: torch.nn.Conv1d(i, o, 1), dialect="freia", backend="triton", **options
+        [(5, 3)],
+        subnet_constructor=lambda i, o: torch.nn.Conv1d(i, o, 1),
+        dialect="freia",
+        backend="triton",
+        **options,
     ).double()
     results = []
     for backend in ("triton", "eager"):
@@ -608,11 +724,17 @@ BLOCK_CASES = HARD_CASES[::6]
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=str(case), marks=slow_when_executed if i % 2 else ()) for i, case in enumerate(BLOCK_CASES)]
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=slow_when_executed if i % 2 else ())
+        for i, case in enumerate(BLOCK_CASES)
+    ],
 )
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 def test_block_on_the_triton_backend(case: Case, rev: bool) -> None:
-    """The kernels through the module: dispatch, autograd and the subnet between the two halves of the inverse."""
+    """The kernels through the module: dispatch, autograd and the subnet between the two halves of
+    the inverse.
+    """
     compare(case, torch.float32, rev, grad=not rev, backend="triton")
 
 
@@ -623,7 +745,10 @@ def test_block_on_the_triton_backend(case: Case, rev: bool) -> None:
         "soft",
         "gin-soft",
         "hh1",
-        *(pytest.param(name, marks=slow_when_executed) for name in ("soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-hh2")),
+        *(
+            pytest.param(name, marks=slow_when_executed)
+            for name in ("soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-hh2")
+        ),
     ],
 )
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
@@ -632,7 +757,11 @@ def test_products_after_the_kernels(shape: Shape, name: str, rev: bool) -> None:
     compare(Case(shape, name), torch.float32, rev, grad=not rev, backend="triton")
 
 
-@pytest.mark.parametrize("case", [Case(Shape(2, 7, (3, 5)), name) for name in ("hard", "rev", "cond", "soft", "gin")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(Shape(2, 7, (3, 5)), name) for name in ("hard", "rev", "cond", "soft", "gin")],
+    ids=str,
+)
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
     """On rows; GIN on a contiguous copy."""
@@ -640,25 +769,33 @@ def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
 
 
 @slow_when_executed
-@pytest.mark.parametrize("shape", [Shape(2, 8, (3, 5)), Shape(1, 2, (3, 5)), Shape(1, 5, (2, 3, 2))], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape(2, 8, (3, 5)), Shape(1, 2, (3, 5)), Shape(1, 5, (2, 3, 2))], ids=str
+)
 @pytest.mark.parametrize("name", ["hard", "gin", "gin-rev-cond"])
 @pytest.mark.parametrize("condition", ["contiguous", "channels_last"])
 def test_a_subnet_is_given_the_layout_of_the_input(shape: Shape, name: str, condition: str) -> None:
-    """As on the eager path. GIN's copy for the kernels does not change it: a convolution would round otherwise than the stock block's."""
+    """As on the eager path. GIN's copy for the kernels does not change it: a convolution would
+    round otherwise than the stock block's.
+    """
     case = Case(shape, name)
     x = LAYOUTS["channels_last"](torch.randn(shape.full))
     c = [LAYOUTS[condition](torch.randn(shape.batch, *dims)) for dims in case.dims_c]
     given = []
 
     def subnet(channels_in: int, channels_out: int) -> torch.nn.Module:
-        net = (torch.nn.Conv2d, torch.nn.Conv3d)[case.rank - 2](channels_in, channels_out, 3, padding=1)
+        net = (torch.nn.Conv2d, torch.nn.Conv3d)[case.rank - 2](
+            channels_in, channels_out, 3, padding=1
+        )
         net.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].stride()))
         return net
 
     found = {}
     for backend in ("eager", "triton"):
         given.clear()
-        block = fastflow_kernels.AllInOneBlock(case.dims_in, case.dims_c, subnet, **case.options, backend=backend)
+        block = fastflow_kernels.AllInOneBlock(
+            case.dims_in, case.dims_c, subnet, **case.options, backend=backend
+        )
         block([x.requires_grad_()], c)[0][0].sum().backward()
         with torch.no_grad():
             block([x], c, rev=True)
@@ -666,7 +803,8 @@ def test_a_subnet_is_given_the_layout_of_the_input(shape: Shape, name: str, cond
             chain = fastflow_kernels.ReversibleSequence(*case.dims_in[0])
             chain.append(block)
             chain(x)[0].sum().backward()
-        found[backend] = [strides[1] == 1 for strides in given]  # whether the channels of a pixel lie together
+        # whether the channels of a pixel lie together
+        found[backend] = [strides[1] == 1 for strides in given]
     assert found["triton"] == found["eager"]
     assert len(given) == (2 if c else 4)
     assert c or all(found["eager"])
@@ -683,45 +821,75 @@ class Doubling(torch.nn.Module):
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_subnet_that_writes_to_its_input_is_noticed(gin: bool, rev: bool, layout: str) -> None:
-    block = fastflow_kernels.AllInOneBlock([(8, 3, 5)], subnet_constructor=lambda i, o: Doubling(), gin_block=gin, backend="triton")
-    with torch.no_grad(), pytest.raises(RuntimeError, match="the subnet changed its input in place"):
+    block = fastflow_kernels.AllInOneBlock(
+        [(8, 3, 5)], subnet_constructor=lambda i, o: Doubling(), gin_block=gin, backend="triton"
+    )
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="the subnet changed its input in place"),
+    ):
         block([LAYOUTS[layout](torch.randn(2, 8, 3, 5))], rev=rev)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 def test_any_layout_on_the_triton_backend(layout: str, rev: bool) -> None:
-    compare(Case(Shape(2, 7, (3, 5)), "rev"), torch.float32, rev, grad=not rev, backend="triton", layout=layout)
+    compare(
+        Case(Shape(2, 7, (3, 5)), "rev"),
+        torch.float32,
+        rev,
+        grad=not rev,
+        backend="triton",
+        layout=layout,
+    )
 
 
 @slow_when_executed
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(64, 8, 8), (33, 5, 3), (64,)], ids=str)
-def test_log_det_of_a_fresh_block_on_the_triton_backend(activation: str, shape: tuple[int, ...]) -> None:
+def test_log_det_of_a_fresh_block_on_the_triton_backend(
+    activation: str, shape: tuple[int, ...]
+) -> None:
     compare_fresh(activation, shape, "triton")
 
 
 def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:
-    block = make_block(fastflow_kernels.AllInOneBlock, Case(Shape(2, 6, (4, 4)), "hard"), torch.float32, backend="triton")
+    block = make_block(
+        fastflow_kernels.AllInOneBlock,
+        Case(Shape(2, 6, (4, 4)), "hard"),
+        torch.float32,
+        backend="triton",
+    )
     x = torch.randn(2, 6, 4, 4)
     with pytest.raises(RuntimeError, match="traced, transformed or compiled"):
         torch.func.vmap(lambda x: block([x])[0][0])(x[None])
     with pytest.raises(RuntimeError, match="no gradient of the inverse"):
         block([x], rev=True)
-    block.subnet.register_forward_hook(lambda _, __, a: a.to(memory_format=torch.channels_last))  # the subnet's layout is no reason
+    # the subnet's layout is no reason
+    block.subnet.register_forward_hook(lambda _, __, a: a.to(memory_format=torch.channels_last))
     expected = copy.deepcopy(block)
     expected.backend = "eager"
     torch.testing.assert_close(block([x])[0][0], expected([x])[0][0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}, {"reverse_permutation": True}], ids=str
+    "options",
+    [
+        {},
+        {"permute_soft": True},
+        {"learned_householder_permutation": 1},
+        {"reverse_permutation": True},
+    ],
+    ids=str,
 )
 def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> None:
     """A transposed view of one sample has the shape of rows, and not their layout."""
     torch.manual_seed(0)
     block = fastflow_kernels.AllInOneBlock(
-        [(4, 3, 5)], subnet_constructor=lambda i, o: torch.nn.Conv2d(i, o, 1), backend="triton", **options
+        [(4, 3, 5)],
+        subnet_constructor=lambda i, o: torch.nn.Conv2d(i, o, 1),
+        backend="triton",
+        **options,
     )
     block = block.double()
     block.subnet.register_forward_hook(lambda _, __, a: a.contiguous())
@@ -733,9 +901,13 @@ def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> Non
     assert (logdet + minus).abs().max() < 1e-5  # the rotation was drawn in float32
 
 
-@pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}], ids=str
+)
 def test_channels_last_gin_with_reverse_permutation_on_the_triton_backend(options: dict) -> None:
-    """The contiguous copy that the kernels need stays one when the permutation is undone ahead of them."""
+    """The contiguous copy that the kernels need stays one when the permutation is undone ahead of
+    them.
+    """
     torch.manual_seed(0)
     block = fastflow_kernels.AllInOneBlock(
         [(4, 3, 5)],
@@ -760,13 +932,17 @@ def test_channels_last_gin_with_reverse_permutation_on_the_triton_backend(option
         torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"])
+@pytest.mark.parametrize(
+    "gin", [False, pytest.param(True, marks=slow_when_executed)], ids=["affine", "gin"]
+)
 @pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
 def test_a_reversible_chain_runs_the_kernels(shape, gin):
     case = Case(Shape(shape[0], shape[1], shape[2:]), "gin" if gin else "hard")
     chain = fastflow_kernels.ReversibleSequence(*shape[1:])
     for seed in range(3):
-        chain.append(make_block(fastflow_kernels.AllInOneBlock, case, torch.float32, seed, backend="triton"))
+        chain.append(
+            make_block(fastflow_kernels.AllInOneBlock, case, torch.float32, seed, backend="triton")
+        )
     x = torch.randn(shape, requires_grad=True)
     with sanitize() as launches:
         z, log_det = chain(x)
@@ -783,7 +959,10 @@ def test_a_reversible_chain_runs_the_kernels(shape, gin):
         (z,), j = block([z])
         log_det = log_det + j
     (z**3).sum().sub(log_det.sum()).backward()
-    pairs = [(x.grad, wide.grad), *((p.grad, q.grad) for p, q in zip(chain.parameters(), exact.parameters(), strict=True))]
+    pairs = [
+        (x.grad, wide.grad),
+        *((p.grad, q.grad) for p, q in zip(chain.parameters(), exact.parameters(), strict=True)),
+    ]
     for mine, truth in pairs:
         if mine is not None and truth is not None:
             assert (mine - truth).norm() <= 1e-4 * truth.norm().clamp(min=1e-3)

@@ -1,4 +1,5 @@
-"""What the compiler makes of the kernels, for GPUs that are not there: nothing spilled, wide accesses, few enough registers.
+"""What the compiler makes of the kernels, for GPUs that are not there: nothing spilled, wide
+accesses, few enough registers.
 
 pytest tests/test_kernels_compiled.py
 """
@@ -21,7 +22,13 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
 from bench import mock_driver
-from bench.compile_targets import Code, Recorded, compile_for, launches_of_passes, launches_of_undoing
+from bench.compile_targets import (
+    Code,
+    Recorded,
+    compile_for,
+    launches_of_passes,
+    launches_of_undoing,
+)
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.kernels import coupling, prepared
 from fastflow_kernels.spec import CouplingSpec
@@ -29,10 +36,17 @@ from tests.cases import OPTIONS, Case, Shape, make_block
 
 pytestmark = pytest.mark.kernels
 
-# 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of 4 warps or 2 of 8.
+# 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of
+# 4 warps or 2 of 8.
 REGISTERS = 128
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# Tensors that a kernel reads and writes in 128-bit accesses: halves of x, a, y, dx, da are counted one by one.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+# Tensors that a kernel reads and writes in 128-bit accesses: halves of x, a, y, dx, da are counted
+# one by one.
 WIDE = {
     "_coupling_fwd_kernel": (4, 2),
     "_coupling_bwd_kernel": (6, 4),
@@ -58,7 +72,12 @@ def launches(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> lis
 @cache
 def compiled(target: str, shape: tuple[int, ...], dtype: str, **options: bool) -> tuple[Code, ...]:
     """The code of every kernel of one case, each once."""
-    return tuple({run.kernel.__name__: compile_for(target, run) for run in launches(shape, DTYPES[dtype], **options)}.values())
+    return tuple(
+        {
+            run.kernel.__name__: compile_for(target, run)
+            for run in launches(shape, DTYPES[dtype], **options)
+        }.values()
+    )
 
 
 def assert_lean(codes: tuple[Code, ...]) -> None:
@@ -69,13 +88,19 @@ def assert_lean(codes: tuple[Code, ...]) -> None:
 
 
 def assert_wide(codes: tuple[Code, ...], width: int = 128) -> None:
-    """Every large tensor is read and written ``width`` bits at a time; only constants of a channel and sums take less, a few each."""
+    """Every large tensor is read and written ``width`` bits at a time; only constants of a channel
+    and sums take less, a few each.
+    """
     for code in codes:
         if code.kernel in WIDE:
             loads, stores = WIDE[code.kernel]
             # one access each, or two; in between where half precision meets float32
-            assert loads <= sum(n for bits, n in code.loads.items() if bits >= width) <= 2 * loads, code
-            assert stores <= sum(n for bits, n in code.stores.items() if bits >= width) <= 2 * stores, code
+            assert (
+                loads <= sum(n for bits, n in code.loads.items() if bits >= width) <= 2 * loads
+            ), code
+            assert (
+                stores <= sum(n for bits, n in code.stores.items() if bits >= width) <= 2 * stores
+            ), code
             assert sum(n for bits, n in code.loads.items() if bits < width) <= 12, code
             assert sum(n for bits, n in code.stores.items() if bits < width) <= 4, code
 
@@ -94,12 +119,16 @@ def test_kernels_compile_lean_on_sm_90(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
-@pytest.mark.parametrize(("target", "dtype"), [("sm_80", "fp32"), ("sm_100", "bf16"), ("gfx942", "fp32"), ("gfx942", "bf16")])
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("sm_80", "fp32"), ("sm_100", "bf16"), ("gfx942", "fp32"), ("gfx942", "bf16")],
+)
 def test_kernels_compile_lean_elsewhere(target, dtype, shape):
     codes = compiled(target, shape, dtype)
     assert_lean(codes)
     if shape is PLANES:
-        # the backward's tile of 1024 values is cut for 128 threads; AMD's 256 get four bfloat16 each
+        # the backward's tile of 1024 values is cut for 128 threads; AMD's 256 get four bfloat16
+        # each
         assert_wide(codes, 64 if (target, dtype) == ("gfx942", "bf16") else 128)
 
 
@@ -151,7 +180,9 @@ def test_row_kernels_compile_lean_at_other_widths(shape):
 
 
 def test_launches_are_few():
-    """A forward and a backward are two launches each (rows: the forward is one); more arguments than 16 would cost more to launch."""
+    """A forward and a backward are two launches each (rows: the forward is one); more arguments
+    than 16 would cost more to launch.
+    """
     for shape, count in ((PLANES, 2 + 2 + 3 + 3), (ROWS, 1 + 2 + 2 + 3)):
         runs = launches(shape, torch.float32)
         assert len(runs) == count
@@ -159,22 +190,31 @@ def test_launches_are_few():
             assert len(run.args) <= 15
 
 
-# --- prepared launches -----------------------------------------------------------------------------------------------------------------
+# --- prepared launches ----------------------------------------------------------------------------
 
 
 def launched(call: Callable[[], object]) -> list[tuple[object, ...]]:
     """What the driver's launcher is given by ``call``: grid, handles and the kernel's arguments."""
     found: list[tuple[object, ...]] = []
-    with mock.patch.object(mock_driver.Launcher, "__call__", lambda self, *args: found.append(args)):
+    with mock.patch.object(
+        mock_driver.Launcher, "__call__", lambda self, *args: found.append(args)
+    ):
         call()
     return found
 
 
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 @pytest.mark.parametrize("shape", [(4, 33), (3, 16, 5, 4)], ids=str)
-def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(shape: tuple[int, ...], gin: bool) -> None:
-    """The first call goes through Triton's dispatcher, the second straight to the binary, a misaligned one through the dispatcher again."""
-    x, a, dy, dlogdet = (torch.randn(n) for n in (shape, (*shape[:1], shape[1] // 2 * 2, *shape[2:]), shape, shape[:1]))
+def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
+    shape: tuple[int, ...], gin: bool
+) -> None:
+    """The first call goes through Triton's dispatcher, the second straight to the binary, a
+    misaligned one through the dispatcher again.
+    """
+    x, a, dy, dlogdet = (
+        torch.randn(n)
+        for n in (shape, (*shape[:1], shape[1] // 2 * 2, *shape[2:]), shape, shape[:1])
+    )
     g, offset, perm = torch.randn(shape[1]), torch.randn(shape[1]), torch.randperm(shape[1])
     inv, spec = torch.argsort(perm), CouplingSpec.of(1.25, "anomalib", "SOFTPLUS", gin)
 
@@ -187,7 +227,9 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(shape: tuple[in
 
     with mock_driver.mock_gpu():
         first, second = launched(run), launched(run)
-        with mock.patch.object(JITFunction, "run", side_effect=AssertionError("not straight to the binary")):
+        with mock.patch.object(
+            JITFunction, "run", side_effect=AssertionError("not straight to the binary")
+        ):
             run()
             with pytest.raises(AssertionError, match="not straight"):
                 run(torch.randn(x.numel() + 1)[1:].view(shape))
@@ -205,22 +247,32 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(shape: tuple[in
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_pointer_lies_on_another_device(name: str, channels_last: bool, shape: Shape) -> None:
-    """On the meta device, where mixing devices raises as on a GPU: every operation around the launches, and what they are given."""
+    """On the meta device, where mixing devices raises as on a GPU: every operation around the
+    launches, and what they are given.
+    """
     case, found = Case(shape, name), []
     x = torch.empty(shape.full, device="meta")
     x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x).requires_grad_()
     with (
         mock_driver.mock_gpu(),
         mock.patch.object(coupling, "aligned", return_value=True),
-        mock.patch.object(prepared.Launch, "__call__", lambda self, _, *pointers: found.append((self.kernel.__name__, pointers))),
+        mock.patch.object(
+            prepared.Launch,
+            "__call__",
+            lambda self, _, *pointers: found.append((self.kernel.__name__, pointers)),
+        ),
     ):
-        block = make_block(AllInOneBlock, case, torch.float32, dialect="freia", backend="triton").to("meta")
+        block = make_block(
+            AllInOneBlock, case, torch.float32, dialect="freia", backend="triton"
+        ).to("meta")
         c = [torch.empty(2, *dims, device="meta") for dims in case.dims_c]
         (y,), logdet = block([x], c)
         torch.autograd.backward([y, logdet], [y, logdet])
         with torch.no_grad():
             (back,), minus = block([y], c, rev=True)
     assert all(t.is_meta for t in (y, logdet, x.grad, back, minus))
-    assert {"_coupling_bwd_kernel", "_coupling_inv_active_kernel"} <= {kernel for kernel, _ in found}
+    assert {"_coupling_bwd_kernel", "_coupling_inv_active_kernel"} <= {
+        kernel for kernel, _ in found
+    }
     for kernel, pointers in found:
         assert all(t is None or t.is_meta for t in pointers), kernel

@@ -1,7 +1,9 @@
-"""Launches are kept by what they were prepared for: the binary that runs is always the one that Triton would choose.
+"""Launches are kept by what they were prepared for: the binary that runs is always the one that
+Triton would choose.
 
-Thousands of drawn argument sets. Nothing is compiled: the executor compares what a launch was prepared for with what it is given. That is
-what a launcher's key may lack unnoticed: dtypes, which tensors are None, alignment. What it computes with is in its arguments anyway.
+Thousands of drawn argument sets. Nothing is compiled: the executor compares what a launch was
+prepared for with what it is given. That is what a launcher's key may lack unnoticed: dtypes, which
+tensors are None, alignment. What it computes with is in its arguments anyway.
 """
 
 from __future__ import annotations
@@ -26,13 +28,36 @@ from tests.support.executor import gpu, watched
 pytestmark = pytest.mark.kernels
 
 # What each part of an argument set is drawn from.
-LAYOUTS = ("contiguous", "contiguous", "misaligned", "every other", "wider", "wider by 16", "repeated")
+LAYOUTS = (
+    "contiguous",
+    "contiguous",
+    "misaligned",
+    "every other",
+    "wider",
+    "wider by 16",
+    "repeated",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CHOICES: dict[str, Sequence[Any]] = {
-    "shape": ((1, 2), (2, 5), (16, 33), (16, 64), (32, 16), (1, 4, 16), (2, 7, 15), (2, 8, 4, 4), (16, 16, 16), (2, 8, 1), (4, 1, 4)),
+    "shape": (
+        (1, 2),
+        (2, 5),
+        (16, 33),
+        (16, 64),
+        (32, 16),
+        (1, 4, 16),
+        (2, 7, 15),
+        (2, 8, 4, 4),
+        (16, 16, 16),
+        (2, 8, 1),
+        (4, 1, 4),
+    ),
     "x": LAYOUTS,
     "a": LAYOUTS,
-    **{name: (*["contiguous"] * 9, "misaligned") for name in ("dy", "g", "offset", "perm", "inv", "dlogdet")},
+    **{
+        name: (*["contiguous"] * 9, "misaligned")
+        for name in ("dy", "g", "offset", "perm", "inv", "dlogdet")
+    },
     "has index": (True, True, True, False),
     "dlogdet stride": (None, 0, 1, 2, 16),
     "rows of a sample": (1, 2),
@@ -58,18 +83,34 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
     if layout == "every other":
         return torch.zeros(2 * batch, *shape[1:], dtype=dtype)[::2]
     if layout.startswith("wider"):
-        return torch.zeros(batch, channels + (16 if "16" in layout else 1), *spatial, dtype=dtype)[:, :channels]
-    return torch.zeros(1, *shape[1:], dtype=dtype).expand(shape) if layout == "repeated" else torch.zeros(shape, dtype=dtype)
+        return torch.zeros(batch, channels + (16 if "16" in layout else 1), *spatial, dtype=dtype)[
+            :, :channels
+        ]
+    return (
+        torch.zeros(1, *shape[1:], dtype=dtype).expand(shape)
+        if layout == "repeated"
+        else torch.zeros(shape, dtype=dtype)
+    )
 
 
 def call_all(of: dict[str, Any]) -> None:
     """Every launcher with these arguments."""
     shape = of["shape"]
     batch, channels, *spatial = shape
-    x, a = tensor(shape, of["x dtype"], of["x"]), tensor((batch, channels // 2 * 2, *spatial), of["a dtype"], of["a"])
-    g, offset = (tensor((1, channels), of[f"{name} dtype"], of[name]).view(-1) for name in ("g", "offset"))
-    perm, inv = (tensor((1, channels), torch.int64, of[name]).view(-1) if of["has index"] else None for name in ("perm", "inv"))
-    spec = CouplingSpec.of(of["clamp"], of["dialect"], of["activation"], of["gin"])._replace(reverse=of["reverse"])
+    x, a = (
+        tensor(shape, of["x dtype"], of["x"]),
+        tensor((batch, channels // 2 * 2, *spatial), of["a dtype"], of["a"]),
+    )
+    g, offset = (
+        tensor((1, channels), of[f"{name} dtype"], of[name]).view(-1) for name in ("g", "offset")
+    )
+    perm, inv = (
+        tensor((1, channels), torch.int64, of[name]).view(-1) if of["has index"] else None
+        for name in ("perm", "inv")
+    )
+    spec = CouplingSpec.of(of["clamp"], of["dialect"], of["activation"], of["gin"])._replace(
+        reverse=of["reverse"]
+    )
     rest, flag = (g, offset, perm, inv, spec), of["flag"]
     dlogdet = None
     if of["dlogdet stride"] is not None:
@@ -87,7 +128,9 @@ def call_all(of: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_binary_that_runs_is_the_one_that_triton_would_choose(seed: int) -> None:
-    """Each set differs from the one before in one part, and comes twice: the second time straight to the binary."""
+    """Each set differs from the one before in one part, and comes twice: the second time straight
+    to the binary.
+    """
     rng = random.Random(seed)
     with gpu(is_compiling=False), watched() as launches:
         for _ in range(50):

@@ -1,4 +1,6 @@
-"""Data flows one way: who may import whom, read from the sources; and what importing the package pulls in."""
+"""Data flows one way: who may import whom, read from the sources; and what importing the package
+pulls in.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fastflow_kernels"
 
-# The layers of the package, lowest first. A file may import what stands in its own entry, and ANYWHERE. kernels/* is one entry, and only
-# dispatch may ask for it: it is what decides whether Triton runs.
+# The layers of the package, lowest first. A file may import what stands in its own entry, and
+# ANYWHERE. kernels/* is one entry, and only dispatch may ask for it: it is what decides whether
+# Triton runs.
 ANYWHERE = ("spec", "errors", "modes", "adoption")
 MAY_IMPORT = {
     "adoption": set(),
@@ -41,8 +44,9 @@ MAY_IMPORT = {
 def imports(path: Path) -> list[tuple[str, bool]]:
     """Every import of a file as (absolute dotted name, whether it runs when the file is imported).
 
-    So does ``import_module("name")``. ``from package import name`` counts as package.name, since name may be a module. What stands in a
-    function runs later, and what stands under ``if TYPE_CHECKING`` never.
+    So does ``import_module("name")``. ``from package import name`` counts as package.name, since
+    name may be a module. What stands in a function runs later, and what stands under ``if
+    TYPE_CHECKING`` never.
     """
     found: list[tuple[str, bool]] = []
     package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
@@ -54,7 +58,11 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             base = [*base, *(node.module.split(".") if node.module else [])]
             found.extend((".".join([*base, alias.name]), at_import) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and isinstance(node.args[0], ast.Constant):
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith("import_module")
+            and isinstance(node.args[0], ast.Constant)
+        ):
             found.append((node.args[0].value, at_import))
         later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -73,7 +81,8 @@ def layer(dotted: str) -> str | None:
         return None
     name = parts[1] if len(parts) > 1 else "__init__"
     is_module = (ROOT / PACKAGE / name).is_dir() or (ROOT / PACKAGE / f"{name}.py").exists()
-    return name if is_module else "__init__"  # `from fastflow_kernels import AllInOneBlock` asks __init__ for it
+    # `from fastflow_kernels import AllInOneBlock` asks __init__ for it
+    return name if is_module else "__init__"
 
 
 def sources(folder: str) -> list[Path]:
@@ -98,7 +107,10 @@ def test_package_imports_go_one_way(path: Path) -> None:
     for name, _ in imports(path):
         target = layer(name)
         if target is not None and target not in (own, *ANYWHERE):
-            assert target in MAY_IMPORT[own], f"{inside} imports {name}: {own} may import {sorted(MAY_IMPORT[own])} and {ANYWHERE}"
+            assert target in MAY_IMPORT[own], (
+                f"{inside} imports {name}: {own} may import {sorted(MAY_IMPORT[own])} and "
+                f"{ANYWHERE}"
+            )
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
@@ -106,26 +118,38 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
     in_kernels = path.parent.name == "kernels"
     for name, at_import in imports(path):
         top = name.split(".")[0]
-        assert top not in ("reference", "tests", "bench", "anomalib"), f"{relative(path)} imports {name}"
+        assert top not in ("reference", "tests", "bench", "anomalib"), (
+            f"{relative(path)} imports {name}"
+        )
         assert top not in ("scipy", "numpy"), f"{relative(path)} imports {name}"
         assert top != "lightning" or path.name == "lightning.py", f"{relative(path)} imports {name}"
         if top in ("triton", "FrEIA"):
-            assert not at_import or (top == "triton" and in_kernels), f"{relative(path)} imports {name} when it is imported"
+            assert not at_import or (top == "triton" and in_kernels), (
+                f"{relative(path)} imports {name} when it is imported"
+            )
         if layer(name) == "kernels" and not in_kernels:
-            assert not at_import, f"{relative(path)} imports {name} when it is imported, and with it Triton"
+            assert not at_import, (
+                f"{relative(path)} imports {name} when it is imported, and with it Triton"
+            )
 
 
 def loaded_after(statement: str) -> set[str]:
     """The top-level modules in sys.modules of a fresh interpreter after a statement."""
-    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(done.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("name", [PACKAGE, "reference"])
 def test_import_pulls_in_nothing_but_torch(name: str) -> None:
     more = loaded_after(f"import {name}") - loaded_after("import torch")
-    assert more <= {name} | set(sys.stdlib_module_names), f"importing {name} also imports {sorted(more)}"
+    assert more <= {name} | set(sys.stdlib_module_names), (
+        f"importing {name} also imports {sorted(more)}"
+    )
 
 
 NO_DEVICE = f"""
@@ -147,26 +171,47 @@ def test_import_asks_no_device() -> None:
 
 
 def test_import_takes_little_time_beside_that_of_torch() -> None:
-    """At most a tenth; of three runs the least, for others may be at work. Without collections, which strike whoever allocates next."""
+    """At most a tenth; of three runs the least, for others may be at work. Without collections,
+    which strike whoever allocates next.
+    """
     compileall.compile_dir(ROOT / PACKAGE, quiet=1)  # as in an installed package
 
     def seconds() -> tuple[float, float]:
-        command = [sys.executable, "-X", "importtime", "-c", f"import gc; gc.disable(); import torch, {PACKAGE}"]
-        report = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr
-        lines = [line.removeprefix("import time:").split("|") for line in report.splitlines() if line.startswith("import time:")]
-        found = {name.strip(): int(cumulative) / 1e6 for _, cumulative, name in lines if name.strip() in ("torch", PACKAGE)}
+        command = [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-c",
+            f"import gc; gc.disable(); import torch, {PACKAGE}",
+        ]
+        report = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stderr
+        lines = [
+            line.removeprefix("import time:").split("|")
+            for line in report.splitlines()
+            if line.startswith("import time:")
+        ]
+        found = {
+            name.strip(): int(cumulative) / 1e6
+            for _, cumulative, name in lines
+            if name.strip() in ("torch", PACKAGE)
+        }
         return found[PACKAGE], found["torch"]
 
     own, of_torch = min(seconds() for _ in range(3))
     assert own <= 0.1 * of_torch, f"importing the package takes {own:.3f} s, torch {of_torch:.3f} s"
 
 
-def test_the_reader_of_imports_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reader_of_imports_sees_what_it_should(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / PACKAGE / "kernels" / "one.py"
     path.parent.mkdir(parents=True)
     path.write_text(
-        "import triton.language as tl\nfrom .. import modules\nfrom ..dispatch import pick\nfrom fastflow_kernels import eager\n"
+        "import triton.language as tl\nfrom .. import modules\nfrom ..dispatch import pick\nfrom "
+        "fastflow_kernels import eager\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy\n"
         "class A:\n    import scipy.stats\ndef f():\n    import FrEIA\n"
         "    importlib.import_module('fastflow_kernels.patch')\n"

@@ -1,4 +1,6 @@
-"""Passes under other people's dispatch modes, and what they leave behind: nothing that a later pass would use."""
+"""Passes under other people's dispatch modes, and what they leave behind: nothing that a later pass
+would use.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch, eager
@@ -38,14 +44,17 @@ def passes(block: nn.Module, x: Tensor, c: list[Tensor]) -> list[Tensor]:
     x = x.detach().requires_grad_()
     (y,), logdet = block([x], c)
     parameters = [p for p in block.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(y.square().sum() + logdet.sum(), [x, *parameters], allow_unused=True)
+    grads = torch.autograd.grad(
+        y.square().sum() + logdet.sum(), [x, *parameters], allow_unused=True
+    )
     with torch.no_grad():
         (back,), minus = block([y.detach()], c, rev=True)
     return [y.detach(), logdet.detach(), *(g for g in grads if g is not None), back, minus]
 
 
 def block_and_input(shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
-    case = Case(shape, name, "freia")  # whose hard permutation is an index: no values have to be read to find it
+    # whose hard permutation is an index: no values have to be read to find it
+    case = Case(shape, name, "freia")
     x, c = make_input(case, torch.float32)
     return make_block(AllInOneBlock, case, torch.float32, dialect="freia", backend="eager"), x, c
 
@@ -82,7 +91,8 @@ def test_a_mode_that_wraps_results(shape: Shape, name: str) -> None:
     assert not kept()
     for ours, other in zip(passes(block, x, c), wrapped, strict=True):
         assert type(ours) is Tensor
-        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)  # wrapped tensors take plain operations
+        # wrapped tensors take plain operations
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
 
 
 @both_shapes
@@ -90,7 +100,10 @@ def test_a_mode_that_wraps_results(shape: Shape, name: str) -> None:
 def test_a_mode_that_spoils_what_was_made(shape: Shape, name: str) -> None:
     block, x, c = block_and_input(shape, name)
     expected = [t.clone() for t in passes(block, x, c)]
-    keep = {t.untyped_storage().data_ptr() for t in (x, *c, *block.parameters(), *block.buffers(), *expected)}
+    keep = {
+        t.untyped_storage().data_ptr()
+        for t in (x, *c, *block.parameters(), *block.buffers(), *expected)
+    }
     with Spoiling() as mode:
         passes(block, x, c)
     mode.spoil(keep)
@@ -117,13 +130,19 @@ def every_engine_function(shape: tuple[int, ...], spec: CouplingSpec, dtype: tor
     eager.coupling_inv_active(y, back, a, g, offset, perm, inv, spec, True)
     if not spec.folded:
         back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
-        eager.coupling_inv_bwd(y, back, dy, torch.ones_like(logdet), a, g, offset, perm, inv, spec, True)
+        eager.coupling_inv_bwd(
+            y, back, dy, torch.ones_like(logdet), a, g, offset, perm, inv, spec, True
+        )
 
 
 @pytest.mark.parametrize("name", ENGINE_SPECS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
 @pytest.mark.parametrize("shape", [(40, 6), (3, 6, 5, 7)], ids=["rows", "planes"])
-def test_engine_functions_need_no_float64(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+def test_engine_functions_need_no_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, name: str
+) -> None:
     with NoFloat64():
         every_engine_function(shape, ENGINE_SPECS[name], dtype)
 
@@ -173,7 +192,9 @@ def test_selective_checkpointing(name: str, policy: str) -> None:
         return y.square().sum() + logdet.sum()
 
     (expected,) = torch.autograd.grad(run(x), x)
-    loss = checkpoint(run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(decide))
+    loss = checkpoint(
+        run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(decide)
+    )
     (found,) = torch.autograd.grad(loss, x)
     assert torch.equal(found, expected)
 
@@ -190,7 +211,9 @@ def test_threads_and_inference_mode_after_a_mode() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(a, b) for results in found for a, b in zip(results, expected, strict=True))
+    assert all(
+        torch.equal(a, b) for results in found for a, b in zip(results, expected, strict=True)
+    )
     assert len(found) == 3
 
 
@@ -217,7 +240,9 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
         before = tracemalloc.take_snapshot()
         steps(1000, 2000)
         gc.collect()
-        grown = sum(entry.size_diff for entry in tracemalloc.take_snapshot().compare_to(before, "filename"))
+        grown = sum(
+            entry.size_diff for entry in tracemalloc.take_snapshot().compare_to(before, "filename")
+        )
     finally:
         tracemalloc.stop()
     assert sum(issubclass(type(t), Tensor) for t in gc.get_objects()) <= tensors + 8
@@ -226,19 +251,31 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
 
 @pytest.mark.parametrize("batch", [7, 100_003])
 @pytest.mark.parametrize("shape", [(2,), (2, 3)], ids=["rows", "planes"])
-def test_gradient_of_the_scale_from_many_log_determinants_that_cancel(shape: tuple[int, ...], batch: int) -> None:
+def test_gradient_of_the_scale_from_many_log_determinants_that_cancel(
+    shape: tuple[int, ...], batch: int
+) -> None:
     """Their sum goes to every channel: in float32 as plain PyTorch's does."""
     results = []
     x, a = torch.randn(batch, *shape), torch.randn(batch, *shape)
     dlogdet = torch.randn(batch) + 1e-3
     dlogdet -= dlogdet.mean()
-    for cls, dtype in ((AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float32), (reference.AllInOneBlock, torch.float64)):
+    for cls, dtype in (
+        (AllInOneBlock, torch.float32),
+        (reference.AllInOneBlock, torch.float32),
+        (reference.AllInOneBlock, torch.float64),
+    ):
         torch.manual_seed(0)
-        block = cls([shape], subnet_constructor=lambda *_, dtype=dtype: lambda _: a.to(dtype), global_affine_type="EXP").to(dtype)
+        block = cls(
+            [shape],
+            subnet_constructor=lambda *_, dtype=dtype: lambda _: a.to(dtype),
+            global_affine_type="EXP",
+        ).to(dtype)
         _, logdet = block([x.to(dtype)])
         results.append(torch.autograd.grad(logdet, block.global_scale, dlogdet.to(dtype))[0])
     magnitude = dlogdet.abs().sum().item() * x[0, 0].numel()
-    assert_close(*[results[i] for i in (0, 2, 1)], "grad global_scale", magnitude=magnitude / batch**0.5)
+    assert_close(
+        *[results[i] for i in (0, 2, 1)], "grad global_scale", magnitude=magnitude / batch**0.5
+    )
 
 
 class OnGpu(Tensor):
@@ -252,17 +289,26 @@ def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dispatch, "_clamps", set())
     monkeypatch.setattr(dispatch, "needs_composite", lambda *_: False)
     x = torch.zeros(2, 4).as_subclass(OnGpu)
-    specs = [CouplingSpec.of(2 + k / 100, dialect, "EXP", False) for k in range(100) for dialect in ("anomalib", "freia")]
+    specs = [
+        CouplingSpec.of(2 + k / 100, dialect, "EXP", False)
+        for k in range(100)
+        for dialect in ("anomalib", "freia")
+    ]
     for _ in range(2):
         chosen = [dispatch.unless_annealed("auto", x, spec) for spec in specs]
-        assert chosen == ["auto"] * dispatch.MOST_CLAMPS + ["eager"] * (len(specs) - dispatch.MOST_CLAMPS)
+        assert chosen == ["auto"] * dispatch.MOST_CLAMPS + ["eager"] * (
+            len(specs) - dispatch.MOST_CLAMPS
+        )
     assert len(dispatch._clamps) == dispatch.MOST_CLAMPS
     assert dispatch.unless_annealed("triton", x, specs[-1]) == "triton"
-    assert dispatch.unless_annealed("auto", torch.zeros(2, 4), specs[-1]) == "auto"  # a CPU compiles nothing
+    # a CPU compiles nothing
+    assert dispatch.unless_annealed("auto", torch.zeros(2, 4), specs[-1]) == "auto"
 
 
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
-def test_a_block_asks_how_many_clamps_were_compiled(rev: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_asks_how_many_clamps_were_compiled(
+    rev: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[float] = []
 
     def spy(backend: str, x: Tensor, spec: CouplingSpec) -> str:
@@ -272,7 +318,9 @@ def test_a_block_asks_how_many_clamps_were_compiled(rev: bool, monkeypatch: pyte
     monkeypatch.setattr(dispatch, "unless_annealed", spy)
     chain = ReversibleSequence(8)
     for clamp in (1.25, 1.75):
-        chain.append(AllInOneBlock, subnet_constructor=nn.Linear, affine_clamping=clamp, backend="eager")
+        chain.append(
+            AllInOneBlock, subnet_constructor=nn.Linear, affine_clamping=clamp, backend="eager"
+        )
     x = torch.randn(30, 8, requires_grad=not rev)
     with torch.set_grad_enabled(not rev):
         z, _ = chain(x, rev=rev)

@@ -1,4 +1,6 @@
-"""ONNX files by both of torch's exporters: the same results, and an index in place of a permutation's matrix."""
+"""ONNX files by both of torch's exporters: the same results, and an index in place of a
+permutation's matrix.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,11 @@ CASES += [Case(Shape(3, 6), "hard", "freia")]
 def exported(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # of the older exporter: that it is, and that sizes are constants
-        program = torch.onnx.export(model, (x,), None if dynamo else file, dynamo=dynamo, verbose=False)
+        # of the older exporter: that it is, and that sizes are constants
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            model, (x,), None if dynamo else file, dynamo=dynamo, verbose=False
+        )
         if program is not None:
             program.save(file)
     return file.getvalue()
@@ -39,7 +44,8 @@ def exported(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
 def assert_file_computes(file: bytes, x: Tensor, expected: tuple[Tensor, Tensor]) -> None:
     session = onnxruntime.InferenceSession(file)
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    for actual, value in zip(found, expected, strict=True):  # another run-time sums in another order
+    # another run-time sums in another order
+    for actual, value in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(actual), value, rtol=1e-4, atol=1e-4)
 
 
@@ -58,14 +64,22 @@ def test_a_block_exports(case: Case, kind: str, dynamo: bool, rev: bool) -> None
         expected = model(x)
         file = exported(model, x, dynamo)
     assert_file_computes(file, x, expected)
-    assert not {node.domain for node in onnx.load_from_string(file).graph.node} & {"fastflow_kernels", "pkg.fastflow_kernels"}
+    assert not {node.domain for node in onnx.load_from_string(file).graph.node} & {
+        "fastflow_kernels",
+        "pkg.fastflow_kernels",
+    }
 
 
 @exporters
 def test_reflections_of_a_reversible_chain_export(dynamo: bool) -> None:
     chain = ReversibleSequence(12)
     for _ in range(2):
-        chain.append(AllInOneBlock, subnet_constructor=nn.Linear, learned_householder_permutation=2, reverse_permutation=True)
+        chain.append(
+            AllInOneBlock,
+            subnet_constructor=nn.Linear,
+            learned_householder_permutation=2,
+            reverse_permutation=True,
+        )
     x = torch.randn(8, 12)
     with torch.no_grad():
         assert_file_computes(exported(chain.eval(), x, dynamo), x, chain(x))
@@ -74,8 +88,12 @@ def test_reflections_of_a_reversible_chain_export(dynamo: bool) -> None:
 @exporters
 @both_directions
 def test_a_permutation_is_an_index_in_the_file(dynamo: bool, rev: bool) -> None:
-    """Of 1024 channels, whose matrix alone would take 4 MB; the index is that of the weights there are, also past every hook."""
-    block = AllInOneBlock([(1024,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, 2), nn.Linear(2, o))).eval()
+    """Of 1024 channels, whose matrix alone would take 4 MB; the index is that of the weights there
+    are, also past every hook.
+    """
+    block = AllInOneBlock(
+        [(1024,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, 2), nn.Linear(2, o))
+    ).eval()
     x = torch.randn(3, 1024)
     with torch.no_grad():
         file = exported(TakesTensor(block, rev), x, dynamo)
@@ -84,4 +102,6 @@ def test_a_permutation_is_an_index_in_the_file(dynamo: bool, rev: bool) -> None:
         other = torch.randperm(1024)
         for w, index in ((block.w_perm, other), (block.w_perm_inv, torch.argsort(other))):
             w.data.copy_(nn.functional.one_hot(index, 1024))
-        assert_file_computes(exported(TakesTensor(block, rev), x, dynamo), x, TakesTensor(block, rev)(x))
+        assert_file_computes(
+            exported(TakesTensor(block, rev), x, dynamo), x, TakesTensor(block, rev)(x)
+        )

@@ -1,4 +1,6 @@
-"""accelerate and restore: stock blocks made fast in place, in whatever holds them, and nothing else about them changed."""
+"""accelerate and restore: stock blocks made fast in place, in whatever holds them, and nothing else
+about them changed.
+"""
 
 from __future__ import annotations
 
@@ -30,31 +32,52 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was never released."""
+    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
+    never released.
+    """
     return functools.partial(reference.AllInOneBlock, dialect="freia")
 
 
 PEERS = {"anomalib": anomalib_block, "freia0.2": freia_block, "freia-main": freia_main_block}
 peers = pytest.mark.parametrize(
-    "peer", [pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers]) for name, peer in PEERS.items()]
+    "peer",
+    [
+        pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers])
+        for name, peer in PEERS.items()
+    ],
 )
-released = pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
+released = pytest.mark.parametrize(
+    "peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"]
+)
 
 CASES = [case for case in ALL_CASES if case.dialect == "anomalib"]  # the peers know no dialect
 SHAPE = Shape(2, 6, (3, 4))
 HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN = (
-    Case(SHAPE, name) for name in ("cond2-rev", "soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-rev-cond")
+    Case(SHAPE, name)
+    for name in ("cond2-rev", "soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-rev-cond")
 )
-kinds = pytest.mark.parametrize("case", [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN], ids=["hard", "soft", "hh", "hh-soft", "gin"])
+kinds = pytest.mark.parametrize(
+    "case",
+    [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN],
+    ids=["hard", "soft", "hh", "hh-soft", "gin"],
+)
 
 
-def stock_block(peer: Callable[[], Any], case: Case, seed: int = 3, dtype: torch.dtype = torch.float64, **extra: Any) -> nn.Module:
+def stock_block(
+    peer: Callable[[], Any],
+    case: Case,
+    seed: int = 3,
+    dtype: torch.dtype = torch.float64,
+    **extra: Any,
+) -> nn.Module:
     cls = peer()
     np.random.seed(seed)  # FrEIA 0.2 draws its permutations there
     return make_block(cls, case, dtype, seed, **extra)
 
 
-def same_block(peer: Callable[[], Any], block: nn.Module, case: Case, dtype: torch.dtype) -> nn.Module:
+def same_block(
+    peer: Callable[[], Any], block: nn.Module, case: Case, dtype: torch.dtype
+) -> nn.Module:
     """A stock block with this one's parameters, whatever it has become since."""
     other = make_block(peer(), case)
     other.load_state_dict(block.state_dict())
@@ -62,16 +85,22 @@ def same_block(peer: Callable[[], Any], block: nn.Module, case: Case, dtype: tor
     return other.to(dtype)
 
 
-def evaluate(model: nn.Module, x: Tensor, c: list[Tensor], rev: bool, wrap: bool = True) -> dict[str, Tensor | None]:
-    """Output, log-determinant, and the gradients of a random linear function of both to everything that takes one.
+def evaluate(
+    model: nn.Module, x: Tensor, c: list[Tensor], rev: bool, wrap: bool = True
+) -> dict[str, Tensor | None]:
+    """Output, log-determinant, and the gradients of a random linear function of both to everything
+    that takes one.
 
-    ``wrap``: the model is a block, which wants a list and returns a tuple. Else it is one of FrEIA's containers.
+    ``wrap``: the model is a block, which wants a list and returns a tuple. Else it is one of
+    FrEIA's containers.
     """
     x, c = x.detach().clone().requires_grad_(), [t.detach().clone().requires_grad_() for t in c]
     y, logdet = model([x] if wrap else x, c, rev=rev)
     y = y[0] if wrap else y
     generator = torch.Generator().manual_seed(2)
-    dy, dlogdet = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, logdet))
+    dy, dlogdet = (
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, logdet)
+    )
     model.zero_grad()
     torch.autograd.backward([y, logdet], [dy, dlogdet])
     grads = {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
@@ -82,12 +111,18 @@ def evaluate(model: nn.Module, x: Tensor, c: list[Tensor], rev: bool, wrap: bool
 
 
 def assert_results(
-    actual: dict[str, Tensor | None], truth: dict[str, Tensor | None], baseline: dict[str, Tensor | None], gin: float = 0.0, blocks: int = 1
+    actual: dict[str, Tensor | None],
+    truth: dict[str, Tensor | None],
+    baseline: dict[str, Tensor | None],
+    gin: float = 0.0,
+    blocks: int = 1,
 ) -> None:
-    """The design's criterion in float64: ``truth`` is the stock block, ``baseline`` the stock block in float32.
+    """The design's criterion in float64: ``truth`` is the stock block, ``baseline`` the stock block
+    in float32.
 
-    Its floor, which is 4 roundings of the largest value, is made that of tests/test_peers.py, 4 + sqrt(terms) roundings, for each block:
-    truth and result sum in two orders here, and the error of one float32 run says too little about either where that has been lucky.
+    Its floor, which is 4 roundings of the largest value, is made that of tests/test_peers.py, 4 +
+    sqrt(terms) roundings, for each block: truth and result sum in two orders here, and the error of
+    one float32 run says too little about either where that has been lucky.
     """
     assert actual.keys() == truth.keys()
     terms = truth["output"].numel()
@@ -96,13 +131,25 @@ def assert_results(
             assert actual[name] is None, name
             continue
         # the log-determinant of GIN is a sum of log-factors, each up to the clamp, that cancel
-        largest = gin if gin and name == "log-det" else value.abs().max().item() if value.numel() else 0.0
-        assert_close(actual[name], value, baseline[name], name, magnitude=blocks * largest * (1 + 0.25 * terms**0.5))
+        largest = (
+            gin if gin and name == "log-det" else value.abs().max().item() if value.numel() else 0.0
+        )
+        assert_close(
+            actual[name],
+            value,
+            baseline[name],
+            name,
+            magnitude=blocks * largest * (1 + 0.25 * terms**0.5),
+        )
 
 
 def assert_same_as_stock(block: nn.Module, peer: Callable[[], Any], case: Case) -> None:
-    """Output, log-determinant and gradients of both directions, with the parameters that the block has now."""
-    truth_block, baseline_block = (same_block(peer, block, case, dtype) for dtype in (torch.float64, torch.float32))
+    """Output, log-determinant and gradients of both directions, with the parameters that the block
+    has now.
+    """
+    truth_block, baseline_block = (
+        same_block(peer, block, case, dtype) for dtype in (torch.float64, torch.float32)
+    )
     x, c = make_input(case)
     gin = abs(block.clamp) * max(1, x[0].numel()) ** 0.5 if block.GIN else 0.0
     for rev in (False, True):
@@ -111,7 +158,12 @@ def assert_same_as_stock(block: nn.Module, peer: Callable[[], Any], case: Case) 
         assert_results(actual, truth, baseline, gin)
         with torch.no_grad():
             (y,), logdet = block([x], c, rev=rev)
-        assert_results({"output": y, "log-det": logdet}, {k: truth[k] for k in ("output", "log-det")}, baseline, gin)
+        assert_results(
+            {"output": y, "log-det": logdet},
+            {k: truth[k] for k in ("output", "log-det")},
+            baseline,
+            gin,
+        )
 
 
 def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> None:
@@ -125,14 +177,21 @@ def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> 
 
 def is_fused(block: nn.Module) -> bool:
     """Whether a call of a block runs the fused function."""
-    with mock.patch.object(patch, "all_in_one_block", wraps=patch.all_in_one_block) as fused, torch.no_grad():
-        c = [torch.zeros(1, block.condition_channels, *block.dims_in[0][1:])] if block.conditional else []
+    with (
+        mock.patch.object(patch, "all_in_one_block", wraps=patch.all_in_one_block) as fused,
+        torch.no_grad(),
+    ):
+        c = (
+            [torch.zeros(1, block.condition_channels, *block.dims_in[0][1:])]
+            if block.conditional
+            else []
+        )
         x = torch.zeros(1, *block.dims_in[0]).to(block.global_scale)
         block([x], [t.to(x) for t in c])
     return fused.called
 
 
-# --- one block -------------------------------------------------------------------------------------------------------------------------
+# --- one block ------------------------------------------------------------------------------------
 
 
 @peers
@@ -144,7 +203,8 @@ def test_accelerated_block_gives_the_same(case: Case, peer: Callable[[], Any]) -
     said = report(accelerate(block))
     assert len(said.changed) == 1, str(said)
     expected = "freia" if peer is freia_main_block else "anomalib"
-    # with one channel there is no active half, and so no clamp; and a single log-factor is its own mean, which GIN takes out
+    # with one channel there is no active half, and so no clamp; and a single log-factor is its own
+    # mean, which GIN takes out
     if case.shape.channels > 1 and not (block.GIN and math.prod(case.shape.full[1:]) < 4):
         assert f"'{expected}'" in said.changed[0].reason
     assert case.options.get("global_affine_type", "SOFTPLUS") in said.changed[0].reason or block.GIN
@@ -174,17 +234,31 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
     block.register_forward_hook(lambda *_: None)
     block.subnet.train()
     before = dict(vars(block))
-    parameters = [(name, id(p), p._version, p.data_ptr(), p.requires_grad, p.grad) for name, p in block.named_parameters()]
-    state, metadata = {key: value.clone() for key, value in block.state_dict().items()}, block.state_dict()._metadata
+    parameters = [
+        (name, id(p), p._version, p.data_ptr(), p.requires_grad, p.grad)
+        for name, p in block.named_parameters()
+    ]
+    state, metadata = (
+        {key: value.clone() for key, value in block.state_dict().items()},
+        block.state_dict()._metadata,
+    )
     modules = [(name, id(module), module.training) for name, module in block.named_modules()]
     generators = torch.random.get_rng_state(), random.getstate()
     for change in (accelerate, accelerate, restore):
         change(block)
-        assert [(name, id(p), p._version, p.data_ptr(), p.requires_grad, p.grad) for name, p in block.named_parameters()] == parameters
-        assert [(name, id(module), module.training) for name, module in block.named_modules()] == modules
+        assert [
+            (name, id(p), p._version, p.data_ptr(), p.requires_grad, p.grad)
+            for name, p in block.named_parameters()
+        ] == parameters
+        assert [
+            (name, id(module), module.training) for name, module in block.named_modules()
+        ] == modules
         now = block.state_dict()
         assert list(now) == list(state)
-        assert all(torch.equal(now[key], value) and now[key].dtype == value.dtype for key, value in state.items())
+        assert all(
+            torch.equal(now[key], value) and now[key].dtype == value.dtype
+            for key, value in state.items()
+        )
         assert now._metadata == metadata
         assert torch.equal(torch.random.get_rng_state(), generators[0])
         assert random.getstate() == generators[1]
@@ -195,7 +269,9 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
 @peers
 @kinds
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_optimizer_made_before_keeps_working(case: Case, optimizer: type, peer: Callable[[], Any]) -> None:
+def test_optimizer_made_before_keeps_working(
+    case: Case, optimizer: type, peer: Callable[[], Any]
+) -> None:
     blocks = [stock_block(peer, case) for _ in range(2)]
     optimizers = [optimizer(block.parameters(), lr=1e-3) for block in blocks]
     accelerate(blocks[0])
@@ -210,11 +286,14 @@ def test_optimizer_made_before_keeps_working(case: Case, optimizer: type, peer: 
             o.step()
         for seen, p in zip(smallest, blocks[1].parameters(), strict=True):
             seen.copy_(torch.minimum(seen, p.grad.abs()) if p.grad is not None else seen)
-    for p, expected, old, seen in zip(*(block.parameters() for block in blocks), start, smallest, strict=True):
+    for p, expected, old, seen in zip(
+        *(block.parameters() for block in blocks), start, smallest, strict=True
+    ):
         if not expected.requires_grad or seen.isinf().any():  # GIN has no use for its scale
             assert torch.equal(p, old)
             continue
-        # the gradients are of order 1 and agree to some 1e-15. Adam divides each by its own size: lr * 1e-15 / 1e-6 of one that is 1e-6
+        # the gradients are of order 1 and agree to some 1e-15. Adam divides each by its own size:
+        # lr * 1e-15 / 1e-6 of one that is 1e-6
         reliable = seen > 1e-6
         assert reliable.any() or seen.max() < 1e-14
         assert ((p - expected)[reliable].abs() <= 1e-11).all()
@@ -246,7 +325,9 @@ def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
     fused = passed()
     assert fused == ["pre", "subnet", "forward", "later", "backward", "state"]
     restore(block)
-    assert [call for call in passed() if call != "backward"] == [call for call in fused if call != "backward"]
+    assert [call for call in passed() if call != "backward"] == [
+        call for call in fused if call != "backward"
+    ]
 
 
 @released
@@ -282,7 +363,9 @@ def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> No
         block(x)
     with pytest.raises(ValueError, match=r"\(B, 3, S1\), got \(2, 4, 4\)"):
         block([torch.randn(2, 4, 4)])
-    block = peer()([(4,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, o), nn.ReLU()))
+    block = peer()(
+        [(4,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, o), nn.ReLU())
+    )
     accelerate(block)
     (y,), logdet = block([torch.randn(3, 4)])
     (y.sum() + logdet.sum()).backward()
@@ -302,16 +385,23 @@ def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
-# --- containers ------------------------------------------------------------------------------------------------------------------------
+# --- containers -----------------------------------------------------------------------------------
 
 
 class Flow(nn.Module):
-    """Blocks one after the other, as anomalib's models hold them; with one block of another kind."""
+    """Blocks one after the other, as anomalib's models hold them; with one block of another
+    kind.
+    """
 
     def __init__(self, peer: Callable[[], Any], case: Case) -> None:
         super().__init__()
         self.first = nn.ModuleDict({"a": stock_block(peer, case, 1)})
-        self.rest = nn.ModuleList([stock_block(peer, case.replace(name=name), seed) for seed, name in enumerate(("rev", "soft", "hh1"), 2)])
+        self.rest = nn.ModuleList(
+            [
+                stock_block(peer, case.replace(name=name), seed)
+                for seed, name in enumerate(("rev", "soft", "hh1"), 2)
+            ]
+        )
         self.head = nn.Conv2d(6, 6, 1).double()
 
     def forward(self, x: Tensor, c: list[Tensor], rev: bool = False) -> tuple[Tensor, Tensor]:
@@ -329,12 +419,20 @@ def sequence(peer: Callable[[], Any]) -> nn.Module:
     np.random.seed(4)  # rotations
     for name, cond in [("hard", None), ("gin", 0), ("soft", None), ("hh1", 0), ("rev", None)]:
         case = Case(SHAPE, name)
-        model.append(peer(), cond=cond, cond_shape=(2, *SHAPE.spatial), subnet_constructor=make_subnet(2), **case.options)
+        model.append(
+            peer(),
+            cond=cond,
+            cond_shape=(2, *SHAPE.spatial),
+            subnet_constructor=make_subnet(2),
+            **case.options,
+        )
     return model.double()
 
 
 def mixed(peer: Callable[[], Any]) -> nn.Module:
-    """With FrEIA's other modules in between, which stay what they are, and a part that is run backwards."""
+    """With FrEIA's other modules in between, which stay what they are, and a part that is run
+    backwards.
+    """
     framework, modules = freia().framework, freia().modules
 
     class Inverse(modules.InvertibleModule):
@@ -381,16 +479,28 @@ def graph(peer: Callable[[], Any], net: type | None = None) -> nn.Module:
     two = framework.Node(split.out1, peer(), {**arguments, "reverse_permutation": True})
     joined = framework.Node([split.out0, two.out0], modules.Concat, {"dim": 0})
     three = framework.Node(joined, peer(), {**arguments, "learned_householder_permutation": 2})
-    model = (net or framework.GraphINN)([start, condition, one, split, two, joined, three, framework.OutputNode(three)], verbose=False)
+    model = (net or framework.GraphINN)(
+        [start, condition, one, split, two, joined, three, framework.OutputNode(three)],
+        verbose=False,
+    )
     return model.double()
 
 
 MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
-    "flow": (lambda peer: Flow(peer, Case(SHAPE, "hard")), ["first.a", "rest.0", "rest.1", "rest.2"]),
+    "flow": (
+        lambda peer: Flow(peer, Case(SHAPE, "hard")),
+        ["first.a", "rest.0", "rest.1", "rest.2"],
+    ),
     "sequence": (sequence, [f"module_list.{i}" for i in range(5)]),
-    "mixed": (mixed, ["module_list.0", "module_list.3.module", "module_list.4.module_list.0", "module_list.6"]),
+    "mixed": (
+        mixed,
+        ["module_list.0", "module_list.3.module", "module_list.4.module_list.0", "module_list.6"],
+    ),
     "graph": (graph, ["module_list.0", "module_list.2", "module_list.4"]),
-    "reversible graph net": (reversible_graph_net, ["module_list.0", "module_list.2", "module_list.4"]),
+    "reversible graph net": (
+        reversible_graph_net,
+        ["module_list.0", "module_list.2", "module_list.4"],
+    ),
 }
 
 
@@ -418,20 +528,30 @@ def test_models(kind: str, peer: Callable[[], Any]) -> None:
             # FrEIA's GLOWCouplingBlock is two couplings more
             assert_results(actual, truth, baseline, blocks=len(names) + 2 * (kind == "mixed"))
     if hasattr(model, "node_list"):
-        assert all(node.module is None or node.module in set(model.module_list) for node in model.node_list)
+        assert all(
+            node.module is None or node.module in set(model.module_list) for node in model.node_list
+        )
     made = copy.deepcopy(model)
     assert not {id(p) for p in made.parameters()} & set(parameters)
-    assert_equal_dicts(evaluate(made, x, c, False, wrap=False), evaluate(model, x, c, False, wrap=False))
+    assert_equal_dicts(
+        evaluate(made, x, c, False, wrap=False), evaluate(model, x, c, False, wrap=False)
+    )
     if hasattr(model, "node_list"):
-        assert all(node.module is None or node.module in set(made.module_list) for node in made.node_list)
+        assert all(
+            node.module is None or node.module in set(made.module_list) for node in made.node_list
+        )
     for m in (model, made):
         assert [entry.name for entry in report(restore(m)).left] == names
         assert [type(module) for module in m.modules()] == classes
         for rev in (False, True):
-            assert_equal_dicts(evaluate(m, x, c, rev, wrap=False), evaluate(same, x, c, rev, wrap=False))
+            assert_equal_dicts(
+                evaluate(m, x, c, rev, wrap=False), evaluate(same, x, c, rev, wrap=False)
+            )
 
 
-def assert_equal_dicts(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+def assert_equal_dicts(
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]
+) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert value is actual[name] is None or torch.equal(actual[name], value), name
@@ -457,11 +577,13 @@ def test_block_that_stands_in_two_places_is_changed_once() -> None:
     assert not report(restore(model)).changed
 
 
-# --- what changes later takes effect ---------------------------------------------------------------------------------------------------
+# --- what changes later takes effect --------------------------------------------------------------
 
 
 @torch.no_grad()
-def _write(block: nn.Module, state: dict[str, Tensor], write: Callable[[Tensor, Tensor], object]) -> None:
+def _write(
+    block: nn.Module, state: dict[str, Tensor], write: Callable[[Tensor, Tensor], object]
+) -> None:
     for name in ("w_0", "w_perm", "w_perm_inv"):
         if name in state:
             write(getattr(block, name), state[name])
@@ -475,10 +597,14 @@ def _replace(block: nn.Module, state: dict[str, Tensor]) -> None:
 
 CHANGES: dict[str, Callable[[nn.Module, dict[str, Tensor]], object]] = {
     "load_state_dict": lambda block, state: block.load_state_dict(state),
-    "assign": lambda block, state: block.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True),
+    "assign": lambda block, state: block.load_state_dict(
+        {key: value.clone() for key, value in state.items()}, assign=True
+    ),
     "copy_": lambda block, state: _write(block, state, lambda p, value: p.copy_(value)),
     "data.copy_": lambda block, state: _write(block, state, lambda p, value: p.data.copy_(value)),
-    "data": lambda block, state: _write(block, state, lambda p, value: setattr(p, "data", value.clone())),
+    "data": lambda block, state: _write(
+        block, state, lambda p, value: setattr(p, "data", value.clone())
+    ),
     "another parameter": _replace,
 }
 
@@ -502,11 +628,15 @@ def test_another_permutation_takes_effect(change: str, case: Case, peer: Callabl
 @pytest.mark.parametrize("when", ["before", "after", "after a pass"])
 @pytest.mark.parametrize("what", ["rotation", "rotation and back", "not the inverse", "shear"])
 @pytest.mark.parametrize("through", ["copy_", "data.copy_"])
-def test_hard_block_with_a_matrix_that_is_no_permutation(when: str, what: str, through: str, peer: Callable[[], Any]) -> None:
+def test_hard_block_with_a_matrix_that_is_no_permutation(
+    when: str, what: str, through: str, peer: Callable[[], Any]
+) -> None:
     """The stock block multiplies by whatever it holds, and so does the accelerated one."""
     case = Case(SHAPE, "rev")
     if what == "shear" and through == "data.copy_" and when == "after a pass":
-        return  # writes past autograd's back are noticed where a 1 has gone, which they are for every orthogonal matrix
+        # writes past autograd's back are noticed where a 1 has gone, which they are for every
+        # orthogonal matrix
+        return
     block = stock_block(peer, case)
     old = {name: getattr(block, name).clone() for name in ("w_perm", "w_perm_inv")}
     q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
@@ -514,13 +644,16 @@ def test_hard_block_with_a_matrix_that_is_no_permutation(when: str, what: str, t
     if what == "not the inverse":
         w, w_inv = old["w_perm"], old["w_perm_inv"].flip(0)
     if what == "shear":
-        w = old["w_perm"].view(6, 6) + 0.5 * old["w_perm"].view(6, 6).roll(1, 0)  # has a 1 wherever the permutation has
+        # has a 1 wherever the permutation has
+        w = old["w_perm"].view(6, 6) + 0.5 * old["w_perm"].view(6, 6).roll(1, 0)
         w_inv = torch.linalg.inv(w)
     if when.startswith("after"):
         assert report(accelerate(block)).changed
     if when == "after a pass":
         assert_same_as_stock(block, peer, case)
-    CHANGES[through](block, {"w_perm": w.reshape(6, 6, 1, 1), "w_perm_inv": w_inv.reshape(6, 6, 1, 1)})
+    CHANGES[through](
+        block, {"w_perm": w.reshape(6, 6, 1, 1), "w_perm_inv": w_inv.reshape(6, 6, 1, 1)}
+    )
     if when == "before":
         assert report(accelerate(block)).changed
     assert_same_as_stock(block, peer, case)
@@ -580,14 +713,18 @@ def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], An
     assert truth["grad w_0" if name == "hh1" else "grad w_perm"].abs().max() > 0
 
 
-# --- which maths: asked, not guessed ---------------------------------------------------------------------------------------------------
+# --- which maths: asked, not guessed --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
+)
 @pytest.mark.parametrize("clamp", [0.5, 0.9, 0.98, 1.02, 1.05, 1.2, 1.9, 5.0])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -> None:
-    block = reference.AllInOneBlock([(6, 4)], [], make_subnet(1), affine_clamping=clamp, dialect=dialect).to(dtype)
+    block = reference.AllInOneBlock(
+        [(6, 4)], [], make_subnet(1), affine_clamping=clamp, dialect=dialect
+    ).to(dtype)
     (entry,) = report(accelerate(block)).entries
     assert entry.changed, entry.reason
     assert repr(dialect) in entry.reason
@@ -611,16 +748,33 @@ def test_clamp_of_zero(peer: Callable[[], Any]) -> None:
 
 
 class Interface(reference.InvertibleModule):
-    """What every copy of the block has, written from its documentation; the maths is the subclasses'."""
+    """What every copy of the block has, written from its documentation; the maths is the
+    subclasses'.
+    """
 
-    def __init__(self, dims_in: Any, dims_c: Any = (), subnet_constructor: Any = None, affine_clamping: float = 2.0) -> None:
+    def __init__(
+        self,
+        dims_in: Any,
+        dims_c: Any = (),
+        subnet_constructor: Any = None,
+        affine_clamping: float = 2.0,
+    ) -> None:
         super().__init__(dims_in, dims_c)
         channels, *spatial = self.dims_in[0]
         ones = [1] * len(spatial)
-        self.in_channels, self.input_rank, self.sum_dims = channels, len(spatial), tuple(range(1, 2 + len(spatial)))
+        self.in_channels, self.input_rank, self.sum_dims = (
+            channels,
+            len(spatial),
+            tuple(range(1, 2 + len(spatial))),
+        )
         self.splits = [channels - channels // 2, channels // 2]
         self.conditional, self.condition_channels = False, 0
-        self.clamp, self.GIN, self.householder, self.reverse_pre_permute = affine_clamping, False, 0, False
+        self.clamp, self.GIN, self.householder, self.reverse_pre_permute = (
+            affine_clamping,
+            False,
+            0,
+            False,
+        )
         self.global_scale = nn.Parameter(torch.ones(1, channels, *ones))
         self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
         w = torch.eye(channels)[torch.randperm(channels)]
@@ -644,7 +798,9 @@ def vendored(
     unscale: float = 1.0,
     given: Callable[[Tensor], Tensor] = lambda x1: x1,
 ) -> type:
-    """A copy of the block in somebody's repository, with or without a change of its maths; it derives from no AllInOneBlock."""
+    """A copy of the block in somebody's repository, with or without a change of its maths; it
+    derives from no AllInOneBlock.
+    """
 
     class AllInOneBlock(Interface):
         def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
@@ -657,12 +813,22 @@ def vendored(
             scale = self.global_scale_activation(self.global_scale)
             w = (self.w_perm_inv if rev else self.w_perm).flatten(1)
             if order == "affine first":
-                y = (mix(w, x) - self.global_offset) / scale if rev else mix(w, x * scale + self.global_offset)
+                y = (
+                    (mix(w, x) - self.global_offset) / scale
+                    if rev
+                    else mix(w, x * scale + self.global_offset)
+                )
             else:
-                y = mix(w, (x - self.global_offset) / scale) if rev else mix(w, x) * scale + self.global_offset
+                y = (
+                    mix(w, (x - self.global_offset) / scale)
+                    if rev
+                    else mix(w, x) * scale + self.global_offset
+                )
             return y, scale.log().sum()
 
-        def forward(self, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[tuple[Tensor], Tensor]:
+        def forward(
+            self, x: Any, c: Any = (), rev: bool = False, jac: bool = True
+        ) -> tuple[tuple[Tensor], Tensor]:
             (v,) = x
             if rev:
                 v, log_scale = self._permute(v, rev=True)
@@ -693,7 +859,9 @@ def test_vendored_copy_is_accelerated(freia_form: bool, dtype: torch.dtype) -> N
     assert "EXP" in entry.reason
     for rev in (False, True):
         for a, e in zip(flat(block([x], rev=rev)), expected[rev], strict=True):
-            assert (a - e).abs().max() <= 200 * torch.finfo(dtype).eps * max(1.0, e.abs().max().item())
+            assert (a - e).abs().max() <= 200 * torch.finfo(dtype).eps * max(
+                1.0, e.abs().max().item()
+            )
 
 
 CHANGED_MATHS: dict[str, dict[str, Any]] = {
@@ -723,7 +891,10 @@ def test_vendored_copy_with_other_maths_is_left(change: str, dtype: torch.dtype)
 def test_steps_exchanged_on_the_block_later_are_honoured(peer: Callable[[], Any]) -> None:
     case = Case(SHAPE, "hard")
     x, _ = make_input(case)
-    for name, change in (("global_scale_activation", torch.exp), ("_affine", lambda x, a, rev=False: (2.0 * x, x.new_zeros(x.shape[0])))):
+    for name, change in (
+        ("global_scale_activation", torch.exp),
+        ("_affine", lambda x, a, rev=False: (2.0 * x, x.new_zeros(x.shape[0]))),
+    ):
         block, stock = stock_block(peer, case), stock_block(peer, case)
         stock.load_state_dict(block.state_dict())
         assert report(accelerate(block)).changed
@@ -734,7 +905,9 @@ def test_steps_exchanged_on_the_block_later_are_honoured(peer: Callable[[], Any]
 
 @peers
 def test_a_subnet_that_starts_in_place(peer: Callable[[], Any]) -> None:
-    """The stock block lets it change the passive half; only where that is a copy, behind a condition, ours can do the same."""
+    """The stock block lets it change the passive half; only where that is a copy, behind a
+    condition, ours can do the same.
+    """
 
     def subnet(i: int, o: int) -> nn.Module:
         return nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(i, o, 1))
@@ -746,7 +919,10 @@ def test_a_subnet_that_starts_in_place(peer: Callable[[], Any]) -> None:
 def assert_left(block: nn.Module, match: str) -> None:
     """Not touched, with a reason and a warning, and restore finds nothing to do."""
     cls, attributes = type(block), dict(vars(block))
-    with pytest.warns(UserWarning, match=r"no block of the model runs fused; print\(fastflow_kernels.report\(model\)\) says why") as caught:
+    with pytest.warns(
+        UserWarning,
+        match=r"no block of the model runs fused; print\(fastflow_kernels.report\(model\)\) says why",
+    ) as caught:
         accelerate(block)
     assert len(caught) == 1
     said = report(block)
@@ -759,7 +935,7 @@ def assert_left(block: nn.Module, match: str) -> None:
     assert vars(block) == attributes
 
 
-# --- subclasses and overrides ----------------------------------------------------------------------------------------------------------
+# --- subclasses and overrides ---------------------------------------------------------------------
 
 
 def subclass(peer: Callable[[], Any], **methods: Any) -> type:
@@ -784,11 +960,14 @@ STEPS = ["forward", "_affine", "_permute", "_pre_permute", "_construct_household
 @pytest.mark.peers
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["hard", "hh3-rev-cond"])
-def test_subclass_that_overrides_a_step_is_left(step: str, name: str, peer: Callable[[], Any]) -> None:
+def test_subclass_that_overrides_a_step_is_left(
+    step: str, name: str, peer: Callable[[], Any]
+) -> None:
     case = Case(SHAPE, name)
     block = make_block(subclass(peer, **overriding(step)), case)
     assert_left(block, f"overrides {step}")
-    block = make_block(type("MineToo", (subclass(peer, **overriding(step)),), {}), case)  # not by the class itself, but by its base
+    # not by the class itself, but by its base
+    block = make_block(type("MineToo", (subclass(peer, **overriding(step)),), {}), case)
     assert_left(block, f"overrides {step}")
 
 
@@ -889,7 +1068,7 @@ def test_other_permute_function_of_one_object_is_left(peer: Callable[[], Any]) -
     assert_left(block, "computes something else")
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 def whole_through_a_file(block: nn.Module) -> nn.Module:
@@ -909,11 +1088,17 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @released
 @pytest.mark.peers
-@pytest.mark.parametrize("case", [HARD, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "hh", "hh-soft"])
+@pytest.mark.parametrize(
+    "case", [HARD, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "hh", "hh-soft"]
+)
 @pytest.mark.parametrize("method", COPIES)
 @pytest.mark.parametrize("used", ["fresh", "used", "used before"])
-def test_copies(used: str, method: str, case: Case, peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a stock pass ("used before") a Householder block holds its matrix with the graph: that must not be in the way."""
+def test_copies(
+    used: str, method: str, case: Case, peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stock pass ("used before") a Householder block holds its matrix with the graph: that
+    must not be in the way.
+    """
     block = stock_block(peer, case)
     x, c = make_input(case)
     if used == "used before":
@@ -926,7 +1111,9 @@ def test_copies(used: str, method: str, case: Case, peer: Callable[[], Any], mon
     assert list(made.state_dict()) == list(block.state_dict())
     assert_equal_results(made, block, case)
     if method != "copy":
-        assert not {p.data_ptr() for p in made.parameters()} & {p.data_ptr() for p in block.parameters()}
+        assert not {p.data_ptr() for p in made.parameters()} & {
+            p.data_ptr() for p in block.parameters()
+        }
         made.load_state_dict(stock_block(peer, case, 12).state_dict())
         assert_same_as_stock(made, peer, case)
     assert_same_as_stock(block, peer, case)
@@ -938,14 +1125,17 @@ def test_copies(used: str, method: str, case: Case, peer: Callable[[], Any], mon
     restore(block)
     if case.options.get("learned_householder_permutation") and used == "used":
         block = stock_block(peer, case)  # a pass of the stock block itself is not asked for here
-    # FrEIA 0.2's own class holds lambdas (global_scale_activation), which no pickle takes: accelerated or not, that is the stock block's.
+    # FrEIA 0.2's own class holds lambdas (global_scale_activation), which no pickle takes:
+    # accelerated or not, that is the stock block's.
     if method in ("copy", "deepcopy") or peer is anomalib_block:
         assert_equal_results(COPIES[method](block), block, case)
 
 
 @pytest.mark.peers
 @released
-def test_copy_of_a_restored_model_is_pickled_as_before(peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_of_a_restored_model_is_pickled_as_before(
+    peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """restore gives back the object as it was: also what can be pickled of it, and what cannot."""
     block = stock_block(peer, Case(SHAPE, "hard"))
 
@@ -983,7 +1173,7 @@ def test_graph_of_a_stock_pass_is_let_go(peer: Callable[[], Any]) -> None:
     block([x], c, rev=True)
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------------------------
+# --- what is said ---------------------------------------------------------------------------------
 
 
 @pytest.mark.peers
@@ -991,7 +1181,9 @@ def test_report() -> None:
     stock = anomalib_block()
     own = fastflow_kernels.AllInOneBlock([(4,)], subnet_constructor=nn.Linear)
     odd = subclass(anomalib_block, **overriding("_affine"))([(4,)], subnet_constructor=nn.Linear)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(stock([(4,)], subnet_constructor=nn.Linear)), own, odd)
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(stock([(4,)], subnet_constructor=nn.Linear)), own, odd
+    )
     before = report(model)
     assert [(entry.name, entry.state, entry.changed) for entry in before.entries] == [
         ("1.0", "left", False),
@@ -999,7 +1191,9 @@ def test_report() -> None:
         ("3", "left", False),
     ]
     assert [entry.name for entry in before.left] == ["1.0", "3"]
-    assert before.left[0].reason.startswith("accelerate(model) would take it: computes dialect 'anomalib', SOFTPLUS, hard permutation")
+    assert before.left[0].reason.startswith(
+        "accelerate(model) would take it: computes dialect 'anomalib', SOFTPLUS, hard permutation"
+    )
     assert str(before).splitlines()[0] == "1 of 3 blocks run fused"
     assert accelerate(model) is model
     said = report(model)
@@ -1007,8 +1201,13 @@ def test_report() -> None:
     assert [entry.name for entry in said.changed] == ["1.0"]
     assert [entry.name for entry in said.left] == ["3"]
     assert said.changed[0].kind == f"{stock.__module__}.AllInOneBlock"
-    assert said.changed[0].reason == "computes dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
-    assert said.entries[1].reason == "dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
+    assert (
+        said.changed[0].reason
+        == "computes dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
+    )
+    assert (
+        said.entries[1].reason == "dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
+    )
     assert said.left[0].reason == "Mine overrides _affine"
     assert "Mine" in said.left[0].kind
     lines = str(said).splitlines()
@@ -1046,7 +1245,8 @@ def test_report_of_chains() -> None:
     (entry,) = report(accelerate(model, reversible=True)).chains
     assert (entry.state, entry.changed, entry.reason[:8]) == ("reversible", True, "5 of its")
     assert "1 of 1 chains are reversible" in str(report(model))
-    model.module_list[0]._affine = model.module_list[1]._affine  # runs the stock maths, which nothing reconstructs
+    # runs the stock maths, which nothing reconstructs
+    model.module_list[0]._affine = model.module_list[1]._affine
     assert report(model).chains[0].reason.startswith("4 of its 5")
     own = fastflow_kernels.ReversibleSequence(4)
     own.append(fastflow_kernels.AllInOneBlock, subnet_constructor=nn.Linear)
@@ -1115,7 +1315,9 @@ def test_meta_device_is_left(name: str, peer: Callable[[], Any]) -> None:
 
 @released
 @pytest.mark.peers
-@pytest.mark.parametrize("context", ["no_grad", "inference_mode", "autocast", "float64 by default", "deterministic"])
+@pytest.mark.parametrize(
+    "context", ["no_grad", "inference_mode", "autocast", "float64 by default", "deterministic"]
+)
 def test_accelerate_in_any_context(context: str, peer: Callable[[], Any]) -> None:
     block = stock_block(peer, HARD)
     if context == "no_grad":

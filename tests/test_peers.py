@@ -1,4 +1,6 @@
-"""The reference against the stock blocks: the same numbers to the last bits of float64, the same state dict, the same random draws."""
+"""The reference against the stock blocks: the same numbers to the last bits of float64, the same
+state dict, the same random draws.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,19 @@ from tests.cases import CASES, Case, ids, make_block, make_input, make_subnet
 
 pytestmark = pytest.mark.peers
 
-# Both peers have the formula of dialect "anomalib". (FrEIA's main branch, dialect "freia", has never been released.)
+# Both peers have the formula of dialect "anomalib". (FrEIA's main branch, dialect "freia", has
+# never been released.)
 cases = [case for case in CASES if case.dialect == "anomalib"]
 peers = pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
 
 EPS = torch.finfo(torch.float64).eps
 
 
-def assert_last_bits(actual: torch.Tensor, expected: torch.Tensor, terms: int, name: str, magnitude: float = 1.0) -> None:
-    """Equal but for the order of a sum of so many terms: sqrt(terms) roundings of the largest magnitude, and a few more.
+def assert_last_bits(
+    actual: torch.Tensor, expected: torch.Tensor, terms: int, name: str, magnitude: float = 1.0
+) -> None:
+    """Equal but for the order of a sum of so many terms: sqrt(terms) roundings of the largest
+    magnitude, and a few more.
 
     ``magnitude`` is the size of the terms, where that is more than the sum's.
     """
@@ -69,15 +75,24 @@ def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], ty
         xs = x.clone().requires_grad_()
         cs = [t.clone().requires_grad_() for t in c]
         (y,), log_det = block([xs], cs, rev=rev)
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        weights = torch.randn(
+            y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+        )
         ((y * weights).sum() + (log_det * torch.arange(1.0, len(x) + 1)).sum()).backward()
-        result = {"y": y, "log_det": log_det, "x.grad": xs.grad, **{f"c{i}.grad": t.grad for i, t in enumerate(cs)}}
+        result = {
+            "y": y,
+            "log_det": log_det,
+            "x.grad": xs.grad,
+            **{f"c{i}.grad": t.grad for i, t in enumerate(cs)},
+        }
         results.append(result | {f"{name}.grad": p.grad for name, p in block.named_parameters()})
     expected, actual = results
     assert actual.keys() == expected.keys()
-    # dH/dv of a unit vector v is made of terms of up to 2 + 2 + 4, which cancel (entirely if there is one channel: H = -1).
+    # dH/dv of a unit vector v is made of terms of up to 2 + 2 + 4, which cancel (entirely if there
+    # is one channel: H = -1).
     terms_of_vk = 8 * sum(w.grad.norm().item() for w in matrices)
-    # GIN's log-determinant is 0, a sum of log-factors of up to the clamp each, whose partial sums grow like a random walk
+    # GIN's log-determinant is 0, a sum of log-factors of up to the clamp each, whose partial sums
+    # grow like a random walk
     terms_of_logdet = theirs.clamp * x.numel() ** 0.5 if theirs.GIN else 0.0
     for name, value in expected.items():
         if value is None:
@@ -105,7 +120,8 @@ def test_state_dict_loads_both_ways(case: Case, peer: Callable[[], type]) -> Non
     assert list(dict(ours.named_parameters())) == list(named)
 
 
-seeded = [case for case in cases if not case.options.get("permute_soft")]  # a rotation comes from numpy's generator there
+# a rotation comes from numpy's generator there
+seeded = [case for case in cases if not case.options.get("permute_soft")]
 
 
 @pytest.mark.parametrize("case", seeded, ids=ids(seeded))
@@ -115,7 +131,9 @@ def test_same_seed_gives_anomalibs_block(case: Case, init: float | None) -> None
     blocks, states = [], []
     for cls in (anomalib_block(), AllInOneBlock):
         torch.manual_seed(17)
-        blocks.append(cls(case.dims_in, case.dims_c, subnet_constructor=make_subnet(case.rank), **options))
+        blocks.append(
+            cls(case.dims_in, case.dims_c, subnet_constructor=make_subnet(case.rank), **options)
+        )
         states.append(torch.random.get_rng_state())
     expected, actual = (block.state_dict() for block in blocks)
     assert list(actual) == list(expected)
@@ -125,7 +143,16 @@ def test_same_seed_gives_anomalibs_block(case: Case, init: float | None) -> None
     assert torch.equal(*states)
 
 
-DOCUMENTED = ["in_channels", "splits", "clamp", "GIN", "householder", "reverse_pre_permute", "conditional", "condition_channels"]
+DOCUMENTED = [
+    "in_channels",
+    "splits",
+    "clamp",
+    "GIN",
+    "householder",
+    "reverse_pre_permute",
+    "conditional",
+    "condition_channels",
+]
 DOCUMENTED += ["input_rank", "sum_dims", "last_jac", "dims_in", "dims_c"]
 
 

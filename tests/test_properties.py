@@ -15,15 +15,26 @@ from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutati
 from tests.cases import DIALECTS, DTYPES, LAYOUTS, OPTIONS, Case, Shape, make_block, make_input
 from tests.test_parity import compare
 
-# The same examples every time: a failure must not come and go with the weather. Raise max_examples to search.
+# The same examples every time: a failure must not come and go with the weather. Raise max_examples
+# to search.
 search = settings(max_examples=120, deadline=None, derandomize=True)
-shapes = st.builds(Shape, st.integers(1, 5), st.integers(1, 20), st.lists(st.integers(1, 6), max_size=3).map(tuple))
+shapes = st.builds(
+    Shape, st.integers(1, 5), st.integers(1, 20), st.lists(st.integers(1, 6), max_size=3).map(tuple)
+)
 cases = st.builds(Case, shapes, st.sampled_from(sorted(OPTIONS)), st.sampled_from(DIALECTS))
 
 
 @search
-@given(cases, st.sampled_from(["fp64", "fp32"]), st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.booleans())
-def test_any_block_equals_the_reference(case: Case, dtype: str, layout: str, rev: bool, grad: bool) -> None:
+@given(
+    cases,
+    st.sampled_from(["fp64", "fp32"]),
+    st.sampled_from(sorted(LAYOUTS)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_block_equals_the_reference(
+    case: Case, dtype: str, layout: str, rev: bool, grad: bool
+) -> None:
     compare(case, DTYPES[dtype], rev, grad, layout=layout)
 
 
@@ -35,14 +46,17 @@ def test_inverse_undoes_any_block(case: Case, rev: bool) -> None:
     with torch.no_grad():
         (y,), logdet = block([x], c, rev=rev)
         (back,), minus = block([y], c, rev=not rev)
-    # float64; a block stretches rounding errors by at most its scales and exp(clamp) each way, here below e^10
+    # float64; a block stretches rounding errors by at most its scales and exp(clamp) each way, here
+    # below e^10
     assert (back - x).abs().max() <= 1e-10 * max(1.0, y.abs().max().item())
     assert (logdet + minus).abs().max() <= 1e-10 * max(1.0, logdet.abs().max().item())
 
 
 @search
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 2**31))
-def test_reflections_are_orthogonal_and_equal_their_matrix(count: int, channels: int, seed: int) -> None:
+def test_reflections_are_orthogonal_and_equal_their_matrix(
+    count: int, channels: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     perm = torch.randperm(channels, generator=generator)
     vectors = torch.randn(count, channels, generator=generator, dtype=torch.float64)
@@ -56,9 +70,15 @@ def test_reflections_are_orthogonal_and_equal_their_matrix(count: int, channels:
 
 @pytest.mark.parametrize(("reflections", "channels"), [(64, 512), (3, 7), (8, 16)])
 def test_reflections_are_orthogonal_in_float32(reflections: int, channels: int) -> None:
-    """Applied in float32 to the unit vectors: Q Q^T = I to 1e-6, in the compact form as in the dense one."""
+    """Applied in float32 to the unit vectors: Q Q^T = I to 1e-6, in the compact form as in the
+    dense one.
+    """
     vectors = torch.randn(reflections, channels)
-    q = HouseholderPermutation(IndexPermutation(*[torch.arange(channels)] * 2), vectors).permute(torch.eye(channels)).double()
+    q = (
+        HouseholderPermutation(IndexPermutation(*[torch.arange(channels)] * 2), vectors)
+        .permute(torch.eye(channels))
+        .double()
+    )
     assert (q @ q.T - torch.eye(channels)).abs().max() < 1e-6
 
 

@@ -1,4 +1,6 @@
-"""The reference against mathematics: its inverse, the brute-force Jacobian, numerical gradients, the formulas number by number."""
+"""The reference against mathematics: its inverse, the brute-force Jacobian, numerical gradients,
+the formulas number by number.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from tests.cases import CASES, SHAPES, Case, ids, make_block, make_input, make_s
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
 
-# Relative error allowed in float64 where two ways of computing the same thing are compared: eps = 2.2e-16, times the condition of a block
-# (scales and exponentials of up to e^clamp each way), times the root of the number of operations.
+# Relative error allowed in float64 where two ways of computing the same thing are compared: eps =
+# 2.2e-16, times the condition of a block (scales and exponentials of up to e^clamp each way), times
+# the root of the number of operations.
 TIGHT = 1e-11
 
 
@@ -56,7 +59,9 @@ def test_log_det_equals_brute_force_jacobian(case: Case, rev: bool) -> None:
     size = x[0].numel()
     for b in range(min(case.shape.batch, 2)):
         cb = [t[b : b + 1] for t in c]
-        jacobian = torch.autograd.functional.jacobian(lambda v, cb=cb: block([v], cb, rev=rev)[0][0], x[b : b + 1], vectorize=True)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v, cb=cb: block([v], cb, rev=rev)[0][0], x[b : b + 1], vectorize=True
+        )
         _, brute_force = torch.linalg.slogdet(jacobian.reshape(size, size))
         assert_near(log_det[b], brute_force)
 
@@ -72,7 +77,12 @@ def test_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
 
     def run(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs, parameters = args[: len(tensors)], args[len(tensors) :]
-        call = functional_call(block, dict(zip(names, parameters, strict=True)), ([inputs[0]], list(inputs[1:])), {"rev": rev})
+        call = functional_call(
+            block,
+            dict(zip(names, parameters, strict=True)),
+            ([inputs[0]], list(inputs[1:])),
+            {"rev": rev},
+        )
         return call[0][0], call[1]
 
     assert torch.autograd.gradcheck(run, (*tensors, *values), fast_mode=True)
@@ -81,7 +91,9 @@ def test_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
 
 
 def scalar_block(block: AllInOneBlock, x: list[float], a: list[float]) -> tuple[list[float], float]:
-    """The docstring's formulas for one sample of rank 0 with a hard permutation, number by number."""
+    """The docstring's formulas for one sample of rank 0 with a hard permutation, number by
+    number.
+    """
     n, clamp = len(x), block.clamp
     n1, n2 = n - n // 2, n // 2
     s = [clamp * math.tanh(0.1 * v / (clamp if block.dialect == "freia" else 1.0)) for v in a[:n2]]
@@ -96,7 +108,11 @@ def scalar_block(block: AllInOneBlock, x: list[float], a: list[float]) -> tuple[
     }[block.activation_name]
     scales = [1.0] * n if block.GIN else [scale(v) for v in g]
     v = [u[i] * scales[i] + block.global_offset.flatten()[i].item() for i in range(n)]
-    index = block.w_perm.flatten(1).argmax(1).tolist() if block.dialect == "anomalib" else block.w_perm.tolist()
+    index = (
+        block.w_perm.flatten(1).argmax(1).tolist()
+        if block.dialect == "anomalib"
+        else block.w_perm.tolist()
+    )
     return [v[j] for j in index], math.fsum(s) + math.fsum(map(math.log, scales))
 
 
@@ -108,7 +124,9 @@ def test_formula_number_by_number(dialect: str, gin: bool, activation: str) -> N
         def forward(self, _: torch.Tensor) -> torch.Tensor:
             return self.a
 
-    block = AllInOneBlock([(7,)], [], lambda *_: Given(), 1.7, gin, 0.8, activation, dialect=dialect).double()
+    block = AllInOneBlock(
+        [(7,)], [], lambda *_: Given(), 1.7, gin, 0.8, activation, dialect=dialect
+    ).double()
     with torch.no_grad():
         block.global_scale += torch.randn(1, 7)
         block.global_offset += torch.randn(1, 7)
@@ -190,7 +208,9 @@ def test_subnet_output_is_never_written(last: type) -> None:
             kept.append((a, a.detach().clone()))
             return a
 
-    block = AllInOneBlock([(6,)], [], lambda n_in, n_out: nn.Sequential(nn.Linear(n_in, n_out), last(), Keep()))
+    block = AllInOneBlock(
+        [(6,)], [], lambda n_in, n_out: nn.Sequential(nn.Linear(n_in, n_out), last(), Keep())
+    )
     x = torch.randn(4, 6)
     before = x.clone()
     for rev in (False, True):
@@ -205,7 +225,13 @@ def test_subnet_output_is_never_written(last: type) -> None:
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
 def test_householder_leaves_no_graph_behind(dialect: str, soft: bool) -> None:
     block = AllInOneBlock(
-        [(5,)], [], nn.Linear, permute_soft=soft, learned_householder_permutation=2, reverse_permutation=True, dialect=dialect
+        [(5,)],
+        [],
+        nn.Linear,
+        permute_soft=soft,
+        learned_householder_permutation=2,
+        reverse_permutation=True,
+        dialect=dialect,
     )
     x = torch.randn(3, 5)
     (y,), log_det = block([x])
@@ -224,7 +250,8 @@ def test_non_finite_values_stay_in_their_channel(dialect: str) -> None:
     block = AllInOneBlock([(7, 3)], [], make_subnet(1), dialect=dialect)
     x = torch.randn(2, 7, 3)
     clean = block([x])[0][0]
-    x[1, 6, 2], x[0, 5, 0] = float("nan"), float("inf")  # active channels: the subnet does not see them
+    # active channels: the subnet does not see them
+    x[1, 6, 2], x[0, 5, 0] = float("nan"), float("inf")
     y = block([x])[0][0]
     assert int(y.isnan().sum()) == 1
     assert int(y.isinf().sum()) == 1
@@ -234,7 +261,9 @@ def test_non_finite_values_stay_in_their_channel(dialect: str) -> None:
 def test_orthogonal_matrix_in_a_hard_block_is_applied() -> None:
     block = AllInOneBlock([(6, 2)], [], make_subnet(1)).double()
     w = random_rotation(6)
-    block.load_state_dict({**block.state_dict(), "w_perm": w[..., None], "w_perm_inv": w.T[..., None]})
+    block.load_state_dict(
+        {**block.state_dict(), "w_perm": w[..., None], "w_perm_inv": w.T[..., None]}
+    )
     x = torch.randn(2, 6, 2, dtype=torch.float64)
     (y,), log_det = block([x])
     (back,), minus = block([y], rev=True)
@@ -244,11 +273,23 @@ def test_orthogonal_matrix_in_a_hard_block_is_applied() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
-@pytest.mark.parametrize("options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 3}], ids=["hard", "soft", "hh3"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"permute_soft": True}, {"learned_householder_permutation": 3}],
+    ids=["hard", "soft", "hh3"],
+)
 def test_reverse_permutation_undoes_the_permutation_first(options: dict, dialect: str) -> None:
     """With a coupling and an affine that do nothing, first W^-1 and then W are left."""
     zero = make_subnet(0, gain=0.0)
-    block = AllInOneBlock([(9,)], [], zero, global_affine_type="EXP", reverse_permutation=True, dialect=dialect, **options)
+    block = AllInOneBlock(
+        [(9,)],
+        [],
+        zero,
+        global_affine_type="EXP",
+        reverse_permutation=True,
+        dialect=dialect,
+        **options,
+    )
     x = torch.randn(3, 9)
     assert_near(block([x])[0][0], x, 1e-5)
     v = torch.randn(3, 9)
@@ -259,7 +300,9 @@ def test_reverse_permutation_undoes_the_permutation_first(options: dict, dialect
 
 
 def test_clamp_zero_is_additive_coupling() -> None:
-    block = AllInOneBlock([(6,)], [], make_subnet(0), affine_clamping=0.0, global_affine_type="EXP").double()
+    block = AllInOneBlock(
+        [(6,)], [], make_subnet(0), affine_clamping=0.0, global_affine_type="EXP"
+    ).double()
     _, log_det = block([torch.randn(4, 6).double()])
     assert torch.equal(log_det, torch.zeros(4, dtype=torch.float64))
 
@@ -267,13 +310,25 @@ def test_clamp_zero_is_additive_coupling() -> None:
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
 @pytest.mark.parametrize(
     ("activation", "init"),
-    [(name, init) for name in ("SIGMOID", "SOFTPLUS", "EXP") for init in (1e-6, 1e-2, 0.7, 0.92, 1.0, 3.0, 9.99)]
+    [
+        (name, init)
+        for name in ("SIGMOID", "SOFTPLUS", "EXP")
+        for init in (1e-6, 1e-2, 0.7, 0.92, 1.0, 3.0, 9.99)
+    ]
     + [("SOFTPLUS", 25.0), ("SOFTPLUS", 400.0), ("SOFTPLUS", 1e-9), ("EXP", 1e20)],
 )
 def test_initial_scale(activation: str, init: float, dialect: str) -> None:
-    block = AllInOneBlock([(3, 2)], [], make_subnet(1), global_affine_init=init, global_affine_type=activation, dialect=dialect)
+    block = AllInOneBlock(
+        [(3, 2)],
+        [],
+        make_subnet(1),
+        global_affine_init=init,
+        global_affine_type=activation,
+        dialect=dialect,
+    )
     scale = block.global_scale_activation(block.global_scale.double())
-    # anomalib's own formula in float32 cancels for small values of SOFTPLUS, exp(5 * init) - 1; its bits are kept
+    # anomalib's own formula in float32 cancels for small values of SOFTPLUS, exp(5 * init) - 1; its
+    # bits are kept
     cancels = activation == "SOFTPLUS" and dialect == "anomalib" and init < 1e-2
     expected = torch.full_like(scale, init)
     assert (scale / expected - 1).abs().max() < (0.15 if cancels else 2e-5)
@@ -300,10 +355,16 @@ BAD_OPTIONS = {
     "dialect": ({"dialect": "FrEIA"}, "dialect"),
     "activation": ({"global_affine_type": "softplus"}, "global_affine_type"),
     "init 0": ({"global_affine_init": 0.0}, "global_affine_init"),
-    "init negative": ({"global_affine_init": -1.0, "global_affine_type": "EXP"}, "global_affine_init"),
+    "init negative": (
+        {"global_affine_init": -1.0, "global_affine_type": "EXP"},
+        "global_affine_init",
+    ),
     "init nan": ({"global_affine_init": math.nan}, "global_affine_init"),
     "init inf": ({"global_affine_init": math.inf}, "global_affine_init"),
-    "init over sigmoid": ({"global_affine_init": 10.0, "global_affine_type": "SIGMOID"}, "global_affine_init"),
+    "init over sigmoid": (
+        {"global_affine_init": 10.0, "global_affine_type": "SIGMOID"},
+        "global_affine_init",
+    ),
     "clamp nan": ({"affine_clamping": math.nan}, "affine_clamping"),
     "clamp inf": ({"affine_clamping": math.inf}, "affine_clamping"),
     "clamp 0 in freia": ({"affine_clamping": 0.0, "dialect": "freia"}, "affine_clamping"),
@@ -317,7 +378,9 @@ BAD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(("options", "match"), BAD_OPTIONS.values(), ids=[name.replace(" ", "_") for name in BAD_OPTIONS])
+@pytest.mark.parametrize(
+    ("options", "match"), BAD_OPTIONS.values(), ids=[name.replace(" ", "_") for name in BAD_OPTIONS]
+)
 def test_bad_option_is_a_value_error(options: dict, match: str) -> None:
     good = {"dims_in": [(4,)], "subnet_constructor": make_subnet(0)}
     state = torch.random.get_rng_state()
@@ -330,7 +393,16 @@ def test_bad_input_is_a_value_error() -> None:
     block = AllInOneBlock([(4, 3)], [(2, 3)], make_subnet(1))
     x, c = torch.randn(2, 4, 3), torch.randn(2, 2, 3)
     block([x], [c])
-    for bad in [(x, [c]), ([x, x], [c]), ([], [c]), ([x], []), ([x], [c, c]), ([x], c), ([x[:, :3]], [c]), ([x[..., 0]], [c])]:
+    for bad in [
+        (x, [c]),
+        ([x, x], [c]),
+        ([], [c]),
+        ([x], []),
+        ([x], [c, c]),
+        ([x], c),
+        ([x[:, :3]], [c]),
+        ([x[..., 0]], [c]),
+    ]:
         with pytest.raises(ValueError, match="must"):
             block(*bad)
 
@@ -355,7 +427,9 @@ def test_invertible_module_is_abstract() -> None:
 
 def test_overrides_are_used() -> None:
     class Additive(AllInOneBlock):
-        def _affine(self, x: torch.Tensor, a: torch.Tensor, rev: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        def _affine(
+            self, x: torch.Tensor, a: torch.Tensor, rev: bool = False
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             t = a[:, x.shape[1] :]
             return (x - t if rev else x + t), x.new_zeros(len(x))
 

@@ -1,4 +1,6 @@
-"""Reversible chains: the gradients of a plain chain, in memory that does not grow with depth, wherever training gets complicated."""
+"""Reversible chains: the gradients of a plain chain, in memory that does not grow with depth,
+wherever training gets complicated.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,16 @@ import reference
 from bench.memory import bytes_kept_for_backward
 from bench.peers import anomalib_block, freia, freia_block
 from bench.reversible import Peak, Plain
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, dispatch, eager, report, restore, reversible
+from fastflow_kernels import (
+    AllInOneBlock,
+    ReversibleSequence,
+    accelerate,
+    dispatch,
+    eager,
+    report,
+    restore,
+    reversible,
+)
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
@@ -33,10 +44,14 @@ DEPTH = 5
 SHAPE = Shape(2, 6, (3, 5))
 
 
-def chain_of(case: Case, depth: int = DEPTH, dtype: torch.dtype = torch.float64, **options: Any) -> ReversibleSequence:
+def chain_of(
+    case: Case, depth: int = DEPTH, dtype: torch.dtype = torch.float64, **options: Any
+) -> ReversibleSequence:
     chain = ReversibleSequence(*case.shape.full[1:], **options)
     for seed in range(depth):
-        chain.append(make_block(AllInOneBlock, case, dtype, seed=seed), cond=0 if case.conditions else None)
+        chain.append(
+            make_block(AllInOneBlock, case, dtype, seed=seed), cond=0 if case.conditions else None
+        )
     return chain
 
 
@@ -57,21 +72,34 @@ def plain_of(chain: ReversibleSequence) -> ReversibleSequence:
 
 def loss_of(z: Tensor, log_det: Tensor) -> Tensor:
     weights = torch.linspace(-1.0, 1.0, z.numel(), dtype=z.dtype).view(z.shape)
-    return (z * weights).sum() + 0.1 * z.square().sum() - (log_det * torch.linspace(0.5, 1.0, len(log_det), dtype=log_det.dtype)).sum()
+    return (
+        (z * weights).sum()
+        + 0.1 * z.square().sum()
+        - (log_det * torch.linspace(0.5, 1.0, len(log_det), dtype=log_det.dtype)).sum()
+    )
 
 
-def gradients(chain: nn.Module, x: Tensor, c: list[Tensor] | None = None, backward: bool = True) -> dict[str, Tensor | None]:
+def gradients(
+    chain: nn.Module, x: Tensor, c: list[Tensor] | None = None, backward: bool = True
+) -> dict[str, Tensor | None]:
     """Result, log-determinant and every gradient; parameters' gradients are added up over calls."""
     x = x.detach().requires_grad_()
     c = None if c is None else [t.detach().clone().requires_grad_() for t in c]
     z, log_det = chain(x, c)
     if backward:
         loss_of(z, log_det).backward()
-    found = {"z": z, "log_det": log_det, "dx": x.grad, **{f"dc{i}": t.grad for i, t in enumerate(c or ())}}
+    found = {
+        "z": z,
+        "log_det": log_det,
+        "dx": x.grad,
+        **{f"dc{i}": t.grad for i, t in enumerate(c or ())},
+    }
     return found | {name: p.grad for name, p in chain.named_parameters()}
 
 
-def assert_same(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], tolerance: float = 1e-8) -> None:
+def assert_same(
+    ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], tolerance: float = 1e-8
+) -> None:
     assert ours.keys() == theirs.keys()
     for name, truth in theirs.items():
         mine = ours[name]
@@ -81,20 +109,37 @@ def assert_same(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None]
             assert error <= tolerance * max(magnitude, 1e-3), f"{name}: {error} of {magnitude}"
 
 
-def assert_like_plain(chain: ReversibleSequence, x: Tensor, c: list[Tensor] | None = None, tolerance: float = 1e-8) -> None:
+def assert_like_plain(
+    chain: ReversibleSequence, x: Tensor, c: list[Tensor] | None = None, tolerance: float = 1e-8
+) -> None:
     plain = plain_of(chain)
     assert_same(gradients(chain, x, c), gradients(plain, x, c), tolerance)
 
 
-# --- every kind of block -------------------------------------------------------------------------------------------------------------
+# --- every kind of block --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("small", [0, dispatch.SMALL], ids=["fused", "small"])
-@pytest.mark.parametrize("name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2])
-def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2]
+)
+def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(
+    name: str, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "SMALL", small)
-    for shape in (Shape(3, 7), Shape(2, 5, (7,)), SHAPE, Shape(2, 6, (2, 3, 2)), Shape(2, 2), Shape(2, 1, (3,))):
-        layouts = ("contiguous", "channels_last", "expanded") if shape is SHAPE and not small else ("contiguous",)
+    for shape in (
+        Shape(3, 7),
+        Shape(2, 5, (7,)),
+        SHAPE,
+        Shape(2, 6, (2, 3, 2)),
+        Shape(2, 2),
+        Shape(2, 1, (3,)),
+    ):
+        layouts = (
+            ("contiguous", "channels_last", "expanded")
+            if shape is SHAPE and not small
+            else ("contiguous",)
+        )
         for layout in layouts if len(shape.spatial) != 3 else ("channels_last",):
             case = Case(shape, name)
             x, c = make_input(case)
@@ -106,11 +151,22 @@ def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(name: str, 
 
 
 @pytest.mark.parametrize("small", [0, dispatch.SMALL], ids=["fused", "small"])
-@pytest.mark.parametrize("name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2])
-def test_every_option_where_the_input_takes_no_gradient(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in training. Only the first trained parameter needs the gradient there: reflections ahead of the coupling, for one."""
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2]
+)
+def test_every_option_where_the_input_takes_no_gradient(
+    name: str, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training. Only the first trained parameter needs the gradient there: reflections ahead
+    of the coupling, for one.
+    """
     monkeypatch.setattr(dispatch, "SMALL", small)
-    for shape, layout in ((Shape(3, 7), "contiguous"), (SHAPE, "contiguous"), (SHAPE, "channels_last"), (Shape(2, 3), "contiguous")):
+    for shape, layout in (
+        (Shape(3, 7), "contiguous"),
+        (SHAPE, "contiguous"),
+        (SHAPE, "channels_last"),
+        (Shape(2, 3), "contiguous"),
+    ):
         case = Case(shape, name)
         x, c = make_input(case)
         x = LAYOUTS[layout](x)
@@ -121,10 +177,14 @@ def test_every_option_where_the_input_takes_no_gradient(name: str, small: int, m
             plain = plain_of(chain)
             for model in (chain, plain):
                 loss_of(*model(x, c or None)).backward()
-            assert_same(*({key: p.grad for key, p in model.named_parameters()} for model in (chain, plain)))
+            assert_same(
+                *({key: p.grad for key, p in model.named_parameters()} for model in (chain, plain))
+            )
 
 
-def with_matrices(chain: ReversibleSequence, changed: Callable[[Tensor], Tensor]) -> ReversibleSequence:
+def with_matrices(
+    chain: ReversibleSequence, changed: Callable[[Tensor], Tensor]
+) -> ReversibleSequence:
     """The chain with its rotations w exchanged for changed(w)."""
     for block in chain:
         w, w_inv = (block.w_0, None) if block.householder else (block.w_perm, block.w_perm_inv)
@@ -140,10 +200,18 @@ def nearest_rotation(w: Tensor) -> Tensor:
     return u @ v
 
 
-@pytest.mark.parametrize("name", ["soft", "soft-rev-exp", "gin-soft", "hh2-soft-sigmoid", "hh2-soft-rev"])
-def test_rotations_made_in_float32_are_undone_as_those_made_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both errors are float64's rounding, which the blocks amplify alike; by luck of signs one may be a few times the other."""
-    monkeypatch.setitem(OPTIONS, "hh2-soft-rev", OPTIONS["hh2-soft-sigmoid"] | {"reverse_permutation": True})
+@pytest.mark.parametrize(
+    "name", ["soft", "soft-rev-exp", "gin-soft", "hh2-soft-sigmoid", "hh2-soft-rev"]
+)
+def test_rotations_made_in_float32_are_undone_as_those_made_in_float64(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both errors are float64's rounding, which the blocks amplify alike; by luck of signs one may
+    be a few times the other.
+    """
+    monkeypatch.setitem(
+        OPTIONS, "hh2-soft-rev", OPTIONS["hh2-soft-sigmoid"] | {"reverse_permutation": True}
+    )
     for shape in (Shape(5, 16), Shape(2, 3), SHAPE):  # reflections in compact and in dense form
         case = Case(shape, name)
         x, _ = make_input(case)
@@ -158,7 +226,9 @@ def test_rotations_made_in_float32_are_undone_as_those_made_in_float64(name: str
 def test_the_chain_is_what_is_tested() -> None:
     z, _ = simple()(torch.randn(2, 6, 3, 5, dtype=torch.float64))
     assert reversible_blocks(z) == DEPTH
-    assert reversible_blocks(plain_of(simple())(torch.randn(2, 6, 3, 5, dtype=torch.float64))[0]) == 0
+    assert (
+        reversible_blocks(plain_of(simple())(torch.randn(2, 6, 3, 5, dtype=torch.float64))[0]) == 0
+    )
 
 
 def test_float32_is_as_accurate_as_a_plain_chain() -> None:
@@ -178,7 +248,9 @@ def test_float32_is_as_accurate_as_a_plain_chain() -> None:
         for name, t in found.items():
             if truth[name] is not None:
                 error = (t.double() - truth[name]).norm().item() / truth[name].norm().item()
-                errors.setdefault(name.split(".", 2)[-1], {}).setdefault(id(found), []).append(error**2)
+                errors.setdefault(name.split(".", 2)[-1], {}).setdefault(id(found), []).append(
+                    error**2
+                )
     for kind, pair in errors.items():
         mine, plain = (sum(values) ** 0.5 for values in pair.values())
         assert mine <= 3 * plain, kind
@@ -190,7 +262,9 @@ def test_no_gradient_of_the_input() -> None:
     plain = plain_of(chain)
     for model in (chain, plain):
         loss_of(*model(x)).backward()
-    assert_same(*({name: p.grad for name, p in model.named_parameters()} for model in (chain, plain)))
+    assert_same(
+        *({name: p.grad for name, p in model.named_parameters()} for model in (chain, plain))
+    )
 
 
 def test_without_gradients_in_reverse_and_with_jac_false() -> None:
@@ -212,7 +286,7 @@ def test_without_gradients_in_reverse_and_with_jac_false() -> None:
     assert reversible_blocks(back) == 0
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def test_bytes_kept_do_not_grow_with_depth() -> None:
@@ -224,7 +298,10 @@ def test_bytes_kept_do_not_grow_with_depth() -> None:
     index = 2 * 8 * 16  # of each further block: its permutation, both ways
     assert kept[32] <= kept[4] + 28 * index
     assert kept[32] <= 1.2 * kept[4]
-    assert bytes_kept_for_backward(plain := plain_of(chain), lambda: loss_of(*plain(x))) > 10 * kept[32]
+    assert (
+        bytes_kept_for_backward(plain := plain_of(chain), lambda: loss_of(*plain(x)))
+        > 10 * kept[32]
+    )
 
 
 def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None:
@@ -244,7 +321,9 @@ def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         alive = sum(ref() is not None for ref in undone)
-        assert alive <= 2, alive  # what the blocks behind have reconstructed: this block's output, and while it is handed on, another
+        # what the blocks behind have reconstructed: this block's output, and while it is handed on,
+        # another
+        assert alive <= 2, alive
         found = undo(*args, **kwargs)
         undone.append(weakref.ref(found.x.untyped_storage()))
         return found
@@ -256,13 +335,15 @@ def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None
     assert not any(ref() is not None for ref in undone)
 
 
-# --- where others are not correct ----------------------------------------------------------------------------------------------------
+# --- where others are not correct -----------------------------------------------------------------
 
 
 class Dropping(nn.Module):
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(8, o, 1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(i, 8, 3, padding=1), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(8, o, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -332,11 +413,17 @@ class Buffered(nn.Module):
             self.replaced = self.replaced * 0.9
         else:
             self.evaluated.mul_(0.9)
-        return self.conv(x) * (self.constant + self.written + self.hidden + self.replaced + self.evaluated) * self.mask.view(-1, 1, 1)
+        return (
+            self.conv(x)
+            * (self.constant + self.written + self.hidden + self.replaced + self.evaluated)
+            * self.mask.view(-1, 1, 1)
+        )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_buffers_are_copied_where_they_change(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_are_copied_where_they_change(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs = []
 
     class Noted(reversible._Subnet):
@@ -353,7 +440,8 @@ def test_buffers_are_copied_where_they_change(training: bool, monkeypatch: pytes
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=name)
     changed = {"written", "hidden", "replaced"} if training else {"evaluated"}
     for run in runs:
-        assert {name for _, name, _ in run.changed} == changed | {"nan"}  # which is not equal to itself
+        # which is not equal to itself
+        assert {name for _, name, _ in run.changed} == changed | {"nan"}
 
 
 def test_a_large_constant_is_not_kept_for_every_block() -> None:
@@ -388,7 +476,10 @@ def test_checkpoint_inside_a_subnet(use_reentrant: bool) -> None:
 
 
 def test_checkpoint_around_the_chain() -> None:
-    chain, x = simple(subnet=Dropping), torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    chain, x = (
+        simple(subnet=Dropping),
+        torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True),
+    )
     plain = plain_of(chain)
     found = []
     for run in (lambda: checkpoint(chain, x, use_reentrant=False), lambda: plain(x)):
@@ -412,7 +503,9 @@ def test_frozen_blocks_and_parts() -> None:
             for model in (chain, plain):
                 model.zero_grad()
                 loss_of(*model(x)).backward()
-            assert_same(*({name: p.grad for name, p in m.named_parameters()} for m in (chain, plain)))
+            assert_same(
+                *({name: p.grad for name, p in m.named_parameters()} for m in (chain, plain))
+            )
 
 
 def test_gradients_accumulate_and_a_graph_can_be_kept() -> None:
@@ -447,7 +540,9 @@ def test_hooks_fire_as_often_as_in_a_plain_chain() -> None:
         for name, p in model.named_parameters():
             if p.requires_grad:
                 p.register_hook(lambda g, name=name: (count(f"hook {name}"), 2 * g)[1])
-                p.register_post_accumulate_grad_hook(lambda p, name=name: count(f"accumulated {name}"))
+                p.register_post_accumulate_grad_hook(
+                    lambda p, name=name: count(f"accumulated {name}")
+                )
         for i, block in enumerate(model):
             block.register_forward_pre_hook(lambda *_, i=i: count(f"pre {i}"))
             block.register_forward_hook(lambda *_, i=i: count(f"forward {i}"))
@@ -462,7 +557,9 @@ def test_a_loss_on_what_a_hook_saw_in_between() -> None:
     chain, found = simple(), []
     for model in (chain, plain_of(chain)):
         seen = []
-        model[2].register_forward_hook(lambda module, arguments, result, seen=seen: seen.append(result[0][0]))
+        model[2].register_forward_hook(
+            lambda module, arguments, result, seen=seen: seen.append(result[0][0])
+        )
         z, log_det = model(torch.ones(2, 6, 3, 5, dtype=torch.float64))
         (loss_of(z, log_det) + seen[0].square().sum()).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
@@ -470,7 +567,9 @@ def test_a_loss_on_what_a_hook_saw_in_between() -> None:
     seen = []
     chain[2].register_forward_hook(lambda module, arguments, result: seen.append(result[0][0]))
     chain(torch.ones(2, 6, 3, 5, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="block 2 of the reversible chain has no output to start from"):
+    with pytest.raises(
+        RuntimeError, match="block 2 of the reversible chain has no output to start from"
+    ):
         seen[0].square().sum().backward()
 
 
@@ -483,9 +582,13 @@ def test_conditions_with_gradients_and_the_log_determinant_alone() -> None:
     for model in (chain, plain):
         condition = c[0].clone().requires_grad_()
         model(x, [condition])[1].sum().backward()
-        found.append({"dc": condition.grad} | {name: p.grad for name, p in model.named_parameters()})
+        found.append(
+            {"dc": condition.grad} | {name: p.grad for name, p in model.named_parameters()}
+        )
     # of the last block's offset: none in one, zero in the other
-    found = [{k: v for k, v in f.items() if k != f"module_list.{DEPTH - 1}.global_offset"} for f in found]
+    found = [
+        {k: v for k, v in f.items() if k != f"module_list.{DEPTH - 1}.global_offset"} for f in found
+    ]
     assert_same(*found)
 
 
@@ -520,8 +623,11 @@ def test_autocast_keeps_the_chain_in_float32(permute_soft: bool) -> None:
         if model is chain:
             assert set(seen) == {(torch.float32, torch.bfloat16)}
             assert len(seen) == 2 * DEPTH
-            assert chain.drift[0] < 1e-5  # the subnet's coefficients are the same half precision numbers both times
-        found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+            # the subnet's coefficients are the same half precision numbers both times
+            assert chain.drift[0] < 1e-5
+        found.append(
+            {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        )
     ours, theirs, truth = found
     for name, t in truth.items():
         error, allowed = ((g[name] - t).norm() for g in (ours, theirs))
@@ -546,7 +652,9 @@ def test_grad_scaler_steps_and_skips_as_with_a_plain_chain() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_undone_where_the_user_says_so(dtype: torch.dtype) -> None:
-    """What it loses in a few blocks is a warning, or nothing, as the dtype has it: bfloat16 is off by 2e-3, float16 by 2e-4."""
+    """What it loses in a few blocks is a warning, or nothing, as the dtype has it: bfloat16 is off
+    by 2e-3, float16 by 2e-4.
+    """
     torch.manual_seed(0)
     chain = ReversibleSequence(8, 4, 4, checkpoint_every=4)
     for _ in range(4):
@@ -585,7 +693,9 @@ def test_what_cannot_be_had_says_so() -> None:
     chain, x = simple(), torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second or batched gradients"):
         torch.autograd.grad(loss_of(*chain(x)), x, create_graph=True)
-    chain[1].register_forward_hook(lambda module, arguments, result: ((2 * result[0][0],), result[1]))
+    chain[1].register_forward_hook(
+        lambda module, arguments, result: ((2 * result[0][0],), result[1])
+    )
     with pytest.raises(RuntimeError, match="a hook exchanged the input or the output of block 1"):
         chain(x)
 
@@ -602,7 +712,9 @@ def test_transformed_traced_and_compiled_calls_run_an_ordinary_chain() -> None:
     chain, x = simple(2), torch.randn(3, 6, 3, 5, dtype=torch.float64)
     single = torch.stack([chain(sample[None])[0][0] for sample in x])
     torch.testing.assert_close(torch.func.vmap(lambda sample: chain(sample[None])[0][0])(x), single)
-    torch.testing.assert_close(torch.func.grad(lambda x: loss_of(*chain(x)))(x), gradients(plain_of(chain), x)["dx"])
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: loss_of(*chain(x)))(x), gradients(plain_of(chain), x)["dx"]
+    )
     compiled = torch.compile(chain, backend="aot_eager", fullgraph=True)
     assert_same({"dx": gradients(compiled, x)["dx"]}, {"dx": gradients(plain_of(chain), x)["dx"]})
 
@@ -613,7 +725,9 @@ def test_a_subnet_with_other_parameters_than_tensors_is_refused() -> None:
 
     chain = simple()
     chain[2].subnet.w1 = nn.Parameter(chain[2].subnet.w1.detach().as_subclass(Wrapped))
-    with pytest.raises(TypeError, match="subnet of block 2 in a reversible chain to be plain tensors, got Wrapped"):
+    with pytest.raises(
+        TypeError, match="subnet of block 2 in a reversible chain to be plain tensors, got Wrapped"
+    ):
         chain(torch.randn(2, 6, 3, 5, dtype=torch.float64))
 
 
@@ -622,10 +736,18 @@ def test_a_subnet_with_other_parameters_than_tensors_is_refused() -> None:
 def test_inverse_and_backward_in_one_are_those_apart(shape: tuple[int, ...], gin: bool) -> None:
     batch, channels, *spatial = shape
     spec, perm = CouplingSpec.of(1.9, "anomalib", "SIGMOID", gin), torch.randperm(channels)
-    for x_dtype, a_dtype in ((torch.float64, torch.float64), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+    for x_dtype, a_dtype in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ):
         y, dy = torch.randn(shape, dtype=x_dtype), torch.randn(shape, dtype=x_dtype)
         a = torch.randn(batch, channels // 2 * 2, *spatial).to(a_dtype)
-        g, offset, dlogdet = torch.randn(channels, dtype=x_dtype), torch.randn(channels, dtype=x_dtype), torch.randn(batch)
+        g, offset, dlogdet = (
+            torch.randn(channels, dtype=x_dtype),
+            torch.randn(channels, dtype=x_dtype),
+            torch.randn(batch),
+        )
         arguments = (a, g, offset, perm, perm.argsort(), spec)
         x = eager.coupling_inv_passive(y, g, offset, perm, perm.argsort(), spec)
         together = x.clone()
@@ -636,20 +758,28 @@ def test_inverse_and_backward_in_one_are_those_apart(shape: tuple[int, ...], gin
             assert (mine is None) == (theirs is None)
             if theirs is not None:
                 eps = torch.finfo(theirs.dtype).eps
-                torch.testing.assert_close(mine, theirs, rtol=8 * eps, atol=64 * eps * theirs.abs().max().item())
+                torch.testing.assert_close(
+                    mine, theirs, rtol=8 * eps, atol=64 * eps * theirs.abs().max().item()
+                )
 
 
 def test_functional_call_reaches_the_given_parameters() -> None:
     chain, x = simple(), torch.randn(2, 6, 3, 5, dtype=torch.float64)
-    given = {name: (0.9 * p).detach().requires_grad_(p.requires_grad) for name, p in chain.named_parameters() if "perm" not in name}
+    given = {
+        name: (0.9 * p).detach().requires_grad_(p.requires_grad)
+        for name, p in chain.named_parameters()
+        if "perm" not in name
+    }
     loss_of(*torch.func.functional_call(chain, given, (x,))).backward()
     other = plain_of(chain)
     other.load_state_dict(given, strict=False)
     expected = gradients(other, x)
-    assert_same({name: p.grad for name, p in given.items()}, {name: expected[name] for name in given})
+    assert_same(
+        {name: p.grad for name, p in given.items()}, {name: expected[name] for name in given}
+    )
 
 
-# --- subnets whose second run is another one -------------------------------------------------------------------------------------------
+# --- subnets whose second run is another one ------------------------------------------------------
 
 
 class Narrow(nn.Module):
@@ -761,7 +891,15 @@ class HyperNetwork(AttributeWithGradient):
         return Narrow.forward(self, x) * self.made.to(x.dtype)
 
 
-REPEATABLE = [AsksForGrad, AsksItsInput, BufferWithGradient, AttributeWithGradient, HandsOnItsAttribute, HyperNetwork, DifferentiatesInside]
+REPEATABLE = [
+    AsksForGrad,
+    AsksItsInput,
+    BufferWithGradient,
+    AttributeWithGradient,
+    HandsOnItsAttribute,
+    HyperNetwork,
+    DifferentiatesInside,
+]
 UNREPEATABLE = [OwnGenerator, PythonsNumbers, NumpysNumbers, Counting, ShiftOnly]
 CHAINS: dict[str, tuple[int, dict[str, Any], torch.dtype]] = {
     "one": (1, {}, torch.float64),
@@ -795,14 +933,22 @@ def test_gradients_of_a_plain_chain_or_an_error(subnet: type, which: str, wanted
             refused = (kind, str(error))
             break
         tensors = {**dict(chain.named_parameters()), **dict(chain.named_buffers()), "x": leaf}
-        tensors |= {f"{i}.factor": block.subnet.factor for i, block in enumerate(chain) if isinstance(block.subnet, AttributeWithGradient)}
+        tensors |= {
+            f"{i}.factor": block.subnet.factor
+            for i, block in enumerate(chain)
+            if isinstance(block.subnet, AttributeWithGradient)
+        }
         found.append({name: t.grad for name, t in tensors.items()})
     assert (refused is None) == (subnet in REPEATABLE)
     if refused is not None:
         assert refused[0] is ReversibleSequence
         assert "reversible chain" in refused[1]
         return
-    assert_same(found[1], found[0], 1e-8 if dtype is torch.float64 else 1e-5 if dtype is torch.float32 else 0.0)
+    assert_same(
+        found[1],
+        found[0],
+        1e-8 if dtype is torch.float64 else 1e-5 if dtype is torch.float32 else 0.0,
+    )
 
 
 def test_a_buffer_that_takes_gradients_keeps_its_block_plain() -> None:
@@ -816,11 +962,18 @@ def test_frozen_blocks_at_the_start_are_kept_for_what_else_learns() -> None:
     plain = plain_of(chain)
     for model in (chain, plain):
         loss_of(*model(torch.ones(3, 8, dtype=torch.float64))).backward()
-    assert_same(*({str(i): block.subnet.factor.grad for i, block in enumerate(model)} for model in (chain, plain)))
+    assert_same(
+        *(
+            {str(i): block.subnet.factor.grad for i, block in enumerate(model)}
+            for model in (chain, plain)
+        )
+    )
 
 
 def test_what_a_subnet_hands_out_beside_its_result_is_refused() -> None:
-    """Its gradient would not reach the blocks before; where there is nothing before, it is right."""
+    """Its gradient would not reach the blocks before; where there is nothing before, it is
+    right.
+    """
 
     class Auxiliary(Narrow):
         def forward(self, x: Tensor) -> Tensor:
@@ -849,16 +1002,22 @@ def test_small_differences_of_one_channel_show() -> None:
     """A channel that is small beside the others, and numbers whose squares overflow."""
     link = reversible._Link(simple(1), 0, reversible._Segment(0, 0), None, {})
     for factor in (1.0, 1e30, 1e-30):
-        y = factor * torch.randn(64, 3, 5).double() * torch.tensor([1.0, 0.1, 1e3]).double().view(3, 1)
+        y = (
+            factor
+            * torch.randn(64, 3, 5).double()
+            * torch.tensor([1.0, 0.1, 1e3]).double().view(3, 1)
+        )
         for dtype, off in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
             again = y.clone()
             link.compare_runs(again.to(dtype), y.to(dtype))
             again[:, 1] *= 1 + off
-            with pytest.raises(RuntimeError, match="block 0 of the reversible chain returned something else"):
+            with pytest.raises(
+                RuntimeError, match="block 0 of the reversible chain returned something else"
+            ):
                 link.compare_runs(again.to(dtype), y.to(dtype))
 
 
-# --- compiled and scripted subnets and blocks --------------------------------------------------------------------------------------------
+# --- compiled and scripted subnets and blocks -----------------------------------------------------
 
 
 def traced(i: int, o: int) -> nn.Module:
@@ -888,7 +1047,9 @@ def holding_compiled(i: int, o: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("subnet", [traced, scripted, holding_scripted, compiled, compiled_in_place, holding_compiled])
+@pytest.mark.parametrize(
+    "subnet", [traced, scripted, holding_scripted, compiled, compiled_in_place, holding_compiled]
+)
 def test_compiled_and_scripted_subnets(subnet: Callable[[int, int], nn.Module], depth: int) -> None:
     """float32, of which a scripted module's parameters are made."""
     torch._dynamo.reset()
@@ -899,7 +1060,9 @@ def test_compiled_and_scripted_subnets(subnet: Callable[[int, int], nn.Module], 
         for _ in range(depth):
             chain.append(AllInOneBlock, subnet_constructor=subnet)
         for seed in range(3):
-            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_(seed > 0)
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_(
+                seed > 0
+            )
             loss_of(*chain(x)).backward()
         found.append({name: p.grad for name, p in chain.named_parameters()})
     assert_same(*found, 1e-5)
@@ -915,11 +1078,14 @@ def test_compiled_blocks_are_kept(in_place: bool) -> None:
     else:
         chain.module_list[1] = torch.compile(chain[1], backend="aot_eager")
     assert reversible_blocks(chain(x)[0]) == 3
-    found = [{name.replace("_orig_mod.", ""): t for name, t in gradients(model, x).items()} for model in (chain, plain)]
+    found = [
+        {name.replace("_orig_mod.", ""): t for name, t in gradients(model, x).items()}
+        for model in (chain, plain)
+    ]
     assert_same(*found)
 
 
-# --- other modules, other classes ----------------------------------------------------------------------------------------------------
+# --- other modules, other classes -----------------------------------------------------------------
 
 
 class Doubled(reference.InvertibleModule):
@@ -942,7 +1108,17 @@ class Overriding(AllInOneBlock):
 def test_mixed_chains(every: int | None) -> None:
     torch.manual_seed(0)
     chain = ReversibleSequence(6, 3, 5, checkpoint_every=every)
-    for kind in (Doubled, AllInOneBlock, AllInOneBlock, Doubled, AllInOneBlock, Overriding, AllInOneBlock, AllInOneBlock, Doubled):
+    for kind in (
+        Doubled,
+        AllInOneBlock,
+        AllInOneBlock,
+        Doubled,
+        AllInOneBlock,
+        Overriding,
+        AllInOneBlock,
+        AllInOneBlock,
+        Doubled,
+    ):
         chain.append(kind, **({} if kind is Doubled else {"subnet_constructor": make_subnet(2)}))
     chain.double()
     x = torch.randn(2, 6, 3, 5, dtype=torch.float64)
@@ -956,8 +1132,18 @@ def test_mixed_chains_with_modules_of_freia() -> None:
 
     torch.manual_seed(0)
     chain = ReversibleSequence(6, 4, 4)
-    for kind in (fm.PermuteRandom, AllInOneBlock, AllInOneBlock, fm.ActNorm, AllInOneBlock, fm.IRevNetDownsampling, AllInOneBlock):
-        chain.append(kind, **({"subnet_constructor": make_subnet(2)} if kind is AllInOneBlock else {}))
+    for kind in (
+        fm.PermuteRandom,
+        AllInOneBlock,
+        AllInOneBlock,
+        fm.ActNorm,
+        AllInOneBlock,
+        fm.IRevNetDownsampling,
+        AllInOneBlock,
+    ):
+        chain.append(
+            kind, **({"subnet_constructor": make_subnet(2)} if kind is AllInOneBlock else {})
+        )
     chain.double()
     x = torch.randn(2, 6, 4, 4, dtype=torch.float64)
     chain(x)  # ActNorm initialises itself
@@ -971,15 +1157,25 @@ def test_mixed_chains_with_modules_of_freia() -> None:
 def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: Callable) -> None:
     chain = freia().framework.SequenceINN(6, 4, 4)
     for i in range(DEPTH):
-        chain.append(peer(), cond=0 if i % 2 else None, cond_shape=(2, 4, 4), subnet_constructor=make_subnet(2))
+        chain.append(
+            peer(),
+            cond=0 if i % 2 else None,
+            cond_shape=(2, 4, 4),
+            subnet_constructor=make_subnet(2),
+        )
     model = nn.Sequential(chain.double())
-    x, c = torch.randn(2, 6, 4, 4, dtype=torch.float64), [torch.randn(2, 2, 4, 4, dtype=torch.float64)]
+    x, c = (
+        torch.randn(2, 6, 4, 4, dtype=torch.float64),
+        [torch.randn(2, 2, 4, 4, dtype=torch.float64)],
+    )
     before, state = gradients(chain, x, c), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     found = report(accelerate(model, reversible=True))
     assert [(entry.name, entry.changed) for entry in found.chains] == [("0", True)]
     assert f"{DEPTH} of its {DEPTH} modules" in str(found)
-    assert [id(p) for p in model.parameters()] == [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in model.parameters()] == [
+        id(p) for group in optimizer.param_groups for p in group["params"]
+    ]
     assert state.keys() == model.state_dict().keys()
     chain.zero_grad()
     assert_same(gradients(chain, x, c), before)
@@ -1022,15 +1218,25 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
             super().__init__()
             self.module_list, self.conditions, self.force_tuple_output = nn.ModuleList(), [], False
 
-        def forward(self, x: Tensor, c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Tensor, Any]:
+        def forward(
+            self, x: Tensor, c: Any = None, rev: bool = False, jac: bool = True
+        ) -> tuple[Tensor, Any]:
             total: Any = 0
             for i in reversed(range(2)) if rev else range(2):
-                (x,), j = self.module_list[i]((x,), c=[] if self.conditions[i] is None else [c[self.conditions[i]]], rev=rev, jac=jac)
+                (x,), j = self.module_list[i](
+                    (x,),
+                    c=[] if self.conditions[i] is None else [c[self.conditions[i]]],
+                    rev=rev,
+                    jac=jac,
+                )
                 total = total + 2 * j
             return x, total
 
     model = nn.ModuleList([Overridden(4), SequenceINN()])
-    with pytest.warns(UserWarning, match="no block of the model runs fused and no chain of the model was made reversible"):
+    with pytest.warns(
+        UserWarning,
+        match="no block of the model runs fused and no chain of the model was made reversible",
+    ):
         accelerate(model, reversible=True)
     assert [(entry.changed, entry.reason) for entry in report(model).chains] == [
         (False, "Overridden overrides forward"),
@@ -1039,16 +1245,26 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
 
 
 def test_slices_of_a_chain_that_was_made_reversible() -> None:
-    """As FrEIA's main branch slices; where the stock class makes something else of a slice, as FrEIA 0.2 does, that stays so."""
+    """As FrEIA's main branch slices; where the stock class makes something else of a slice, as
+    FrEIA 0.2 does, that stays so.
+    """
 
     class SequenceINN(nn.Module):
         def __init__(self, modules: Any, conditions: Any) -> None:
             super().__init__()
-            self.module_list, self.conditions, self.force_tuple_output = nn.ModuleList(modules), list(conditions), False
+            self.module_list, self.conditions, self.force_tuple_output = (
+                nn.ModuleList(modules),
+                list(conditions),
+                False,
+            )
 
-        def forward(self, x: Any, c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Tensor, Any]:
+        def forward(
+            self, x: Any, c: Any = None, rev: bool = False, jac: bool = True
+        ) -> tuple[Tensor, Any]:
             x, total = (x,), torch.zeros(len(x))
-            for i in reversed(range(len(self.module_list))) if rev else range(len(self.module_list)):
+            for i in (
+                reversed(range(len(self.module_list))) if rev else range(len(self.module_list))
+            ):
                 more = {} if self.conditions[i] is None else {"c": [c[self.conditions[i]]]}
                 x, j = self.module_list[i](x, **more, jac=jac, rev=rev)
                 total = j + total
@@ -1056,7 +1272,11 @@ def test_slices_of_a_chain_that_was_made_reversible() -> None:
 
         def __getitem__(self, item: Any) -> Any:
             taken = self.module_list[item]
-            return SequenceINN(taken, self.conditions[item]) if isinstance(item, slice) and item.step is None else taken
+            return (
+                SequenceINN(taken, self.conditions[item])
+                if isinstance(item, slice) and item.step is None
+                else taken
+            )
 
     chain = SequenceINN(simple().module_list, [None] * DEPTH)
     accelerate(chain, reversible=True)
@@ -1069,7 +1289,9 @@ def test_slices_of_a_chain_that_was_made_reversible() -> None:
 
 
 class Inverted(nn.Module):
-    """What FrEIA's main branch makes of a chain in its Inverse, which its distributions wrap in turn."""
+    """What FrEIA's main branch makes of a chain in its Inverse, which its distributions wrap in
+    turn.
+    """
 
     def __init__(self, module: Any) -> None:
         super().__init__()
@@ -1085,7 +1307,9 @@ class Inverted(nn.Module):
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["tensor", "tuple"])
 def test_a_chain_in_freias_inverse_and_distributions(wrap: bool) -> None:
-    """Called as they call it: with jac=False, whose log-determinant they add all the same, and with conditions."""
+    """Called as they call it: with jac=False, whose log-determinant they add all the same, and with
+    conditions.
+    """
     chain = conditional(None, 0, None, force_tuple_output=wrap)
     normal, c = torch.distributions.Normal(0.0, 1.0), [torch.randn(3, 2, 3, 4, dtype=torch.float64)]
     inverse = Inverted(chain)
@@ -1103,20 +1327,31 @@ def test_a_chain_in_freias_inverse_and_distributions(wrap: bool) -> None:
         (normal.log_prob(latent).flatten(1).sum(1) + log_det).mean().neg().backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     assert_same(*found)
-    rsample = inverse((z.clone().requires_grad_(),) if wrap else z.clone().requires_grad_(), jac=False, c=c)[0]
+    rsample = inverse(
+        (z.clone().requires_grad_(),) if wrap else z.clone().requires_grad_(), jac=False, c=c
+    )[0]
     assert (rsample[0] if wrap else rsample).requires_grad
 
 
 @pytest.mark.peers
 def test_sequence_is_freias_sequence() -> None:
-    ours, theirs = ReversibleSequence(6, 4, 4, force_tuple_output=True), freia().framework.SequenceINN(6, 4, 4, force_tuple_output=True)
+    ours, theirs = (
+        ReversibleSequence(6, 4, 4, force_tuple_output=True),
+        freia().framework.SequenceINN(6, 4, 4, force_tuple_output=True),
+    )
     for chain in (ours, theirs):
         torch.manual_seed(0)
         chain.append(anomalib_block(), subnet_constructor=make_subnet(2))
-        chain.append(anomalib_block(), cond=1, cond_shape=(3, 4, 4), subnet_constructor=make_subnet(2))
+        chain.append(
+            anomalib_block(), cond=1, cond_shape=(3, 4, 4), subnet_constructor=make_subnet(2)
+        )
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     ours.load_state_dict(theirs.state_dict())
-    assert (ours.shapes, ours.conditions, len(ours)) == (theirs.shapes, theirs.conditions, len(theirs))
+    assert (ours.shapes, ours.conditions, len(ours)) == (
+        theirs.shapes,
+        theirs.conditions,
+        len(theirs),
+    )
     assert [type(b) for b in ours] == [type(b) for b in theirs]
     assert ours[1] is ours.module_list[1]
     assert len(ours[0:1]) == 1
@@ -1157,12 +1392,20 @@ def conditional(*conditions: int | None, **options: Any) -> ReversibleSequence:
 
 def test_slices_are_chains() -> None:
     chain = conditional(None, 2, 0, 2, None, checkpoint_every=2, force_tuple_output=True)
-    x, c = torch.randn(2, 6, 3, 4, dtype=torch.float64), [torch.randn(2, n + 2, 3, 4, dtype=torch.float64) for n in range(3)]
+    x, c = (
+        torch.randn(2, 6, 3, 4, dtype=torch.float64),
+        [torch.randn(2, n + 2, 3, 4, dtype=torch.float64) for n in range(3)],
+    )
     (z,), log_det = chain(x, c)
     for cut in range(6):
         first, last = chain[:cut], chain[cut:]
         assert type(first) is type(last) is ReversibleSequence
-        assert (first.checkpoint_every, first.force_tuple_output, len(first), len(last)) == (2, True, cut, 5 - cut)
+        assert (first.checkpoint_every, first.force_tuple_output, len(first), len(last)) == (
+            2,
+            True,
+            cut,
+            5 - cut,
+        )
         (middle,), j = first(x, [c[2], c[0]])
         (end,), k = last(middle, [c[0], c[2]] if cut == 2 else [c[2], c[0]])
         torch.testing.assert_close((end, j + k), (z, log_det))
@@ -1175,10 +1418,18 @@ def test_slices_are_chains() -> None:
     torch.testing.assert_close((back, j), (x, -log_det))
     (again,), j = chain[::-1](x, [c[2], c[0]], rev=True)
     torch.testing.assert_close((again, j), (z, log_det))
-    assert [name for name, _ in chain[4:3:-1].named_parameters()][0] == "module_list.0.module.global_scale"
+    assert [name for name, _ in chain[4:3:-1].named_parameters()][
+        0
+    ] == "module_list.0.module.global_scale"
     twice = chain[::-1][::-1]
     torch.testing.assert_close(twice(x, [c[2], c[0]]), chain(x, c))
-    assert len(chain[3:3]) == len(chain[0:3:-1]) == len(chain[9:]) == len(ReversibleSequence(4)[::-1]) == 0
+    assert (
+        len(chain[3:3])
+        == len(chain[0:3:-1])
+        == len(chain[9:])
+        == len(ReversibleSequence(4)[::-1])
+        == 0
+    )
     every_other = chain[0](chain[2](chain[4]([x], rev=True)[0], [c[0]], rev=True)[0], rev=True)[0]
     torch.testing.assert_close(chain[::-2](x, [c[0]])[0], every_other)
 
@@ -1215,7 +1466,10 @@ def test_modules_can_be_exchanged() -> None:
         assert chain[place] is new
     chain[1] = new = block(6, 3, 4, dims_c=[(2, 3, 4)]).double()
     assert chain[1] is chain.module_list[1] is new
-    x, c = torch.randn(2, 6, 3, 4, dtype=torch.float64), [torch.randn(2, 2, 3, 4, dtype=torch.float64)]
+    x, c = (
+        torch.randn(2, 6, 3, 4, dtype=torch.float64),
+        [torch.randn(2, 2, 3, 4, dtype=torch.float64)],
+    )
     assert_like_plain(chain, x, c)
     before = list(chain)
     with pytest.raises(ValueError, match="inputs of shape"):
@@ -1242,7 +1496,12 @@ def test_output_dims_are_known() -> None:
     with pytest.raises(ValueError, match="force_tuple_output=True"):
         chain.output_dims([(6, 3, 8)])
     chain.force_tuple_output = True
-    assert chain.output_dims([(6, 3, 8)]) == chain.output_dims([[6, 3, 8]]) == chain.output_dims((6, 3, 8)) == [(6, 3, 4)]
+    assert (
+        chain.output_dims([(6, 3, 8)])
+        == chain.output_dims([[6, 3, 8]])
+        == chain.output_dims((6, 3, 8))
+        == [(6, 3, 4)]
+    )
     with pytest.raises(ValueError, match="expected input_dims"):
         chain.output_dims([(6, 3, 4)])
 
@@ -1269,7 +1528,9 @@ def test_append_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="expected a module for inputs of shape"):
         chain.append(AllInOneBlock([(4, 4, 4)], subnet_constructor=make_subnet(2)))
     for error in (TypeError, ValueError):
-        with pytest.raises(error, match="expected no arguments beside an instance, got affine_clamping"):
+        with pytest.raises(
+            error, match="expected no arguments beside an instance, got affine_clamping"
+        ):
             chain.append(block, affine_clamping=1.0)
     with pytest.raises(TypeError, match="expected cond_shape"):
         chain.append(AllInOneBlock, cond=0, subnet_constructor=make_subnet(2))
@@ -1294,15 +1555,22 @@ def test_copies_and_files() -> None:
         assert_same(gradients(other, x), expected)
 
 
-# --- the drift -----------------------------------------------------------------------------------------------------------------------
+# --- the drift ------------------------------------------------------------------------------------
 
 
 def drifting(factor: float, depth: int = 8, **options: Any) -> ReversibleSequence:
-    """A float32 chain that loses digits in block 3, which scales one channel by ``factor`` and then adds 1."""
+    """A float32 chain that loses digits in block 3, which scales one channel by ``factor`` and then
+    adds 1.
+    """
     chain = simple(depth, torch.float32, **options)
     with torch.no_grad():
         g = chain[3].global_scale
-        g.copy_(2 * torch.log(torch.expm1(torch.tensor([1.0, 1.0, 1.0, factor, 1.0, 1.0]) / 0.2)).view_as(g))
+        g.copy_(
+            2
+            * torch.log(torch.expm1(torch.tensor([1.0, 1.0, 1.0, factor, 1.0, 1.0]) / 0.2)).view_as(
+                g
+            )
+        )
         chain[3].global_offset.fill_(1.0)
     return chain
 
@@ -1310,17 +1578,25 @@ def drifting(factor: float, depth: int = 8, **options: Any) -> ReversibleSequenc
 class WithoutFloat64(TorchDispatchMode):
     """A device that has no float64: no operation makes one of narrower tensors, or of nothing."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            assert not (isinstance(t, Tensor) and t.dtype is torch.float64), f"float64 from {function}"
+            assert not (isinstance(t, Tensor) and t.dtype is torch.float64), (
+                f"float64 from {function}"
+            )
         return result
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 1}, {"checkpoint_every": 2, "debug": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"checkpoint_every": 1}, {"checkpoint_every": 2, "debug": True}], ids=str
+)
 @pytest.mark.parametrize("scale", [1.0, 1e25])
 @pytest.mark.parametrize("gin", [True, False])
-def test_the_drift_is_measured_without_float64(gin: bool, scale: float, options: dict[str, Any]) -> None:
+def test_the_drift_is_measured_without_float64(
+    gin: bool, scale: float, options: dict[str, Any]
+) -> None:
     """In float32, whose squares would overflow."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8, **options)
@@ -1339,7 +1615,12 @@ def test_norms_do_not_leave_their_range(dtype: torch.dtype) -> None:
     x = torch.randn(7, 300).to(dtype)
     limits = torch.finfo(dtype)
     exact = x.double().norm().item()
-    for factor in (1.0, 2.0 ** int(math.log2(limits.max) - 4), 2.0 ** int(math.log2(limits.tiny) + 8), 0.0):
+    for factor in (
+        1.0,
+        2.0 ** int(math.log2(limits.max) - 4),
+        2.0 ** int(math.log2(limits.tiny) + 8),
+        0.0,
+    ):
         (norm,) = reversible._norms(x * factor)
         assert norm == pytest.approx(exact * factor, rel=1e-3)
     x[0, 0] = math.inf
@@ -1349,7 +1630,9 @@ def test_norms_do_not_leave_their_range(dtype: torch.dtype) -> None:
 
 
 def test_an_inverse_that_is_no_number_is_noticed() -> None:
-    """A scale that has underflowed to 0 cannot be undone; the forward pass is finite all the same."""
+    """A scale that has underflowed to 0 cannot be undone; the forward pass is finite all the
+    same.
+    """
     chain = ReversibleSequence(6)
     for _ in range(2):
         chain.append(AllInOneBlock, subnet_constructor=nn.Linear, global_affine_type="EXP")
@@ -1366,7 +1649,12 @@ def test_an_inverse_without_digits_left_is_noticed() -> None:
     torch.manual_seed(0)
     chain = ReversibleSequence(8)
     for _ in range(24):
-        chain.append(AllInOneBlock, subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, 32), nn.ReLU(), nn.Linear(32, o)))
+        chain.append(
+            AllInOneBlock,
+            subnet_constructor=lambda i, o: nn.Sequential(
+                nn.Linear(i, 32), nn.ReLU(), nn.Linear(32, o)
+            ),
+        )
     with torch.no_grad():
         for block in chain:
             for p in block.subnet.parameters():
@@ -1421,7 +1709,9 @@ def test_cached_parametrizations_run_an_ordinary_chain() -> None:
 
 
 def test_an_overflow_forward_is_the_users() -> None:
-    """As in a plain chain: gradients that are not finite and no error, which is what GradScaler skips a step for."""
+    """As in a plain chain: gradients that are not finite and no error, which is what GradScaler
+    skips a step for.
+    """
     chain = simple(dtype=torch.float32)
     x = torch.full((2, 6, 3, 5), 1e38, requires_grad=True)
     with torch.no_grad():
@@ -1462,9 +1752,15 @@ def test_drift_is_measured_and_makes_later_passes_keep_more() -> None:
 
 def test_drift_warns_and_refuses_and_debug_names_the_block() -> None:
     x = torch.randn(2, 6, 3, 5)
-    with pytest.warns(RuntimeWarning, match="input of block 0 of the reversible chain, reconstructed from the output of block 7"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="input of block 0 of the reversible chain, reconstructed from the output of block 7",
+    ):
         gradients(drifting(3e-5), x)
-    with pytest.raises(RuntimeError, match="input of block 0 of the reversible chain, reconstructed from the output of block 7"):
+    with pytest.raises(
+        RuntimeError,
+        match="input of block 0 of the reversible chain, reconstructed from the output of block 7",
+    ):
         gradients(drifting(1e-7), x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -1475,7 +1771,10 @@ def test_drift_warns_and_refuses_and_debug_names_the_block() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradients(drifting(3e-5, checkpoint_every=1), x)
-    with pytest.warns(RuntimeWarning, match="input of block 0 of the reversible chain, .* set a smaller checkpoint_every"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="input of block 0 of the reversible chain, .* set a smaller checkpoint_every",
+    ):
         gradients(drifting(3e-5, checkpoint_every=4), x)
 
 
@@ -1488,7 +1787,9 @@ def test_values_out_of_range_give_nan_as_a_plain_chain() -> None:
 
 
 def test_gradients_by_the_criterion() -> None:
-    """One block of a chain, in float32, by the criterion that every result of a block is held to."""
+    """One block of a chain, in float32, by the criterion that every result of a block is held
+    to.
+    """
     for name in ("hard", "gin", "soft", "hh1"):
         case = Case(Shape(4, 7, (6, 5)), name)
         x, _ = make_input(case, torch.float32)
@@ -1500,4 +1801,10 @@ def test_gradients_by_the_criterion() -> None:
         baseline, truth = gradients(plain, x), gradients(copy.deepcopy(plain).double(), x.double())
         for key, found in gradients(chain, x).items():
             if truth[key] is not None:
-                assert_close(found, truth[key], baseline[key], f"{name} {key}", magnitude=4 * truth[key].abs().max().item())
+                assert_close(
+                    found,
+                    truth[key],
+                    baseline[key],
+                    f"{name} {key}",
+                    magnitude=4 * truth[key].abs().max().item(),
+                )

@@ -1,4 +1,6 @@
-"""Reversible chains under DDP and FSDP2 on two gloo ranks: the gradients of one process, every parameter's hook fired once."""
+"""Reversible chains under DDP and FSDP2 on two gloo ranks: the gradients of one process, every
+parameter's hook fired once.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def chain_of(depth: int = 4) -> ReversibleSequence:
 
 
 def data() -> Tensor:
-    return torch.randn(RANKS * BATCH, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(
+        RANKS * BATCH, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 def backward(model: nn.Module, x: Tensor) -> None:
@@ -46,7 +50,9 @@ def expected(x: Tensor) -> dict[str, Tensor]:
         (x,), log_det = block([x])
         total = total + log_det
     (x**3 + x.square()).flatten(1).sum(1).sub(total).mean().backward()
-    return {f"module_list.{name}": p.grad for name, p in chain.named_parameters() if p.grad is not None}
+    return {
+        f"module_list.{name}": p.grad for name, p in chain.named_parameters() if p.grad is not None
+    }
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -62,11 +68,15 @@ def count_hooks(model: nn.Module, register: str) -> Counter:
 
 
 def check(model: nn.Module, truth: dict[str, Tensor], *hooks: Counter) -> None:
-    """That the model holds these gradients, and that every parameter's hooks have fired once since the last check."""
+    """That the model holds these gradients, and that every parameter's hooks have fired once since
+    the last check.
+    """
     assert trained(model).keys() == truth.keys()
     for name, p in trained(model).items():
         gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        torch.testing.assert_close(gradient, truth[name], rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            gradient, truth[name], rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
     for fired in hooks:
         assert fired == Counter(truth.keys())
         fired.clear()
@@ -75,7 +85,8 @@ def check(model: nn.Module, truth: dict[str, Tensor], *hooks: Counter) -> None:
 def under_ddp(rank: int) -> None:
     chain = chain_of()
     hooks = [count_hooks(chain, kind) for kind in HOOKS]
-    model = nn.parallel.DistributedDataParallel(chain, bucket_cap_mb=1e-3)  # many buckets: they leave while blocks behind still compute
+    # many buckets: they leave while blocks behind still compute
+    model = nn.parallel.DistributedDataParallel(chain, bucket_cap_mb=1e-3)
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
     assert nodes(model(mine)[0])["_BlockBackward"] == len(chain)
     backward(model, mine)
@@ -91,15 +102,21 @@ def under_ddp(rank: int) -> None:
 
 def under_fsdp(rank: int) -> None:
     chain = chain_of()
-    for name in ("w_perm", "w_perm_inv"):  # FSDP2 asks for a sharded first dimension; these stay whole for the index to be read
+    # FSDP2 asks for a sharded first dimension; these stay whole for the index to be read
+    for name in ("w_perm", "w_perm_inv"):
         for block in chain:
             assert not getattr(block, name).requires_grad
     mesh = dist.init_device_mesh("cpu", (RANKS,))
     for block in chain:
         kept = {block.w_perm, block.w_perm_inv}
         fully_shard(block, mesh=mesh, ignored_params=kept)
-    fully_shard(chain, mesh=mesh, ignored_params={p for block in chain for p in (block.w_perm, block.w_perm_inv)})
-    # A sharded parameter gets its gradient from FSDP2, which runs hooks of the second kind only; autograd's see the whole parameters.
+    fully_shard(
+        chain,
+        mesh=mesh,
+        ignored_params={p for block in chain for p in (block.w_perm, block.w_perm_inv)},
+    )
+    # A sharded parameter gets its gradient from FSDP2, which runs hooks of the second kind only;
+    # autograd's see the whole parameters.
     hooks = [count_hooks(chain, "register_post_accumulate_grad_hook")]
     for block in chain:
         block.unshard()
@@ -117,12 +134,15 @@ def under_fsdp(rank: int) -> None:
 def work(rank: int, kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
     dispatch.SMALL = 0
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
     try:
         {"ddp": under_ddp, "fsdp": under_fsdp}[kind](rank)
     finally:
         dist.destroy_process_group()
-    # Torch 2.14 once aborted while a rank's interpreter shut down, after all checks: "terminate called without an active exception".
+    # Torch 2.14 once aborted while a rank's interpreter shut down, after all checks: "terminate
+    # called without an active exception".
     os._exit(0)
 
 

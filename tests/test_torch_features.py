@@ -1,4 +1,6 @@
-"""What PyTorch does to any module: torch.func, scaled gradients, parametrizations, memory formats, shared memory, other processes."""
+"""What PyTorch does to any module: torch.func, scaled gradients, parametrizations, memory formats,
+shared memory, other processes.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,17 @@ from fastflow_kernels import AllInOneBlock, accelerate, report, restore
 from tests.cases import Case, Shape, make_block, make_input
 
 KINDS = ["ours", "accelerated"]
-CASES = [Case(Shape(4, 6, (3, 5)), name) for name in ("hard", "gin-rev-cond", "soft", "hh3-rev-cond")]
+CASES = [
+    Case(Shape(4, 6, (3, 5)), name) for name in ("hard", "gin-rev-cond", "soft", "hh3-rev-cond")
+]
 kinds = pytest.mark.parametrize("kind", KINDS)
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
 def _block(kind: str, case: Case = CASES[0], seed: int = 0) -> nn.Module:
-    block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed)
+    block = make_block(
+        AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed
+    )
     if kind == "accelerated":
         assert report(accelerate(block)).changed
     return block
@@ -46,7 +52,9 @@ def test_gradients_of_every_sample_at_once(kind: str, case: Case) -> None:
     fixed = {name: p.detach() for name, p in block.named_parameters() if not p.requires_grad}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, *c: Tensor) -> Tensor:
-        (y,), logdet = functional_call(block, (parameters, fixed), ([x[None]], [t[None] for t in c]))
+        (y,), logdet = functional_call(
+            block, (parameters, fixed), ([x[None]], [t[None] for t in c])
+        )
         return y.square().sum() - logdet.sum()
 
     batched = vmap(grad(loss), in_dims=(None, 0, *[0] * len(c)))(parameters, x, *c)
@@ -73,7 +81,9 @@ def test_an_ensemble_of_blocks_at_once(kind: str, case: Case) -> None:
     parameters, buffers = stack_module_state(blocks)
     template = copy.deepcopy(blocks[0])
     with torch.no_grad():
-        y, logdet = vmap(lambda p, b: (lambda r: (r[0][0], r[1]))(functional_call(template, (p, b), ([x], c))))(parameters, buffers)
+        y, logdet = vmap(
+            lambda p, b: (lambda r: (r[0][0], r[1]))(functional_call(template, (p, b), ([x], c)))
+        )(parameters, buffers)
         for k, block in enumerate(blocks):
             (expected,), expected_logdet = block([x], c)
             torch.testing.assert_close(y[k], expected, rtol=1e-9, atol=1e-9)
@@ -100,11 +110,16 @@ def test_tangents_go_back_through_the_inverse(kind: str, case: Case) -> None:
 @cases
 @kinds
 def test_scaled_gradients(kind: str, case: Case) -> None:
-    """GradScaler under autocast: the steps of an unscaled run, and none where a gradient overflows."""
+    """GradScaler under autocast: the steps of an unscaled run, and none where a gradient
+    overflows.
+    """
     scaled, plain = (_block(kind, case).float() for _ in range(2))
     x, c = make_input(case, torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in (scaled, plain)]
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1)
+        for m in (scaled, plain)
+    ]
     for _ in range(3):
         for model, optimizer in zip((scaled, plain), optimizers, strict=True):
             optimizer.zero_grad()
@@ -116,7 +131,8 @@ def test_scaled_gradients(kind: str, case: Case) -> None:
         scaler.update()
         optimizers[1].step()
     for (name, p), q in zip(scaled.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)  # a power of two: the same roundings but for underflow
+        # a power of two: the same roundings but for underflow
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
     kept = [p.detach().clone() for p in scaled.parameters()]
     optimizers[0].zero_grad()
     (scaler.scale(_loss(scaled, x, c)) * torch.inf).backward()
@@ -148,10 +164,15 @@ def test_parametrized_block(kind: str) -> None:
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
-    torch.testing.assert_close(block.parametrizations.global_scale.original.grad, 2 * same.global_scale.grad)
+    torch.testing.assert_close(
+        block.parametrizations.global_scale.original.grad, 2 * same.global_scale.grad
+    )
     torch.testing.assert_close(block.global_offset.grad, same.global_offset.grad)
     if kind == "accelerated":
-        with pytest.raises(RuntimeError, match="cannot restore the model itself: the class was changed again since accelerate"):
+        with pytest.raises(
+            RuntimeError,
+            match="cannot restore the model itself: the class was changed again since accelerate",
+        ):
             restore(block)
     parametrize.remove_parametrizations(block, "global_scale")
     torch.testing.assert_close(_loss(block, x, []), expected)
@@ -172,7 +193,9 @@ def test_parameters_in_channels_last(first: str, kind: str, case: Case) -> None:
     if first == "blocks":
         block = _block(kind, case).to(memory_format=torch.channels_last)
     else:
-        block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case).to(memory_format=torch.channels_last)
+        block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case).to(
+            memory_format=torch.channels_last
+        )
         assert kind == "ours" or report(accelerate(block)).changed
     for layout in (torch.contiguous_format, torch.channels_last):
         (y,), logdet = block([x.to(memory_format=layout)], [t.to(memory_format=layout) for t in c])
@@ -223,6 +246,8 @@ def test_another_process_trains_the_shared_block(kind: str) -> None:
 def test_workers_of_a_loader_run_the_block(kind: str) -> None:
     block = _block(kind)
     x, _ = make_input(CASES[0])
-    loader = DataLoader(_Samples(block, x), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(
+        _Samples(block, x), batch_size=2, num_workers=1, multiprocessing_context="spawn"
+    )
     with torch.no_grad():
         torch.testing.assert_close(torch.cat(list(loader)), block([x])[0][0])

@@ -1,9 +1,12 @@
-"""Which inputs the kernels take and how the work is cut into tiles. Pure Python: shapes and dtypes in, numbers out.
+"""Which inputs the kernels take and how the work is cut into tiles. Pure Python: shapes and dtypes
+in, numbers out.
 
-A kernel works on tiles of channels by columns. A column is one pixel of one sample ("planes": the input has pixels) or a whole sample
-("rows": it has a single one). Either way the address of a value is ``sample * stride + channel * P + pixel``.
+A kernel works on tiles of channels by columns. A column is one pixel of one sample ("planes": the
+input has pixels) or a whole sample ("rows": it has a single one). Either way the address of a value
+is ``sample * stride + channel * P + pixel``.
 
-How many bits an access takes follows from the class of the shape (:func:`alignment`; compiled for sm_90, tests/test_kernels_compiled.py):
+How many bits an access takes follows from the class of the shape (:func:`alignment`; compiled for
+sm_90, tests/test_kernels_compiled.py):
 
 ======================================== ============================ ============ ============
 class                                    tensors                      float32      bfloat16
@@ -17,9 +20,9 @@ rows                                     permuted: x and a forward,   32        
                                          dy backward, y in reverse
 ======================================== ============================ ============ ============
 
-A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a binary of its own, with single values.
-Samples with strides inside are not taken (:func:`uncovered`): the caller makes them contiguous. Narrower accesses move
-the same bytes.
+A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a
+binary of its own, with single values. Samples with strides inside are not taken
+(:func:`uncovered`): the caller makes them contiguous. Narrower accesses move the same bytes.
 """
 
 from functools import lru_cache
@@ -30,8 +33,11 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SAMPLE = 2**31 - 1  # elements of a sample, and samples with pixels: both are counted in 32 bits
-TILE_BYTES = 4096  # planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit accesses
-MAX_ROW_BYTES = 8192  # in the accumulator: a row is one tile and must fit in the registers of 16 warps
+# planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit
+# accesses
+TILE_BYTES = 4096
+# in the accumulator: a row is one tile and must fit in the registers of 16 warps
+MAX_ROW_BYTES = 8192
 BUSY = 256  # programs that keep a GPU busy with planes: two for each multiprocessor of an H100
 GIN_PARTS = 64  # most programs that share the sums of one sample
 
@@ -40,8 +46,8 @@ class RowTiles(NamedTuple):
     """How rows are cut in one kind of pass.
 
     Attributes:
-        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is float32; more where 16 warps do not
-            suffice. 1 where it is float64.
+        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is
+            float32; more where 16 warps do not suffice. 1 where it is float64.
         busy: Programs that keep a GPU busy; with more work than that they loop.
     """
 
@@ -49,8 +55,9 @@ class RowTiles(NamedTuple):
     busy: int
 
 
-# Measured on an H200, `python -m bench.tune --only rows,forward-rows` (bench/TUNING.md). Channel constants live in registers, and in the
-# backward pass sums do too. There a quarter of the values in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
+# Measured on an H200, `python -m bench.tune --only rows,forward-rows` (bench/TUNING.md). Channel
+# constants live in registers, and in the backward pass sums do too. There a quarter of the values
+# in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
 FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
 BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
 
@@ -121,8 +128,9 @@ def packed(t: Tensor) -> bool:
 def alignment(*sizes: int) -> int:
     """The largest power of two up to 16 that divides all sizes.
 
-    The compiler proves an access aligned only from what it knows about its arguments. It is told of an integer that 16 divides, of
-    nothing less; so lengths travel as quotients, and this factor is a constant of the kernel.
+    The compiler proves an access aligned only from what it knows about its arguments. It is told of
+    an integer that 16 divides, of nothing less; so lengths travel as quotients, and this factor is
+    a constant of the kernel.
     """
     merged = 16
     for n in sizes:
@@ -131,7 +139,9 @@ def alignment(*sizes: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles | None, columns: int = 1) -> Plan:
+def plan(
+    channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles | None, columns: int = 1
+) -> Plan:
     """Cut channels by columns into tiles.
 
     Args:
@@ -139,9 +149,10 @@ def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles |
         batch: Samples.
         pixels: Pixels of a sample.
         itemsize: Bytes of the widest element.
-        rows: How rows are cut, where a column is a sample; then a tile holds all channels. None for planes.
-        columns: Columns that one program should see for its cost per channel to be small; it loops over that many if there is work
-            enough for the other multiprocessors.
+        rows: How rows are cut, where a column is a sample; then a tile holds all channels. None for
+            planes.
+        columns: Columns that one program should see for its cost per channel to be small; it loops
+            over that many if there is work enough for the other multiprocessors.
     """
     if rows:
         values = 1 if itemsize == 8 else rows.thread_values
@@ -158,12 +169,19 @@ def plan(channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles |
     tiles = -(-channels // block_c)
     loops = 1
     if columns > 1:
-        # the finishing sum walks the groups one after the other: fewer than 1024 where that can be had
+        # the finishing sum walks the groups one after the other: fewer than 1024 where that can be
+        # had
         busy = rows.busy if rows else BUSY
-        while loops < 64 and (loops * block_q < columns or blocks > 512 * loops) and blocks * tiles >= 2 * busy * loops:
+        while (
+            loops < 64
+            and (loops * block_q < columns or blocks > 512 * loops)
+            and blocks * tiles >= 2 * busy * loops
+        ):
             loops *= 2
     warps = max(1, min(16, block_c * block_q // (32 * values)))
-    return Plan(rows is not None, block_c, block_q, tiles, blocks, loops, -(-blocks // loops), warps)
+    return Plan(
+        rows is not None, block_c, block_q, tiles, blocks, loops, -(-blocks // loops), warps
+    )
 
 
 def by_rows(channels: int, pixels: int, itemsize: int) -> bool:
@@ -177,7 +195,9 @@ def gin_parts(plan: Plan, batch: int) -> int:
 
 
 def _pixel_block(pixels: int, tile: int) -> int:
-    """The widest block of pixels among those that pad the row least; 64 pixels or more, where there are so many."""
+    """The widest block of pixels among those that pad the row least; 64 pixels or more, where there
+    are so many.
+    """
     best = min(_power_of_two(pixels), tile)
     block = best
     while block > 64:

@@ -1,4 +1,6 @@
-"""Elementary functions for kernels, in float32 and float64. Plain Triton, so that the interpreter runs them too."""
+"""Elementary functions for kernels, in float32 and float64. Plain Triton, so that the interpreter
+runs them too.
+"""
 
 import triton
 import triton.language as tl
@@ -7,9 +9,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LN5 = tl.constexpr(1.6094379124341003)
 LN10 = tl.constexpr(2.302585092994046)
-LN2_HIGH = tl.constexpr(0.693359375)  # few digits: its product with an integer below 2**11 is exact in float32
+# few digits: its product with an integer below 2**11 is exact in float32
+LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 less that
-INTEGERS = tl.constexpr(12582912.0)  # 1.5 * 2**23: float32 numbers near it are integers, in the low bits of their representation
+# 1.5 * 2**23: float32 numbers near it are integers, in the low bits of their representation
+INTEGERS = tl.constexpr(12582912.0)
 INTEGERS_BITS = tl.constexpr(0x4B400000)
 
 
@@ -17,18 +21,20 @@ INTEGERS_BITS = tl.constexpr(0x4B400000)
 def product(a, b):
     """a * b of two tiles, rounded before it is added to anything: for the terms of a sum.
 
-    The compiler may fuse a bare product into the first addition. Threads that hold copies of a sum add in different orders, so that
-    their copies would differ by a rounding, and which of them is stored would decide the result.
+    The compiler may fuse a bare product into the first addition. Threads that hold copies of a sum
+    add in different orders, so that their copies would differ by a rounding, and which of them is
+    stored would decide the result.
     """
     return tl.fma(a, b, tl.zeros_like(a))
 
 
 @triton.jit
 def exp(x):
-    """exp(x) with a relative error below 4 * 2**-23 where the result is normal; subnormal results are rounded like any product.
+    """exp(x) with a relative error below 4 * 2**-23 where the result is normal; subnormal results
+    are rounded like any product.
 
-    float32: exp2(r / ln 2) * 2**k with |r| < 0.35. The hardware's exp2 would make a subnormal result 0, so that 2**k is multiplied in
-    two halves, each a normal number.
+    float32: exp2(r / ln 2) * 2**k with |r| < 0.35. The hardware's exp2 would make a subnormal
+    result 0, so that 2**k is multiplied in two halves, each a normal number.
     """
     if x.dtype == tl.float64:
         return tl.exp(x)
@@ -49,7 +55,9 @@ def power_of_two(k):
 
 @triton.jit
 def exp_of_bounded(x):
-    """exp(x) in fewer instructions; in float32 the relative error grows as |x| * 2**-24, no faster than that of a rounded x."""
+    """exp(x) in fewer instructions; in float32 the relative error grows as |x| * 2**-24, no faster
+    than that of a rounded x.
+    """
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -60,7 +68,8 @@ def exp_of_bounded(x):
 def log1p_of_unit(x):
     """log(1 + x) for x in [0, 1], accurate for small x.
 
-    float64: the rounding of 1 + x cancels in log(w) / (w - 1). float32: 2 * atanh(x / (2 + x)), by a polynomial to 5e-9 of the result.
+    float64: the rounding of 1 + x cancels in log(w) / (w - 1). float32: 2 * atanh(x / (2 + x)), by
+    a polynomial to 5e-9 of the result.
     """
     if x.dtype == tl.float64:
         w = 1.0 + x
@@ -75,9 +84,11 @@ def log1p_of_unit(x):
 
 @triton.jit
 def log_of_double(w):
-    """log(w), float32 with a relative error of a few 2**-24 also near w = 1, of a float64 that is positive and normal, inf or nan.
+    """log(w), float32 with a relative error of a few 2**-24 also near w = 1, of a float64 that is
+    positive and normal, inf or nan.
 
-    w = c * 2**n with c in [sqrt(1/2), sqrt(2)); log(c) = 2 * atanh((c - 1) / (c + 1)), by a polynomial to 1e-9 of the result.
+    w = c * 2**n with c in [sqrt(1/2), sqrt(2)); log(c) = 2 * atanh((c - 1) / (c + 1)), by a
+    polynomial to 1e-9 of the result.
     """
     bits = w.to(tl.int64, bitcast=True)
     n = ((bits >> 32).to(tl.int32) - 0x3FE6A09E) >> 20
@@ -96,7 +107,8 @@ def exp_to_double(x):
     """exp(x) in float64 to 3e-10, for a float64 |x| < 700."""
     n = tl.floor(x.to(tl.float32) * LOG2E + 0.5)
     r = x - n.to(tl.float64) * LN2
-    p = r * 2.480158730158730e-5 + 1.984126984126984e-4  # Taylor's series: 1/8!, 1/7!, ...; |r| < 0.35
+    # Taylor's series: 1/8!, 1/7!, ...; |r| < 0.35
+    p = r * 2.480158730158730e-5 + 1.984126984126984e-4
     p = p * r + 1.388888888888889e-3
     p = p * r + 8.333333333333333e-3
     p = p * r + 4.166666666666667e-2
@@ -110,13 +122,18 @@ def exp_to_double(x):
 def tanh(x):
     """tanh(x) to a few ulp at every magnitude; tanh(inf) = 1, tanh(nan) = nan.
 
-    Near 0 Cephes' polynomial (float32) and rational form (float64); 1 - 2 / (exp(2 |x|) + 1) with the sign of x from 0.625 on. Of a
-    negative x the quotient would lie in [1, 2), and its rounding would be twice as large.
+    Near 0 Cephes' polynomial (float32) and rational form (float64); 1 - 2 / (exp(2 |x|) + 1) with
+    the sign of x from 0.625 on. Of a negative x the quotient would lie in [1, 2), and its rounding
+    would be twice as large.
     """
     z = x * x
     if x.dtype == tl.float64:
-        p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
-        q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+        p = (
+            -9.64399179425052238628e-1 * z - 9.92877231001918586564e1
+        ) * z - 1.61468768441708447952e3
+        q = (
+            (z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3
+        ) * z + 4.84406305325125486048e3
         p = p / q
         e = tl.exp(2.0 * tl.abs(x))
     else:
@@ -132,7 +149,9 @@ def tanh(x):
 
 @triton.jit
 def tanh_of_factor(x, CLAMP: tl.constexpr):
-    """tanh(x) for s = CLAMP * tanh(x), whose error is CLAMP times as large: a large clamp, which is rare, takes it in float64."""
+    """tanh(x) for s = CLAMP * tanh(x), whose error is CLAMP times as large: a large clamp, which is
+    rare, takes it in float64.
+    """
     if CLAMP >= -4.0 and CLAMP <= 4.0:
         return tanh(x)
     else:
@@ -141,7 +160,9 @@ def tanh_of_factor(x, CLAMP: tl.constexpr):
 
 @triton.jit
 def exp_of_factor(s, CLAMP: tl.constexpr):
-    """exp(s) for s from :func:`tanh_of_factor`: in fewer instructions while their error, |s| * 2**-24, is no larger than that of s."""
+    """exp(s) for s from :func:`tanh_of_factor`: in fewer instructions while their error, |s| *
+    2**-24, is no larger than that of s.
+    """
     if CLAMP >= -4.0 and CLAMP <= 4.0:
         return exp_of_bounded(s)
     else:
@@ -168,17 +189,20 @@ def scale_of(g, ACT: tl.constexpr):
     elif ACT == "SOFTPLUS":
         h = 0.5 * g
         # like torch's softplus: the identity above 20, which in float64 differs from log(1 + e**h)
-        return tl.where(h > 20.0, 0.1 * g, 0.2 * (tl.maximum(h, 0.0) + log1p_of_unit(exp(-tl.abs(h)))))
+        return tl.where(
+            h > 20.0, 0.1 * g, 0.2 * (tl.maximum(h, 0.0) + log1p_of_unit(exp(-tl.abs(h))))
+        )
     else:
         return exp(g)
 
 
 @triton.jit
 def log_scale_of(g, ACT: tl.constexpr):
-    """log(activation(g)), as accurate near scale 1 as elsewhere, where the log of a rounded scale would be off by the same rounding in
-    every channel, and by P times as much in the sum.
+    """log(activation(g)), as accurate near scale 1 as elsewhere, where the log of a rounded scale
+    would be off by the same rounding in every channel, and by P times as much in the sum.
 
-    float32 takes float64 for what cancels and nothing else: in float64 altogether it would be most of what a small launch computes.
+    float32 takes float64 for what cancels and nothing else: in float64 altogether it would be most
+    of what a small launch computes.
     """
     if ACT == "EXP":
         return g
@@ -200,7 +224,8 @@ def log_scale_of(g, ACT: tl.constexpr):
 def scale_slope(g, scale, ACT: tl.constexpr):
     """d scale / d g, given scale = activation(g)."""
     if ACT == "SIGMOID":
-        return scale * tl.maximum(1.0 - 0.1 * scale, 0.0)  # a fused product is not rounded: 1 - 0.1 * 10 would be negative
+        # a fused product is not rounded: 1 - 0.1 * 10 would be negative
+        return scale * tl.maximum(1.0 - 0.1 * scale, 0.0)
     elif ACT == "SOFTPLUS":
         return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))
     else:

@@ -1,7 +1,8 @@
 """Launches whose grid, sizes and constants are worked out once, for all calls of one shape.
 
-On small inputs the launches' Python is what a step takes: Triton's own dispatcher binds, specializes and looks up some twenty arguments
-per launch (15.6 us on an AMD EPYC, of which 2.0 are left here; `python -m pytest bench/overhead.py -k one_launch`).
+On small inputs the launches' Python is what a step takes: Triton's own dispatcher binds,
+specializes and looks up some twenty arguments per launch (15.6 us on an AMD EPYC, of which 2.0 are
+left here; `python -m pytest bench/overhead.py -k one_launch`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from triton.compiler import CompiledKernel
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """Whether all tensors start at a multiple of 16 bytes, which the compiled binary of a :class:`Launch` counts on."""
+    """Whether all tensors start at a multiple of 16 bytes, which the compiled binary of a
+    :class:`Launch` counts on.
+    """
     merged = 0
     for t in tensors:
         if t is not None:
@@ -25,9 +28,10 @@ def aligned(*tensors: Tensor | None) -> bool:
 class Launch:
     """A kernel with everything that stays the same between calls of one shape.
 
-    The first call goes through Triton's dispatcher, which compiles the kernel or finds its binary; later ones hand the pointers straight
-    to that binary. Whoever keeps a launch must key it by what the dispatcher looks at: device, dtypes, which pointers are None, and all
-    that ``sizes`` and ``constants`` are made of. Alignment is asked for per call.
+    The first call goes through Triton's dispatcher, which compiles the kernel or finds its binary;
+    later ones hand the pointers straight to that binary. Whoever keeps a launch must key it by what
+    the dispatcher looks at: device, dtypes, which pointers are None, and all that ``sizes`` and
+    ``constants`` are made of. Alignment is asked for per call.
 
     Args:
         kernel: The kernel; its parameters are pointers, then sizes, then constants.
@@ -37,8 +41,15 @@ class Launch:
         constants: The constexprs, in the kernel's order.
     """
 
-    def __init__(self, kernel: Any, programs: int, sizes: tuple[int, ...], warps: int, **constants: Any) -> None:
-        self.kernel, self.grid, self.sizes, self.constants = kernel, (programs, 1, 1), sizes, constants
+    def __init__(
+        self, kernel: Any, programs: int, sizes: tuple[int, ...], warps: int, **constants: Any
+    ) -> None:
+        self.kernel, self.grid, self.sizes, self.constants = (
+            kernel,
+            (programs, 1, 1),
+            sizes,
+            constants,
+        )
         self.options = {"num_warps": warps, "enable_fp_fusion": True}
         self._run: Callable[..., None] | None = None
         self._tail = (*sizes, *constants.values())

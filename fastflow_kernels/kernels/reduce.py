@@ -1,7 +1,9 @@
-"""Sums: of a sample ahead of GIN's main pass, and of the partial results that the main passes leave.
+"""Sums: of a sample ahead of GIN's main pass, and of the partial results that the main passes
+leave.
 
-No atomics: every program writes its own partial result and one program adds them in order, so results repeat bit for bit. Loops whose
-length is known at run time are ``while`` loops: ``range`` over a run-time value fails in the interpreter of Triton 3.6 with numpy 2.4.
+No atomics: every program writes its own partial result and one program adds them in order, so
+results repeat bit for bit. Loops whose length is known at run time are ``while`` loops: ``range``
+over a run-time value fails in the interpreter of Triton 3.6 with numpy 2.4.
 """
 
 import torch
@@ -10,14 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastflow_kernels.kernels.launch import alignment, gin_parts, plan
-from fastflow_kernels.kernels.math import exp_of_factor, log_scale_of, scale_of, scale_slope, tanh_of_factor
+from fastflow_kernels.kernels.math import (
+    exp_of_factor,
+    log_scale_of,
+    scale_of,
+    scale_slope,
+    tanh_of_factor,
+)
 from fastflow_kernels.kernels.prepared import Launch
 from fastflow_kernels.kernels.tiles import index, load
 from fastflow_kernels.spec import CouplingSpec
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
-# The parameter sums wait for memory, not for arithmetic: few channels a program, that there be many of them, yet a 32-byte sector of
-# float32; and so many groups at a time that all of them (launch.plan makes 512 at most, where it can) arrive in two turns.
+# The parameter sums wait for memory, not for arithmetic: few channels a program, that there be many
+# of them, yet a 32-byte sector of float32; and so many groups at a time that all of them
+# (launch.plan makes 512 at most, where it can) arrive in two turns.
 _SUMS_BLOCK_C = 8
 _SUMS_BLOCK_K = 256
 _SUMS_WARPS = 8
@@ -26,13 +35,15 @@ _SUMS_WARPS = 8
 @triton.jit
 def _gin_sums_kernel(
     a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr, B, P, stride_ab, stride_xb,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, REVERSE: tl.constexpr, PARTS: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, REVERSE: tl.constexpr,
+    PARTS: tl.constexpr,
     MUL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 * exp(t), where dv = dy[:, inv],
-    and x2 is of x[:, inv] with REVERSE.
+    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 *
+    exp(t), where dv = dy[:, inv], and x2 is of x[:, inv] with REVERSE.
 
-    Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come divided by MUL.
+    Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come
+    divided by MUL.
 
     a_ptr: (B, 2*C2, P), stride_ab between samples.
     dy_ptr: (B, C, P) contiguous, or None: then the second sum is left out.
@@ -64,7 +75,11 @@ def _gin_sums_kernel(
         if dy_ptr is not None:
             y_at = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
             x_at = y_at if REVERSE else C1 * P + at
-            sum_h += load(dy_ptr + y_at, mask, ACC) * load(x_ptr + x_at, mask, ACC) * exp_of_factor(t, CLAMP)
+            sum_h += (
+                load(dy_ptr + y_at, mask, ACC)
+                * load(x_ptr + x_at, mask, ACC)
+                * exp_of_factor(t, CLAMP)
+            )
         tile += PARTS
     tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
     if dy_ptr is not None:
@@ -74,7 +89,8 @@ def _gin_sums_kernel(
 @triton.jit
 def _logdet_kernel(
     part_ptr, g_ptr, logdet_ptr, PART_COUNT, P,
-    C: tl.constexpr, SIGN: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, SIGN: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """logdet[b] = SIGN * (sum of part[b, :] + P * sum of log(activation(g))).
 
@@ -100,7 +116,8 @@ def _logdet_kernel(
 @triton.jit
 def _params_bwd_kernel(
     part_ptr, dlogdet_ptr, g_ptr, dg_ptr, doffset_ptr, GROUPS, B, P, stride_l,
-    C: tl.constexpr, ACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, ACT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """doffset = sum of part[0]; dg = (sum of part[1] + P * sum(dlogdet) / scale) * activation'(g).
 
@@ -127,7 +144,8 @@ def _params_bwd_kernel(
         scale = scale_of(g, ACT)
         total = tl.sum(dscale, axis=0)
         if dlogdet_ptr is not None:
-            dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), tl.float64)  # its rounding would be the same in every channel
+            # its rounding would be the same in every channel
+            dlogdet = tl.zeros((BLOCK_K * BLOCK_C,), tl.float64)
             first = tl.full((), 0, tl.int64)  # for offsets beyond 2^31
             while first < B:
                 b = first + tl.arange(0, BLOCK_K * BLOCK_C)
@@ -138,7 +156,8 @@ def _params_bwd_kernel(
 
 
 class GinSums:
-    """Runs GIN's sums per sample ahead of the main pass: (1, B, parts), or with dy and x (2, B, parts); see the kernel.
+    """Runs GIN's sums per sample ahead of the main pass: (1, B, parts), or with dy and x (2, B,
+    parts); see the kernel.
 
     Args:
         channels, batch, pixels: Sizes of x.
@@ -165,28 +184,59 @@ class GinSums:
         self.shape, self.acc = (1 if stride_xb is None else 2, batch, self.parts), acc
         mul = alignment(pixels, stride_ab, stride_xb or 0)
         self.launch = Launch(
-            _gin_sums_kernel, batch * self.parts, (batch, pixels // mul, stride_ab // mul, (stride_xb or 0) // mul), cut.warps,
-            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, REVERSE=spec.reverse, PARTS=self.parts,
+            _gin_sums_kernel, batch * self.parts,
+            (batch, pixels // mul, stride_ab // mul, (stride_xb or 0) // mul), cut.warps,
+            C=channels, CLAMP=spec.clamp, TANH_SCALE=spec.tanh_scale, REVERSE=spec.reverse,
+            PARTS=self.parts,
             MUL=mul, BLOCK_C=cut.block_c, BLOCK_P=cut.block_q, ACC=ACCUMULATORS[acc],
         )  # fmt: skip
 
-    def __call__(self, is_aligned: bool, a: Tensor, inv: Tensor | None = None, dy: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        is_aligned: bool,
+        a: Tensor,
+        inv: Tensor | None = None,
+        dy: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
         sums = torch.empty(self.shape, dtype=self.acc, device=a.device)
         self.launch(is_aligned, a, dy, x, inv, sums)
         return sums
 
 
-def logdet_launch(batch: int, count: int, pixels: int, channels: int, spec: CouplingSpec, acc: torch.dtype, sign: float) -> Launch:
-    """Adds the partial sums (B, count) of a main pass and the log of the scale to the log-determinant (B,)."""
+def logdet_launch(
+    batch: int,
+    count: int,
+    pixels: int,
+    channels: int,
+    spec: CouplingSpec,
+    acc: torch.dtype,
+    sign: float,
+) -> Launch:
+    """Adds the partial sums (B, count) of a main pass and the log of the scale to the
+    log-determinant (B,).
+    """
     return Launch(
         _logdet_kernel, batch, (count, pixels), 4,
         C=channels, SIGN=sign, ACT=spec.activation, BLOCK=256, BLOCK_C=256, ACC=ACCUMULATORS[acc],
     )  # fmt: skip
 
 
-def params_launch(groups: int, batch: int, pixels: int, channels: int, stride_l: int, spec: CouplingSpec, acc: torch.dtype) -> Launch:
-    """Adds the partial sums (1 or 2, groups, C) of the backward's main pass to the gradients of g (not for GIN) and offset."""
+def params_launch(
+    groups: int,
+    batch: int,
+    pixels: int,
+    channels: int,
+    stride_l: int,
+    spec: CouplingSpec,
+    acc: torch.dtype,
+) -> Launch:
+    """Adds the partial sums (1 or 2, groups, C) of the backward's main pass to the gradients of g
+    (not for GIN) and offset.
+    """
     return Launch(
-        _params_bwd_kernel, -(-channels // _SUMS_BLOCK_C), (groups, batch, pixels, stride_l), _SUMS_WARPS,
-        C=channels, ACT=None if spec.gin else spec.activation, BLOCK_K=_SUMS_BLOCK_K, BLOCK_C=_SUMS_BLOCK_C, ACC=ACCUMULATORS[acc],
+        _params_bwd_kernel, -(-channels // _SUMS_BLOCK_C), (groups, batch, pixels, stride_l),
+        _SUMS_WARPS,
+        C=channels, ACT=None if spec.gin else spec.activation, BLOCK_K=_SUMS_BLOCK_K,
+        BLOCK_C=_SUMS_BLOCK_C, ACC=ACCUMULATORS[acc],
     )  # fmt: skip

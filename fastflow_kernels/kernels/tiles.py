@@ -1,10 +1,12 @@
 """What the kernels share: where a tile's values lie, and the constants of its channels.
 
-Tiles are channels (down) by columns (across). What a column has one of is (1, BLOCK_Q), or a scalar if the tile lies in one sample. What
-a channel has one of is loaded as a vector, (BLOCK_C,), and made (BLOCK_C, 1) by the caller: a block loaded as (1, 1) would be loaded by
-Triton 3.6 once for each value that a thread holds.
+Tiles are channels (down) by columns (across). What a column has one of is (1, BLOCK_Q), or a scalar
+if the tile lies in one sample. What a channel has one of is loaded as a vector, (BLOCK_C,), and
+made (BLOCK_C, 1) by the caller: a block loaded as (1, 1) would be loaded by Triton 3.6 once for
+each value that a thread holds.
 
-A constexpr ``if`` that returns needs its ``else``: the compiler reads on after the ``if`` and wants one return type.
+A constexpr ``if`` that returns needs its ``else``: the compiler reads on after the ``if`` and wants
+one return type.
 """
 
 import triton
@@ -17,7 +19,8 @@ from fastflow_kernels.kernels.math import log_scale_of, scale_of
 def columns(block, B, P, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
     """The samples (int64), pixels and existence of the columns of tile ``block``.
 
-    ROWS: BLOCK_Q samples of one pixel. Else BLOCK_Q pixels of one sample; tiles of a sample follow each other.
+    ROWS: BLOCK_Q samples of one pixel. Else BLOCK_Q pixels of one sample; tiles of a sample follow
+    each other.
     """
     q = tl.arange(0, BLOCK_Q)[None, :]
     if ROWS:
@@ -58,7 +61,9 @@ def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def inverse_scale(scale):
-    """Two factors whose product is 1 / scale. One alone would overflow where scale is subnormal, and (y - offset) / scale may not."""
+    """Two factors whose product is 1 / scale. One alone would overflow where scale is subnormal,
+    and (y - offset) / scale may not.
+    """
     is_tiny = scale < 2.0**-64
     return 1.0 / tl.where(is_tiny, scale * 2.0**64, scale), tl.where(is_tiny, 2.0**64, 1.0)
 
@@ -73,4 +78,8 @@ def log_scale_sum(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
 def total(sums_ptr, b, B, PARTS: tl.constexpr):
     """sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_Q); always in the same order."""
     k = tl.arange(0, PARTS)[:, None]
-    return tl.sum(tl.load(sums_ptr + b * PARTS + k, mask=k < tl.where(b < B, PARTS, 0), other=0.0), axis=0, keep_dims=True)
+    return tl.sum(
+        tl.load(sums_ptr + b * PARTS + k, mask=k < tl.where(b < B, PARTS, 0), other=0.0),
+        axis=0,
+        keep_dims=True,
+    )

@@ -1,4 +1,6 @@
-"""What the tests with the real models share. Their environment is made by ci/ecosystem.sh; plain `make test` does not collect them."""
+"""What the tests with the real models share. Their environment is made by ci/ecosystem.sh; plain
+`make test` does not collect them.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,16 @@ peers.prepare_torchvision()
 
 @pytest.fixture(autouse=True, scope="session")
 def _random_weights() -> Iterator[None]:
-    """No backbone asks for trained weights, which would be downloaded; some of anomalib's models have no switch for that."""
+    """No backbone asks for trained weights, which would be downloaded; some of anomalib's models
+    have no switch for that.
+    """
     import timm
 
     create = timm.create_model
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **{**kwargs, "pretrained": False}))
+        patch.setattr(
+            timm,
+            "create_model",
+            lambda *args, **kwargs: create(*args, **{**kwargs, "pretrained": False}),
+        )
         yield

@@ -1,4 +1,6 @@
-"""anomalib's models as they are released, with random weights: one call accelerates them, and nothing else changes."""
+"""anomalib's models as they are released, with random weights: one call accelerates them, and
+nothing else changes.
+"""
 
 from __future__ import annotations
 
@@ -58,14 +60,20 @@ def _with_loss(loss: nn.Module) -> Step:
 
 
 def _cflow_step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The sums of Cflow.training_step, on the first fibers of each layer; the released one steps its optimizer in between."""
+    """The sums of Cflow.training_step, on the first fibers of each layer; the released one steps
+    its optimizer in between.
+    """
     features, results = model.encoder(images), {}
     losses = []
     for name, decoder in zip(model.pool_layers, model.decoders, strict=True):
         batch, channels, height, width = features[name].shape
         fibers = features[name].detach().movedim(1, -1).reshape(-1, channels)[:64]
         position = positional_encoding_2d(model.condition_vector, height, width).to(images)
-        conditions = position.expand(batch, -1, -1, -1).movedim(1, -1).reshape(-1, model.condition_vector)[:64]
+        conditions = (
+            position.expand(batch, -1, -1, -1)
+            .movedim(1, -1)
+            .reshape(-1, model.condition_vector)[:64]
+        )
         z, logdet = decoder(fibers, [conditions])
         losses.append(-F.logsigmoid(get_logp(channels, z, logdet) / channels).mean())
         results |= {f"{name} z": z, f"{name} logdet": logdet}
@@ -73,24 +81,50 @@ def _cflow_step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 MODELS = {
-    "fastflow-resnet18": Model(lambda: FastflowModel((64, 64), "resnet18", pre_trained=False), _with_loss(FastflowLoss()), 24),
+    "fastflow-resnet18": Model(
+        lambda: FastflowModel((64, 64), "resnet18", pre_trained=False),
+        _with_loss(FastflowLoss()),
+        24,
+    ),
     "fastflow-wide_resnet50_2": Model(
-        lambda: FastflowModel((64, 64), "wide_resnet50_2", pre_trained=False), _with_loss(FastflowLoss()), 24
+        lambda: FastflowModel((64, 64), "wide_resnet50_2", pre_trained=False),
+        _with_loss(FastflowLoss()),
+        24,
     ),
     "fastflow-deit": Model(
-        lambda: FastflowModel((384, 384), "deit_base_distilled_patch16_384", pre_trained=False, flow_steps=4, hidden_ratio=0.16),
+        lambda: FastflowModel(
+            (384, 384),
+            "deit_base_distilled_patch16_384",
+            pre_trained=False,
+            flow_steps=4,
+            hidden_ratio=0.16,
+        ),
         _with_loss(FastflowLoss()),
         4,
         size=384,
         batch=1,
     ),
-    "cflow": Model(lambda: CflowModel("resnet18", ("layer2", "layer3"), pre_trained=False), _cflow_step, 16),
+    "cflow": Model(
+        lambda: CflowModel("resnet18", ("layer2", "layer3"), pre_trained=False), _cflow_step, 16
+    ),
     "cflow-soft": Model(
-        lambda: CflowModel("resnet18", ("layer2",), pre_trained=False, coupling_blocks=4, permute_soft=True), _cflow_step, 4
+        lambda: CflowModel(
+            "resnet18", ("layer2",), pre_trained=False, coupling_blocks=4, permute_soft=True
+        ),
+        _cflow_step,
+        4,
     ),
     "uflow": Model(lambda: UflowModel((64, 64), backbone="resnet18"), _with_loss(UFlowLoss()), 12),
-    "uflow-soft": Model(lambda: UflowModel((64, 64), backbone="resnet18", permute_soft=True), _with_loss(UFlowLoss()), 12),
-    "patchflow": Model(lambda: PatchflowModel((64, 64), "resnet18", pre_trained=False, flow_steps=3), _with_loss(PatchflowLoss()), 3),
+    "uflow-soft": Model(
+        lambda: UflowModel((64, 64), backbone="resnet18", permute_soft=True),
+        _with_loss(UFlowLoss()),
+        12,
+    ),
+    "patchflow": Model(
+        lambda: PatchflowModel((64, 64), "resnet18", pre_trained=False, flow_steps=3),
+        _with_loss(PatchflowLoss()),
+        3,
+    ),
 }
 
 
@@ -107,8 +141,11 @@ def _built(model: Model) -> nn.Module:
     return made
 
 
-def _train_step(model: nn.Module, step: Step, images: Tensor, undone: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """What one training step gives, and the gradients, with the batch-norm statistics that it leaves behind.
+def _train_step(
+    model: nn.Module, step: Step, images: Tensor, undone: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """What one training step gives, and the gradients, with the batch-norm statistics that it
+    leaves behind.
 
     ``undone``: how many blocks must have a reversible chain's node in the graph.
     """
@@ -129,10 +166,13 @@ def _anomaly_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "reversible"),
-    [(name, False) for name in MODELS] + [(name, True) for name in ("fastflow-resnet18", "cflow")],  # UFlow holds a GraphINN
+    # UFlow holds a GraphINN
+    [(name, False) for name in MODELS] + [(name, True) for name in ("fastflow-resnet18", "cflow")],
 )
 def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
-    """Every result in float32 by the criterion; gradients in float64, where no rounding switches a ReLU's gate (in float32 one does)."""
+    """Every result in float32 by the criterion; gradients in float64, where no rounding switches a
+    ReLU's gate (in float32 one does).
+    """
     model = MODELS[name]
     stock = _built(model)
     images = torch.rand(model.batch, 3, model.size, model.size)
@@ -165,11 +205,19 @@ def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
         if true is not None and not true.is_floating_point():
             assert torch.equal(gradients[key], true), key
         else:
-            assert_close(gradients[key], true, rough_gradients[key], key, magnitude=_known_to(true, moved_gradients[key]))
+            assert_close(
+                gradients[key],
+                true,
+                rough_gradients[key],
+                key,
+                magnitude=_known_to(true, moved_gradients[key]),
+            )
 
 
 def _moved(model: nn.Module) -> nn.Module:
-    """With every floating-point parameter at the next number up or down: what an implementation cannot be told from."""
+    """With every floating-point parameter at the next number up or down: what an implementation
+    cannot be told from.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -180,9 +228,11 @@ def _moved(model: nn.Module) -> nn.Module:
 
 
 def _known_to(true: Tensor | None, moved: Tensor | None) -> float | None:
-    """The magnitude whose roundings make up the criterion's floor: of the value, and of what one in each weight makes of it.
+    """The magnitude whose roundings make up the criterion's floor: of the value, and of what one in
+    each weight makes of it.
 
-    A weight's gradient is a sum over batch and pixels whose terms cancel; one float32 run says too little about how much.
+    A weight's gradient is a sum over batch and pixels whose terms cancel; one float32 run says too
+    little about how much.
     """
     if true is None or moved is None:
         return None
@@ -205,7 +255,8 @@ def test_checkpoints_load_either_way_and_restore_gives_the_stock_model_back(name
     for key, value in _anomaly_maps(again, images).items():
         assert torch.equal(value, expected[key])
     for key, value in _anomaly_maps(ours, images).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)  # of other weights it differs in the first digit
+        # of other weights it differs in the first digit
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
     assert len(report(restore(ours)).left) == model.blocks
     for key, value in _anomaly_maps(ours, images).items():
         assert torch.equal(value, expected[key])

@@ -31,7 +31,9 @@ def _assert_one_graph(stock: nn.Module, calls: list[list[object]]) -> None:
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for inputs in calls:
         with torch.no_grad():
-            for actual, expected in zip(_flat(compiled(*inputs)), _flat(stock(*inputs)), strict=True):
+            for actual, expected in zip(
+                _flat(compiled(*inputs)), _flat(stock(*inputs)), strict=True
+            ):
                 assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
@@ -52,21 +54,34 @@ def test_whole_model_in_one_graph_for_every_batch() -> None:
 @pytest.mark.plain
 def test_freias_graph_in_one_graph_for_every_batch() -> None:
     stock = UflowModel((64, 64), backbone="resnet18", flow_steps=1).flow
-    _assert_one_graph(stock, [[[torch.randn(batch, 64 << k, 16 >> k, 16 >> k) for k in range(3)]] for batch in (5, 3, 7)])
+    _assert_one_graph(
+        stock,
+        [
+            [[torch.randn(batch, 64 << k, 16 >> k, 16 >> k) for k in range(3)]]
+            for batch in (5, 3, 7)
+        ],
+    )
 
 
 @pytest.mark.plain
 def test_flow_in_one_graph_for_every_image_size() -> None:
     stock = create_fast_flow_block([8, 10, 12], conv3x3_only=False, hidden_ratio=1.0, flow_steps=2)
-    _assert_one_graph(stock, [[torch.randn(shape)] for shape in ((4, 8, 10, 12), (2, 8, 9, 7), (9, 8, 30, 30))])
+    _assert_one_graph(
+        stock, [[torch.randn(shape)] for shape in ((4, 8, 10, 12), (2, 8, 9, 7), (9, 8, 30, 30))]
+    )
 
 
 @pytest.mark.plain
 @pytest.mark.parametrize("kind", ["fastflow", "cflow"])
 def test_flow_compiled_by_inductor_trains_with_every_batch(kind: str) -> None:
-    """On a CPU, torch ties what it makes of a convolution to the image size and to more or less than 16 samples, the stock model's too."""
+    """On a CPU, torch ties what it makes of a convolution to the image size and to more or less
+    than 16 samples, the stock model's too.
+    """
     if kind == "fastflow":
-        stock, shape = create_fast_flow_block([8, 10, 12], conv3x3_only=False, hidden_ratio=1.0, flow_steps=1), (8, 10, 12)
+        stock, shape = (
+            create_fast_flow_block([8, 10, 12], conv3x3_only=False, hidden_ratio=1.0, flow_steps=1),
+            (8, 10, 12),
+        )
     else:
         stock, shape = cflow_head(4, 1, 1.9, 16), (16,)
     ours = copy.deepcopy(stock)
@@ -78,7 +93,13 @@ def test_flow_compiled_by_inductor_trains_with_every_batch(kind: str) -> None:
         for model in (compiled, stock):
             z, logdet = model(x, c)
             loss = 0.5 * z.square().mean() - logdet.mean() / x[0].numel()
-            results.append([z, logdet, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])])
+            results.append(
+                [
+                    z,
+                    logdet,
+                    *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]),
+                ]
+            )
         for actual, expected in zip(*results, strict=True):
             assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
     assert not counters["graph_break"]

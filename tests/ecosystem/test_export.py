@@ -1,4 +1,6 @@
-"""Accelerated models leave PyTorch as the stock ones do, smaller: torch.export, ONNX, OpenVINO, TorchScript, anomalib's own export."""
+"""Accelerated models leave PyTorch as the stock ones do, smaller: torch.export, ONNX, OpenVINO,
+TorchScript, anomalib's own export.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ from torch import Tensor, nn
 from bench.ecosystem import file_sizes
 from fastflow_kernels import accelerate, report
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 BATCH, HEIGHT, WIDTH = (torch.export.Dim(name) for name in ("batch", "height", "width"))
 MODELS = {  # and how many blocks each holds
@@ -46,38 +51,70 @@ def _pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 
 def _flow() -> tuple[nn.Module, nn.Module]:
-    return _pair(create_fast_flow_block([16, 12, 10], conv3x3_only=False, hidden_ratio=1.0, flow_steps=3))
+    return _pair(
+        create_fast_flow_block([16, 12, 10], conv3x3_only=False, hidden_ratio=1.0, flow_steps=3)
+    )
 
 
-def _to_onnx(model: nn.Module, x: Tensor, path: Path, dynamic: dict[int, torch.export.Dim]) -> onnx.ModelProto:
+def _to_onnx(
+    model: nn.Module, x: Tensor, path: Path, dynamic: dict[int, torch.export.Dim]
+) -> onnx.ModelProto:
     with torch.no_grad():
-        torch.onnx.export(model, (x,), str(path), dynamo=True, dynamic_shapes=(dynamic,), external_data=False, verbose=False)
+        torch.onnx.export(
+            model,
+            (x,),
+            str(path),
+            dynamo=True,
+            dynamic_shapes=(dynamic,),
+            external_data=False,
+            verbose=False,
+        )
     return onnx.load(str(path))
 
 
 def _assert_close(actual: Tensor | np.ndarray, expected: Tensor) -> None:
-    """Another run-time sums in another order: some hundred roundings of float32 of the largest value."""
+    """Another run-time sums in another order: some hundred roundings of float32 of the largest
+    value.
+    """
     actual = torch.as_tensor(actual)
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def _namespaces(program: torch.export.ExportedProgram) -> set[str]:
-    """Of all its operators, of higher order and in nested graphs as well; what remains are Python's own functions, on sizes."""
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
-    targets = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    """Of all its operators, of higher order and in nested graphs as well; what remains are Python's
+    own functions, on sizes.
+    """
+    graphs = [
+        module.graph
+        for module in program.graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+    ]
+    targets = [
+        node.target for graph in graphs for node in graph.nodes if node.op == "call_function"
+    ]
     operators = [target for target in targets if isinstance(target, torch._ops.OperatorBase)]
-    assert {target.__module__ for target in targets if target not in operators} <= {"_operator", "math", "torch"}
+    assert {target.__module__ for target in targets if target not in operators} <= {
+        "_operator",
+        "math",
+        "torch",
+    }
     return {operator.namespace for operator in operators}
 
 
 def test_exported_program_holds_gathers_and_no_operator_of_ours() -> None:
     stock, ours = _flow()
     programs = [
-        torch.export.export(m, (torch.randn(2, 16, 12, 10),), dynamic_shapes=({0: BATCH, 2: HEIGHT, 3: WIDTH},)) for m in (stock, ours)
+        torch.export.export(
+            m, (torch.randn(2, 16, 12, 10),), dynamic_shapes=({0: BATCH, 2: HEIGHT, 3: WIDTH},)
+        )
+        for m in (stock, ours)
     ]
     assert _namespaces(programs[1]) == {"aten"}
-    names = [Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function") for program in programs]
+    names = [
+        Counter(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+        for program in programs
+    ]
     assert names[1]["aten.index_select.default"] == 3
     products = [sum(count for name, count in found.items() if "conv" in name) for found in names]
     assert products[1] == products[0] - 3
@@ -93,12 +130,15 @@ def test_onnx_of_a_whole_model(name: str, tmp_path: Path) -> None:
     build, blocks = MODELS[name]
     stock, ours = _pair(build())
     images = torch.rand(3, 3, 64, 64)
-    proto = _to_onnx(ours, images[:2], tmp_path / "model.onnx", {} if name == "cflow" else {0: BATCH})
+    proto = _to_onnx(
+        ours, images[:2], tmp_path / "model.onnx", {} if name == "cflow" else {0: BATCH}
+    )
     assert {node.domain for node in proto.graph.node} == {""}
     assert sum(node.op_type == "Gather" for node in proto.graph.node) >= blocks
     assert not [tensor.name for tensor in proto.graph.initializer if "w_perm" in tensor.name]
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
-    for x in (images[:2],) if name == "cflow" else (images[:2], images):  # anomalib's CFlow repeats its encoding for a fixed batch
+    # anomalib's CFlow repeats its encoding for a fixed batch
+    for x in (images[:2],) if name == "cflow" else (images[:2], images):
         results = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.no_grad():
             expected = stock(x)
@@ -111,12 +151,17 @@ def test_onnx_of_a_flow_takes_every_image_size_and_openvino_too(tmp_path: Path) 
     path = tmp_path / "flow.onnx"
     _to_onnx(ours, torch.randn(2, 16, 12, 10), path, {0: BATCH, 2: HEIGHT, 3: WIDTH})
     session = onnxruntime.InferenceSession(str(path))
-    compiled = openvino.compile_model(openvino.convert_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.compile_model(
+        openvino.convert_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     for shape in ((2, 16, 12, 10), (5, 16, 9, 11)):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = stock(x)
-        for results in (session.run(None, {session.get_inputs()[0].name: x.numpy()}), list(compiled(x.numpy()).values())):
+        for results in (
+            session.run(None, {session.get_inputs()[0].name: x.numpy()}),
+            list(compiled(x.numpy()).values()),
+        ):
             for actual, value in zip(results, expected, strict=True):
                 _assert_close(actual, value)
 
@@ -124,16 +169,25 @@ def test_onnx_of_a_flow_takes_every_image_size_and_openvino_too(tmp_path: Path) 
 def test_the_file_holds_the_index_and_not_the_matrix(tmp_path: Path) -> None:
     """Beside the subnets' weights, which are the same, next to nothing is left."""
     sizes = []
-    for k, model in enumerate(_pair(create_fast_flow_block([256, 8, 8], conv3x3_only=False, hidden_ratio=0.16, flow_steps=2))):
+    for k, model in enumerate(
+        _pair(
+            create_fast_flow_block([256, 8, 8], conv3x3_only=False, hidden_ratio=0.16, flow_steps=2)
+        )
+    ):
         proto = _to_onnx(model, torch.randn(1, 256, 8, 8), tmp_path / f"{k}.onnx", {})
-        tensors = {tensor.name: onnx.numpy_helper.to_array(tensor).nbytes for tensor in proto.graph.initializer}
+        tensors = {
+            tensor.name: onnx.numpy_helper.to_array(tensor).nbytes
+            for tensor in proto.graph.initializer
+        }
         sizes.append(sum(size for name, size in tensors.items() if "subnet" not in name))
     assert sizes[0] >= 2 * 256 * 256 * 4
     assert sizes[1] <= 2 * 8 * 256 * 3  # an int64 index, and two or three float32 vectors
 
 
 def test_onnx_of_fastflows_flow_part_is_smaller() -> None:
-    """Not at 60% of stock's size, which was once the aim: the subnets' weights, which are the same, are 79% of it alone."""
+    """Not at 60% of stock's size, which was once the aim: the subnets' weights, which are the same,
+    are 79% of it alone.
+    """
     found = file_sizes("wide_resnet50_2")
     assert found["ours_mb"] <= 0.80 * found["stock_mb"], found
     assert found["ours_without_subnets_mb"] <= 0.05 * found["stock_without_subnets_mb"], found
@@ -155,9 +209,14 @@ def test_torchscript_trace() -> None:
 def test_anomalibs_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Engine.export does it: pre- and post-processing are part of the file."""
     monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves its cache where it runs
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")  # anomalib asks for it before it unpickles a whole model, stock or not
+    # anomalib asks for it before it unpickles a whole model, stock or not
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     model = Fastflow(
-        "resnet18", pre_trained=False, flow_steps=2, pre_processor=Fastflow.configure_pre_processor((64, 64)), visualizer=False
+        "resnet18",
+        pre_trained=False,
+        flow_steps=2,
+        pre_processor=Fastflow.configure_pre_processor((64, 64)),
+        visualizer=False,
     )
     stock, ours = _pair(model)
     image = torch.rand(3, 80, 72)
@@ -169,6 +228,11 @@ def test_anomalibs_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     _assert_close(predicted.anomaly_map[None], expected.anomaly_map)
 
     path = ours.to_openvino(tmp_path, input_size=(80, 72))  # by way of ONNX
-    inferencer = OpenVINOInferencer(path=path, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"})
+    inferencer = OpenVINOInferencer(
+        path=path, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"}
+    )
     predicted = inferencer.predict(image.movedim(0, -1).numpy())
-    _assert_close(torch.as_tensor(predicted.anomaly_map).reshape(expected.anomaly_map.shape), expected.anomaly_map)
+    _assert_close(
+        torch.as_tensor(predicted.anomaly_map).reshape(expected.anomaly_map.shape),
+        expected.anomaly_map,
+    )

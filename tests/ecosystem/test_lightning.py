@@ -1,4 +1,6 @@
-"""anomalib's Engine on a folder of real images: training, checkpoints, resuming and prediction, stock and with the callback."""
+"""anomalib's Engine on a folder of real images: training, checkpoints, resuming and prediction,
+stock and with the callback.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from fastflow_kernels import dispatch, eager, lightning
 from fastflow_kernels.lightning import Accelerate
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),  # that there are few workers, no logger, small batches
+    # that there are few workers, no logger, small batches
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
@@ -33,7 +36,13 @@ EPOCHS = 2
 
 
 def _fastflow() -> AnomalibModule:
-    return Fastflow("resnet18", pre_trained=False, flow_steps=4, pre_processor=Fastflow.configure_pre_processor(SIZE), visualizer=False)
+    return Fastflow(
+        "resnet18",
+        pre_trained=False,
+        flow_steps=4,
+        pre_processor=Fastflow.configure_pre_processor(SIZE),
+        visualizer=False,
+    )
 
 
 def _cflow() -> AnomalibModule:
@@ -52,14 +61,18 @@ models = pytest.mark.parametrize("build", [_fastflow, _cflow], ids=["fastflow", 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as anomalib takes it: crops of a photograph to train on, others with painted defects and their masks to test on."""
+    """A folder as anomalib takes it: crops of a photograph to train on, others with painted defects
+    and their masks to test on.
+    """
     root, rng = tmp_path_factory.mktemp("brick"), np.random.default_rng(0)
     photographs = {name: textures.load_photograph(name) for name in textures.TEXTURES}
 
     def save(folder: str, name: int, grey: np.ndarray) -> None:
         (root / folder).mkdir(exist_ok=True)
         image = (255 * grey).round().astype(np.uint8)
-        skimage.io.imsave(root / folder / f"{name}.png", np.stack([image] * 3, -1), check_contrast=False)
+        skimage.io.imsave(
+            root / folder / f"{name}.png", np.stack([image] * 3, -1), check_contrast=False
+        )
 
     for k, crop in enumerate(textures.training_crops(photographs["brick"], 8, rng)):
         save("train", k, crop.numpy())
@@ -80,7 +93,12 @@ class Run(NamedTuple):
 
 
 def _run(
-    build: Callable[[], AnomalibModule], images: Path, out: Path, accelerated: bool, epochs: int = EPOCHS, resume: Path | None = None
+    build: Callable[[], AnomalibModule],
+    images: Path,
+    out: Path,
+    accelerated: bool,
+    epochs: int = EPOCHS,
+    resume: Path | None = None,
 ) -> Run:
     seed_everything(0, verbose=False)
     model = build()
@@ -97,7 +115,13 @@ def _run(
         val_split_mode="same_as_test",
     )
     callbacks = [Accelerate()] if accelerated else []
-    engine = Engine(callbacks=callbacks, default_root_dir=out, max_epochs=epochs, accelerator="cpu", enable_progress_bar=False)
+    engine = Engine(
+        callbacks=callbacks,
+        default_root_dir=out,
+        max_epochs=epochs,
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
     engine.fit(model, datamodule=data, ckpt_path=resume)
     metrics = dict(engine.trainer.callback_metrics)
     for tested in engine.test(model, datamodule=data, verbose=False):
@@ -105,35 +129,55 @@ def _run(
     metrics = {key: float(value) for key, value in metrics.items()}
     batches = engine.predict(model, datamodule=data)
     predictions = {
-        key: torch.cat([getattr(batch, key) for batch in batches]) for key in ("pred_score", "pred_label", "anomaly_map", "pred_mask")
+        key: torch.cat([getattr(batch, key) for batch in batches])
+        for key in ("pred_score", "pred_label", "anomaly_map", "pred_mask")
     }
     return Run(model, metrics, Path(engine.best_model_path), predictions)
 
 
 def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
-    """Both trained to the same: what rounding does to the weights is small beside what training did.
+    """Both trained to the same: what rounding does to the weights is small beside what training
+    did.
 
-    Not by the criterion of tests/compare.py: Adam's first step is the sign of a gradient, also where that is rounding only.
+    Not by the criterion of tests/compare.py: Adam's first step is the sign of a gradient, also
+    where that is rounding only.
     """
-    assert ours.metrics.keys() == stock.metrics.keys() >= {"train_loss", "image_AUROC", "pixel_AUROC"}
+    assert (
+        ours.metrics.keys() == stock.metrics.keys() >= {"train_loss", "image_AUROC", "pixel_AUROC"}
+    )
     for key, value in stock.metrics.items():
         assert ours.metrics[key] == pytest.approx(value, rel=1e-3), key
-    weights, expected, begun = (dict(model.named_parameters()) for model in (ours.model, stock.model, start))
+    weights, expected, begun = (
+        dict(model.named_parameters()) for model in (ours.model, stock.model, start)
+    )
     changed = sum((w - begun[name]).square().sum() for name, w in expected.items()).sqrt()
     apart = sum((w - weights[name]).square().sum() for name, w in expected.items()).sqrt()
     assert 0 < apart <= 0.01 * changed, f"{apart:.3g} of {changed:.3g}"
     for key, value in stock.predictions.items():
-        torch.testing.assert_close(ours.predictions[key].float(), value.float(), rtol=1e-2, atol=1e-3, msg=key)
+        torch.testing.assert_close(
+            ours.predictions[key].float(), value.float(), rtol=1e-2, atol=1e-3, msg=key
+        )
 
 
 @models
-def test_training_resuming_and_prediction_agree(build: Callable[[], AnomalibModule], images: Path, tmp_path: Path) -> None:
-    stock, ours = (_run(build, images, tmp_path / kind, kind == "ours") for kind in ("stock", "ours"))
+def test_training_resuming_and_prediction_agree(
+    build: Callable[[], AnomalibModule], images: Path, tmp_path: Path
+) -> None:
+    stock, ours = (
+        _run(build, images, tmp_path / kind, kind == "ours") for kind in ("stock", "ours")
+    )
     seed_everything(0, verbose=False)
     start = build()
     _assert_same(ours, stock, start)
     runs = {
-        (wrote, goes_on): _run(build, images, tmp_path / f"{wrote}-{goes_on}", goes_on == "ours", EPOCHS + 1, run.checkpoint)
+        (wrote, goes_on): _run(
+            build,
+            images,
+            tmp_path / f"{wrote}-{goes_on}",
+            goes_on == "ours",
+            EPOCHS + 1,
+            run.checkpoint,
+        )
         for wrote, run in (("stock", stock), ("ours", ours))
         for goes_on in ("stock", "ours")
     }
@@ -145,7 +189,9 @@ def test_training_resuming_and_prediction_agree(build: Callable[[], AnomalibModu
 def test_every_block_runs_fused_under_the_engine(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Batches arrive as torchvision's tensor subclass, which plain operations would have to take."""
+    """Batches arrive as torchvision's tensor subclass, which plain operations would have to
+    take.
+    """
     calls = dict.fromkeys(["blocks", "coupling_fwd", "coupling_bwd"], 0)
 
     def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
@@ -160,10 +206,12 @@ def test_every_block_runs_fused_under_the_engine(
     monkeypatch.setattr(AllInOneBlock, "__call__", counted("blocks", AllInOneBlock.__call__))
     with caplog.at_level(logging.INFO):
         run = _run(_fastflow, images, tmp_path, accelerated=True)
-    assert calls["coupling_fwd"] == calls["blocks"] + 4 * 12  # accelerate compares each block with both dialects, and two clamps
+    # accelerate compares each block with both dialects, and two clamps
+    assert calls["coupling_fwd"] == calls["blocks"] + 4 * 12
     assert calls["coupling_bwd"] == 12 * EPOCHS * 2  # blocks, epochs, batches
     messages = [record.message for record in caplog.records if "fastflow_kernels" in record.message]
-    assert messages == ["fastflow_kernels: 12 of 12 blocks run fused"]  # once: prediction finds it done
+    # once: prediction finds it done
+    assert messages == ["fastflow_kernels: 12 of 12 blocks run fused"]
     assert run.checkpoint.exists()
 
 

@@ -1,4 +1,6 @@
-"""One coupling in plain PyTorch, and the check of every kernel, or of the eager functions, against it."""
+"""One coupling in plain PyTorch, and the check of every kernel, or of the eager functions, against
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,11 @@ from fastflow_kernels.spec import CouplingSpec
 from tests.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 
-# The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to this share of a value.
+# The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to
+# this share of a value.
 TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 
-# --- plain PyTorch ------------------------------------------------------------------------------------------------------------------
+# --- plain PyTorch --------------------------------------------------------------------------------
 
 
 def scale_of(g, spec):
@@ -57,12 +60,20 @@ def plain_inv(y, a, g, offset, inv, spec):
 
 
 def cast(values, dtype):
-    return [v.detach().to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values]
+    return [
+        v.detach().to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for v in values
+    ]
 
 
 def gradients(x, a, g, offset, perm, spec, dy, dlogdet, dtype):
-    """Autograd's gradients of the plain forward for x, a, g, offset, all cast to dtype (None: as they are)."""
-    leaves = [t.detach().clone() if dtype is None else t.detach().to(dtype, copy=True) for t in (x, a, g, offset)]
+    """Autograd's gradients of the plain forward for x, a, g, offset, all cast to dtype (None: as
+    they are).
+    """
+    leaves = [
+        t.detach().clone() if dtype is None else t.detach().to(dtype, copy=True)
+        for t in (x, a, g, offset)
+    ]
     for t in leaves:
         t.requires_grad_()
     y, logdet = plain_fwd(*leaves, perm, spec)
@@ -72,14 +83,14 @@ def gradients(x, a, g, offset, perm, spec, dy, dlogdet, dtype):
     return torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
 
 
-# --- comparison ---------------------------------------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------
 
 
 def close(actual, truth, baseline, name, magnitude=None):
     """compare.assert_close; in the interpreter with one more rounding for bfloat16.
 
-    The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to 2^-7 of a value; so far the result
-    is moved towards the truth before it is judged.
+    The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up
+    to 2^-7 of a value; so far the result is moved towards the truth before it is judged.
     """
     if actual is not None and actual.dtype in TRUNCATED:
         room = TRUNCATED[actual.dtype] * actual.double().abs()
@@ -88,7 +99,17 @@ def close(actual, truth, baseline, name, magnitude=None):
     assert_close(actual, truth, baseline, name, magnitude=magnitude, units=units_of_floor())
 
 
-def make(shape, spec_name="SOFTPLUS", dialect="anomalib", gin=False, clamp=1.9, reverse=False, x=torch.float32, a=None, g=None):
+def make(
+    shape,
+    spec_name="SOFTPLUS",
+    dialect="anomalib",
+    gin=False,
+    clamp=1.9,
+    reverse=False,
+    x=torch.float32,
+    a=None,
+    g=None,
+):
     """(x, a, g, offset, perm, inv, spec) with random values."""
     batch, channels, *spatial = shape
     spec = CouplingSpec.of(clamp, dialect, spec_name, gin)._replace(reverse=reverse)
@@ -114,9 +135,11 @@ def poisoned_inverse(y, inputs, jac=True, operations=coupling):
 
 
 def check_everything(inputs, dy=None, dlogdet=None, operations=coupling):
-    """Forward, backward and inverse of one set of inputs, under the memory checker, against the truth.
+    """Forward, backward and inverse of one set of inputs, under the memory checker, against the
+    truth.
 
-    ``operations`` is the module whose functions are checked: the kernels', or the eager functions, which know no ``spec.reverse``.
+    ``operations`` is the module whose functions are checked: the kernels', or the eager functions,
+    which know no ``spec.reverse``.
     """
     x, a, g, offset, perm, inv, spec = inputs
     kept = [t.clone() for t in (x, a, g, offset)]
@@ -124,8 +147,12 @@ def check_everything(inputs, dy=None, dlogdet=None, operations=coupling):
     acc = torch.float64 if result is torch.float64 else torch.float32
     base = torch.float32 if result is torch.float64 else result  # see compare.py
     wide, narrow = cast((x, a, g, offset), torch.float64), cast((x, a, g, offset), base)
-    terms = plain_s(wide[1], spec).nan_to_num().flatten(1).abs().sum(1).max() + x[0, 0].numel() * scale_of(wide[2], spec).log().abs().sum()
-    terms = terms.item()  # the log-determinant is a sum that cancels: its floor is that of the terms
+    terms = (
+        plain_s(wide[1], spec).nan_to_num().flatten(1).abs().sum(1).max()
+        + x[0, 0].numel() * scale_of(wide[2], spec).log().abs().sum()
+    )
+    # the log-determinant is a sum that cancels: its floor is that of the terms
+    terms = terms.item()
 
     with sanitize():
         y, logdet = operations.coupling_fwd(*inputs, True)
@@ -145,7 +172,9 @@ def check_everything(inputs, dy=None, dlogdet=None, operations=coupling):
         grads = operations.coupling_bwd(dy, dlogdet, *inputs, True)
     truth = gradients(x, a, g, offset, perm, spec, dy, dlogdet, torch.float64)
     baseline = gradients(x, a, g, offset, perm, spec, dy, dlogdet, base)
-    for name, t, source, true, plain in zip(("dx", "da", "dg", "doffset"), grads, (x, a, g, offset), truth, baseline, strict=True):
+    for name, t, source, true, plain in zip(
+        ("dx", "da", "dg", "doffset"), grads, (x, a, g, offset), truth, baseline, strict=True
+    ):
         if t is not None:
             assert (t.dtype, t.shape, t.is_contiguous()) == (source.dtype, source.shape, True), name
         if name == "dg" and spec.gin:
@@ -162,7 +191,8 @@ def check_everything(inputs, dy=None, dlogdet=None, operations=coupling):
     close(x_back, truth[0], baseline[0], "x")
     close(logdet, truth[1], baseline[1], "inverse logdet", terms)
 
-    # a chain is undone in its own dtype and permutes by itself; and no y comes of coefficients that are not finite
+    # a chain is undone in its own dtype and permutes by itself; and no y comes of coefficients that
+    # are not finite
     if result == x_back.dtype and not spec.reverse and a.isfinite().all():
         check_inverse_and_backward(other, dy, dlogdet, inputs, base, operations)
 
@@ -181,7 +211,9 @@ def check_inverse_and_backward(y, dy, dlogdet, inputs, base, operations):
     close(x, truth, baseline, "x undone")
     exact = gradients(truth, a, g, offset, perm, spec, dy, dlogdet, torch.float64)
     plain = gradients(baseline, a, g, offset, perm, spec, dy, dlogdet, base)
-    for name, t, true, other in zip(("dx", "da", "dg", "doffset"), grads, exact, plain, strict=True):
+    for name, t, true, other in zip(
+        ("dx", "da", "dg", "doffset"), grads, exact, plain, strict=True
+    ):
         if name == "dg" and spec.gin:
             assert t is None
         else:

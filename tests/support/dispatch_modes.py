@@ -11,9 +11,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 
 class NoFloat64(TorchDispatchMode):
-    """A device without float64, such as Apple's: no float64 comes of narrower floating-point tensors, nor out of nothing."""
+    """A device without float64, such as Apple's: no float64 comes of narrower floating-point
+    tensors, nor out of nothing.
+    """
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         if not any(t.dtype is torch.float64 for t in given):
@@ -31,28 +35,43 @@ class Wrapped(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> Wrapped:
         wrapped = Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=held.device
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=held.device,
         )
         wrapped.held = held
         return wrapped
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _wrapping(function, args, kwargs or {})
 
 
 def _wrapping(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The function on what wrapped tensors hold, its result wrapped; what was given to be written to stays the same object."""
+    """The function on what wrapped tensors hold, its result wrapped; what was given to be written
+    to stays the same object.
+    """
     plain = tree_map_only(Wrapped, lambda t: t.held, (args, kwargs))
     result = function(*plain[0], **plain[1])
     given = {id(t.held): t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Wrapped)}
-    return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else t if isinstance(t, Wrapped) else Wrapped(t), result)
+    return tree_map_only(
+        Tensor,
+        lambda t: given[id(t)] if id(t) in given else t if isinstance(t, Wrapped) else Wrapped(t),
+        result,
+    )
 
 
 class Wrapping(TorchDispatchMode):
     """Every result becomes a :class:`Wrapped`."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _wrapping(function, args, kwargs or {})
 
 
@@ -63,9 +82,13 @@ class Spoiling(TorchDispatchMode):
         super().__init__()
         self.made: list[Tensor] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.made += [t for t in tree_flatten(result)[0] if isinstance(t, Tensor) and t.is_floating_point()]
+        self.made += [
+            t for t in tree_flatten(result)[0] if isinstance(t, Tensor) and t.is_floating_point()
+        ]
         return result
 
     def spoil(self, keep: set[int]) -> None:

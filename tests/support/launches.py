@@ -1,4 +1,6 @@
-"""What one launch of a kernel moved: the record that both ways of running kernels without a GPU keep."""
+"""What one launch of a kernel moved: the record that both ways of running kernels without a GPU
+keep.
+"""
 
 from __future__ import annotations
 

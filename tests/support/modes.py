@@ -1,7 +1,8 @@
-"""The three ways in which tests run the kernels: on a GPU, in Triton's interpreter, or compiled and executed on the CPU.
+"""The three ways in which tests run the kernels: on a GPU, in Triton's interpreter, or compiled and
+executed on the CPU.
 
-With TRITON_INTERPRET=1 Triton interprets kernels, for as long as the process lives. Otherwise they run on a GPU if there is one, and in
-tests/support/executor if there is none.
+With TRITON_INTERPRET=1 Triton interprets kernels, for as long as the process lives. Otherwise they
+run on a GPU if there is one, and in tests/support/executor if there is none.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ if EXECUTED:
 else:
     from tests.sanitizer import sanitize
 
-__all__ = ["EXECUTED", "INTERPRETED", "kernels_run", "sanitize", "slow_when_executed", "units_of_floor"]
+__all__ = [
+    "EXECUTED",
+    "INTERPRETED",
+    "kernels_run",
+    "sanitize",
+    "slow_when_executed",
+    "units_of_floor",
+]
 
-# For what another test covers as well: compiling its kernels takes a second or so. `kernels` says nothing new of a kernel's test.
+# For what another test covers as well: compiling its kernels takes a second or so. `kernels` says
+# nothing new of a kernel's test.
 slow_when_executed = pytest.mark.slow if EXECUTED else pytest.mark.kernels
 
 
@@ -36,14 +45,20 @@ def kernels_run() -> AbstractContextManager[Any]:
 
 
 def units_of_floor() -> float:
-    """The floor of the accuracy criterion (tests/compare.py): 4, and 17 where instructions are as wrong as they may be.
+    """The floor of the accuracy criterion (tests/compare.py): 4, and 17 where instructions are as
+    wrong as they may be.
 
-    PTX documents ex2.approx and div.full with up to 2 units in the last place each. Times eps, for clamp c <= 2 and t = tanh:
+    PTX documents ex2.approx and div.full with up to 2 units in the last place each. Times eps, for
+    clamp c <= 2 and t = tanh:
 
-    - t = 1 - q with q = 2 / (e + 1) <= 0.445: (2 + 2) q, at most 1.8; so s = c t by 1.8 c, and 1 - t^2 by 3.6;
-    - exp(s): 2 + 1.8 c = 5.6; scale: 4 (SIGMOID and SOFTPLUS divide and take an exponential), 1 / scale: 6;
-    - y: 5.6 + 4 = 9.6; the inverse: 5.6 + 6 = 11.6; the gradients of x and a: 5.6 + 4 + 3.6 = 13.2 of their largest value.
+    - t = 1 - q with q = 2 / (e + 1) <= 0.445: (2 + 2) q, at most 1.8; so s = c t by 1.8 c, and 1 -
+      t^2 by 3.6;
+    - exp(s): 2 + 1.8 c = 5.6; scale: 4 (SIGMOID and SOFTPLUS divide and take an exponential), 1 /
+      scale: 6;
+    - y: 5.6 + 4 = 9.6; the inverse: 5.6 + 6 = 11.6; the gradients of x and a: 5.6 + 4 + 3.6 = 13.2
+      of their largest value.
 
-    The gradients of the parameters are sums, whose terms may cancel. They are held to the same, by experience and not by derivation.
+    The gradients of the parameters are sums, whose terms may cancel. They are held to the same, by
+    experience and not by derivation.
     """
     return 4.0 if not EXECUTED or EXECUTOR.perturb is None else 4.0 + 13.2

@@ -1,7 +1,7 @@
 """The arithmetic instructions of PTX as functions of the machine and their operands.
 
-The approximate ones (``ex2.approx``, ``div.full``, ...) are exact here, unless the machine is told to be off by as much as their
-documentation allows. Source: PTX ISA, "Floating Point Instructions".
+The approximate ones (``ex2.approx``, ``div.full``, ...) are exact here, unless the machine is told
+to be off by as much as their documentation allows. Source: PTX ISA, "Floating Point Instructions".
 """
 
 from __future__ import annotations
@@ -11,13 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.executor.values import Type, Unsupported, divide, f4, f8, flush, fma32, fma64, i4, i8, u4, u8
+from tests.support.executor.values import (
+    Type,
+    Unsupported,
+    divide,
+    f4,
+    f8,
+    flush,
+    fma32,
+    fma64,
+    i4,
+    i8,
+    u4,
+    u8,
+)
 
 Function = Callable[..., np.ndarray]
 
 ROUND = {"rni": np.rint, "rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc}
 LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_ORDERED = {"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+_ORDERED = {
+    "eq": np.equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
 _UNSIGNED = {"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}
 _INTEGER = {**_ORDERED, **_UNSIGNED, "ne": np.not_equal}
 
@@ -34,7 +53,8 @@ def comparison(name: str, is_float: bool) -> Function:
         return lambda a, b: (a != b) & ~_unordered(a, b)
     if name in _ORDERED:
         return _ORDERED[name]
-    f = np.not_equal if name == "neu" else _ORDERED[name[:-1]]  # the others that end in u are true of NaN
+    # the others that end in u are true of NaN
+    f = np.not_equal if name == "neu" else _ORDERED[name[:-1]]
     return lambda a, b: f(a, b) | _unordered(a, b)
 
 
@@ -126,7 +146,9 @@ def _rcp(kind: Type, modifiers: list[str]) -> Function:
 def _ex2(kind: Type, modifiers: list[str]) -> Function:
     if kind.dtype is not f4:
         raise Unsupported(f"ex2 of {kind.name}")
-    return lambda machine, a: np.where(a == 0, f4(1), machine.approximate(np.exp2(a.astype(f8)), 2, a))
+    return lambda machine, a: np.where(
+        a == 0, f4(1), machine.approximate(np.exp2(a.astype(f8)), 2, a)
+    )
 
 
 def _sqrt(kind: Type, modifiers: list[str]) -> Function:
@@ -182,7 +204,9 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Four bytes picked out of the eight of a and b; a selector's high bit picks the byte's sign instead."""
+    """Four bytes picked out of the eight of a and b; a selector's high bit picks the byte's sign
+    instead.
+    """
     source = (a.astype(u8) | b.astype(u8) << u8(32))[..., None]
     pick = (selector.astype(u8)[..., None] >> (np.arange(4, dtype=u8) * u8(4))) & u8(15)
     byte = source >> (pick & u8(7)) * u8(8) & u8(255)

@@ -1,9 +1,10 @@
 """A GPU that is not there, on which Triton's kernels run.
 
-Everything up to the driver's launch is real: the package's dispatch and prepared launches, Triton's specialization, its compiler down
-to PTX. Only ptxas is left out. Every launch is checked:
+Everything up to the driver's launch is real: the package's dispatch and prepared launches, Triton's
+specialization, its compiler down to PTX. Only ptxas is left out. Every launch is checked:
 
-- the binary's assumptions hold: types, what was compiled in as a constant, the 16 that divides a pointer or an integer;
+- the binary's assumptions hold: types, what was compiled in as a constant, the 16 that divides a
+  pointer or an integer;
 - it is the binary that Triton itself would choose for these arguments;
 - where it is executed, all that the other files of this folder check.
 """
@@ -32,8 +33,20 @@ from tests.support.executor.values import POISON, Fault, Unsupported
 from tests.support.fresh_memory import filled
 from tests.support.launches import Launch
 
-_DTYPES = {"*fp64": torch.float64, "*fp32": torch.float32, "*bf16": torch.bfloat16, "*fp16": torch.float16, "*u1": torch.bool}
-_DTYPES |= {"*i64": torch.int64, "*i32": torch.int32, "*i16": torch.int16, "*i8": torch.int8, "*u8": torch.uint8}
+_DTYPES = {
+    "*fp64": torch.float64,
+    "*fp32": torch.float32,
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*u1": torch.bool,
+}
+_DTYPES |= {
+    "*i64": torch.int64,
+    "*i32": torch.int32,
+    "*i16": torch.int16,
+    "*i8": torch.int8,
+    "*u8": torch.uint8,
+}
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,7 +75,8 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
     """A context in which ``backend="triton"`` runs compiled kernels on CPU tensors.
 
     Args:
-        is_compiling: Otherwise nothing is compiled or executed: launches are checked against what would be compiled for them.
+        is_compiling: Otherwise nothing is compiled or executed: launches are checked against what
+            would be compiled for them.
 
     Raises:
         RuntimeError: If Triton interprets kernels in this process.
@@ -73,7 +87,9 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
         stack.enter_context(mock_driver.mock_gpu(_Driver()))
         # A cache key of its own: what Triton stores under the name of cubin is PTX here.
         stack.enter_context(mock.patch.object(CUDABackend, "hash", return_value="executor"))
-        stack.enter_context(mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode()))
+        stack.enter_context(
+            mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode())
+        )
         if not is_compiling:
             stack.enter_context(mock.patch.object(EXECUTOR, "is_executing", False))
             stack.enter_context(mock.patch("triton.compiler.compile", _uncompiled))
@@ -84,7 +100,9 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[Launch]]:
-    """Fill fresh memory with poison, which a kernel must not read. Yields the launches inside, as they happen."""
+    """Fill fresh memory with poison, which a kernel must not read. Yields the launches inside, as
+    they happen.
+    """
     launches: list[Launch] = []
     with filled(_poison), mock.patch.object(EXECUTOR, "launches", launches):
         yield launches
@@ -116,7 +134,9 @@ class _Utils(mock_driver.Utils):
     def __init__(self) -> None:
         self.functions: list[tuple[bytes, int]] = []  # PTX and bytes of shared memory
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int | None, ...]:
+    def load_binary(
+        self, name: str, kernel: bytes, shared: int, device: int
+    ) -> tuple[int | None, ...]:
         self.functions.append((kernel, shared))
         module, _, *others = super().load_binary()
         return (module, len(self.functions) - 1, *others)
@@ -131,19 +151,35 @@ class _Driver(mock_driver.Driver):
 
 
 class _Launcher:
-    """Where the launches of one binary end: checked against what it was compiled for, then executed."""
+    """Where the launches of one binary end: checked against what it was compiled for, then
+    executed.
+    """
 
     def __init__(self, utils: _Utils, source: Any, metadata: Any) -> None:
         self.utils, self.kernel = utils, source.fn
         self.names = list(source.fn.arg_names)
         self.types = [source.signature[name] for name in self.names]
         self.constants = {self._position(key): value for key, value in source.constants.items()}
-        self.attributes = {self._position(key): dict(map(tuple, value)) for key, value in source.attrs.items()}
+        self.attributes = {
+            self._position(key): dict(map(tuple, value)) for key, value in source.attrs.items()
+        }
 
     def _position(self, key: Any) -> int:
         return self.names.index(key) if isinstance(key, str) else key[0]
 
-    def __call__(self, x: int, y: int, z: int, stream: int, function: int, packed, metadata, enter, leave, *args: Any) -> None:
+    def __call__(
+        self,
+        x: int,
+        y: int,
+        z: int,
+        stream: int,
+        function: int,
+        packed,
+        metadata,
+        enter,
+        leave,
+        *args: Any,
+    ) -> None:
         try:
             self._check(args)
             tensors = self._execute((x, y, z), function, args) if EXECUTOR.is_executing else []
@@ -155,9 +191,15 @@ class _Launcher:
                 moved.count(t.name, t.loaded, t.stored, t.itemsize)
             EXECUTOR.launches.append(moved)
 
-    def _execute(self, grid: tuple[int, int, int], function: int, args: tuple[Any, ...]) -> list[GlobalTensor]:
+    def _execute(
+        self, grid: tuple[int, int, int], function: int, args: tuple[Any, ...]
+    ) -> list[GlobalTensor]:
         ptx, shared = self.utils.functions[function]
-        params = [(name, arg) for name, kind, arg in zip(self.names, self.types, args, strict=True) if kind != "constexpr"]
+        params = [
+            (name, arg)
+            for name, kind, arg in zip(self.names, self.types, args, strict=True)
+            if kind != "constexpr"
+        ]
         params += [("scratch", None)] * 2
         ctas = None if EXECUTOR.ctas is None else EXECUTOR.ctas(math.prod(grid))
         return _program(ptx).launch(grid, params, shared, EXECUTOR.perturb, ctas)
@@ -167,8 +209,12 @@ class _Launcher:
         name = self.kernel.__name__
         if len(args) != len(self.names):
             raise Fault(f"{name}: {len(args)} arguments for {len(self.names)}")
-        for position, (label, kind, arg) in enumerate(zip(self.names, self.types, args, strict=True)):
-            where = f"{name}: {label} = {tuple(arg.shape) if isinstance(arg, torch.Tensor) else arg}"
+        for position, (label, kind, arg) in enumerate(
+            zip(self.names, self.types, args, strict=True)
+        ):
+            where = (
+                f"{name}: {label} = {tuple(arg.shape) if isinstance(arg, torch.Tensor) else arg}"
+            )
             if kind == "constexpr":
                 constant = self.constants[position]
                 if not (arg is constant or (type(arg) is type(constant) and arg == constant)):
@@ -182,7 +228,9 @@ class _Launcher:
                 value = arg.data_ptr()
             else:
                 value, bits = arg, int(kind[1:])
-                if type(arg) is not int or not -(2 ** (bits - 1)) <= arg < 2 ** (bits - (kind[0] == "i")):
+                if type(arg) is not int or not -(2 ** (bits - 1)) <= arg < 2 ** (
+                    bits - (kind[0] == "i")
+                ):
                     raise Fault(f"{where} as {kind}")
             divisor = self.attributes.get(position, {}).get("tt.divisibility", 1)
             if value % divisor:
@@ -195,13 +243,29 @@ class _Launcher:
         _, specialization, _ = binder(*args, debug=False)
         keys = [key for key, compiled in cache.items() if compiled._run is self]
         if not any(key.startswith(str(specialization)) for key in keys):
-            raise Fault(f"{self.kernel.__name__}: Triton would choose another binary, for {specialization}; this one is for {keys}")
+            raise Fault(
+                f"{self.kernel.__name__}: Triton would choose another binary, for "
+                f"{specialization}; this one is for {keys}"
+            )
 
 
 def _uncompiled(source: Any, target: Any = None, options: Any = None, **_: Any) -> CompiledKernel:
     """In place of triton.compiler.compile: a kernel without code."""
     kernel = CompiledKernel.__new__(CompiledKernel)
-    kernel.metadata = type("Metadata", (), {"shared": 0, "warp_size": 32, "tmem_size": None, **options})()
-    kernel.packed_metadata, kernel.src, kernel.hash, kernel.name = (), source, str(id(kernel)), source.fn.__name__
-    kernel.kernel, kernel.metadata_group, kernel.module, kernel.function, kernel._run = b"", {}, None, None, None
+    kernel.metadata = type(
+        "Metadata", (), {"shared": 0, "warp_size": 32, "tmem_size": None, **options}
+    )()
+    kernel.packed_metadata, kernel.src, kernel.hash, kernel.name = (
+        (),
+        source,
+        str(id(kernel)),
+        source.fn.__name__,
+    )
+    kernel.kernel, kernel.metadata_group, kernel.module, kernel.function, kernel._run = (
+        b"",
+        {},
+        None,
+        None,
+        None,
+    )
     return kernel

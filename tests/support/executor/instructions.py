@@ -1,6 +1,8 @@
-"""The instructions of PTX other than arithmetic: moves, conversions, comparisons, shuffles and memory.
+"""The instructions of PTX other than arithmetic: moves, conversions, comparisons, shuffles and
+memory.
 
-``decode`` returns a function of the machine and the threads that execute. Source: PTX ISA, "Instruction Set".
+``decode`` returns a function of the machine and the threads that execute. Source: PTX ISA,
+"Instruction Set".
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ import numpy as np
 
 from tests.support.executor.arithmetic import LOGIC, ROUND, arithmetic, comparison
 from tests.support.executor.machine import Machine, Mask
-from tests.support.executor.values import UNSIGNED, Type, Unsupported, f4, flush, to_integer, u1, u2, u4
+from tests.support.executor.values import (
+    UNSIGNED,
+    Type,
+    Unsupported,
+    f4,
+    flush,
+    to_integer,
+    u1,
+    u2,
+    u4,
+)
 
 if TYPE_CHECKING:
     from tests.support.executor.program import Operands, Operation, Program
@@ -30,14 +42,22 @@ def decode(program: Program, op: str, args: Operands, where: str) -> Operation:
         args: Its operands.
         where: The kernel's name and the instruction, for messages.
     """
-    base, *modifiers = op.replace("shared::cta", "shared").split(".")  # Triton 3.8 spells the default out
+    # Triton 3.8 spells the default out
+    base, *modifiers = op.replace("shared::cta", "shared").split(".")
     kinds = [Type(m) for m in modifiers if _TYPES.fullmatch(m)]
     modifiers = [m for m in modifiers if not _TYPES.fullmatch(m)]
     if base in ("ld", "st") and modifiers != ["param"]:
         return (_load if base == "ld" else _store)(program, modifiers, args, kinds[0], where)
     if base in ("ldmatrix", "stmatrix"):
         return _matrix(program, base, modifiers, args, where)
-    make = {"ld": _param, "mov": _mov, "cvt": _cvt, "setp": _setp, "selp": _selp, "shfl": _shuffle}.get(base)
+    make = {
+        "ld": _param,
+        "mov": _mov,
+        "cvt": _cvt,
+        "setp": _setp,
+        "selp": _selp,
+        "shfl": _shuffle,
+    }.get(base)
     if make is not None:
         return make(program, modifiers, args, kinds, where)
     return _arithmetic(program, base, modifiers, args, kinds[-1], where)
@@ -47,8 +67,13 @@ def _bits(size: int) -> Type:
     return Type(f"b{8 * size}")
 
 
-def _arithmetic(program: Program, base: str, modifiers: list[str], args: Operands, kind: Type, where: str) -> Operation:
-    target, twice = program.register(args[0]), Type(f"{kind.name[0]}{16 * kind.size}") if "wide" in modifiers else kind
+def _arithmetic(
+    program: Program, base: str, modifiers: list[str], args: Operands, kind: Type, where: str
+) -> Operation:
+    target, twice = (
+        program.register(args[0]),
+        Type(f"{kind.name[0]}{16 * kind.size}") if "wide" in modifiers else kind,
+    )
     kinds = [kind] * (len(args) - 1)
     if base in ("shl", "shr"):
         kinds[1] = Type("u32")
@@ -59,15 +84,21 @@ def _arithmetic(program: Program, base: str, modifiers: list[str], args: Operand
     f = arithmetic(base, modifiers, kind)
     sources = [program.source(arg, k) for arg, k in zip(args[1:], kinds, strict=True)]
 
-    return lambda machine, mask: machine.write(target, twice.write(f(machine, *[source(machine) for source in sources])), mask)
+    return lambda machine, mask: machine.write(
+        target, twice.write(f(machine, *[source(machine) for source in sources])), mask
+    )
 
 
-def _param(program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str) -> Operation:
+def _param(
+    program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
+) -> Operation:
     target, number = program.register(args[0]), program.param(args[1])
     return lambda machine, mask: machine.write(target, kinds[0].read(machine.params[number]), mask)
 
 
-def _mov(program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str) -> Operation:
+def _mov(
+    program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
+) -> Operation:
     kind, (target, value) = kinds[0], args
     if isinstance(target, list):  # one register into several
         source, part = program.source(value, _bits(kind.size)), kind.size // len(target)
@@ -85,20 +116,32 @@ def _mov(program: Program, modifiers: list[str], args: Operands, kinds: list[Typ
 
         def pack(machine: Machine, mask: Mask) -> None:
             values = np.stack(np.broadcast_arrays(*[source(machine) for source in sources]), 1)
-            machine.write(register, np.ascontiguousarray(values).view(UNSIGNED[kind.size])[:, 0], mask)
+            machine.write(
+                register, np.ascontiguousarray(values).view(UNSIGNED[kind.size])[:, 0], mask
+            )
 
         return pack
     source = program.source(value, kind if kind.dtype is np.bool_ else _bits(kind.size))
     return lambda machine, mask: machine.write(register, source(machine), mask)
 
 
-def _selp(program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str) -> Operation:
+def _selp(
+    program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
+) -> Operation:
     target, bits = program.register(args[0]), _bits(kinds[-1].size)
-    yes, no, which = program.source(args[1], bits), program.source(args[2], bits), program.source(args[3], Type("pred"))
-    return lambda machine, mask: machine.write(target, np.where(which(machine), yes(machine), no(machine)), mask)
+    yes, no, which = (
+        program.source(args[1], bits),
+        program.source(args[2], bits),
+        program.source(args[3], Type("pred")),
+    )
+    return lambda machine, mask: machine.write(
+        target, np.where(which(machine), yes(machine), no(machine)), mask
+    )
 
 
-def _setp(program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str) -> Operation:
+def _setp(
+    program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
+) -> Operation:
     kind, (name, *logic) = kinds[-1], [m for m in modifiers if m != "ftz"]
     targets = [program.register(target) for target in args[0].split("|")]
     if len(targets) > 1 and not kind.is_pair:
@@ -119,7 +162,9 @@ def _setp(program: Program, modifiers: list[str], args: Operands, kinds: list[Ty
     return run
 
 
-def _cvt(program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str) -> Operation:
+def _cvt(
+    program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
+) -> Operation:
     to, of = kinds
     if set(modifiers) - set(ROUND) - {"rn", "ftz"}:
         raise Unsupported(where)
@@ -147,7 +192,9 @@ def _cvt(program: Program, modifiers: list[str], args: Operands, kinds: list[Typ
     return run
 
 
-def _shuffle(program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str) -> Operation:
+def _shuffle(
+    program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
+) -> Operation:
     if modifiers not in (["sync", "bfly"], ["sync", "idx"]) or args[3:] != ["31", "-1"]:
         raise Unsupported(where)
     target, of = program.register(args[0]), program.source(args[1], Type("b32"))
@@ -163,18 +210,28 @@ def _shuffle(program: Program, modifiers: list[str], args: Operands, kinds: list
     return run
 
 
-def _access(program: Program, modifiers: list[str], address: str, registers: str | list[str], where: str):
-    """What loads and stores have in common: the space, what reads the address, and the registers."""
+def _access(
+    program: Program, modifiers: list[str], address: str, registers: str | list[str], where: str
+):
+    """What loads and stores have in common: the space, what reads the address, and the
+    registers.
+    """
     space = modifiers[0]
     if space not in ("global", "shared") or set(modifiers[1:]) - _CACHE_HINTS - {"v2", "v4"}:
         raise Unsupported(where)
     registers = registers if isinstance(registers, list) else [registers]
     if len(registers) != {"v2": 2, "v4": 4}.get(modifiers[-1], 1):
         raise Unsupported(where)
-    return space == "shared", program.address(address, Type("u32" if space == "shared" else "u64")), registers
+    return (
+        space == "shared",
+        program.address(address, Type("u32" if space == "shared" else "u64")),
+        registers,
+    )
 
 
-def _load(program: Program, modifiers: list[str], args: Operands, kind: Type, where: str) -> Operation:
+def _load(
+    program: Program, modifiers: list[str], args: Operands, kind: Type, where: str
+) -> Operation:
     is_shared, address, names = _access(program, modifiers, args[1], args[0], where)
     targets = [program.register(name) for name in names]
 
@@ -186,12 +243,16 @@ def _load(program: Program, modifiers: list[str], args: Operands, kind: Type, wh
         else:
             values = machine.memory.load(at, width, machine.who[threads], where)
         for i, target in enumerate(targets):
-            machine.write(target, machine.spread(threads, values.view(kind.dtype)[:, i].copy()), mask)
+            machine.write(
+                target, machine.spread(threads, values.view(kind.dtype)[:, i].copy()), mask
+            )
 
     return load
 
 
-def _store(program: Program, modifiers: list[str], args: Operands, kind: Type, where: str) -> Operation:
+def _store(
+    program: Program, modifiers: list[str], args: Operands, kind: Type, where: str
+) -> Operation:
     is_shared, address, names = _access(program, modifiers, args[0], args[1], where)
     sources = [program.source(name, _bits(kind.size)) for name in names]
 
@@ -208,9 +269,19 @@ def _store(program: Program, modifiers: list[str], args: Operands, kind: Type, w
     return store
 
 
-def _matrix(program: Program, base: str, modifiers: list[str], args: Operands, where: str) -> Operation:
-    """8 x 8 matrices of 16-bit values: thread 8 * i + r names row r of matrix i, thread t holds two values of row t // 4 of each."""
-    if modifiers[:3] != ["sync", "aligned", "m8n8"] or set(modifiers[3:]) - {"x1", "x2", "x4", "trans", "shared"}:
+def _matrix(
+    program: Program, base: str, modifiers: list[str], args: Operands, where: str
+) -> Operation:
+    """8 x 8 matrices of 16-bit values: thread 8 * i + r names row r of matrix i, thread t holds two
+    values of row t // 4 of each.
+    """
+    if modifiers[:3] != ["sync", "aligned", "m8n8"] or set(modifiers[3:]) - {
+        "x1",
+        "x2",
+        "x4",
+        "trans",
+        "shared",
+    }:
         raise Unsupported(where)
     is_load, is_transposed = base == "ldmatrix", "trans" in modifiers
     names = args[0 if is_load else 1]
@@ -219,7 +290,9 @@ def _matrix(program: Program, base: str, modifiers: list[str], args: Operands, w
         raise Unsupported(where)
     address = program.address(args[1 if is_load else 0], Type("u32"))
 
-    def rows_of(machine: Machine, mask: Mask, matrix: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rows_of(
+        machine: Machine, mask: Mask, matrix: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The warps, the threads that name the rows, and the rows' addresses."""
         warps = machine.threads(mask).reshape(-1, 32)[:, 0] // 32
         threads = (warps[:, None] * 32 + np.arange(8 * matrix, 8 * matrix + 8)).ravel()
@@ -237,7 +310,8 @@ def _matrix(program: Program, base: str, modifiers: list[str], args: Operands, w
             values = np.zeros((machine.size // 32, 32), u4)
             values[warps] = turned(tile).view(u4).reshape(-1, 32)
             results.append(values.ravel())
-        for register, values in zip(registers, results, strict=True):  # one of them may hold the address
+        # one of them may hold the address
+        for register, values in zip(registers, results, strict=True):
             machine.write(register, values, mask)
 
     def store(machine: Machine, mask: Mask) -> None:

@@ -15,7 +15,9 @@ from tests.support.executor.values import UNSIGNED, Fault, Unsupported, f4, i4, 
 if TYPE_CHECKING:
     from tests.support.executor.program import Program
 
-SPECIAL = {"%laneid", "%warpid"} | {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
+SPECIAL = {"%laneid", "%warpid"} | {
+    f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"
+}
 MOST_BLOCKS = 500_000  # a loop that never ends is a fault
 
 Mask = np.ndarray | None  # the threads that execute an instruction; None for all
@@ -49,15 +51,25 @@ class Machine:
         self.ctas, self.size = ctas, threads * ctas
         self.shared = Shared(ctas, shared, threads)
         self._everyone = np.arange(self.size)
-        # Registers start with garbage. LLVM leaves some unwritten where their value does not matter.
+        # Registers start with garbage. LLVM leaves some unwritten where their value does not
+        # matter.
         self.registers = [_garbage(width) for width in program.widths]
         thread, cta = np.tile(np.arange(threads, dtype=u4), ctas), np.repeat(numbers, threads)
         self.who = Threads(cta.astype(i8) * threads + thread, threads)
         one, zero = np.ones(1, u4), np.zeros(1, u4)
-        self.special = {"%tid.x": thread, "%ntid.x": one * u4(threads), "%laneid": thread % u4(32), "%warpid": thread // u4(32)}
+        self.special = {
+            "%tid.x": thread,
+            "%ntid.x": one * u4(threads),
+            "%laneid": thread % u4(32),
+            "%warpid": thread // u4(32),
+        }
         axes = (cta % grid[0], cta // grid[0] % grid[1], cta // (grid[0] * grid[1]))
-        self.special |= {f"%ctaid.{axis}": number.astype(u4) for axis, number in zip("xyz", axes, strict=True)}
-        self.special |= {f"%nctaid.{axis}": one * u4(n) for axis, n in zip("xyz", grid, strict=True)}
+        self.special |= {
+            f"%ctaid.{axis}": number.astype(u4) for axis, number in zip("xyz", axes, strict=True)
+        }
+        self.special |= {
+            f"%nctaid.{axis}": one * u4(n) for axis, n in zip("xyz", grid, strict=True)
+        }
         self.special |= {"%tid.y": zero, "%tid.z": zero, "%ntid.y": one, "%ntid.z": one}
 
     def run(self) -> None:
@@ -68,7 +80,9 @@ class Machine:
             ready = (counter < end) & ~waiting
             if not ready.any():
                 if waiting.any():
-                    raise Fault(f"{self.program.name}: threads wait at a barrier that others never reach")
+                    raise Fault(
+                        f"{self.program.name}: threads wait at a barrier that others never reach"
+                    )
                 return
             first = int(counter[ready].min())
             active = ready & (counter == first)
@@ -80,7 +94,9 @@ class Machine:
             if block.target is not None:
                 taken = active
                 if block.predicate is not None:
-                    taken = active & (self.registers[block.predicate].view(np.bool_) ^ block.is_negated)
+                    taken = active & (
+                        self.registers[block.predicate].view(np.bool_) ^ block.is_negated
+                    )
                 counter[taken] = block.target
             elif block.is_barrier:
                 waiting |= active
@@ -99,12 +115,16 @@ class Machine:
         self.shared.interval[free] += 1
 
     def write(self, register: int | None, values: np.ndarray, mask: Mask) -> None:
-        """Write a register, extended by the sign of its type where the value is narrower; None is the sink."""
+        """Write a register, extended by the sign of its type where the value is narrower; None is
+        the sink.
+        """
         if register is None:
             return
         width = self.program.widths[register]
         if values.dtype.itemsize < width:
-            values = values.view(UNSIGNED[values.dtype.itemsize]) if values.dtype.kind == "f" else values
+            values = (
+                values.view(UNSIGNED[values.dtype.itemsize]) if values.dtype.kind == "f" else values
+            )
             values = values.astype(f"{'i' if values.dtype.kind == 'i' else 'u'}{width}")
         elif values.dtype.itemsize > width:
             raise Unsupported("a register narrower than its value")
@@ -136,7 +156,9 @@ class Machine:
             raise Fault(f"{where}: not all threads of a warp reach it")
 
     def approximate(self, exact: np.ndarray, ulps: int, *operands: np.ndarray) -> np.ndarray:
-        """float32 of a float64 result. With ``perturb`` off by up to so many ulps, always the same for the same operands."""
+        """float32 of a float64 result. With ``perturb`` off by up to so many ulps, always the same
+        for the same operands.
+        """
         result = exact.astype(f4)
         if self.perturb is None:
             return result
@@ -151,4 +173,6 @@ class Machine:
 
 def _garbage(width: int) -> np.ndarray:
     """What a register holds that nobody has written; a predicate (one byte) is False."""
-    return np.array([0xA5A5A5A5A5A5A5A5 & (1 << 8 * width) - 1 if width > 1 else 0], UNSIGNED[width])
+    return np.array(
+        [0xA5A5A5A5A5A5A5A5 & (1 << 8 * width) - 1 if width > 1 else 0], UNSIGNED[width]
+    )

@@ -1,6 +1,7 @@
 """Global and shared memory, and who touched it: what makes an access a fault.
 
-Every tensor has an address range of its own, 2^44 bytes apart, so that no offset leads from one into another.
+Every tensor has an address range of its own, 2^44 bytes apart, so that no offset leads from one
+into another.
 """
 
 from __future__ import annotations
@@ -48,8 +49,13 @@ class GlobalTensor:
         self.name, self.tensor, self.itemsize = name, tensor, tensor.element_size()
         sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
         span = sum((n - 1) * stride for n, stride in sizes) + 1 if tensor.numel() else 0
-        self.address = (number << SPACE_BITS) + (1 << SPACE_BITS - 1) + tensor.data_ptr() % 4096  # in the middle of its range
-        memory = (ctypes.c_uint8 * (span * self.itemsize)).from_address(tensor.data_ptr()) if span else b""
+        # in the middle of its range
+        self.address = (number << SPACE_BITS) + (1 << SPACE_BITS - 1) + tensor.data_ptr() % 4096
+        memory = (
+            (ctypes.c_uint8 * (span * self.itemsize)).from_address(tensor.data_ptr())
+            if span
+            else b""
+        )
         self.bytes = np.frombuffer(memory, u1)
         self.elements = self.bytes.view(UNSIGNED[self.itemsize])
         self.poison = POISON.get(tensor.dtype)
@@ -87,7 +93,9 @@ class GlobalTensor:
         return ok & (rest == 0)
 
     def check_races(self, kernel: str, threads: int) -> None:
-        """Raise Fault if an element was stored twice, or loaded by one thread and stored by another."""
+        """Raise Fault if an element was stored twice, or loaded by one thread and stored by
+        another.
+        """
         if not self.stores:
             return
         at, who, bits = (np.concatenate(parts) for parts in zip(*self.stores, strict=True))
@@ -98,7 +106,8 @@ class GlobalTensor:
             first = int(np.flatnonzero(twice)[0])
             different = int((bits[1:] != bits[:-1])[twice].sum())
             raise Fault(
-                f"{kernel}: {self.name}: {twice.sum()} elements stored twice ({different} with different values), "
+                f"{kernel}: {self.name}: {twice.sum()} elements stored twice ({different} with "
+                "different values), "
                 f"first element {at[first]}, by {who.name(first)} and {who.name(first + 1)}"
             )
         if self.loads:
@@ -106,7 +115,10 @@ class GlobalTensor:
             where = np.minimum(np.searchsorted(at, loaded), at.size - 1)
             bad = (at[where] == loaded) & (who.numbers[where] != reader)
             if bad.any():
-                raise Fault(f"{kernel}: {self.name}: {bad.sum()} elements loaded by one thread and stored by another in one launch")
+                raise Fault(
+                    f"{kernel}: {self.name}: {bad.sum()} elements loaded by one thread and stored "
+                    "by another in one launch"
+                )
 
 
 class Global:
@@ -137,25 +149,38 @@ class Global:
             t.stores.append((at.ravel(), np.repeat(who[which].numbers, at.shape[1]), bits.ravel()))
 
     def _accesses(self, address: np.ndarray, width: int, who: Threads, where: str):
-        """(tensor, which threads, elements they touch, bytes of those) for each tensor that is touched; Fault if one is not there."""
+        """(tensor, which threads, elements they touch, bytes of those) for each tensor that is
+        touched; Fault if one is not there.
+        """
         misaligned = (address & u8(width - 1)) != 0
         if misaligned.any():
             k = int(np.flatnonzero(misaligned)[0])
-            raise Fault(f"{where}: misaligned: {width} bytes at {self._place(address[k])}, {who.name(k)}")
+            raise Fault(
+                f"{where}: misaligned: {width} bytes at {self._place(address[k])}, {who.name(k)}"
+            )
         numbers = address >> u8(SPACE_BITS)
         for number in np.unique(numbers):
             which = numbers == number
             if not 0 < number <= len(self.tensors):
-                raise Fault(f"{where}: wild pointer {self._place(address[which][0])}, {who[which].name(0)}")
+                raise Fault(
+                    f"{where}: wild pointer {self._place(address[which][0])}, {who[which].name(0)}"
+                )
             t = self.tensors[int(number) - 1]
             offset = (address[which] - u8(t.address)).view(i8)
             itemsize = t.itemsize if width >= t.itemsize else 1
             at = (offset // itemsize)[:, None] + np.arange(width // itemsize)
-            ok = (offset >= 0)[:, None] & (at < t.bytes.size // itemsize) & (offset % itemsize == 0)[:, None]
+            ok = (
+                (offset >= 0)[:, None]
+                & (at < t.bytes.size // itemsize)
+                & (offset % itemsize == 0)[:, None]
+            )
             ok = ok & t.holds(at) if itemsize == t.itemsize else ok
             if not ok.all():
                 k = int(np.flatnonzero(~ok.all(1))[0])
-                raise Fault(f"{where}: {width} bytes out of bounds at {self._place(address[which][k])}, {who[which].name(k)}")
+                raise Fault(
+                    f"{where}: {width} bytes out of bounds at {self._place(address[which][k])}, "
+                    f"{who[which].name(k)}"
+                )
             yield t, which, at, itemsize
 
     def _place(self, address: np.uint64) -> str:
@@ -164,14 +189,17 @@ class Global:
             return hex(int(address))
         t = self.tensors[number - 1]
         element, rest = divmod(int(address) - t.address, t.itemsize)
-        return f"{t}, element {element} of {t.elements.size}" + (f" and {rest} bytes" if rest else "")
+        return f"{t}, element {element} of {t.elements.size}" + (
+            f" and {rest} bytes" if rest else ""
+        )
 
 
 class Shared:
-    """The shared memory of some CTAs, with who touched each byte last and in which interval between barriers.
+    """The shared memory of some CTAs, with who touched each byte last and in which interval between
+    barriers.
 
-    Threads of one warp may store to one address at once. A GPU keeps one of the values and does not say which, so they must be equal:
-    Triton stores every replica of a sum.
+    Threads of one warp may store to one address at once. A GPU keeps one of the values and does not
+    say which, so they must be equal: Triton stores every replica of a sum.
 
     Args:
         ctas: How many.
@@ -185,7 +213,10 @@ class Shared:
         self.size = size
         self.bytes = np.zeros(ctas * size, u1)
         self.writer, self.reader = np.full((2, ctas * size), -1, i8)  # interval * 64 + warp
-        self.cta, self.warp = np.repeat(np.arange(ctas), threads), np.tile(np.arange(threads) // 32, ctas)
+        self.cta, self.warp = (
+            np.repeat(np.arange(ctas), threads),
+            np.tile(np.arange(threads) // 32, ctas),
+        )
         self.interval = np.zeros(ctas, i8)
 
     def load(self, address: np.ndarray, width: int, threads: np.ndarray, where: str) -> np.ndarray:
@@ -195,26 +226,38 @@ class Shared:
         if (writer < 0).any():
             raise Fault(f"{where}: shared memory read that nobody wrote")
         if self._is_other_warp(writer, me).any():
-            raise Fault(f"{where}: shared memory read that another warp wrote without a barrier between")
+            raise Fault(
+                f"{where}: shared memory read that another warp wrote without a barrier between"
+            )
         for warp in np.unique(self.warp[threads]):
             mine = self.warp[threads] == warp
             seen = self.reader[at[mine]]
-            self.reader[at[mine]] = np.where(self._is_other_warp(seen, me[mine]), me[mine] | self._SEVERAL, me[mine])
+            self.reader[at[mine]] = np.where(
+                self._is_other_warp(seen, me[mine]), me[mine] | self._SEVERAL, me[mine]
+            )
         return self.bytes[at]
 
-    def store(self, address: np.ndarray, values: np.ndarray, threads: np.ndarray, where: str) -> None:
+    def store(
+        self, address: np.ndarray, values: np.ndarray, threads: np.ndarray, where: str
+    ) -> None:
         """Write bytes (threads, width)."""
         at, me = self._at(address, values.shape[1], threads, where), self._me(threads)
         for last in (self.writer[at], self.reader[at]):
             other = self._is_other_warp(last, me).any(1)
             if other.any() and _differ(self.bytes[at[other]], values[other]).any():
-                raise Fault(f"{where}: shared memory written that another warp touched without a barrier between")
+                raise Fault(
+                    f"{where}: shared memory written that another warp touched without a barrier "
+                    "between"
+                )
         self.writer[at], self.bytes[at] = me, values
         lost = _differ(self.bytes[at], values)
         if (self.writer[at[lost]] != me[lost]).any():
             raise Fault(f"{where}: shared memory written by two warps at once")
         if lost.any():
-            raise Fault(f"{where}: threads of one warp store different values to one shared address, {int(lost.sum())} are lost")
+            raise Fault(
+                f"{where}: threads of one warp store different values to one shared address, "
+                f"{int(lost.sum())} are lost"
+            )
 
     def _at(self, address: np.ndarray, width: int, threads: np.ndarray, where: str) -> np.ndarray:
         if (address % width).any():
@@ -232,11 +275,14 @@ class Shared:
         return (last >= 0) & (last >> 6 == me >> 6) & (last != me)
 
 
-_NANS = {u8: (0x7FF8000000000000, 0xFFF8000000000000), u4: (0x7FC00000, 0xFFC00000)}  # what operations on x86 and torch.nan give
+# what operations on x86 and torch.nan give
+_NANS = {u8: (0x7FF8000000000000, 0xFFF8000000000000), u4: (0x7FC00000, 0xFFC00000)}
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Which rows of bytes differ, other than in the sign of a plain NaN: a GPU makes one kind, a CPU two."""
+    """Which rows of bytes differ, other than in the sign of a plain NaN: a GPU makes one kind, a
+    CPU two.
+    """
     for dtype, (positive, negative) in _NANS.items():
         if a.shape[1] % dtype().itemsize == 0:
             a, b = (np.ascontiguousarray(x).view(dtype) for x in (a, b))

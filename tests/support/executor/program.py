@@ -1,6 +1,7 @@
 """A kernel's PTX, decoded: blocks of operations for the machine, and the launch of a grid.
 
-Decoding happens once. Each instruction becomes a function of the machine and of the threads that execute it.
+Decoding happens once. Each instruction becomes a function of the machine and of the threads that
+execute it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ THREADS_AT_ONCE = 1 << 14
 
 
 class Statement(NamedTuple):
-    """An instruction's text, and the same with the kernel's name and the line of its source, for messages."""
+    """An instruction's text, and the same with the kernel's name and the line of its source, for
+    messages.
+    """
 
     text: str
     where: str
@@ -65,18 +68,28 @@ class Program:
         text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
         self.name = re.search(r"\.visible \.entry (\w+)\(", text)[1]
         header, rest = text[text.index(".entry") :].split("\n{", 1)
-        if re.search(r"\.shared (?!\.align \d+ \.b8 global_smem\[\])", text.split(".extern", 1)[-1]) or ".func" in text:
+        if (
+            re.search(
+                r"\.shared (?!\.align \d+ \.b8 global_smem\[\])", text.split(".extern", 1)[-1]
+            )
+            or ".func" in text
+        ):
             raise Unsupported(f"{self.name}: static shared memory or a function")
         self.params = re.findall(r"\.param \.(\w+) .*?(\w+_param_\d+)", header)  # types and names
         self.threads = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", header)[1])
         self.widths: list[int] = []  # bytes of each register; 1 for a predicate
         self._declared: dict[str, int] = {}  # bytes, by a register's name or the start of it
         self._numbers: dict[str, int] = {}
-        files = {number: Path(path).name for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text)}
+        files = {
+            number: Path(path).name
+            for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text)
+        }
         labels, blocks = self._split(rest.split("\n}", 1)[0], files)
         self.blocks = [self._block(statements, labels, len(blocks)) for statements in blocks]
 
-    def _split(self, body: str, files: dict[str, str]) -> tuple[dict[str, int], list[list[Statement]]]:
+    def _split(
+        self, body: str, files: dict[str, str]
+    ) -> tuple[dict[str, int], list[list[Statement]]]:
         """The blocks that labels name, and the statements of each block."""
         labels: dict[str, int] = {}
         blocks: list[list[Statement]] = [[]]
@@ -92,7 +105,8 @@ class Program:
                 labels[label[1]] = len(blocks) - 1
                 continue
             for statement in line.split(";"):
-                statement = statement.strip().lstrip("{").strip()  # a brace opens the scope of inline assembly
+                # a brace opens the scope of inline assembly
+                statement = statement.strip().lstrip("{").strip()
                 if declared := re.match(r"\.reg\s+\.(\w+)\s+(%?\w+)", statement):
                     kind, name = declared.groups()
                     self._declared[name] = 1 if kind == "pred" else int(kind[1:]) // 8
@@ -119,7 +133,9 @@ class Program:
             if op in ("bar.sync", "barrier.sync") and not guard and rest.strip() == "0":
                 return Block(operations, is_barrier=True)
             if op == "bar.warp.sync" and not guard and rest.strip() == "-1":
-                operations.append(lambda machine, mask, where=where: machine.expect_whole_warps(mask, where))
+                operations.append(
+                    lambda machine, mask, where=where: machine.expect_whole_warps(mask, where)
+                )
                 continue
             if op.split(".")[0] in ("bar", "bra", "barrier"):
                 raise Unsupported(where)
@@ -162,7 +178,9 @@ class Program:
 
     def address(self, text: str, kind: Type) -> Source:
         """What reads an address: ``[register + offset]``."""
-        name, sign, offset = re.fullmatch(r"\[\s*([%\w$]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text).groups()
+        name, sign, offset = re.fullmatch(
+            r"\[\s*([%\w$]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text
+        ).groups()
         step = np.array([int(offset or 0) * (-1 if sign == "-" else 1)], i8).astype(kind.dtype)
         base = self.source(name, kind)
         return lambda machine: machine.full(base(machine) + step)
@@ -183,9 +201,11 @@ class Program:
 
         Args:
             grid: Its three sizes.
-            args: For each parameter a name for messages, and a tensor, an integer, or None for a null pointer.
+            args: For each parameter a name for messages, and a tensor, an integer, or None for a
+                null pointer.
             shared: Bytes of shared memory.
-            perturb: A seed. The approximate instructions are then off by up to their documented error.
+            perturb: A seed. The approximate instructions are then off by up to their documented
+                error.
             ctas: Numbers of the CTAs to run; None for all.
 
         Returns:
@@ -210,13 +230,19 @@ class Program:
         numbers = np.arange(grid[0] * grid[1] * grid[2]) if ctas is None else np.asarray(ctas)
         step = max(1, THREADS_AT_ONCE // self.threads)
         with np.errstate(all="ignore"):
-            for start in reversed(range(0, len(numbers), step)):  # the order of the CTAs must not matter
-                Machine(self, numbers[start : start + step], grid, params, memory, shared, perturb).run()
+            # the order of the CTAs must not matter
+            for start in reversed(range(0, len(numbers), step)):
+                Machine(
+                    self, numbers[start : start + step], grid, params, memory, shared, perturb
+                ).run()
         for tensor in tensors:
             tensor.check_races(self.name, self.threads)
         for one, other in itertools.combinations(tensors, 2):
             if (one.stores or other.stores) and one.shares_memory_with(other):
-                raise Unsupported(f"{self.name}: {one.name} and {other.name} share memory, and one of them was stored to")
+                raise Unsupported(
+                    f"{self.name}: {one.name} and {other.name} share memory, and one of them was "
+                    "stored to"
+                )
         return tensors
 
 
@@ -224,7 +250,12 @@ def _in_address_space(name: str, tensor: torch.Tensor, tensors: list[GlobalTenso
     """The tensor among those of the launch; one that is passed twice is the same memory."""
     for known in tensors:
         t = known.tensor
-        if tensor.numel() and t.data_ptr() == tensor.data_ptr() and t.shape == tensor.shape and t.stride() == tensor.stride():
+        if (
+            tensor.numel()
+            and t.data_ptr() == tensor.data_ptr()
+            and t.shape == tensor.shape
+            and t.stride() == tensor.stride()
+        ):
             return known
     new = GlobalTensor(len(tensors) + 1, name, tensor)
     tensors.append(new)
@@ -249,4 +280,6 @@ def _guarded(run: Operation, predicate: int, is_negated: bool) -> Operation:
 
 def _operands(text: str) -> Operands:
     parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", text)
-    return [[part.strip() for part in p[1:-1].split(",")] if p[0] == "{" else p.strip() for p in parts]
+    return [
+        [part.strip() for part in p[1:-1].split(",")] if p[0] == "{" else p.strip() for p in parts
+    ]

@@ -1,6 +1,7 @@
 """What PTX computes with: its types, how registers hold them, and how numbers are rounded.
 
-A register is a numpy array with one entry per thread, or with a single entry where all threads agree.
+A register is a numpy array with one entry per thread, or with a single entry where all threads
+agree.
 """
 
 from __future__ import annotations
@@ -14,10 +15,19 @@ i4, i8 = np.int32, np.int64
 
 UNSIGNED = {1: u1, 2: u2, 4: u4, 8: u8}  # by bytes
 _PLAIN = {"pred": np.bool_, "f16": f2, "f32": f4, "f64": f8}
-_PLAIN |= {f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}").type for kind in "bsu" for n in (1, 2, 4, 8)}
+_PLAIN |= {
+    f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}").type
+    for kind in "bsu"
+    for n in (1, 2, 4, 8)
+}
 
 # What fresh memory is filled with. These are NaNs that no computation makes.
-POISON = {torch.float32: 0x7FA5A5A5, torch.float64: 0x7FF5A5A5A5A5A5A5, torch.bfloat16: 0x7FA5, torch.float16: 0x7DA5}
+POISON = {
+    torch.float32: 0x7FA5A5A5,
+    torch.float64: 0x7FF5A5A5A5A5A5A5,
+    torch.bfloat16: 0x7FA5,
+    torch.float16: 0x7DA5,
+}
 
 
 class Unsupported(NotImplementedError):
@@ -31,7 +41,8 @@ class Fault(AssertionError):
 class Type:
     """How values of one PTX type are read from a register's bits and written to them.
 
-    bfloat16 is computed in float32. A packed pair (``f16x2``, ``bf16x2``) is an array of two columns.
+    bfloat16 is computed in float32. A packed pair (``f16x2``, ``bf16x2``) is an array of two
+    columns.
     """
 
     def __init__(self, name: str) -> None:
@@ -48,7 +59,9 @@ class Type:
         """The values of a register."""
         if bits.dtype.itemsize != self.size:  # the low part of a wider register
             bits = bits.view(UNSIGNED[bits.dtype.itemsize]).astype(UNSIGNED[self.size])
-        values = bits.view(u4).reshape(-1, 1).view(self.dtype) if self.is_pair else bits.view(self.dtype)
+        values = (
+            bits.view(u4).reshape(-1, 1).view(self.dtype) if self.is_pair else bits.view(self.dtype)
+        )
         return widen_bf16(values) if self.is_bf16 else values
 
     def write(self, values: np.ndarray) -> np.ndarray:
@@ -75,7 +88,8 @@ def widen_bf16(bits: np.ndarray) -> np.ndarray:
 def round_bf16(x: np.ndarray) -> np.ndarray:
     """bfloat16 bits of float32 or float64, rounded once to nearest, ties to even."""
     if x.dtype == f8:
-        x = round_to_odd(x)  # otherwise the second rounding could meet a tie that the first has made
+        # otherwise the second rounding could meet a tie that the first has made
+        x = round_to_odd(x)
     bits = np.ascontiguousarray(x, f4).view(u4)
     near = ((bits + (((bits >> 16) & 1) + u4(0x7FFF))) >> 16).astype(u2)
     return np.where(np.isnan(x), u2(0x7FFF), near)
@@ -96,7 +110,9 @@ def flush(x: np.ndarray) -> np.ndarray:
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of float32 or float16 with one rounding: the product is exact in float64, the sum is rounded there to odd."""
+    """a * b + c of float32 or float16 with one rounding: the product is exact in float64, the sum
+    is rounded there to odd.
+    """
     product, addend = a.astype(f8) * b.astype(f8), c.astype(f8)
     total = product + addend
     part = total - product
@@ -126,7 +142,9 @@ def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def to_integer(x: np.ndarray, dtype: type) -> np.ndarray:
-    """An integer of a float, saturated. NaN gives 0; from float64 or to 64 bits the highest bit alone."""
+    """An integer of a float, saturated. NaN gives 0; from float64 or to 64 bits the highest bit
+    alone.
+    """
     info = np.iinfo(dtype)
     inside = (x >= float(info.min)) & (x < float(info.max))
     has_zero = x.dtype != f8 and dtype(0).itemsize < 8
