@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastflow_kernels.kernels import coupling
+from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.spec import CouplingSpec
 
 TARGETS = {

@@ -146,9 +146,9 @@ def test_function_alone(benchmark: Callable, backward: bool) -> None:
 @pytest.mark.parametrize("straight", [False, True], ids=["dispatcher", "prepared"])
 def test_one_launch(benchmark: Callable, straight: bool) -> None:
     """One launch of the backward's kernel, by Triton's dispatcher or straight to the binary
-    (kernels/prepared.py).
+    (engines/triton/prepared.py).
     """
-    from fastflow_kernels.kernels import coupling
+    from fastflow_kernels.engines.triton import coupling
 
     x, g, offset, perm = torch.randn(4, 64), torch.randn(64), torch.randn(64), torch.randperm(64)
     spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin=False)

@@ -44,7 +44,7 @@ class Passes:
         return [self._call(name, i) for i in chosen]
 
     def _call(self, name: str, i: int) -> Callable[[], object]:
-        from fastflow_kernels.kernels import coupling
+        from fastflow_kernels.engines.triton import coupling
 
         x, a, dy = (t.detach() for t in (self.samples[i].x, self.samples[i].a, self.samples[i].dy))
 

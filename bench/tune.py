@@ -33,7 +33,7 @@ from bench.passes import Passes
 from bench.records import Row
 from bench.run import DTYPES
 from bench.timing import copy_bandwidth, interleaved
-from fastflow_kernels.kernels import launch
+from fastflow_kernels.engines.triton import launch
 
 REPEATS = (5, 9)
 SECONDS = 0.4  # of one group, once it has the least repeats
@@ -96,7 +96,7 @@ QUESTIONS = (
 
 
 def _module(name: str) -> ModuleType:
-    from fastflow_kernels.kernels import coupling, launch, reduce
+    from fastflow_kernels.engines.triton import coupling, launch, reduce
 
     return {"coupling": coupling, "launch": launch, "reduce": reduce}[name]
 

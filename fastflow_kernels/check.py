@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow_kernels import dispatch, eager
+from fastflow_kernels import dispatch
+from fastflow_kernels.engines import eager
 from fastflow_kernels.functional import all_in_one_block
 from fastflow_kernels.permutations import IndexPermutation
 from fastflow_kernels.spec import CouplingSpec

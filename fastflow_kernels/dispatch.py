@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow_kernels import eager, modes
+from fastflow_kernels import modes
+from fastflow_kernels.engines import eager
 from fastflow_kernels.layouts import as_rows
 from fastflow_kernels.spec import CouplingSpec
 
@@ -108,7 +109,7 @@ def triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     try:
-        importlib.import_module("fastflow_kernels.kernels.coupling")
+        importlib.import_module("fastflow_kernels.engines.triton.coupling")
     except Exception as error:  # a broken or too old Triton must not break the eager path
         return f"Triton does not import: {type(error).__name__}: {error}"
     return None
@@ -244,4 +245,4 @@ def is_autocast(device: torch.device) -> bool:
 
 @cache
 def _kernels() -> ModuleType:
-    return importlib.import_module("fastflow_kernels.kernels.coupling")
+    return importlib.import_module("fastflow_kernels.engines.triton.coupling")

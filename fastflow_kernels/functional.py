@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastflow_kernels import dispatch, eager, modes
+from fastflow_kernels import dispatch, modes
+from fastflow_kernels.engines import eager
 from fastflow_kernels.errors import InputTypeError, InputValueError
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
 from fastflow_kernels.permutations import (

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastflow_kernels import dispatch, eager
+from fastflow_kernels import dispatch
 from fastflow_kernels.adoption import adopt
+from fastflow_kernels.engines import eager
 from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.functional import (
     all_in_one_block,

@@ -103,7 +103,7 @@ class MatrixPermutation(NamedTuple):
 
     def permute_affine_bwd(self, dy: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The gradient of u times scale, in ``dtype``: what
-        :func:`~fastflow_kernels.eager.coupling_bwd` takes where it is folded.
+        :func:`~fastflow_kernels.engines.eager.coupling_bwd` takes where it is folded.
         """
         return _product(dy, self._scaled(scale, dy.dtype).T).to(dtype)
 

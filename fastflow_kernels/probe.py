@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastflow_kernels import eager, modes
+from fastflow_kernels import modes
+from fastflow_kernels.engines import eager
 from fastflow_kernels.functional import all_in_one_block, starts_in_place
 from fastflow_kernels.modules import is_known_softplus
 from fastflow_kernels.permutations import IndexCache

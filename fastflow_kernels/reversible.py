@@ -25,8 +25,9 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from fastflow_kernels import dispatch, eager
+from fastflow_kernels import dispatch
 from fastflow_kernels.adoption import adopt
+from fastflow_kernels.engines import eager
 from fastflow_kernels.functional import all_in_one_block, all_in_one_block_bwd
 from fastflow_kernels.modules import InvertibleModule
 from fastflow_kernels.permutations import HouseholderPermutation, Permutation

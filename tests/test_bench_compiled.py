@@ -19,7 +19,7 @@ from bench.cases import Workload
 from bench.compiled import Loop, executed, parse, waits
 from bench.mock_driver import mock_gpu
 from bench.passes import PASSES, Passes
-from fastflow_kernels.kernels import coupling, launch, prepared, reduce
+from fastflow_kernels.engines.triton import coupling, launch, prepared, reduce
 
 pytestmark = pytest.mark.kernels
 

@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from fastflow_kernels import eager
+from fastflow_kernels.engines import eager
 
 pytest.importorskip("triton")
 

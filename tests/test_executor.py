@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastflow_kernels.kernels import coupling, prepared
+from fastflow_kernels.engines.triton import coupling, prepared
 from fastflow_kernels.spec import CouplingSpec
 from tests.support.executor import EXECUTOR, Fault, Program, Unsupported, gpu, machine, watched
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastflow_kernels import eager
+from fastflow_kernels.engines import eager
 
 pytest.importorskip("triton")
 
@@ -22,7 +22,7 @@ import triton.language as tl
 
 import fastflow_kernels
 from bench import smallest
-from fastflow_kernels.kernels import coupling, launch, reduce, tiles
+from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
 from tests.sanitizer import StrayAccess

@@ -30,7 +30,7 @@ from bench.compile_targets import (
     launches_of_undoing,
 )
 from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.kernels import coupling, prepared
+from fastflow_kernels.engines.triton import coupling, prepared
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import OPTIONS, Case, Shape, make_block
 
@@ -162,7 +162,7 @@ def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape):
     ids=["8", "4", "2", "1"],
 )
 def test_accesses_are_as_wide_as_the_shape_allows(spatial, fp32, bf16):
-    """The table at the top of kernels/launch.py: by the power of two that divides the row."""
+    """The table at the top of engines/triton/launch.py: by the power of two that divides the row."""
     for dtype, bits in (("fp32", fp32), ("bf16", bf16)):
         for code in compiled("sm_90", (32, 64, *spatial), dtype):
             if code.kernel in ("_coupling_fwd_kernel", "_coupling_bwd_kernel"):

@@ -18,7 +18,7 @@ if not EXECUTED:
     )
 pytest.importorskip("triton")
 
-from fastflow_kernels.kernels import coupling
+from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.spec import ACTIVATIONS
 from tests.support import modes
 from tests.support.coupling import (

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fastflow_kernels"
 
 # The layers of the package, lowest first. A file may import what stands in its own entry, and
-# ANYWHERE. kernels/* is one entry, and only dispatch may ask for it: it is what decides whether
+# ANYWHERE. engines/* is one entry; of engines/triton only dispatch may ask for it: it is what decides whether
 # Triton runs.
 ANYWHERE = ("spec", "errors", "modes", "adoption")
 MAY_IMPORT = {
@@ -24,19 +24,26 @@ MAY_IMPORT = {
     "spec": set(),
     "errors": set(),
     "modes": set(),
-    "eager": set(),
-    "kernels": set(),
+    "engines": set(),
     "layouts": set(),
-    "dispatch": {"layouts", "eager", "kernels"},
-    "permutations": {"layouts", "dispatch", "eager"},
-    "functional": {"permutations", "layouts", "dispatch", "eager"},
-    "modules": {"functional", "permutations", "dispatch", "eager"},
-    "reversible": {"modules", "functional", "permutations", "dispatch", "eager"},
-    "probe": {"modules", "functional", "permutations", "dispatch", "eager"},
-    "patch": {"probe", "reversible", "modules", "functional", "permutations", "dispatch", "eager"},
+    "dispatch": {"layouts", "engines"},
+    "permutations": {"layouts", "dispatch", "engines"},
+    "functional": {"permutations", "layouts", "dispatch", "engines"},
+    "modules": {"functional", "permutations", "dispatch", "engines"},
+    "reversible": {"modules", "functional", "permutations", "dispatch", "engines"},
+    "probe": {"modules", "functional", "permutations", "dispatch", "engines"},
+    "patch": {
+        "probe",
+        "reversible",
+        "modules",
+        "functional",
+        "permutations",
+        "dispatch",
+        "engines",
+    },
     "lightning": {"patch", "dispatch"},
     "__init__": {"reversible", "patch", "modules", "functional"},
-    "check": {"functional", "permutations", "dispatch", "eager"},
+    "check": {"functional", "permutations", "dispatch", "engines"},
     "__main__": {"__init__", "check", "dispatch"},
 }
 
@@ -115,7 +122,7 @@ def test_package_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
 def test_package_imports_nothing_foreign(path: Path) -> None:
-    in_kernels = path.parent.name == "kernels"
+    in_kernels = path.parent.name == "triton"
     for name, at_import in imports(path):
         top = name.split(".")[0]
         assert top not in ("reference", "tests", "bench", "anomalib"), (
@@ -127,7 +134,7 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
             assert not at_import or (top == "triton" and in_kernels), (
                 f"{relative(path)} imports {name} when it is imported"
             )
-        if layer(name) == "kernels" and not in_kernels:
+        if name.startswith(f"{PACKAGE}.engines.triton") and not in_kernels:
             assert not at_import, (
                 f"{relative(path)} imports {name} when it is imported, and with it Triton"
             )
@@ -207,11 +214,11 @@ def test_the_reader_of_imports_sees_what_it_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    path = tmp_path / PACKAGE / "kernels" / "one.py"
+    path = tmp_path / PACKAGE / "engines" / "one.py"
     path.parent.mkdir(parents=True)
     path.write_text(
         "import triton.language as tl\nfrom .. import modules\nfrom ..dispatch import pick\nfrom "
-        "fastflow_kernels import eager\n"
+        "fastflow_kernels import errors\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy\n"
         "class A:\n    import scipy.stats\ndef f():\n    import FrEIA\n"
         "    importlib.import_module('fastflow_kernels.patch')\n"
@@ -220,16 +227,16 @@ def test_the_reader_of_imports_sees_what_it_should(
         ("triton.language", True),
         ("fastflow_kernels.modules", True),
         ("fastflow_kernels.dispatch.pick", True),
-        ("fastflow_kernels.eager", True),
+        ("fastflow_kernels.errors", True),
         ("typing.TYPE_CHECKING", True),
         ("numpy", False),
         ("scipy.stats", True),
         ("FrEIA", False),
         ("fastflow_kernels.patch", False),
     ]
-    for name in ("modules", "dispatch", "eager"):
+    for name in ("modules", "dispatch", "errors"):
         (tmp_path / PACKAGE / f"{name}.py").touch()
-    assert [layer(name) for name, _ in imports(path)][1:4] == ["modules", "dispatch", "eager"]
+    assert [layer(name) for name, _ in imports(path)][1:4] == ["modules", "dispatch", "errors"]
     assert layer("fastflow_kernels.AllInOneBlock") == "__init__"
     assert layer("fastflow_kernels") == "__init__"
     assert layer("torch.nn") is None

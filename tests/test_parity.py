@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
-from fastflow_kernels import eager
+from fastflow_kernels.engines import eager
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import (
     CASES,

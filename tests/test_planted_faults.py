@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
 COUPLING, MATH, PREPARED, REDUCE, TILES = (
-    f"kernels/{name}.py" for name in ("coupling", "math", "prepared", "reduce", "tiles")
+    f"engines/triton/{name}.py" for name in ("coupling", "math", "prepared", "reduce", "tiles")
 )
 PLANES, ROWS = "test_coupling_parity and B2-C7-4x5", "test_coupling_parity and B5-C7"
 

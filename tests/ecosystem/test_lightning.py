@@ -22,7 +22,8 @@ from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 
 from bench import textures
-from fastflow_kernels import dispatch, eager, lightning
+from fastflow_kernels import dispatch, lightning
+from fastflow_kernels.engines import eager
 from fastflow_kernels.lightning import Accelerate
 
 pytestmark = [

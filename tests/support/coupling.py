@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from fastflow_kernels.kernels import coupling
+from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.spec import CouplingSpec
 from tests.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import mock_driver
 from fastflow_kernels.dispatch import interpreted
-from fastflow_kernels.kernels import coupling, launch, reduce
+from fastflow_kernels.engines.triton import coupling, launch, reduce
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
 from tests.support.executor.values import POISON, Fault, Unsupported

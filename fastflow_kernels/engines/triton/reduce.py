@@ -11,16 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow_kernels.kernels.launch import alignment, gin_parts, plan
-from fastflow_kernels.kernels.math import (
+from fastflow_kernels.engines.triton.launch import alignment, gin_parts, plan
+from fastflow_kernels.engines.triton.math import (
     exp_of_factor,
     log_scale_of,
     scale_of,
     scale_slope,
     tanh_of_factor,
 )
-from fastflow_kernels.kernels.prepared import Launch
-from fastflow_kernels.kernels.tiles import index, load
+from fastflow_kernels.engines.triton.prepared import Launch
+from fastflow_kernels.engines.triton.tiles import index, load
 from fastflow_kernels.spec import CouplingSpec
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}

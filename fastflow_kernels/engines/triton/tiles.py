@@ -12,7 +12,7 @@ one return type.
 import triton
 import triton.language as tl
 
-from fastflow_kernels.kernels.math import log_scale_of, scale_of
+from fastflow_kernels.engines.triton.math import log_scale_of, scale_of
 
 
 @triton.jit

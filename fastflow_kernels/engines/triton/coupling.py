@@ -1,7 +1,7 @@
 """The coupling on a GPU: split, soft-clamped affine coupling, global affine and permutation in one
 pass over memory.
 
-The launchers ``coupling_*`` have twins of the same signature in ``fastflow_kernels.eager``.
+The launchers ``coupling_*`` have twins of the same signature in ``fastflow_kernels.engines.eager``.
 Notation, as in :class:`~fastflow_kernels.spec.CouplingSpec`: x (B, C, *S), C1 = C - C//2 passive
 and C2 = C//2 active channels, a (B, 2*C2, *S) the halves (a_s, a_t), P = prod(S), y[:, j] = v[:,
 perm[j]], inv = argsort(perm).
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow_kernels.kernels.launch import (
+from fastflow_kernels.engines.triton.launch import (
     BACKWARD_ROWS,
     FORWARD_ROWS,
     alignment,
@@ -32,10 +32,15 @@ from fastflow_kernels.kernels.launch import (
     plan,
     uncovered,
 )
-from fastflow_kernels.kernels.math import exp_of_factor, product, tanh_of_factor
-from fastflow_kernels.kernels.prepared import Launch, aligned
-from fastflow_kernels.kernels.reduce import ACCUMULATORS, GinSums, logdet_launch, params_launch
-from fastflow_kernels.kernels.tiles import (
+from fastflow_kernels.engines.triton.math import exp_of_factor, product, tanh_of_factor
+from fastflow_kernels.engines.triton.prepared import Launch, aligned
+from fastflow_kernels.engines.triton.reduce import (
+    ACCUMULATORS,
+    GinSums,
+    logdet_launch,
+    params_launch,
+)
+from fastflow_kernels.engines.triton.tiles import (
     columns,
     index,
     inverse_scale,

@@ -1,0 +1,1 @@
+"""The Triton kernels. Importing this package imports no Triton; its modules do."""

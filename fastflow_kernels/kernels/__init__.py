@@ -1,1 +1,0 @@
-"""Triton kernels. Importing this package imports no Triton; importing ``kernels.coupling`` does."""
