@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastflow_kernels.engines.triton import coupling
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -48,7 +48,7 @@ import torch
 from bench import records
 from bench.cases import WORKLOADS, Workload
 from bench.compile_targets import Code, Recorded, compile_for, launches_of_passes, sass_of
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 pytest.importorskip("triton")
 

@@ -16,7 +16,7 @@ from fastflow_kernels import dispatch
 from fastflow_kernels.engines import eager
 from fastflow_kernels.functional import all_in_one_block
 from fastflow_kernels.permutations import IndexPermutation
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 # Blocks of published models, and one odd shape. On a CPU the batch of images is smaller, so that a
 # laptop is done in seconds.

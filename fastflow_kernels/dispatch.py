@@ -17,7 +17,7 @@ from torch import Tensor
 from fastflow_kernels import modes
 from fastflow_kernels.engines import eager
 from fastflow_kernels.layouts import as_rows
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"

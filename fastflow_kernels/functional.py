@@ -29,7 +29,7 @@ from fastflow_kernels.permutations import (
     reflect_bwd,
     take_channels,
 )
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 # --- checks ---------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from fastflow_kernels.permutations import (
     parameter,
     random_rotation,
 )
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
 
 # the block's methods that a subclass may override
 STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")

@@ -25,7 +25,7 @@ from fastflow_kernels.functional import all_in_one_block, check_conditions, sing
 from fastflow_kernels.permutations import IndexCache, IndexPermutation
 from fastflow_kernels.probe import Left, Seen
 from fastflow_kernels.reversible import Reversible, is_reversible
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -27,7 +27,7 @@ from fastflow_kernels.engines import eager
 from fastflow_kernels.functional import all_in_one_block, starts_in_place
 from fastflow_kernels.modules import is_known_softplus
 from fastflow_kernels.permutations import IndexCache
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
 
 _NAME = "AllInOneBlock"
 _STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")

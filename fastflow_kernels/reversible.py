@@ -31,7 +31,7 @@ from fastflow_kernels.engines import eager
 from fastflow_kernels.functional import all_in_one_block, all_in_one_block_bwd
 from fastflow_kernels.modules import InvertibleModule
 from fastflow_kernels.permutations import HouseholderPermutation, Permutation
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 # Errors of a reconstructed activation relative to its norm. FastFlow on photographs, 32 blocks,
 # float32: the reconstruction is off by 3e-7 and the gradients of a plain chain by 1e-5. above this,

@@ -16,7 +16,7 @@ from fastflow_kernels.engines import eager
 
 pytest.importorskip("triton")
 
-from fastflow_kernels.spec import DIALECTS, CouplingSpec
+from fastflow_kernels.coupling import DIALECTS, CouplingSpec
 from tests.cases import DEVICE
 from tests.support import modes
 from tests.support.coupling import check_everything, gradients, make, plain_fwd, plain_inv

@@ -22,7 +22,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 pytest.importorskip("triton")
 
 from fastflow_kernels.engines.triton import coupling
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
 from tests.support.executor import gpu, watched
 
 pytestmark = pytest.mark.kernels

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastflow_kernels
 import reference
 from fastflow_kernels.engines import eager
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 from tests.cases import (
     CASES,
     CLAMP_CASES,

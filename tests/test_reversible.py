@@ -35,7 +35,7 @@ from fastflow_kernels import (
     restore,
     reversible,
 )
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
 from tests.graph import reversible_blocks

@@ -5,7 +5,7 @@ twins of the same signature in ``kernels``; those called ``composite_*`` are the
 ordinary differentiable operations, for double backward, ``torch.func``, ``torch.compile`` and
 export.
 
-Notation, as in :class:`~fastflow_kernels.spec.CouplingSpec`: x (B, C, *S), C1 = C - C//2, C2 =
+Notation, as in :class:`~fastflow_kernels.coupling.CouplingSpec`: x (B, C, *S), C1 = C - C//2, C2 =
 C//2, a (B, 2*C2, *S) = (a_s, a_t), P = prod(S); g (``global_scale``) and offset have C elements.
 ``perm`` and ``inv = argsort(perm)`` are int64 (C,), or None for the identity: y[:, j] = v[:,
 perm[j]].
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels import modes
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 _LN2 = math.log(2.0)
 _CHUNK_BYTES = 1 << 20  # per thread: what stays in a core's second-level cache beside its operands

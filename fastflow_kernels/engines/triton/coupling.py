@@ -2,7 +2,7 @@
 pass over memory.
 
 The launchers ``coupling_*`` have twins of the same signature in ``fastflow_kernels.engines.eager``.
-Notation, as in :class:`~fastflow_kernels.spec.CouplingSpec`: x (B, C, *S), C1 = C - C//2 passive
+Notation, as in :class:`~fastflow_kernels.coupling.CouplingSpec`: x (B, C, *S), C1 = C - C//2 passive
 and C2 = C//2 active channels, a (B, 2*C2, *S) the halves (a_s, a_t), P = prod(S), y[:, j] = v[:,
 perm[j]], inv = argsort(perm).
 
@@ -49,7 +49,7 @@ from fastflow_kernels.engines.triton.tiles import (
     scale,
     total,
 )
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 __all__ = [
     "coupling_bwd",

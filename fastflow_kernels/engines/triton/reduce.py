@@ -21,7 +21,7 @@ from fastflow_kernels.engines.triton.math import (
 )
 from fastflow_kernels.engines.triton.prepared import Launch
 from fastflow_kernels.engines.triton.tiles import index, load
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import CouplingSpec
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 # The parameter sums wait for memory, not for arithmetic: few channels a program, that there be many
