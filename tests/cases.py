@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastflow_kernels import dispatch
+from fastflow_kernels import route
 
 # of the tests that run kernels: a GPU where there is one, but the interpreter's checks are made on
 # the CPU's memory
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not dispatch.interpreted() else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not route.is_interpreted() else "cpu")
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fastflow_kernels import dispatch
+from fastflow_kernels import predicates
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +32,7 @@ def _small_inputs_run_fused(
     "auto" gives small inputs.
     """
     if "plain" not in request.keywords:
-        monkeypatch.setattr(dispatch, "SMALL", 0)
+        monkeypatch.setattr(predicates, "SMALL", 0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, dispatch, functional, report
+from fastflow_kernels import AllInOneBlock, accelerate, predicates, report, route
+from fastflow_kernels import block as block_module
 from tests.cases import (
     CASES,
     OPTIONS,
@@ -62,12 +63,7 @@ def test_block_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
     assert torch.autograd.gradgradcheck(run, (*tensors, *values), fast_mode=True)
 
 
-@pytest.mark.parametrize("in_halves", [False, True], ids=["forked", "in halves"])
-def test_block_second_gradients_equal_the_references(
-    in_halves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernels' small inputs are handed to autograd in halves, everything else whole."""
-    monkeypatch.setattr(functional, "_in_halves", lambda *_: in_halves)
+def test_block_second_gradients_equal_the_references() -> None:
     case = Case(Shape(2, 7, (3, 5)), "hard")
     ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
     theirs.load_state_dict(ours.state_dict())
@@ -487,20 +483,20 @@ def test_attributes_that_a_subclass_computes_are_asked_for() -> None:
 
 
 @pytest.mark.plain
-@pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 2)])
+@pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 1)])
 def test_small_is_larger_for_a_soft_permutation(
     grad: bool, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to so many times dispatch.SMALL a product takes most of the time, fused or not."""
+    """Up to so many times predicates.SMALL a product takes most of the time, fused or not."""
     plain: list[bool] = []
-    is_plain = dispatch.is_plain
 
-    def spy(*arguments: Any) -> bool:
-        plain.append(is_plain(*arguments))
-        return plain[-1]
+    def spy(call: Any) -> Any:
+        chosen = route.choose_route(call)
+        plain.append(chosen.case is route.SMALL_INPUT)
+        return chosen
 
-    monkeypatch.setattr(dispatch, "SMALL", 6 * 8)
-    monkeypatch.setattr(dispatch, "is_plain", spy)
+    monkeypatch.setattr(predicates, "SMALL", 6 * 8)
+    monkeypatch.setattr(block_module, "choose_route", spy)
     for soft in (False, True):
         block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, permute_soft=soft)
         limit = 8 * times if soft else 8

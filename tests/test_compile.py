@@ -33,7 +33,7 @@ def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-# On both sides of dispatch.SMALL, which must decide nothing here. The first one's sizes differ:
+# On both sides of predicates.SMALL, which must decide nothing here. The first one's sizes differ:
 # torch takes equal ones for one symbol.
 SIZES = [(4, 9, 7), (2, 8, 8), (9, 64, 40), (4, 64, 64)]
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, dispatch, report
+from fastflow_kernels import AllInOneBlock, accelerate, predicates, report
 from tests.cases import Case, Shape, make_block
 
 SHAPE = Shape(4, 6, (3, 5))
@@ -95,7 +95,7 @@ def _compiled_from_another_seed(kind: str, rank: int) -> Tensor:
 
 def _one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dispatch.SMALL = 0  # the inputs are small, and what is asked for is the fused path
+    predicates.SMALL = 0  # the inputs are small, and what is asked for is the fused path
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )

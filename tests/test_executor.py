@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from fastflow_kernels.engines.triton import coupling, prepared
 from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.engines.triton import coupling, prepared
 from tests.support.executor import EXECUTOR, Fault, Program, Unsupported, gpu, machine, watched
 
 pytestmark = pytest.mark.kernels

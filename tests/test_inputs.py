@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reference
-from fastflow_kernels import AllInOneBlock, dispatch
+from fastflow_kernels import AllInOneBlock, backends, predicates
 from fastflow_kernels.layouts import memory_format
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, ids, make_block, make_input, make_subnet
 from tests.compare import assert_close
@@ -512,7 +512,7 @@ def test_environment_sets_the_default_backend(rev: bool, monkeypatch: pytest.Mon
         (
             "nonsense",
             ValueError,
-            f"{dispatch.ENVIRONMENT_VARIABLE}.*auto.*eager.*triton.*got 'nonsense'",
+            f"{backends.ENVIRONMENT_VARIABLE}.*auto.*eager.*triton.*got 'nonsense'",
         ),
         ("triton", RuntimeError, "'triton' cannot be used here: the input is on cpu"),
     ]:
@@ -1065,7 +1065,7 @@ def test_channels_last_stays(
     """Output, inverse and the input's gradient have the input's memory format, so that convolutions
     around them need no copy.
     """
-    monkeypatch.setattr(dispatch, "SMALL", 1 << 15 if plain else 0)
+    monkeypatch.setattr(predicates, "SMALL", 1 << 15 if plain else 0)
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, torch.float32)
     x, c = make_input(case, torch.float32)

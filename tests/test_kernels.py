@@ -22,8 +22,8 @@ import triton.language as tl
 
 import fastflow_kernels
 from bench import smallest
-from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
 from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
 from tests.sanitizer import StrayAccess
 from tests.support import modes

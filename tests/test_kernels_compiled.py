@@ -30,8 +30,8 @@ from bench.compile_targets import (
     launches_of_undoing,
 )
 from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.engines.triton import coupling, prepared
 from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.engines.triton import coupling, prepared
 from tests.cases import OPTIONS, Case, Shape, make_block
 
 pytestmark = pytest.mark.kernels

@@ -18,8 +18,8 @@ if not EXECUTED:
     )
 pytest.importorskip("triton")
 
-from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.coupling import ACTIVATIONS
+from fastflow_kernels.engines.triton import coupling
 from tests.support import modes
 from tests.support.coupling import (
     check_everything,

@@ -21,8 +21,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.engines.triton import coupling
 from tests.support.executor import gpu, watched
 
 pytestmark = pytest.mark.kernels

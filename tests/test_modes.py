@@ -20,9 +20,9 @@ from torch.utils.checkpoint import (
 )
 
 import reference
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
-from fastflow_kernels.engines import eager
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, route
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines import chunks, constants, eager
 from tests.cases import OPTIONS, Case, Shape, make_block, make_input
 from tests.compare import assert_close
 from tests.support.dispatch_modes import NoFloat64, Spoiling, Wrapped, Wrapping
@@ -35,9 +35,9 @@ both_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.fixture(autouse=True)
 def _nothing_kept_yet() -> None:
     """As in a fresh process: what a pass keeps is what this test kept."""
-    eager._kept_constant.cache_clear()
-    eager._scratch.buffers.clear()
-    eager._scratch.views.clear()
+    constants._kept.cache_clear()
+    chunks.scratch.buffers.clear()
+    chunks.scratch.views.clear()
 
 
 def passes(block: nn.Module, x: Tensor, c: list[Tensor]) -> list[Tensor]:
@@ -62,8 +62,8 @@ def block_and_input(shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[Te
 
 def kept() -> list[Tensor]:
     """What is kept between calls in this thread."""
-    views = [view for views in eager._scratch.views.values() for view in views]
-    return [*eager._scratch.buffers.values(), *views]
+    views = [view for views in chunks.scratch.views.values() for view in views]
+    return [*chunks.scratch.buffers.values(), *views]
 
 
 @both_shapes
@@ -116,7 +116,6 @@ ENGINE_SPECS = {
     "affine": CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", False),
     "gin": CouplingSpec.of(1.9, "freia", "EXP", True),
     "clamp8": CouplingSpec.of(8.0, "freia", "SIGMOID", False),
-    "folded": CouplingSpec.of(1.9, "anomalib", "EXP", False)._replace(folded=True),
 }
 
 
@@ -124,16 +123,14 @@ def every_engine_function(shape: tuple[int, ...], spec: CouplingSpec, dtype: tor
     x, dy = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     a = 5 * torch.randn(shape, dtype=dtype)
     g, offset, perm = torch.randn(shape[1]), torch.randn(shape[1]), torch.randperm(shape[1])
-    perm, inv = (None, None) if spec.folded else (perm, perm.argsort())
-    y, logdet = eager.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
-    eager.coupling_bwd(dy.clone(), torch.ones_like(logdet), x, a, g, offset, perm, inv, spec, True)
-    back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
-    eager.coupling_inv_active(y, back, a, g, offset, perm, inv, spec, True)
-    if not spec.folded:
-        back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
-        eager.coupling_inv_bwd(
-            y, back, dy, torch.ones_like(logdet), a, g, offset, perm, inv, spec, True
-        )
+    coupling = Coupling(g, offset, spec, perm, perm.argsort())
+    y, logdet = eager.forward(x, a, coupling)
+    grads = OutputGrads(dy, torch.ones_like(logdet))
+    eager.backward(x, a, grads, coupling, True)
+    back = eager.invert_passive(y, coupling)
+    eager.invert_active(y, back, a, coupling)
+    back = eager.invert_passive(y, coupling)
+    eager.invert_and_backward(y, back, a, grads, coupling, True)
 
 
 @pytest.mark.parametrize("name", ENGINE_SPECS)
@@ -287,8 +284,7 @@ class OnGpu(Tensor):
 
 def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each costs seconds and stays in the process; those that were compiled go on running."""
-    monkeypatch.setattr(dispatch, "_clamps", set())
-    monkeypatch.setattr(dispatch, "needs_composite", lambda *_: False)
+    monkeypatch.setattr(route, "_clamps", set())
     x = torch.zeros(2, 4).as_subclass(OnGpu)
     specs = [
         CouplingSpec.of(2 + k / 100, dialect, "EXP", False)
@@ -296,14 +292,10 @@ def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPa
         for dialect in ("anomalib", "freia")
     ]
     for _ in range(2):
-        chosen = [dispatch.unless_annealed("auto", x, spec) for spec in specs]
-        assert chosen == ["auto"] * dispatch.MOST_CLAMPS + ["eager"] * (
-            len(specs) - dispatch.MOST_CLAMPS
-        )
-    assert len(dispatch._clamps) == dispatch.MOST_CLAMPS
-    assert dispatch.unless_annealed("triton", x, specs[-1]) == "triton"
-    # a CPU compiles nothing
-    assert dispatch.unless_annealed("auto", torch.zeros(2, 4), specs[-1]) == "auto"
+        wanted = [route.wants_triton(x, "auto", spec) for spec in specs]
+        assert wanted == [place < route.MOST_CLAMPS for place in range(len(specs))]
+    assert route.wants_triton(x, "triton", specs[-1])
+    assert not route.wants_triton(torch.zeros(2, 4), "auto", specs[0])  # a CPU compiles nothing
 
 
 @pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
@@ -312,11 +304,11 @@ def test_a_block_asks_how_many_clamps_were_compiled(
 ) -> None:
     asked: list[float] = []
 
-    def spy(backend: str, x: Tensor, spec: CouplingSpec) -> str:
+    def spy(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
         asked.append(spec.clamp)
-        return backend
+        return False
 
-    monkeypatch.setattr(dispatch, "unless_annealed", spy)
+    monkeypatch.setattr(route, "wants_triton", spy)
     chain = ReversibleSequence(8)
     for clamp in (1.25, 1.75):
         chain.append(

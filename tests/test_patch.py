@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fastflow_kernels
 import reference
 from bench.peers import anomalib_block, freia, freia_block
-from fastflow_kernels import accelerate, patch, report, restore
+from fastflow_kernels import accelerate, modules, report, restore
 from tests.cases import CASES as ALL_CASES
 from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
 from tests.compare import assert_close
@@ -178,7 +178,7 @@ def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> 
 def is_fused(block: nn.Module) -> bool:
     """Whether a call of a block runs the fused function."""
     with (
-        mock.patch.object(patch, "all_in_one_block", wraps=patch.all_in_one_block) as fused,
+        mock.patch.object(modules, "evaluate", wraps=modules.evaluate) as fused,
         torch.no_grad(),
     ):
         c = (

@@ -29,13 +29,16 @@ from fastflow_kernels import (
     AllInOneBlock,
     ReversibleSequence,
     accelerate,
-    dispatch,
-    eager,
+    drift,
+    link,
+    predicates,
+    replay,
     report,
     restore,
     reversible,
 )
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines import eager
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
 from tests.graph import reversible_blocks
@@ -119,14 +122,14 @@ def assert_like_plain(
 # --- every kind of block --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("small", [0, dispatch.SMALL], ids=["fused", "small"])
+@pytest.mark.parametrize("small", [0, predicates.SMALL], ids=["fused", "small"])
 @pytest.mark.parametrize(
     "name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2]
 )
 def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(
     name: str, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "SMALL", small)
+    monkeypatch.setattr(predicates, "SMALL", small)
     for shape in (
         Shape(3, 7),
         Shape(2, 5, (7,)),
@@ -150,7 +153,7 @@ def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(
                 assert_like_plain(chain, LAYOUTS[layout](x), c)
 
 
-@pytest.mark.parametrize("small", [0, dispatch.SMALL], ids=["fused", "small"])
+@pytest.mark.parametrize("small", [0, predicates.SMALL], ids=["fused", "small"])
 @pytest.mark.parametrize(
     "name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2]
 )
@@ -160,7 +163,7 @@ def test_every_option_where_the_input_takes_no_gradient(
     """As in training. Only the first trained parameter needs the gradient there: reflections ahead
     of the coupling, for one.
     """
-    monkeypatch.setattr(dispatch, "SMALL", small)
+    monkeypatch.setattr(predicates, "SMALL", small)
     for shape, layout in (
         (Shape(3, 7), "contiguous"),
         (SHAPE, "contiguous"),
@@ -317,19 +320,19 @@ def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None
     z, log_det = chain(x)
     assert [ref() is not None for ref in born] == [False] * 7 + [True]
     undone: list[weakref.ref] = []
-    undo = reversible.all_in_one_block_bwd
+    reconstruct = link.reconstruct
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         alive = sum(ref() is not None for ref in undone)
         # what the blocks behind have reconstructed: this block's output, and while it is handed on,
         # another
         assert alive <= 2, alive
-        found = undo(*args, **kwargs)
+        found = reconstruct(*args, **kwargs)
         undone.append(weakref.ref(found.x.untyped_storage()))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reversible, "all_in_one_block_bwd", noted)
+        patch.setattr(link, "reconstruct", noted)
         loss_of(z, log_det).backward()
     assert len(undone) == 8
     assert not any(ref() is not None for ref in undone)
@@ -426,12 +429,12 @@ def test_buffers_are_copied_where_they_change(
 ) -> None:
     runs = []
 
-    class Noted(reversible._Subnet):
+    class Noted(replay.ReplayedSubnet):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             runs.append(self)
 
-    monkeypatch.setattr(reversible, "_Subnet", Noted)
+    monkeypatch.setattr(link, "ReplayedSubnet", Noted)
     chain, x = simple(subnet=Buffered).train(training), torch.randn(2, 6, 3, 5, dtype=torch.float64)
     plain = plain_of(chain)
     for _ in range(2):
@@ -748,12 +751,12 @@ def test_inverse_and_backward_in_one_are_those_apart(shape: tuple[int, ...], gin
             torch.randn(channels, dtype=x_dtype),
             torch.randn(batch),
         )
-        arguments = (a, g, offset, perm, perm.argsort(), spec)
-        x = eager.coupling_inv_passive(y, g, offset, perm, perm.argsort(), spec)
+        coupling, grads = Coupling(g, offset, spec, perm, perm.argsort()), OutputGrads(dy, dlogdet)
+        x = eager.invert_passive(y, coupling)
         together = x.clone()
-        eager.coupling_inv_active(y, x, *arguments, False)
-        expected = (x, *eager.coupling_bwd(dy, dlogdet, x, *arguments, True))
-        found = (together, *eager.coupling_inv_bwd(y, together, dy, dlogdet, *arguments, True))
+        eager.invert_active(y, x, a, coupling)
+        expected = (x, *eager.backward(x, a, grads, coupling, True))
+        found = (together, *eager.invert_and_backward(y, together, a, grads, coupling, True))
         for mine, theirs in zip(found, expected, strict=True):
             assert (mine is None) == (theirs is None)
             if theirs is not None:
@@ -1000,7 +1003,7 @@ def test_what_a_subnet_hands_out_beside_its_result_is_refused() -> None:
 
 def test_small_differences_of_one_channel_show() -> None:
     """A channel that is small beside the others, and numbers whose squares overflow."""
-    link = reversible._Link(simple(1), 0, reversible._Segment(0, 0), None, {})
+    differences = drift.Differences()
     for factor in (1.0, 1e30, 1e-30):
         y = (
             factor
@@ -1009,12 +1012,12 @@ def test_small_differences_of_one_channel_show() -> None:
         )
         for dtype, off in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
             again = y.clone()
-            link.compare_runs(again.to(dtype), y.to(dtype))
+            differences.note(0, again.to(dtype), y.to(dtype))
             again[:, 1] *= 1 + off
             with pytest.raises(
                 RuntimeError, match="block 0 of the reversible chain returned something else"
             ):
-                link.compare_runs(again.to(dtype), y.to(dtype))
+                differences.note(0, again.to(dtype), y.to(dtype))
 
 
 # --- compiled and scripted subnets and blocks -----------------------------------------------------
@@ -1621,12 +1624,12 @@ def test_norms_do_not_leave_their_range(dtype: torch.dtype) -> None:
         2.0 ** int(math.log2(limits.tiny) + 8),
         0.0,
     ):
-        (norm,) = reversible._norms(x * factor)
+        (norm,) = drift._norms(x * factor)
         assert norm == pytest.approx(exact * factor, rel=1e-3)
     x[0, 0] = math.inf
-    assert reversible._norms(x) == [math.inf]
+    assert drift._norms(x) == [math.inf]
     x[0, 1] = math.nan
-    assert math.isnan(reversible._norms(x)[0])
+    assert math.isnan(drift._norms(x)[0])
 
 
 def test_an_inverse_that_is_no_number_is_noticed() -> None:
@@ -1644,7 +1647,7 @@ def test_an_inverse_that_is_no_number_is_noticed() -> None:
         (z.square().mean() - log_det.mean()).backward()
 
 
-def test_an_inverse_without_digits_left_is_noticed() -> None:
+def test_an_inverse_without_digits_left_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, and a pass that keeps every activation has a plain chain's gradients."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8)
@@ -1670,7 +1673,7 @@ def test_an_inverse_without_digits_left_is_noticed() -> None:
         gradient()
     chain.checkpoint_every = 1
     found = gradient()
-    chain._links = lambda *_: {}  # an ordinary chain
+    monkeypatch.setattr(reversible, "is_reversible", lambda _: False)  # an ordinary chain
     plain = gradient()
     torch.testing.assert_close(found, plain)
 
@@ -1687,8 +1690,7 @@ def test_the_drift_is_looked_at_wherever_the_backward_pass_ends() -> None:
     assert set(chain.drift) == {1}
     x = torch.randn(64, 8) * torch.tensor([1e6] * 4 + [1.0] * 4)
     off = torch.tensor([0.0] * 4 + [1e-4] * 4)  # 1e-10 of the whole's norm
-    reversible._Link(chain, 0, reversible._Segment(0, 0), None, drift := {}).compare(x + off, x, x)
-    assert drift[0] > 2**-20
+    assert drift.error_of(x + off, x, x, drift.Segment(0, 0)) > 2**-20
 
 
 def test_a_hook_that_changes_a_result_in_place_is_noticed() -> None:

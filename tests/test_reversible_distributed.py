@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, predicates
 from tests.cases import make_subnet
 from tests.graph import nodes
 
@@ -133,7 +133,7 @@ def under_fsdp(rank: int) -> None:
 
 def work(rank: int, kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    dispatch.SMALL = 0
+    predicates.SMALL = 0
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
     )

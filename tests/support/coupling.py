@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.engines.triton import coupling
 from tests.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 

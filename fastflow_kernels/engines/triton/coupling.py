@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.engines.triton.launch import (
     BACKWARD_ROWS,
     FORWARD_ROWS,
@@ -49,7 +50,6 @@ from fastflow_kernels.engines.triton.tiles import (
     scale,
     total,
 )
-from fastflow_kernels.coupling import CouplingSpec
 
 __all__ = [
     "coupling_bwd",

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.engines.triton.launch import alignment, gin_parts, plan
 from fastflow_kernels.engines.triton.math import (
     exp_of_factor,
@@ -21,7 +22,6 @@ from fastflow_kernels.engines.triton.math import (
 )
 from fastflow_kernels.engines.triton.prepared import Launch
 from fastflow_kernels.engines.triton.tiles import index, load
-from fastflow_kernels.coupling import CouplingSpec
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 # The parameter sums wait for memory, not for arithmetic: few channels a program, that there be many

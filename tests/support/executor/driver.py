@@ -25,7 +25,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from bench import mock_driver
-from fastflow_kernels.dispatch import interpreted
 from fastflow_kernels.engines.triton import coupling, launch, reduce
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
@@ -81,7 +80,7 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
     Raises:
         RuntimeError: If Triton interprets kernels in this process.
     """
-    if interpreted():
+    if is_interpreted():
         raise RuntimeError("gpu() executes compiled kernels, and TRITON_INTERPRET is set: unset it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock_driver.mock_gpu(_Driver()))
