@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, dispatch, functional, report
-from tests.cases import (
+from tests.support.cases import (
     CASES,
     OPTIONS,
     SHAPES,

@@ -18,8 +18,17 @@ from torch.nn import functional as F
 import reference
 from fastflow_kernels import AllInOneBlock, dispatch
 from fastflow_kernels.layouts import memory_format
-from tests.cases import LAYOUTS, OPTIONS, Case, Shape, ids, make_block, make_input, make_subnet
-from tests.compare import assert_close
+from tests.support.cases import (
+    LAYOUTS,
+    OPTIONS,
+    Case,
+    Shape,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
+from tests.support.compare import assert_close
 
 DIALECTS = ("anomalib", "freia")
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)

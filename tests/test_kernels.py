@@ -24,9 +24,8 @@ import fastflow_kernels
 from bench import smallest
 from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
-from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
-from tests.sanitizer import StrayAccess
 from tests.support import modes
+from tests.support.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
 from tests.support.coupling import (
     cast,
     check_everything,
@@ -43,6 +42,7 @@ from tests.support.coupling import (
 )
 from tests.support.launches import Launch
 from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_executed
+from tests.support.sanitizer import StrayAccess
 from tests.test_inputs import check_float16_range
 from tests.test_parity import compare, compare_fresh
 

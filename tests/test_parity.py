@@ -15,7 +15,7 @@ import fastflow_kernels
 import reference
 from fastflow_kernels.engines import eager
 from fastflow_kernels.spec import CouplingSpec
-from tests.cases import (
+from tests.support.cases import (
     CASES,
     CLAMP_CASES,
     DEVICE,
@@ -30,7 +30,7 @@ from tests.cases import (
     make_block,
     make_input,
 )
-from tests.compare import assert_close
+from tests.support.compare import assert_close
 
 # the kernels without a GPU: tests/test_kernels.py
 BACKENDS = (
