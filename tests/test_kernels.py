@@ -42,9 +42,8 @@ from tests.support.coupling import (
 )
 from tests.support.launches import Launch
 from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_executed
+from tests.support.parity import check_float16_range, compare, compare_fresh
 from tests.support.sanitizer import StrayAccess
-from tests.test_inputs import check_float16_range
-from tests.test_parity import compare, compare_fresh
 
 # numpy's: overflow to inf is meant
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]

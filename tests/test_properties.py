@@ -22,7 +22,7 @@ from tests.support.cases import (
     make_block,
     make_input,
 )
-from tests.test_parity import compare
+from tests.support.parity import compare
 
 # The same examples every time: a failure must not come and go with the weather. Raise max_examples
 # to search.
