@@ -24,12 +24,23 @@ from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.permutations import IndexPermutation
 from tests.support import blocks
-from tests.support.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.support.cases import (
+    DIALECTS,
+    Case,
+    Shape,
+    both_dialects,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
+from tests.support.peers import released
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS = torch.finfo(torch.float64).eps
 
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
 NAMES = (
     "hard",
     "rev",
@@ -220,11 +231,8 @@ def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
 
 # --- the peers ------------------------------------------------------------------------------------
 
-PEERS = pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
 
-
-@pytest.mark.peers
-@PEERS
+@released
 @each_case
 def test_checkpoints_go_into_and_out_of_the_peers(case: Case, peer: Callable[[], type]) -> None:
     theirs, block = make_block(peer(), case, seed=3), ours(case, seed=4)
@@ -242,8 +250,7 @@ def test_checkpoints_go_into_and_out_of_the_peers(case: Case, peer: Callable[[],
     assert_equal_states(again.state_dict(), theirs.state_dict())
 
 
-@pytest.mark.peers
-@PEERS
+@released
 @each_case
 def test_optimizer_state_of_a_stock_block_loads(case: Case, peer: Callable[[], type]) -> None:
     """It goes by the number and order of the parameters; so the next step is the stock block's."""

@@ -46,7 +46,11 @@ from tests.support.parity import check_float16_range, compare, compare_fresh
 from tests.support.sanitizer import StrayAccess
 
 # numpy's: overflow to inf is meant
-pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.usefixtures("fused"),
+    pytest.mark.filterwarnings("ignore:.*:RuntimeWarning"),
+]
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
 PLANES = ((2, 7, 4, 5), (3, 2, 3, 3), (2, 1, 2, 3), (1, 9, 7), (2, 6, 2, 4, 2))
 ROWS = ((5, 7), (3, 2), (4, 1), (2, 9, 1, 1), (9, 130))

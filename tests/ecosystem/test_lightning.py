@@ -27,6 +27,7 @@ from fastflow_kernels.engines import eager
 from fastflow_kernels.lightning import Accelerate
 
 pytestmark = [
+    pytest.mark.usefixtures("fused"),
     # that there are few workers, no logger, small batches
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
