@@ -15,22 +15,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, predicates, report, route
-from fastflow_kernels import block as block_module
-from tests.cases import (
+from fastflow_kernels import AllInOneBlock, accelerate, report
+from tests.support.blocks import Stored
+from tests.support.cases import (
     CASES,
     OPTIONS,
     SHAPES,
     Case,
     Shape,
+    both_directions,
     ids,
     make_block,
     make_input,
     make_subnet,
 )
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
-both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 
 
 def block_of(case: Case, **extra: Any) -> AllInOneBlock:
@@ -78,17 +80,6 @@ def test_block_second_gradients_equal_the_references() -> None:
         )
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
-
-
-class Stored(nn.Module):
-    """Returns what it holds, whatever it is given."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = a
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a
 
 
 KEPT = {
@@ -234,7 +225,7 @@ def test_func_transforms_and_forward_mode_agree() -> None:
     torch.testing.assert_close(tangent, torch.einsum("abcd,cd->ab", jacobian, v))
 
 
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_compile_and_export_hold_a_gather_and_no_product(rev: bool) -> None:
     block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1)).eval()
     x = torch.randn(2, 8, 4, 4)
@@ -480,28 +471,3 @@ def test_attributes_that_a_subclass_computes_are_asked_for() -> None:
     block = Derived([(6, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
     block([torch.ones(2, 6, 4, 4)])[0][0].sum().backward()
     assert block.raw.grad.abs().max() > 0
-
-
-@pytest.mark.plain
-@pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 1)])
-def test_small_is_larger_for_a_soft_permutation(
-    grad: bool, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to so many times predicates.SMALL a product takes most of the time, fused or not."""
-    plain: list[bool] = []
-
-    def spy(call: Any) -> Any:
-        chosen = route.choose_route(call)
-        plain.append(chosen.case is route.SMALL_INPUT)
-        return chosen
-
-    monkeypatch.setattr(predicates, "SMALL", 6 * 8)
-    monkeypatch.setattr(block_module, "choose_route", spy)
-    for soft in (False, True):
-        block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, permute_soft=soft)
-        limit = 8 * times if soft else 8
-        for batch in (limit, limit + 1):
-            for rev in (False, True):
-                with torch.set_grad_enabled(grad):
-                    block([torch.randn(batch, 6)], rev=rev)
-                assert plain[-1] == (batch == limit), (soft, batch, rev)

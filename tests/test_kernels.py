@@ -24,9 +24,8 @@ import fastflow_kernels
 from bench import smallest
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
 from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
-from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
-from tests.sanitizer import StrayAccess
 from tests.support import modes
+from tests.support.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
 from tests.support.coupling import (
     cast,
     check_everything,
@@ -43,11 +42,15 @@ from tests.support.coupling import (
 )
 from tests.support.launches import Launch
 from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_executed
-from tests.test_inputs import check_float16_range
-from tests.test_parity import compare, compare_fresh
+from tests.support.parity import check_float16_range, compare, compare_fresh
+from tests.support.sanitizer import StrayAccess
 
 # numpy's: overflow to inf is meant
-pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.usefixtures("fused"),
+    pytest.mark.filterwarnings("ignore:.*:RuntimeWarning"),
+]
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
 PLANES = ((2, 7, 4, 5), (3, 2, 3, 3), (2, 1, 2, 3), (1, 9, 7), (2, 6, 2, 4, 2))
 ROWS = ((5, 7), (3, 2), (4, 1), (2, 9, 1, 1), (9, 130))

@@ -32,9 +32,9 @@ from bench.compile_targets import (
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.engines.triton import coupling, prepared
-from tests.cases import OPTIONS, Case, Shape, make_block
+from tests.support.cases import OPTIONS, Case, Shape, make_block
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of
 # 4 warps or 2 of 8.

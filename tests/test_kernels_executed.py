@@ -32,7 +32,7 @@ from tests.support.coupling import (
 )
 from tests.support.executor import EXECUTOR
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 
 
 @pytest.fixture(autouse=True, scope="module")

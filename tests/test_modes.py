@@ -23,9 +23,12 @@ import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, route
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.engines import chunks, constants, eager
-from tests.cases import OPTIONS, Case, Shape, make_block, make_input
-from tests.compare import assert_close
+from tests.support.cases import OPTIONS, Case, Shape, both_directions, make_block, make_input
+from tests.support.compare import assert_close
 from tests.support.dispatch_modes import NoFloat64, Spoiling, Wrapped, Wrapping
+from tests.support.small_inputs import plain_and_fused
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 NAMES = ("hard", "rev", "cond", "gin", "soft", "gin-soft", "hh1")
 SHAPES = (Shape(40, 6), Shape(3, 6, (5, 7)))
@@ -145,14 +148,12 @@ def test_engine_functions_need_no_float64(
         every_engine_function(shape, ENGINE_SPECS[name], dtype)
 
 
-@pytest.mark.plain
 @both_shapes
 @pytest.mark.parametrize("name", [name for name in OPTIONS if "hh" not in name])
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_blocks_need_no_float64(shape: Shape, name: str, backend: str) -> None:
-    """Plain operations ("auto" for inputs as small as these) and the eager functions."""
+@plain_and_fused
+def test_blocks_need_no_float64(shape: Shape, name: str, small: int) -> None:
     block, x, c = block_and_input(shape, name)
-    block.backend = backend
+    block.backend = "auto"
     with NoFloat64():
         passes(block, x, c)
 
@@ -216,7 +217,7 @@ def test_threads_and_inference_mode_after_a_mode() -> None:
 
 
 def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
-    """An annealed clamp: 3000 values, each of which needs some ten constants."""
+    """An annealed clamp: 600 values, each of which needs some ten constants; 128 are kept."""
     block = AllInOneBlock([(8,)], subnet_constructor=nn.Linear, backend="eager")
     chain = ReversibleSequence(8)
     chain.append(AllInOneBlock, subnet_constructor=nn.Linear)
@@ -230,13 +231,13 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
             with torch.no_grad():
                 block([x], rev=True)
 
-    steps(0, 1000)
-    gc.collect()
-    tensors = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
     tracemalloc.start()
     try:
+        steps(0, 200)  # what is kept for these makes way for what is kept for later ones
+        gc.collect()
+        tensors = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
         before = tracemalloc.take_snapshot()
-        steps(1000, 2000)
+        steps(200, 400)
         gc.collect()
         grown = sum(
             entry.size_diff for entry in tracemalloc.take_snapshot().compare_to(before, "filename")
@@ -244,7 +245,7 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
     finally:
         tracemalloc.stop()
     assert sum(issubclass(type(t), Tensor) for t in gc.get_objects()) <= tensors + 8
-    assert grown < 200_000, grown  # 100 bytes a step; a constant alone is larger
+    assert grown < 40_000, grown  # 100 bytes a step; a constant alone is larger
 
 
 @pytest.mark.parametrize("batch", [7, 100_003])
@@ -298,7 +299,7 @@ def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPa
     assert not route.wants_triton(torch.zeros(2, 4), "auto", specs[0])  # a CPU compiles nothing
 
 
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_a_block_asks_how_many_clamps_were_compiled(
     rev: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

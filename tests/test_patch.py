@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import math
 import pickle
 import random
@@ -22,33 +21,27 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
-from bench.peers import anomalib_block, freia, freia_block
+from bench.peers import anomalib_block, freia
 from fastflow_kernels import accelerate, modules, report, restore
-from tests.cases import CASES as ALL_CASES
-from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
-from tests.compare import assert_close
+from tests.support.blocks import through_a_file, unwrapped
+from tests.support.cases import CASES as ALL_CASES
+from tests.support.cases import (
+    DIALECTS,
+    Case,
+    Shape,
+    both_dialects,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
+from tests.support.compare import assert_close
+from tests.support.peers import freia_main_block, peers, released, stock_block
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 EPS = torch.finfo(torch.float64).eps
 
-
-def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
-    never released.
-    """
-    return functools.partial(reference.AllInOneBlock, dialect="freia")
-
-
-PEERS = {"anomalib": anomalib_block, "freia0.2": freia_block, "freia-main": freia_main_block}
-peers = pytest.mark.parametrize(
-    "peer",
-    [
-        pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers])
-        for name, peer in PEERS.items()
-    ],
-)
-released = pytest.mark.parametrize(
-    "peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"]
-)
 
 CASES = [case for case in ALL_CASES if case.dialect == "anomalib"]  # the peers know no dialect
 SHAPE = Shape(2, 6, (3, 4))
@@ -61,18 +54,6 @@ kinds = pytest.mark.parametrize(
     [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN],
     ids=["hard", "soft", "hh", "hh-soft", "gin"],
 )
-
-
-def stock_block(
-    peer: Callable[[], Any],
-    case: Case,
-    seed: int = 3,
-    dtype: torch.dtype = torch.float64,
-    **extra: Any,
-) -> nn.Module:
-    cls = peer()
-    np.random.seed(seed)  # FrEIA 0.2 draws its permutations there
-    return make_block(cls, case, dtype, seed, **extra)
 
 
 def same_block(
@@ -301,7 +282,6 @@ def test_optimizer_made_before_keeps_working(
 
 
 @released
-@pytest.mark.peers
 def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
     calls = []
     block = stock_block(peer, Case(SHAPE, "hard"))
@@ -331,25 +311,18 @@ def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_conditions_that_were_not_declared_are_ignored(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     x, _ = make_input(HARD)
     c = [torch.randn(2, 5, 3, 4)]
-    expected = flat(block([x], c))
+    expected = unwrapped(block([x], c))
     accelerate(block)
     for given in (c, (), None, []):
-        for a, e in zip(flat(block([x], given)), expected, strict=True):
+        for a, e in zip(unwrapped(block([x], given)), expected, strict=True):
             assert (a - e).abs().max() <= 200 * EPS * e.abs().max()
 
 
-def flat(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    (y,), logdet = result
-    return y, logdet
-
-
 @released
-@pytest.mark.peers
 def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> None:
     """Subnets that end in ReLU, an identity that returns its input, empty batches."""
     block = peer()([(3, 4)], subnet_constructor=lambda *_: nn.Identity())
@@ -373,15 +346,14 @@ def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> No
 
 
 @released
-@pytest.mark.peers
 def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
     """As the stock block does (msflow declares its blocks (C, 1, 1))."""
     case = Case(Shape(2, 6, (1, 1)), "cond")
     block = stock_block(peer, case)
     x, c = make_input(Case(Shape(2, 6, (5, 3)), "cond"))
-    expected = flat(block([x], c))
+    expected = unwrapped(block([x], c))
     assert report(accelerate(block)).changed
-    for a, e in zip(flat(block([x], c)), expected, strict=True):
+    for a, e in zip(unwrapped(block([x], c)), expected, strict=True):
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
@@ -505,7 +477,6 @@ MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(kind: str, peer: Callable[[], Any]) -> None:
     build, names = MODELS[kind]
@@ -624,7 +595,6 @@ def test_another_permutation_takes_effect(change: str, case: Case, peer: Callabl
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("when", ["before", "after", "after a pass"])
 @pytest.mark.parametrize("what", ["rotation", "rotation and back", "not the inverse", "shear"])
 @pytest.mark.parametrize("through", ["copy_", "data.copy_"])
@@ -663,7 +633,6 @@ def test_hard_block_with_a_matrix_that_is_no_permutation(
 
 
 @released
-@pytest.mark.peers
 @kinds
 def test_conversion_and_moves(case: Case, peer: Callable[[], Any]) -> None:
     block = stock_block(peer, case, dtype=torch.float32)
@@ -681,24 +650,22 @@ def test_conversion_and_moves(case: Case, peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_options_that_are_changed_later_take_effect(peer: Callable[[], Any]) -> None:
     """The stock block reads them at each call."""
     block, same = (stock_block(peer, Case(SHAPE, "hard")) for _ in range(2))
     accelerate(block)
     x, _ = make_input(HARD)
     for name, value in [("clamp", 0.7), ("reverse_pre_permute", True), ("GIN", True)]:
-        before = flat(block([x]))
+        before = unwrapped(block([x]))
         for b in (block, same):
             setattr(b, name, value)
-        actual, expected = flat(block([x])), flat(same([x]))
+        actual, expected = unwrapped(block([x])), unwrapped(same([x]))
         assert any(not torch.equal(a, b) for a, b in zip(actual, before, strict=True))
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 500 * EPS * max(e.abs().max().item(), 12.0)
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("name", ["hard", "rev", "soft", "hh1"])
 def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], Any]) -> None:
     """Who asks for a gradient of the permutation's matrix gets it, as from the stock block."""
@@ -720,7 +687,7 @@ def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], An
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
 @pytest.mark.parametrize("clamp", [0.5, 0.9, 0.98, 1.02, 1.05, 1.2, 1.9, 5.0])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@both_dialects
 def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -> None:
     block = reference.AllInOneBlock(
         [(6, 4)], [], make_subnet(1), affine_clamping=clamp, dialect=dialect
@@ -730,7 +697,7 @@ def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -
     assert repr(dialect) in entry.reason
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@both_dialects
 def test_clamp_of_one_is_both_dialects(dialect: str) -> None:
     make = functools.partial(reference.AllInOneBlock, affine_clamping=1.0, dialect=dialect)
     block = stock_block(lambda: make, Case(SHAPE, "rev"))
@@ -739,7 +706,6 @@ def test_clamp_of_one_is_both_dialects(dialect: str) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_clamp_of_zero(peer: Callable[[], Any]) -> None:
     make = functools.partial(peer(), affine_clamping=0.0)
     block = stock_block(lambda: make, Case(SHAPE, "rev"))
@@ -852,13 +818,13 @@ def test_vendored_copy_is_accelerated(freia_form: bool, dtype: torch.dtype) -> N
     cls = vendored(lambda z, clamp: clamp * torch.tanh(z / clamp)) if freia_form else vendored()
     block = cls([(6, 4)], subnet_constructor=make_subnet(1)).to(dtype)
     x = torch.randn(3, 6, 4, dtype=dtype)
-    expected = [flat(block([x], rev=rev)) for rev in (False, True)]
+    expected = [unwrapped(block([x], rev=rev)) for rev in (False, True)]
     (entry,) = report(accelerate(block)).entries
     assert entry.changed, entry.reason
     assert repr(DIALECTS[freia_form]) in entry.reason
     assert "EXP" in entry.reason
     for rev in (False, True):
-        for a, e in zip(flat(block([x], rev=rev)), expected[rev], strict=True):
+        for a, e in zip(unwrapped(block([x], rev=rev)), expected[rev], strict=True):
             assert (a - e).abs().max() <= 200 * torch.finfo(dtype).eps * max(
                 1.0, e.abs().max().item()
             )
@@ -957,7 +923,6 @@ STEPS = ["forward", "_affine", "_permute", "_pre_permute", "_construct_household
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["hard", "hh3-rev-cond"])
 def test_subclass_that_overrides_a_step_is_left(
@@ -972,7 +937,6 @@ def test_subclass_that_overrides_a_step_is_left(
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("step", STEPS)
 def test_override_of_one_object_is_left(step: str, peer: Callable[[], Any]) -> None:
     block = stock_block(peer, HARD)
@@ -981,7 +945,6 @@ def test_override_of_one_object_is_left(step: str, peer: Callable[[], Any]) -> N
 
 
 @released
-@pytest.mark.peers
 @kinds
 def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> None:
     stock = peer()
@@ -1011,7 +974,6 @@ def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> 
 
 
 @released
-@pytest.mark.peers
 def test_subclass_with_other_halves_is_left(peer: Callable[[], Any]) -> None:
     stock = peer()
 
@@ -1027,7 +989,6 @@ def test_subclass_with_other_halves_is_left(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_learned_clamp_is_left_or_learns(peer: Callable[[], Any]) -> None:
     """The stock block takes a parameter for its clamp, and gives it a gradient."""
     blocks = [stock_block(peer, Case(SHAPE, "hard")) for _ in range(2)]
@@ -1044,23 +1005,21 @@ def test_learned_clamp_is_left_or_learns(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_other_activation_of_one_object(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     block.global_scale_activation = lambda g: 0.1 + torch.nn.functional.softplus(g)
     assert_left(block, "global_scale_activation")
     block.global_scale_activation = torch.exp
     x, _ = make_input(HARD)
-    expected = flat(block([x]))
+    expected = unwrapped(block([x]))
     (entry,) = report(accelerate(block)).entries
     assert entry.changed
     assert "EXP" in entry.reason
-    for a, e in zip(flat(block([x])), expected, strict=True):
+    for a, e in zip(unwrapped(block([x])), expected, strict=True):
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
 @released
-@pytest.mark.peers
 def test_other_permute_function_of_one_object_is_left(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     function = block.permute_function
@@ -1071,23 +1030,15 @@ def test_other_permute_function_of_one_object_is_left(peer: Callable[[], Any]) -
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def whole_through_a_file(block: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(block, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "pickle": lambda block: pickle.loads(pickle.dumps(block)),
-    "torch.save": whole_through_a_file,
+    "torch.save": through_a_file,
 }
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize(
     "case", [HARD, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "hh", "hh-soft"]
 )
@@ -1131,7 +1082,6 @@ def test_copies(
         assert_equal_results(COPIES[method](block), block, case)
 
 
-@pytest.mark.peers
 @released
 def test_copy_of_a_restored_model_is_pickled_as_before(
     peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
@@ -1154,7 +1104,6 @@ def test_copy_of_a_restored_model_is_pickled_as_before(
 
 
 @released
-@pytest.mark.peers
 def test_graph_of_a_stock_pass_is_let_go(peer: Callable[[], Any]) -> None:
     """A stock Householder block keeps the graph of its last pass alive."""
     block = stock_block(peer, HOUSEHOLDER)
@@ -1314,7 +1263,6 @@ def test_meta_device_is_left(name: str, peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize(
     "context", ["no_grad", "inference_mode", "autocast", "float64 by default", "deterministic"]
 )
@@ -1326,7 +1274,7 @@ def test_accelerate_in_any_context(context: str, peer: Callable[[], Any]) -> Non
     elif context == "inference_mode":
         with torch.inference_mode():
             accelerate(block)
-            flat(block([make_input(HARD)[0]], make_input(HARD)[1]))
+            unwrapped(block([make_input(HARD)[0]], make_input(HARD)[1]))
     elif context == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             accelerate(block)

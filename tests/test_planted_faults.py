@@ -172,7 +172,7 @@ FAULTS = {
         "share_a_log",
     ),
     "a copy for the kernels that is undone": Planted(
-        "functional.py",
+        "block.py",
         ".contiguous(memory_format=memory_format(x))",
         ".contiguous(memory_format=layout)",
         "channels_last_gin",

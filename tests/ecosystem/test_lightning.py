@@ -27,6 +27,7 @@ from fastflow_kernels.engines import eager
 from fastflow_kernels.lightning import Accelerate
 
 pytestmark = [
+    pytest.mark.usefixtures("fused"),
     # that there are few workers, no logger, small batches
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -140,7 +141,7 @@ def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
     """Both trained to the same: what rounding does to the weights is small beside what training
     did.
 
-    Not by the criterion of tests/compare.py: Adam's first step is the sign of a gradient, also
+    Not by the criterion of tests/support/compare.py: Adam's first step is the sign of a gradient, also
     where that is rounding only.
     """
     assert (
