@@ -116,14 +116,14 @@ ODD: dict[str, tuple[Tensor, Tensor, str | None]] = {
     "scaled": (
         2 * (r := rotation(6)).view(6, 6, 1, 1),
         0.5 * r.T.reshape(6, 6, 1, 1),
-        "no rotation",
+        "not a rotation",
     ),
-    "duplicate row": (hard([0, 0, 1, 2, 3, 4]), hard(INVERSE), "no rotation"),
-    "zeros": (torch.zeros(6, 6, 1, 1), torch.zeros(6, 6, 1, 1), "no rotation"),
+    "duplicate row": (hard([0, 0, 1, 2, 3, 4]), hard(INVERSE), "not a rotation"),
+    "zeros": (torch.zeros(6, 6, 1, 1), torch.zeros(6, 6, 1, 1), "not a rotation"),
     "nan": (
         torch.full((6, 6, 1, 1), torch.nan),
         torch.full((6, 6, 1, 1), torch.nan),
-        "no rotation",
+        "not a rotation",
     ),
 }
 

@@ -90,7 +90,7 @@ def under_ddp(rank: int) -> None:
     # many buckets: they leave while blocks behind still compute
     model = nn.parallel.DistributedDataParallel(chain, bucket_cap_mb=1e-3)
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
-    assert nodes(model(mine)[0])["_BlockBackward"] == len(chain)
+    assert nodes(model(mine)[0])["_LinkedBlockBackward"] == len(chain)
     backward(model, mine)
     truth = expected(data())
     check(chain, truth, *hooks)
@@ -128,7 +128,7 @@ def under_fsdp(rank: int) -> None:
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
     for _ in range(2):
         chain.zero_grad()
-        assert nodes(chain(mine)[0])["_BlockBackward"] == len(chain)
+        assert nodes(chain(mine)[0])["_LinkedBlockBackward"] == len(chain)
         backward(chain, mine)
         check(chain, expected(data()), *hooks)
 
