@@ -21,6 +21,7 @@ import reference
 from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from tests.support import blocks
+from tests.support.blocks import contents
 from tests.support.cases import (
     DIALECTS,
     Case,
@@ -40,7 +41,6 @@ from tests.support.checkpoints import (
     SOFT_HOUSEHOLDER,
     assert_equal_states,
     assert_same_results,
-    contents,
     each_case,
     is_hard,
     kinds,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import reference
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.permutations import IndexPermutation
+from tests.support.blocks import contents
 from tests.support.cases import (
     Case,
     Shape,
@@ -28,7 +29,6 @@ from tests.support.checkpoints import (
     SOFT,
     SOFT_HOUSEHOLDER,
     assert_equal_states,
-    contents,
     kinds,
     one_hot,
     ours,

@@ -32,6 +32,19 @@ class Function(nn.Module):
         return self.function(x)
 
 
+class Counting(nn.Module):
+    """A linear map of the channels that counts how often it is asked."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.einsum("oi,bi...->bo...", self.weight, x)
+
+
 class TakesTensor(nn.Module):
     """A block that takes a tensor and returns two, in one direction."""
 
@@ -55,3 +68,10 @@ def through_a_file(module: nn.Module) -> nn.Module:
     torch.save(module, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def contents(block: nn.Module) -> dict[str, Tensor]:
+    """Everything that a block holds, copied."""
+    return {
+        name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
+    }

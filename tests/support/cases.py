@@ -30,6 +30,7 @@ DTYPES = {
 DIALECTS = ("anomalib", "freia")
 
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+with_and_without_grad = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 
 
@@ -129,6 +130,21 @@ CLAMP_OPTIONS: dict[str, dict[str, Any]] = {
     "gin-clamp8": {"gin_block": True, "affine_clamping": 8.0},
     "gin-clamp50": {"gin_block": True, "affine_clamping": 50.0},
 }
+# Every kind of permutation, with and without GIN, conditions and the pre-permutation.
+KINDS = (
+    "hard",
+    "rev",
+    "cond",
+    "gin",
+    "gin-rev-cond",
+    "soft",
+    "soft-rev-exp",
+    "gin-soft",
+    "hh3-rev-cond",
+    "hh2-soft-sigmoid",
+    "gin-hh2",
+)
+kinds = pytest.mark.parametrize("name", KINDS)
 HARD_OPTIONS = tuple(name for name in OPTIONS if not any(word in name for word in ("soft", "hh")))
 
 
