@@ -1,5 +1,5 @@
-"""What a checkpoint may hold: any matrix that a stock block computes with; and what is refused, with
-nothing half-loaded.
+"""What a checkpoint may hold: any matrix that a stock block computes with. And what is refused,
+with nothing half-loaded.
 """
 
 from __future__ import annotations

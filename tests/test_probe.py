@@ -1,4 +1,4 @@
-"""Which maths a foreign block computes is asked, not guessed; what overrides a step is left alone."""
+"""Which maths a foreign block computes is asked, not guessed. An overridden step is left alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Reversible chains: the gradients of a plain chain, whatever the blocks, in memory that does not grow
-with depth.
+"""Reversible chains: the gradients of a plain chain, whatever the blocks, in memory that does not
+grow with depth.
 """
 
 from __future__ import annotations

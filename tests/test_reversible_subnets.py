@@ -1,4 +1,4 @@
-"""Subnets of reversible chains: those whose second run is another one, compiled and scripted ones."""
+"""Subnets of reversible chains whose second run differs, and compiled and scripted ones."""
 
 from __future__ import annotations
 

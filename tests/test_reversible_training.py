@@ -1,5 +1,5 @@
-"""Reversible chains where training gets complicated: random numbers, buffers, hooks, frozen parts, low
-precision, checkpoints.
+"""Reversible chains where training gets complicated: random numbers, buffers, hooks, frozen parts,
+low precision, checkpoints.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What unusual input gets: the right answer, in its layout and dtype, and nothing of the caller's is
-written to.
+"""What unusual input gets: the right answer, in its layout and dtype, and nothing of the caller's
+is written to.
 """
 
 from __future__ import annotations
