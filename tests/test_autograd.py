@@ -468,7 +468,7 @@ class Derived(AllInOneBlock):
         self.raw = nn.Parameter(torch.full((1, 6, 1, 1), 0.3))
 
     @property
-    def global_scale(self) -> Tensor:
+    def global_scale(self) -> Tensor:  # type: ignore[override]
         return 2.0 * self.raw
 
 

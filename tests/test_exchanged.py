@@ -241,7 +241,9 @@ def test_a_step_patched_on_the_class_takes_effect(
 
 @pytest.mark.peers
 def test_a_step_patched_on_a_subclass_takes_effect() -> None:
-    class Named(anomalib_block()):
+    base: Any = anomalib_block()
+
+    class Named(base):
         pass
 
     block, stock = pair(lambda: Named)

@@ -96,7 +96,7 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
     ]
     state, metadata = (
         {key: value.clone() for key, value in block.state_dict().items()},
-        block.state_dict()._metadata,
+        vars(block.state_dict())["_metadata"],
     )
     modules = [(name, id(module), module.training) for name, module in block.named_modules()]
     generators = torch.random.get_rng_state(), random.getstate()
@@ -115,7 +115,7 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
             torch.equal(now[key], value) and now[key].dtype == value.dtype
             for key, value in state.items()
         )
-        assert now._metadata == metadata
+        assert vars(now)["_metadata"] == metadata
         assert torch.equal(torch.random.get_rng_state(), generators[0])
         assert random.getstate() == generators[1]
         assert all(vars(block)[name] is value for name, value in before.items())
@@ -253,7 +253,7 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor, c: list[Tensor], rev: bool = False) -> tuple[Tensor, Tensor]:
         blocks = [self.first["a"], *self.rest]
-        total = 0.0
+        total = x.new_zeros(len(x))
         for block in reversed(blocks) if rev else blocks:
             (x,), logdet = block([x], rev=rev)
             total = total + logdet
@@ -281,8 +281,9 @@ def mixed(peer: Callable[[], Any]) -> nn.Module:
     backwards.
     """
     framework, modules = freia().framework, freia().modules
+    base: Any = modules.InvertibleModule
 
-    class Inverse(modules.InvertibleModule):
+    class Inverse(base):
         def __init__(self, dims_in: list[tuple[int, ...]], module: type, **arguments: Any) -> None:
             super().__init__(dims_in)
             self.module = module(dims_in, **arguments)

@@ -270,7 +270,7 @@ def test_override_of_one_object_is_left(step: str, peer: Callable[[], Any]) -> N
 @released
 @kinds
 def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> None:
-    stock = peer()
+    stock: Any = peer()
 
     class Named(stock):
         """Adds to the constructor, the shapes and the description only."""
@@ -298,7 +298,7 @@ def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> 
 
 @released
 def test_subclass_with_other_halves_is_left(peer: Callable[[], Any]) -> None:
-    stock = peer()
+    stock: Any = peer()
 
     class Uneven(stock):
         def __init__(self, dims_in: Any, **kwargs: Any) -> None:

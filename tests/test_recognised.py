@@ -293,7 +293,7 @@ def test_gin_that_hides_another_formula_is_left() -> None:
 def test_a_block_that_takes_the_declared_size_only_still_does() -> None:
     """As FrEIA's main branch; anomalib's block takes any size."""
     for dialect in DIALECTS:
-        block, stock = pair(lambda d=dialect: functools.partial(reference.AllInOneBlock, dialect=d))
+        block, stock = pair(lambda: reference.AllInOneBlock, dialect=dialect)
         x = torch.randn(2, 6, 9, dtype=torch.float64)
         if dialect == "anomalib":
             torch.testing.assert_close(block([x]), stock([x]), rtol=1e-12, atol=1e-12)

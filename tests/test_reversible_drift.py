@@ -148,7 +148,8 @@ def test_the_drift_is_looked_at_wherever_the_backward_pass_ends() -> None:
     assert set(chain.drift) == {1}
     x = torch.randn(64, 8) * torch.tensor([1e6] * 4 + [1.0] * 4)
     off = torch.tensor([0.0] * 4 + [1e-4] * 4)  # 1e-10 of the whole's norm
-    reversible._Link(chain, 0, reversible._Segment(0, 0), None, drift := {}).compare(x + off, x, x)
+    drift: dict[int, float] = {}
+    reversible._Link(chain, 0, reversible._Segment(0, 0), None, drift).compare(x + off, x, x)
     assert drift[0] > 2**-20
 
 

@@ -135,7 +135,7 @@ def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> 
             assert value is a[name] is None or torch.equal(a[name], value), name
 
 
-def is_fused(block: nn.Module) -> bool:
+def is_fused(block: Any) -> bool:
     """Whether a call of a block runs the fused function."""
     with (
         mock.patch.object(patch, "all_in_one_block", wraps=patch.all_in_one_block) as fused,

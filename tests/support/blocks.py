@@ -13,6 +13,8 @@ from torch import Tensor, nn
 class Stored(nn.Module):
     """A subnet that returns what it holds, whatever it is given; as a buffer, which to() finds."""
 
+    a: Tensor
+
     def __init__(self, a: Tensor) -> None:
         super().__init__()
         self.register_buffer("a", a)

@@ -20,7 +20,9 @@ SHAPE = Shape(3, 6, (4,))
 def bound_block() -> type:
     """FrEIA 0.2's block with bound methods for its activations, as FrEIA's main branch has."""
 
-    class AllInOneBlock(freia_block()):
+    stock: Any = freia_block()
+
+    class AllInOneBlock(stock):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             if hasattr(self, "softplus"):
