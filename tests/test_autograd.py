@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, functional, report
-from tests.support.blocks import Stored
+from tests.support.blocks import Stored, permutation_of
 from tests.support.cases import (
     CASES,
     OPTIONS,
@@ -314,7 +314,7 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     (y,), _ = block([x])
     expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[
-        :, block._permutation().perm
+        :, permutation_of(block)
     ] * block.global_scale_activation(block.global_scale)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(block([y], rev=True)[0][0], x)

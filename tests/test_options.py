@@ -1,6 +1,4 @@
-"""What the constructor refuses, before it builds or draws anything, and options at the ends of their
-ranges.
-"""
+"""What the constructor refuses before it builds or draws anything, and options at their limits."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from torch import nn
 
 import reference
 from fastflow_kernels import AllInOneBlock
-from tests.support.blocks import Counting
+from tests.support.blocks import Counting, permutation_of
 from tests.support.cases import (
     both_dialects,
     make_subnet,
@@ -193,7 +191,7 @@ def test_zero_clamp_is_additive_coupling() -> None:
     x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     (y,), logdet = block([x])
     a = block.subnet(x[:, :3])
-    expected = torch.cat((x[:, :3], x[:, 3:] + 0.1 * a[:, 3:]), 1)[:, block._permutation().perm]
+    expected = torch.cat((x[:, :3], x[:, 3:] + 0.1 * a[:, 3:]), 1)[:, permutation_of(block)]
     assert torch.equal(logdet, torch.zeros(2, dtype=torch.float64))
     assert (y - expected).abs().max() <= 4 * torch.finfo(torch.float64).eps * expected.abs().max()
     expected_grad = torch.autograd.grad(expected.square().sum(), x, retain_graph=True)[0]

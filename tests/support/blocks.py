@@ -77,3 +77,9 @@ def contents(block: nn.Module) -> dict[str, Tensor]:
     return {
         name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
     }
+
+
+def permutation_of(block: Any) -> Tensor:
+    """The index of a hard permutation, for which y[:, j] = v[:, index[j]]."""
+    w = block.w_perm.detach()
+    return w if w.dim() == 1 else w.flatten(1).argmax(1)
