@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.permutations import IndexPermutation
 from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.support.peers import anomalib_block, freia, freia_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS = torch.finfo(torch.float64).eps

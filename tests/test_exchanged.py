@@ -23,9 +23,9 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import accelerate, report, restore
 from tests.cases import DIALECTS, Case, Shape, make_block, make_input
+from tests.support.peers import anomalib_block, freia, freia_block
 
 EPS = torch.finfo(torch.float64).eps
 SHAPE = Shape(3, 6, (4,))

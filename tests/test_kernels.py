@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 
 import fastflow_kernels
-from bench import smallest
 from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
 from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
 from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
 from tests.sanitizer import StrayAccess
-from tests.support import modes
+from tests.support import every_kernel, modes
 from tests.support.coupling import (
     cast,
     check_everything,
@@ -556,7 +555,7 @@ def test_coupling_moves_little_more_than_the_minimum(
 @slow_when_executed
 def test_the_case_for_compute_sanitizer_runs_every_kernel():
     with sanitize() as launches:
-        smallest.run("cpu")
+        every_kernel.run("cpu")
     defined = {
         name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")
     }

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
-from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import accelerate, patch, report, restore
 from tests.cases import CASES as ALL_CASES
 from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
 from tests.compare import assert_close
+from tests.support.peers import anomalib_block, freia, freia_block
 
 EPS = torch.finfo(torch.float64).eps
 

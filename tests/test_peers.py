@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.peers import anomalib_block, freia_block
 from reference import AllInOneBlock
 from tests.cases import CASES, Case, ids, make_block, make_input, make_subnet
+from tests.support.peers import anomalib_block, freia_block
 
 pytestmark = pytest.mark.peers
 

@@ -22,9 +22,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import reference
-from bench.memory import bytes_kept_for_backward
-from bench.peers import anomalib_block, freia, freia_block
-from bench.reversible import Peak, Plain
 from fastflow_kernels import (
     AllInOneBlock,
     ReversibleSequence,
@@ -39,6 +36,9 @@ from fastflow_kernels.spec import CouplingSpec
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
 from tests.graph import reversible_blocks
+from tests.support.chains import Plain
+from tests.support.memory import Peak, bytes_kept_for_backward
+from tests.support.peers import anomalib_block, freia, freia_block
 
 DEPTH = 5
 SHAPE = Shape(2, 6, (3, 5))

@@ -17,7 +17,10 @@ from types import ModuleType
 import torch
 
 VERSIONS = {"FrEIA": "0.2", "anomalib": "2.7.0"}
-INSTALL = "pip install --no-deps --no-build-isolation -r ci/peers.txt   (`make test` and `make demo` do it)"
+INSTALL = (
+    "pip install --no-deps --no-build-isolation -r ci/peers.txt   "
+    "(`make test` and `make demo` do it)"
+)
 
 
 class PeerMissing(ImportError):
@@ -47,7 +50,9 @@ def anomalib_block() -> type:
     freia()  # the file takes its base class from there
     name = "anomalib.models.components.flow.all_in_one_block"
     path = _distribution("anomalib").locate_file(name.replace(".", "/") + ".py")
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, str(path))
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where pickle looks for the class
     spec.loader.exec_module(module)
@@ -62,7 +67,10 @@ def prepare_torchvision() -> torch.library.Library | None:
     Its extension does not load there, and its import then misses two operators. No model that is
     compared calls them.
     """
-    folder = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0])
     if torch.version.cuda is not None or "+cu" not in (folder / "version.py").read_text():
         return None
     # kept by the cache: the operators go with it
