@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import mock_driver
 from fastflow_kernels.dispatch import interpreted
-from fastflow_kernels.engines.triton import coupling, launch, reduce
+from fastflow_kernels.engines.triton import backward, forward, inverse, plan, sums
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
 from tests.support.executor.values import POISON, Fault, Unsupported
@@ -115,7 +115,7 @@ def _poison(t: torch.Tensor) -> None:
 
 def _forget_kernels() -> None:
     """Drop compiled kernels and prepared launches: they hold the driver they were made with."""
-    for module in (coupling, reduce, launch):
+    for module in (backward, forward, inverse, plan, sums):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
