@@ -4,6 +4,7 @@ the inverse for chains that keep no activations. Notation: see
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
 from fastflow_kernels.engines.triton import plan
-from fastflow_kernels.engines.triton.inverse import invert_active
+from fastflow_kernels.engines.triton.inverse import write_active
 from fastflow_kernels.engines.triton.launch import (
     Launch,
     Operands,
@@ -20,8 +21,8 @@ from fastflow_kernels.engines.triton.launch import (
     aligned,
     empty_of,
     empty_partials,
+    key_of,
     on_its_device,
-    operands_of,
     values_of,
     with_packed_samples,
 )
@@ -160,7 +161,8 @@ def _coupling_bwd_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _prepare(operands: Operands) -> Prepared:
+def _prepare(*key: Any) -> Prepared:
+    operands = Operands(*key)
     dtype, acc_dtype = operands.dtype, operands.acc_dtype
     stride_xb, stride_ab, stride_l = operands.strides
     has_y = operands.dtypes[1] is not None
@@ -204,7 +206,7 @@ def invert_and_backward(
 ) -> CouplingGrads:
     """See :class:`~fastflow_kernels.engines.Engine`; the gradients are contiguous."""
     if coupling.spec.gin:  # its means would have to be taken first, and then everything read again
-        invert_active(y, x, a, coupling)
+        write_active(y, x, a, coupling)
         return _backward(None, x, a, grads, coupling, want_params)
     return _backward(y.contiguous(), x, a, grads, coupling, want_params)
 
@@ -225,7 +227,7 @@ def _backward(
     if log_det is not None and rows_per_sample > 1:
         log_det_of_rows = log_det.repeat_interleave(rows_per_sample)
     prepared = _prepare(
-        operands_of(
+        *key_of(
             x,
             coupling,
             (x.dtype, None if y is None else y.dtype, a.dtype),

@@ -13,6 +13,7 @@ would spoil float64.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -27,8 +28,8 @@ from fastflow_kernels.engines.triton.launch import (
     aligned,
     empty_of,
     empty_partials,
+    key_of,
     on_its_device,
-    operands_of,
     values_of,
     with_packed_samples,
 )
@@ -163,7 +164,8 @@ def _coupling_rows_fwd_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _prepare(operands: Operands) -> Prepared:
+def _prepare(*key: Any) -> Prepared:
+    operands = Operands(*key)
     dtype, acc_dtype, pixels = operands.dtype, operands.acc_dtype, operands.pixels
     stride_xb, stride_ab = operands.strides
     gin_sums = prepare_gin_sums(operands, stride_ab)
@@ -192,13 +194,11 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     """See :class:`~fastflow_kernels.engines.Engine`; y is contiguous."""
     global_scale, offset, _, perm, inv, _, _ = coupling
     a = with_packed_samples(a)
-    prepared = _prepare(
-        operands_of(x, coupling, (x.dtype, a.dtype), (x.stride(0), a.stride(0)))
-    )
-    is_aligned = aligned(x, a, global_scale, offset, perm, inv)
+    prepared = _prepare(*key_of(x, coupling, (x.dtype, a.dtype), (x.stride(0), a.stride(0))))
+    channels = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
+    is_aligned = aligned(x, a, global_scale, offset, channels)
     y = empty_of(x, prepared.dtype)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
     partials = empty_partials(prepared, x.device)
-    channels = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
     prepared.launch(is_aligned, x, a, global_scale, offset, channels, sums, y, partials)
     return y, log_det_of(prepared, is_aligned, x, global_scale, sums, partials)

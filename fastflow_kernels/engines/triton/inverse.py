@@ -3,6 +3,7 @@ active ones. Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -16,9 +17,10 @@ from fastflow_kernels.engines.triton.launch import (
     Operands,
     Prepared,
     aligned,
+    empty_of,
     empty_partials,
+    key_of,
     on_its_device,
-    operands_of,
     values_of,
     with_packed_samples,
 )
@@ -143,7 +145,8 @@ def _coupling_inv_active_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _prepare_passive(operands: Operands) -> Prepared:
+def _prepare_passive(*key: Any) -> Prepared:
+    operands = Operands(*key)
     dtype = operands.dtype
     (stride_yb,) = operands.strides
     tiles = operands.plan(
@@ -158,17 +161,18 @@ def _prepare_passive(operands: Operands) -> Prepared:
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
     """See :class:`~fastflow_kernels.engines.Engine`; x is contiguous."""
     global_scale, offset, _, _, inv, _, _ = coupling
-    prepared = _prepare_passive(operands_of(y, coupling, (y.dtype,), (y.stride(0),)))
+    prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
     # so that it counts its versions: a subnet that writes to its input is noticed
     with torch.inference_mode(False):
-        x = torch.empty(y.shape, dtype=prepared.dtype, device=y.device)
+        x = empty_of(y, prepared.dtype)
     is_aligned = aligned(y, global_scale, offset, inv)
     prepared.launch(is_aligned, y, global_scale, offset, inv, x)
     return x
 
 
 @lru_cache(maxsize=1024)
-def _prepare_active(operands: Operands) -> Prepared:
+def _prepare_active(*key: Any) -> Prepared:
+    operands = Operands(*key)
     dtype, acc_dtype, batch = operands.dtype, operands.acc_dtype, operands.batch
     stride_yb, stride_ab = operands.strides
     gin_sums = prepare_gin_sums(operands, stride_ab)
@@ -190,13 +194,25 @@ def _prepare_active(operands: Operands) -> Prepared:
 @on_its_device
 def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
     """See :class:`~fastflow_kernels.engines.Engine`."""
+    prepared, is_aligned, sums, partials = write_active(y, x, a, coupling)
+    return log_det_of(prepared, is_aligned, x, coupling.global_scale, sums, partials)
+
+
+def write_active(
+    y: Tensor, x: Tensor, a: Tensor, coupling: Coupling
+) -> tuple[Prepared, bool, Tensor | None, Tensor | None]:
+    """Write the active channels of x; the rest of :func:`invert_active` is left to the caller.
+
+    Returns:
+        What :func:`~fastflow_kernels.engines.triton.sums.log_det_of` takes: what was prepared,
+        whether pointers are aligned, GIN's sums and the partial sums.
+    """
     global_scale, offset, _, _, inv, _, _ = coupling
     a = with_packed_samples(a)
-    prepared = _prepare_active(
-        operands_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
-    )
+    key = key_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
+    prepared = _prepare_active(*key)
     is_aligned = aligned(y, x, a, global_scale, offset, inv)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
     partials = empty_partials(prepared, x.device)
     prepared.launch(is_aligned, y, a, global_scale, offset, inv, sums, x, partials)
-    return log_det_of(prepared, is_aligned, x, global_scale, sums, partials)
+    return prepared, is_aligned, sums, partials

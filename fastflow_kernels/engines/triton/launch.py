@@ -112,17 +112,24 @@ class Operands(NamedTuple):
         return make_plan(channels, self.batch, self.pixels, itemsize, kind, columns)
 
 
-def operands_of(
+def key_of(
     x: Tensor,
     coupling: Coupling,
     dtypes: tuple[torch.dtype | None, ...],
     strides: tuple[int, ...],
     grad_dtypes: tuple[torch.dtype | None, ...] = (),
     want_params: bool = False,
-) -> Operands:
-    """The operands of a call on x, or y, (B, C, *S); the other arguments are its attributes."""
+) -> tuple[Any, ...]:
+    """The attributes of a call's :class:`Operands`, by which it finds what was prepared for them.
+
+    A plain tuple, because every call makes one: the class takes 0.3 us more (AMD EPYC).
+
+    Args:
+        x: The pass's x or y, (B, C, *S).
+        coupling, dtypes, strides, grad_dtypes, want_params: See the class.
+    """
     global_scale, global_offset, spec, perm, _, reverse, rows_per_sample = coupling
-    return Operands(
+    return (
         x.shape,
         dtypes,
         strides,
@@ -270,7 +277,7 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 def with_packed_samples(t: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where the values of a sample lie apart."""
-    return t if is_packed(t) else t.contiguous()
+    return t if t.is_contiguous() or is_packed(t) else t.contiguous()
 
 
 def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:
