@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastflow_kernels.engines.triton import coupling
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines.triton import engine
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -99,34 +99,23 @@ def launches_of(call: Callable[[], object]) -> list[Recorded]:
 
 
 def launches_of_passes(
-    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
+    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, reverse: bool = False
 ) -> dict[str, list[Recorded]]:
     """What the launchers launch for an input of this shape: forward, backward with the parameters'
     gradients, inverse.
     """
-    batch, channels, *spatial = shape
-    x, a = (
-        torch.empty(shape, dtype=dtype),
-        torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype),
-    )
-    g, perm, dlogdet = (
-        torch.zeros(channels, dtype=dtype),
-        torch.arange(channels),
-        torch.zeros(batch),
-    )
-    shared = (g, g, perm, perm, spec)
+    x, a, coupling, log_det = _operands(shape, dtype, dtype, spec)
+    coupling, grads = coupling._replace(reverse=reverse), OutputGrads(x, log_det)
     return {
-        "forward": launches_of(lambda: coupling.coupling_fwd(x, a, *shared, True)),
-        "backward": launches_of(lambda: coupling.coupling_bwd(x, dlogdet, x, a, *shared, True)),
+        "forward": launches_of(lambda: engine.forward(x, a, coupling)),
+        "backward": launches_of(lambda: engine.backward(x, a, grads, coupling, True)),
         "inverse": launches_of(
-            lambda: coupling.coupling_inv_active(
-                x, coupling.coupling_inv_passive(x, *shared), a, *shared, True
-            )
+            lambda: engine.invert_active(x, engine.invert_passive(x, coupling), a, coupling)
         ),
     }
 
 
-def launches_of_undoing(
+def launches_of_reconstruction(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
 ) -> list[Recorded]:
     """What a reversible chain's backward launches for an input of this shape, the parameters'
@@ -134,23 +123,27 @@ def launches_of_undoing(
 
     ``dtype`` is the subnet's; the chain itself is in float32 where that is a half precision.
     """
+    y, a, coupling, log_det = _operands(
+        shape, torch.promote_types(dtype, torch.float32), dtype, spec
+    )
+    grads = OutputGrads(y, log_det)
+
+    def call() -> object:
+        x = engine.invert_passive(y, coupling)
+        return engine.invert_and_backward(y, x, a, grads, coupling, True)
+
+    return launches_of(call)
+
+
+def _operands(
+    shape: tuple[int, ...], dtype: torch.dtype, a_dtype: torch.dtype, spec: CouplingSpec
+) -> tuple[torch.Tensor, torch.Tensor, Coupling, torch.Tensor]:
+    """x, a, a coupling and a gradient of the log-determinant, of any values."""
     batch, channels, *spatial = shape
-    state = torch.promote_types(dtype, torch.float32)
-    y, a = (
-        torch.empty(shape, dtype=state),
-        torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype),
-    )
-    g, perm, dlogdet = (
-        torch.zeros(channels, dtype=state),
-        torch.arange(channels),
-        torch.zeros(batch),
-    )
-    shared = (g, g, perm, perm, spec)
-    return launches_of(
-        lambda: coupling.coupling_inv_bwd(
-            y, coupling.coupling_inv_passive(y, *shared), y, dlogdet, a, *shared, True
-        )
-    )
+    x = torch.empty(shape, dtype=dtype)
+    a = torch.empty(batch, channels // 2 * 2, *spatial, dtype=a_dtype)
+    g, perm = torch.zeros(channels, dtype=dtype), torch.arange(channels)
+    return x, a, Coupling(g, g, spec, perm, perm), torch.zeros(batch)
 
 
 def compile_for(target: str, launch: Recorded) -> Code:
