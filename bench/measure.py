@@ -17,7 +17,7 @@ from bench.providers import PROVIDERS, Provider, block_class, why_not
 from bench.records import Row
 from bench.subject import MINIMAL_BYTES, NotHere, Subject, build_model, draw_samples
 from bench.timing import MOST_CALLS, Times, interleaved
-from tests.compare import assert_close
+from tests.support.compare import assert_close
 
 # bytes that forward passes may hold at a time while backward is timed
 HELD_FOR_BACKWARD = {"cpu": 1 << 30, "cuda": 8 << 30}

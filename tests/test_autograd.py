@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, dispatch, functional, report
-from tests.cases import (
+from tests.support.blocks import Stored
+from tests.support.cases import (
     CASES,
     OPTIONS,
     SHAPES,
@@ -82,17 +83,6 @@ def test_block_second_gradients_equal_the_references(
         )
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
-
-
-class Stored(nn.Module):
-    """Returns what it holds, whatever it is given."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = a
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a
 
 
 KEPT = {

@@ -23,7 +23,8 @@ import reference
 from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.permutations import IndexPermutation
-from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.support import blocks
+from tests.support.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
 
 ROOT = Path(__file__).resolve().parent.parent
 EPS = torch.finfo(torch.float64).eps
@@ -649,17 +650,10 @@ def through_a_file(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return torch.load(file, weights_only=True)
 
 
-def whole_through_a_file(block: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(block, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda block: pickle.loads(pickle.dumps(block)),
-    "torch.save": whole_through_a_file,
+    "torch.save": blocks.through_a_file,
 }
 
 

@@ -17,8 +17,8 @@ from fastflow_kernels.engines import eager
 pytest.importorskip("triton")
 
 from fastflow_kernels.coupling import DIALECTS, CouplingSpec
-from tests.cases import DEVICE
 from tests.support import modes
+from tests.support.cases import DEVICE
 from tests.support.coupling import check_everything, gradients, make, plain_fwd, plain_inv
 from tests.support.modes import INTERPRETED
 

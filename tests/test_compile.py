@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report
-from tests.cases import Case, Shape, make_block
+from tests.support.cases import Case, Shape, make_block
 
 
 @pytest.fixture(autouse=True)

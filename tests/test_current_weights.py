@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate
 from fastflow_kernels.permutations import IndexPermutation
-from tests.cases import Case, Shape, make_block, make_input
 from tests.support.blocks import TakesTensor
+from tests.support.cases import Case, Shape, make_block, make_input
 
 ROWS, PLANES = Shape(3, 6), Shape(3, 6, (3, 4))
 CASES = [

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, dispatch, report
-from tests.cases import Case, Shape, make_block
+from tests.support.cases import Case, Shape, make_block
 
 SHAPE = Shape(4, 6, (3, 5))
 NAMES = ["hard", "gin", "soft", "hh3-rev-cond"]

@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
-from tests.cases import DIALECTS, Case, Shape, make_block, make_input
+from tests.support.cases import DIALECTS, Case, Shape, make_block, make_input
 
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])

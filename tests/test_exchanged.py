@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reference
 from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import accelerate, report, restore
-from tests.cases import DIALECTS, Case, Shape, make_block, make_input
+from tests.support.cases import DIALECTS, Case, Shape, make_block, make_input
 
 EPS = torch.finfo(torch.float64).eps
 SHAPE = Shape(3, 6, (4,))

@@ -18,10 +18,21 @@ from torch.nn import functional as F
 import reference
 from fastflow_kernels import AllInOneBlock, dispatch
 from fastflow_kernels.layouts import memory_format
-from tests.cases import LAYOUTS, OPTIONS, Case, Shape, ids, make_block, make_input, make_subnet
-from tests.compare import assert_close
+from tests.support.blocks import Function, Stored, unwrapped
+from tests.support.cases import (
+    DIALECTS,
+    LAYOUTS,
+    OPTIONS,
+    Case,
+    Shape,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
+from tests.support.compare import assert_close
+from tests.support.parity import check_float16_range
 
-DIALECTS = ("anomalib", "freia")
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 with_and_without_grad = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
@@ -54,17 +65,6 @@ class Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return torch.einsum("oi,bi...->bo...", self.weight, x)
-
-
-class Function(nn.Module):
-    """A subnet that is a function."""
-
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
 
 
 def function_subnet(function: Callable[[Tensor], Any]) -> Callable[[int, int], nn.Module]:
@@ -699,17 +699,6 @@ def test_subnet_that_writes_to_its_own_values() -> None:
 # --- nothing of the caller's is written to --------------------------------------------------------
 
 
-class Stored(nn.Module):
-    """Returns one and the same tensor, whatever is asked."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = a
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a
-
-
 @kinds
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
@@ -738,7 +727,7 @@ def test_nothing_of_the_callers_is_written_to(name: str, dtype: torch.dtype, sha
             y.detach().fill_(7.0)  # what is returned is not the caller's memory either
             logdet.detach().fill_(7.0)
             assert [t._version for t in (x, block.subnet.a)] == versions
-            after = tensors | dict(block.named_parameters())
+            after = tensors | snapshot(block)
             for key, value in before.items():
                 assert torch.equal(after[key], value), f"{key}, grad={grad}, rev={rev}"
             assert torch.equal(block.subnet.a, a), f"the subnet's output, grad={grad}, rev={rev}"
@@ -917,7 +906,7 @@ def test_what_is_not_finite_stays_where_it_is(
     block = make_block(AllInOneBlock, case, torch.float32)
     block.subnet = Stored(torch.randn(shape.batch, shape.channels // 2 * 2, *shape.spatial))
     x, _ = make_input(case, torch.float32)
-    clean = flat(block, x, rev)
+    clean = unwrapped(block([x], rev=rev))
     bad = x.clone()
     pixel = (0,) * len(shape.spatial)
     # a channel of the active half: where the inverse looks for it, and where the permutation that
@@ -928,7 +917,7 @@ def test_what_is_not_finite_stays_where_it_is(
             (block._permutation().perm if rev else block._permutation().inv).eq(channel).nonzero()
         )
     bad[(1, channel, *pixel)] = value
-    (y, logdet), (clean_y, clean_logdet) = flat(block, bad, rev), clean
+    (y, logdet), (clean_y, clean_logdet) = unwrapped(block([bad], rev=rev)), clean
     assert torch.equal(logdet, clean_logdet)
     differs = (y != clean_y).nonzero()
     assert len(differs) == 1
@@ -938,11 +927,6 @@ def test_what_is_not_finite_stays_where_it_is(
     assert found.isnan() if math.isnan(value) else found == value
     if name == "hard" and not rev:
         assert differs[0, 1] == int(block._permutation().inv[channel])
-
-
-def flat(block: nn.Module, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
-    (y,), logdet = block([x], rev=rev)
-    return y, logdet
 
 
 @kinds
@@ -1255,31 +1239,3 @@ def test_dtypes_under_autocast(name: str, given: str, half: torch.dtype, dialect
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_float16_overflows_only_where_a_result_does(backend: str) -> None:
     check_float16_range(backend)
-
-
-def check_float16_range(backend: str) -> None:
-    """x2 * exp(s) reaches 3000 * e^5, far beyond float16's 65504, and the sum of s too; y, dx and
-    the log-determinant do not.
-    """
-    shape = (2, 128, 12, 12)
-    a = torch.full(shape, 100.0, dtype=torch.float16, requires_grad=True)
-    block = AllInOneBlock(
-        [shape[1:]],
-        subnet_constructor=lambda *_: Function(lambda _: a),
-        affine_clamping=5.0,
-        global_affine_type="EXP",
-        global_affine_init=0.01,
-        backend=backend,
-    ).half()
-    x = (3000.0 * torch.rand(shape)).half().requires_grad_()
-    (y,), logdet = block([x])
-    assert 4000 < y.max() < 5000
-    expected = 64 * 144 * 5.0 + 128 * 144 * block.global_scale.detach().double()[0, 0, 0, 0].item()
-    assert abs(logdet[0].item() - expected) < 1e-5 * 128 * 144 * 5
-    torch.autograd.backward([y, logdet], [torch.ones_like(y), torch.zeros_like(logdet)])
-    assert x.grad.isfinite().all()
-    assert a.grad.isfinite().all()
-    with torch.no_grad():
-        (back,), _ = block([y.detach()], rev=True)
-    # rounding of y and of what came before it, in units of the largest x
-    assert (back - x).abs().max() <= 4 * 3000 * torch.finfo(torch.float16).eps

@@ -24,9 +24,8 @@ import fastflow_kernels
 from bench import smallest
 from fastflow_kernels.engines.triton import coupling, launch, reduce, tiles
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec
-from tests.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
-from tests.sanitizer import StrayAccess
 from tests.support import modes
+from tests.support.cases import DEVICE, HARD_CASES, LAYOUTS, Case, Shape, make_block
 from tests.support.coupling import (
     cast,
     check_everything,
@@ -43,8 +42,8 @@ from tests.support.coupling import (
 )
 from tests.support.launches import Launch
 from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_executed
-from tests.test_inputs import check_float16_range
-from tests.test_parity import compare, compare_fresh
+from tests.support.parity import check_float16_range, compare, compare_fresh
+from tests.support.sanitizer import StrayAccess
 
 # numpy's: overflow to inf is meant
 pytestmark = [pytest.mark.kernels, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]

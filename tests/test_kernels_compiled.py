@@ -32,7 +32,7 @@ from bench.compile_targets import (
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.engines.triton import coupling, prepared
 from fastflow_kernels.coupling import CouplingSpec
-from tests.cases import OPTIONS, Case, Shape, make_block
+from tests.support.cases import OPTIONS, Case, Shape, make_block
 
 pytestmark = pytest.mark.kernels
 

@@ -23,8 +23,8 @@ import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
 from fastflow_kernels.engines import eager
 from fastflow_kernels.coupling import CouplingSpec
-from tests.cases import OPTIONS, Case, Shape, make_block, make_input
-from tests.compare import assert_close
+from tests.support.cases import OPTIONS, Case, Shape, make_block, make_input
+from tests.support.compare import assert_close
 from tests.support.dispatch_modes import NoFloat64, Spoiling, Wrapped, Wrapping
 
 NAMES = ("hard", "rev", "cond", "gin", "soft", "gin-soft", "hh1")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate
-from tests.cases import Case, Shape, make_block, make_input
 from tests.support.blocks import TakesTensor
+from tests.support.cases import Case, Shape, make_block, make_input
 
 exporters = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])

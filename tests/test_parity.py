@@ -4,18 +4,18 @@ design's criterion.
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastflow_kernels
 import reference
 from fastflow_kernels.engines import eager
 from fastflow_kernels.coupling import CouplingSpec
-from tests.cases import (
+from tests.support.blocks import Stored, unwrapped
+from tests.support.cases import (
     CASES,
     CLAMP_CASES,
     DEVICE,
@@ -27,10 +27,9 @@ from tests.cases import (
     Case,
     Shape,
     ids,
-    make_block,
-    make_input,
 )
-from tests.compare import assert_close
+from tests.support.compare import assert_close
+from tests.support.parity import compare, compare_fresh
 
 # the kernels without a GPU: tests/test_kernels.py
 BACKENDS = (
@@ -40,104 +39,6 @@ HALF = {name: DTYPES[name] for name in ("bf16", "fp16")}
 
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def evaluate(
-    block: nn.Module, x: Tensor, c: list[Tensor], rev: bool = False, grad: bool = True
-) -> dict[str, Tensor]:
-    """Output and log-determinant, and the gradients of a random linear function of both to
-    everything that takes one.
-    """
-    x, c = x.detach().requires_grad_(grad), [t.detach().requires_grad_(grad) for t in c]
-    with torch.set_grad_enabled(grad):
-        (y,), logdet = block([x], c, rev=rev)
-    results = {"output": y, "log-det": logdet}
-    if not grad:
-        return results
-    generator = torch.Generator().manual_seed(2)
-    dy, dlogdet = (
-        torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in (y, logdet)
-    )
-    block.zero_grad()
-    # both: also GIN's log-determinant, 0, is part of the graph
-    torch.autograd.backward([y, logdet], [dy, dlogdet])
-    results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
-    return results | {
-        f"grad {name}": p.grad for name, p in block.named_parameters() if p.requires_grad
-    }
-
-
-def compare(
-    case: Case,
-    dtype: torch.dtype,
-    rev: bool,
-    grad: bool,
-    backend: str = "eager",
-    layout: str = "contiguous",
-) -> None:
-    """The criterion over a few draws of weights and inputs: of a handful of numbers one baseline
-    may be exact by luck.
-    """
-    draws = 4 if x_size(case) < 1000 else 1
-    found = [_draw(case, dtype, rev, grad, backend, layout, seed) for seed in range(draws)]
-    for name in found[0][0]:
-        actual, baseline, truth = (_stacked([f[i][name] for f in found]) for i in range(3))
-        assert_close(
-            actual,
-            truth,
-            baseline,
-            f"{case} {name}",
-            magnitude=max(f[3] for f in found) if name == "log-det" else None,
-        )
-
-
-def _stacked(values: list[Tensor | None]) -> Tensor | None:
-    """Together, or None where there is no gradient (global_scale of GIN)."""
-    return None if values[0] is None else torch.stack(values)
-
-
-def x_size(case: Case) -> int:
-    return math.prod(case.shape.full)
-
-
-def _draw(
-    case: Case, dtype: torch.dtype, rev: bool, grad: bool, backend: str, layout: str, seed: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
-    """Ours, the reference in that dtype (float32 for float64), the truth, and the magnitude of the
-    log-determinant's terms.
-    """
-    theirs = make_block(reference.AllInOneBlock, case, dtype, seed, dialect=case.dialect).to(DEVICE)
-    ours = make_block(
-        fastflow_kernels.AllInOneBlock, case, dtype, seed, dialect=case.dialect, backend=backend
-    ).to(DEVICE)
-    ours.load_state_dict(theirs.state_dict())
-    x, c = make_input(case, dtype, seed + 1)
-    x, c = LAYOUTS[layout](x.to(DEVICE)), [LAYOUTS[layout](t.to(DEVICE)) for t in c]
-    actual = evaluate(ours, x, c, rev, grad)
-    truth_block = copy.deepcopy(theirs).double()
-    lower = torch.float32 if dtype is torch.float64 else dtype
-    baseline = evaluate(theirs.to(lower), x.to(lower), [t.to(lower) for t in c], rev, grad)
-    truth = evaluate(truth_block, x.double(), [t.double() for t in c], rev, grad)
-    assert actual.keys() == truth.keys()
-    assert actual["output"].dtype == dtype
-    assert actual["log-det"].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
-    # float32 in half precision; judged by what the baseline's dtype allows
-    actual["log-det"] = actual["log-det"].to(dtype)
-    return actual, baseline, truth, _terms(truth, truth_block)
-
-
-def _terms(truth: dict[str, Tensor], block: nn.Module) -> float:
-    """The log-determinant is a sum that may cancel: the size of its terms, the log-factors' (adding
-    up at random) and the log-scales'.
-    """
-    log_factors = abs(block.clamp) * truth["output"][0].numel() ** 0.5
-    if block.GIN:
-        return log_factors
-    pixels = truth["output"][0, 0].numel()
-    return (
-        log_factors
-        + pixels * block.global_scale_activation(block.global_scale).log().abs().sum().item()
-    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
@@ -235,27 +136,6 @@ def test_kernels_parity(case: Case, dtype: str, rev: bool) -> None:
     compare(case, DTYPES[dtype], rev, grad=not rev, backend="triton")
 
 
-def compare_fresh(activation: str, shape: tuple[int, ...], backend: str) -> None:
-    """The log-determinant of a block as it is built: log(scale) is near 0 and the same in every
-    channel, so that its error adds up.
-    """
-    results = []
-    # where every block is built, for the initial scale to have the same bits in all
-    with torch.device("cpu"):
-        x, a = torch.randn(2, *shape), torch.randn(2, shape[0] // 2 * 2, *shape[1:])
-        options = {"subnet_constructor": lambda *_: Stored(a), "global_affine_type": activation}
-        for dtype in (torch.float32, torch.float64):
-            block = reference.AllInOneBlock([shape], **options).to(dtype)
-            results.append(
-                [flat(block([x.to(dtype)], rev=rev))[1].detach() for rev in (False, True)]
-            )
-        block = fastflow_kernels.AllInOneBlock([shape], **options, backend=backend).to(DEVICE)
-    with torch.no_grad():
-        actual = [flat(block([x.to(DEVICE)], rev=rev))[1] for rev in (False, True)]
-    for mine, baseline, truth in zip(actual, *results, strict=True):
-        assert_close(mine, truth, baseline, f"{activation} {shape}")
-
-
 @every_backend
 @pytest.mark.parametrize("activation", ["SIGMOID", "SOFTPLUS", "EXP"])
 @pytest.mark.parametrize("shape", [(64, 8, 8), (33, 5, 3), (64,)], ids=str)
@@ -290,7 +170,7 @@ def test_log_det_of_small_and_large_coefficients(gain: float, clamp: float) -> N
         ).to(dtype)
         with torch.no_grad():
             results.append(
-                [t for rev in (False, True) for t in flat(block([x.to(dtype)], rev=rev))]
+                [t for rev in (False, True) for t in unwrapped(block([x.to(dtype)], rev=rev))]
             )
     for actual, baseline, truth in zip(*results, strict=True):
         assert_close(actual, truth, baseline, f"gain {gain}, clamp {clamp}")
@@ -350,19 +230,3 @@ def test_tanh_and_its_slope_from_a_sigmoid(dtype: torch.dtype) -> None:
     assert (
         (4.0 * sigma * (1.0 - sigma) - slope).abs() <= (6.0 + 2.0 * z.abs()) * unit * slope
     ).all()
-
-
-class Stored(nn.Module):
-    """Returns what it holds."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("a", a)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a
-
-
-def flat(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    (y,), logdet = result
-    return y, logdet

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import math
 import pickle
 import random
@@ -24,9 +23,10 @@ import fastflow_kernels
 import reference
 from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import accelerate, patch, report, restore
-from tests.cases import CASES as ALL_CASES
-from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
-from tests.compare import assert_close
+from tests.support.blocks import through_a_file, unwrapped
+from tests.support.cases import CASES as ALL_CASES
+from tests.support.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.support.compare import assert_close
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -336,16 +336,11 @@ def test_conditions_that_were_not_declared_are_ignored(peer: Callable[[], Any]) 
     block = stock_block(peer, Case(SHAPE, "hard"))
     x, _ = make_input(HARD)
     c = [torch.randn(2, 5, 3, 4)]
-    expected = flat(block([x], c))
+    expected = unwrapped(block([x], c))
     accelerate(block)
     for given in (c, (), None, []):
-        for a, e in zip(flat(block([x], given)), expected, strict=True):
+        for a, e in zip(unwrapped(block([x], given)), expected, strict=True):
             assert (a - e).abs().max() <= 200 * EPS * e.abs().max()
-
-
-def flat(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    (y,), logdet = result
-    return y, logdet
 
 
 @released
@@ -379,9 +374,9 @@ def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
     case = Case(Shape(2, 6, (1, 1)), "cond")
     block = stock_block(peer, case)
     x, c = make_input(Case(Shape(2, 6, (5, 3)), "cond"))
-    expected = flat(block([x], c))
+    expected = unwrapped(block([x], c))
     assert report(accelerate(block)).changed
-    for a, e in zip(flat(block([x], c)), expected, strict=True):
+    for a, e in zip(unwrapped(block([x], c)), expected, strict=True):
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
@@ -688,10 +683,10 @@ def test_options_that_are_changed_later_take_effect(peer: Callable[[], Any]) -> 
     accelerate(block)
     x, _ = make_input(HARD)
     for name, value in [("clamp", 0.7), ("reverse_pre_permute", True), ("GIN", True)]:
-        before = flat(block([x]))
+        before = unwrapped(block([x]))
         for b in (block, same):
             setattr(b, name, value)
-        actual, expected = flat(block([x])), flat(same([x]))
+        actual, expected = unwrapped(block([x])), unwrapped(same([x]))
         assert any(not torch.equal(a, b) for a, b in zip(actual, before, strict=True))
         for a, e in zip(actual, expected, strict=True):
             assert (a - e).abs().max() <= 500 * EPS * max(e.abs().max().item(), 12.0)
@@ -852,13 +847,13 @@ def test_vendored_copy_is_accelerated(freia_form: bool, dtype: torch.dtype) -> N
     cls = vendored(lambda z, clamp: clamp * torch.tanh(z / clamp)) if freia_form else vendored()
     block = cls([(6, 4)], subnet_constructor=make_subnet(1)).to(dtype)
     x = torch.randn(3, 6, 4, dtype=dtype)
-    expected = [flat(block([x], rev=rev)) for rev in (False, True)]
+    expected = [unwrapped(block([x], rev=rev)) for rev in (False, True)]
     (entry,) = report(accelerate(block)).entries
     assert entry.changed, entry.reason
     assert repr(DIALECTS[freia_form]) in entry.reason
     assert "EXP" in entry.reason
     for rev in (False, True):
-        for a, e in zip(flat(block([x], rev=rev)), expected[rev], strict=True):
+        for a, e in zip(unwrapped(block([x], rev=rev)), expected[rev], strict=True):
             assert (a - e).abs().max() <= 200 * torch.finfo(dtype).eps * max(
                 1.0, e.abs().max().item()
             )
@@ -1051,11 +1046,11 @@ def test_other_activation_of_one_object(peer: Callable[[], Any]) -> None:
     assert_left(block, "global_scale_activation")
     block.global_scale_activation = torch.exp
     x, _ = make_input(HARD)
-    expected = flat(block([x]))
+    expected = unwrapped(block([x]))
     (entry,) = report(accelerate(block)).entries
     assert entry.changed
     assert "EXP" in entry.reason
-    for a, e in zip(flat(block([x])), expected, strict=True):
+    for a, e in zip(unwrapped(block([x])), expected, strict=True):
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
@@ -1071,18 +1066,11 @@ def test_other_permute_function_of_one_object_is_left(peer: Callable[[], Any]) -
 # --- copies ---------------------------------------------------------------------------------------
 
 
-def whole_through_a_file(block: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(block, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "pickle": lambda block: pickle.loads(pickle.dumps(block)),
-    "torch.save": whole_through_a_file,
+    "torch.save": through_a_file,
 }
 
 
@@ -1326,7 +1314,7 @@ def test_accelerate_in_any_context(context: str, peer: Callable[[], Any]) -> Non
     elif context == "inference_mode":
         with torch.inference_mode():
             accelerate(block)
-            flat(block([make_input(HARD)[0]], make_input(HARD)[1]))
+            unwrapped(block([make_input(HARD)[0]], make_input(HARD)[1]))
     elif context == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             accelerate(block)

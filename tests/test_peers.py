@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.peers import anomalib_block, freia_block
 from reference import AllInOneBlock
-from tests.cases import CASES, Case, ids, make_block, make_input, make_subnet
+from tests.support.cases import CASES, Case, ids, make_block, make_input, make_subnet
 
 pytestmark = pytest.mark.peers
 

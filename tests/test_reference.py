@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from reference import AllInOneBlock, InvertibleModule, all_in_one_block
 from reference.all_in_one_block import random_rotation
-from tests.cases import CASES, SHAPES, Case, ids, make_block, make_input, make_subnet
+from tests.support.cases import CASES, SHAPES, Case, ids, make_block, make_input, make_subnet
 
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]

@@ -30,15 +30,15 @@ from fastflow_kernels import (
     ReversibleSequence,
     accelerate,
     dispatch,
-    eager,
     report,
     restore,
     reversible,
 )
+from fastflow_kernels.engines import eager
 from fastflow_kernels.coupling import CouplingSpec
-from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
-from tests.compare import assert_close
-from tests.graph import reversible_blocks
+from tests.support.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
+from tests.support.compare import assert_close
+from tests.support.graph import reversible_blocks
 
 DEPTH = 5
 SHAPE = Shape(2, 6, (3, 5))

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
-from tests.cases import make_subnet
-from tests.graph import nodes
+from tests.support.cases import make_subnet
+from tests.support.graph import nodes
 
 RANKS, BATCH, SHAPE = 2, 2, (6, 4, 4)
 HOOKS = ["register_hook", "register_post_accumulate_grad_hook"]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report, restore
-from tests.cases import Case, Shape, make_block, make_input
+from tests.support.cases import Case, Shape, make_block, make_input
 
 KINDS = ["ours", "accelerated"]
 CASES = [

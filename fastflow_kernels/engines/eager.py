@@ -50,7 +50,7 @@ _TANH_POLE, _TANH_SHIFT = 2.0011255121967095, 2.467730965303713
 # The clamps for which these forms are used. s is off by clamp times their error, and y and the
 # gradients by as large a share of themselves: the sigmoid's form is off by up to 2.0 * 2**-24
 # wherever tanh is small, where plain PyTorch's error may be 0. The accuracy criterion
-# (tests/compare.py) allows 8 * 2**-24 of the largest value then; half of it is left for the other
+# (tests/support/compare.py) allows 8 * 2**-24 of the largest value then; half of it is left for the other
 # roundings. Larger clamps take the operations of plain PyTorch, whose s and exp(s) have the same
 # bits: 1.7 to 1.8 times the time forward, 1.2 to 1.8 times backward (block alone, (4, 256, 64, 64)
 # to (2048, 512)). Below the least, coefficients for dialect "freia" would overflow.

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow_kernels import accelerate, report, restore
-from tests.compare import assert_close
-from tests.graph import reversible_blocks
+from tests.support.compare import assert_close
+from tests.support.graph import reversible_blocks
 
 Step = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 

@@ -140,7 +140,7 @@ def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
     """Both trained to the same: what rounding does to the weights is small beside what training
     did.
 
-    Not by the criterion of tests/compare.py: Adam's first step is the sign of a gradient, also
+    Not by the criterion of tests/support/compare.py: Adam's first step is the sign of a gradient, also
     where that is rounding only.
     """
     assert (

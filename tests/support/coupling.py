@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastflow_kernels.engines.triton import coupling
 from fastflow_kernels.coupling import CouplingSpec
-from tests.compare import assert_close
+from tests.support.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 
 # The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to

@@ -23,7 +23,7 @@ if EXECUTED:
     from tests.support.executor import EXECUTOR, gpu
     from tests.support.executor import watched as sanitize
 else:
-    from tests.sanitizer import sanitize
+    from tests.support.sanitizer import sanitize
 
 __all__ = [
     "EXECUTED",
@@ -45,7 +45,7 @@ def kernels_run() -> AbstractContextManager[Any]:
 
 
 def units_of_floor() -> float:
-    """The floor of the accuracy criterion (tests/compare.py): 4, and 17 where instructions are as
+    """The floor of the accuracy criterion (tests/support/compare.py): 4, and 17 where instructions are as
     wrong as they may be.
 
     PTX documents ex2.approx and div.full with up to 2 units in the last place each. Times eps, for
