@@ -175,9 +175,7 @@ def _prepare(*key: Any) -> Prepared:
         plan.BACKWARD_ROWS,
         plan.COLUMNS_WITH_SUMS if operands.want_params else plan.COLUMNS,
     )
-    values = values_of(
-        operands, tiles, stride_xb=None if has_y else stride_xb, stride_ab=stride_ab
-    )
+    values = values_of(operands, tiles, stride_xb=None if has_y else stride_xb, stride_ab=stride_ab)
     values |= {
         # the gradient of each row is in a new tensor where rows make a sample
         "stride_l": stride_l if operands.rows_per_sample == 1 else 1,
