@@ -33,7 +33,7 @@ from fastflow_kernels.engines.triton.tiles import columns, index, inverse_scale,
 
 @triton.jit
 def _coupling_bwd_kernel(
-    y_ptr, x_ptr, a_ptr, dy_ptr, dlogdet_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr,
+    y_ptr, dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr,
     dx_ptr, da_ptr, part_ptr,
     B, P, stride_xb, stride_ab, stride_l,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -55,10 +55,10 @@ def _coupling_bwd_kernel(
     strides of x and a come divided by ALIGN.
 
     y_ptr: (B, C, P) contiguous with INVERT, otherwise None.
-    x_ptr: (B, C, P), stride_xb between samples; with INVERT contiguous, x2 is out.
-    a_ptr: (B, 2*C2, P), stride_ab between samples.
     dy_ptr: (B, C, P) contiguous.
     dlogdet_ptr: (B,) with stride_l, or None.
+    x_ptr: (B, C, P), stride_xb between samples; with INVERT contiguous, x2 is out.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
     g_ptr: (C,).
     offset_ptr: (C,) with INVERT, otherwise None.
     inv_ptr: int64 (C,), or None for the identity.
@@ -98,12 +98,12 @@ def _coupling_bwd_kernel(
         offs_y2 = j2 * P + p
         offs_x1 = offs_y1 if REVERSE else offs
         offs_x2 = offs_y2 if REVERSE else C1 * P + offs
+        dy_sample_ptr = dy_ptr + b * C * P
         if INVERT:
             x_sample_ptr = x_ptr + b * C * P
         else:
             x_sample_ptr = x_ptr + b * stride_xb * ALIGN
         a_tile_ptr = a_ptr + b * stride_ab * ALIGN + offs
-        dy_sample_ptr = dy_ptr + b * C * P
         dx_sample_ptr = dx_ptr + b * C * P
         da_tile_ptr = da_ptr + b * (2 * C2) * P + offs
 
@@ -124,7 +124,6 @@ def _coupling_bwd_kernel(
             u2 = (y2 - offset2) * factor2 * boost2
             x2_e = u2 - 0.1 * a_t
             tl.store(x_sample_ptr + offs_x2, x2_e * exp_of_factor(-s, CLAMP), mask=mask_active)
-            e = exp_of_factor(s, CLAMP)
         else:
             e = exp_of_factor(s, CLAMP)
             x2_e = x2 * e
@@ -135,11 +134,13 @@ def _coupling_bwd_kernel(
             ds -= sum_h * exp_of_factor(-mean, CLAMP) / (C2 * P)
         if dlogdet_ptr is not None:
             ds += load(dlogdet_ptr + b * stride_l, b < B, ACC_DTYPE)
+        if INVERT:
+            e = exp_of_factor(s, CLAMP)
         du2 = dv2 * scale2
-        da_s = (du2 * x2_e + ds) * (CLAMP * TANH_SCALE * (1.0 - t * t))
         tl.store(dx_sample_ptr + offs_x1, dv1 * scale1, mask=mask_passive)
         tl.store(dx_sample_ptr + offs_x2, du2 * e, mask=mask_active)
         tl.store(da_tile_ptr + C2 * P, 0.1 * du2, mask=mask_active)
+        da_s = (du2 * x2_e + ds) * (CLAMP * TANH_SCALE * (1.0 - t * t))
         tl.store(da_tile_ptr, da_s, mask=mask_active)
         if part_ptr is not None:
             doffset1 += tl.sum(dv1, axis=1)
@@ -147,8 +148,10 @@ def _coupling_bwd_kernel(
             if ACTIVATION is not None:
                 x1 = load(x_sample_ptr + offs_x1, mask_passive, ACC_DTYPE)
                 if not INVERT:
-                    u2 = x2_e + 0.1 * load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
+                    a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
                 dscale1 += tl.sum(product(dv1, x1), axis=1)
+                if not INVERT:
+                    u2 = x2_e + 0.1 * a_t
                 dscale2 += tl.sum(product(dv2, u2), axis=1)
     if part_ptr is not None:
         part_ptr += group.to(tl.int64) * C + c
@@ -240,7 +243,7 @@ def _backward(
     partials = empty_partials(prepared, x.device)
     offset = None if y is None else global_offset
     prepared.launch(
-        is_aligned, y, x, a, dy, log_det_of_rows, global_scale, offset, inv, sums,
+        is_aligned, y, dy, log_det_of_rows, x, a, global_scale, offset, inv, sums,
         dx, da, partials,
     )  # fmt: skip
     if prepared.finish is None:
