@@ -314,7 +314,7 @@ def _traffic(launch: Recorded) -> int:
         share = {"y_ptr": c2 / c, "x_ptr": c2 / c}
     elif name == "_gin_sums_kernel":
         share = {"a_ptr": 0.5, "dy_ptr": c2 / c, "x_ptr": c2 / c}
-    elif name == "_coupling_bwd_kernel" and values["ACT"] is None:
+    elif name == "_coupling_bwd_kernel" and values["ACTIVATION"] is None:
         share = {"a_ptr": 0.5, "x_ptr": c2 / c}
     return round(
         sum(
@@ -333,32 +333,36 @@ def _loops(launch: Recorded) -> list[Loop]:
     def size(*pointers: str) -> int:
         return sum(values[p].element_size() for p in pointers if values[p] is not None)
 
-    if "LOOPS" in values:
+    if "TILES_PER_PROGRAM" in values:
         out = {"_coupling_rows_fwd_kernel": "y_ptr", "_coupling_bwd_kernel": "dx_ptr"}.get(
             name, "x_ptr"
         )
-        tile = values["BLOCK_C"] * (values.get("BLOCK_Q") or values["BLOCK_B"])
+        tile = values["BLOCK_CHANNELS"] * values["BLOCK_COLUMNS"]
         stores = 4 if name == "_coupling_bwd_kernel" else 1
-        return [Loop(values["LOOPS"], "ST", stores * size(out) * max(1, tile / threads))]
+        stored = stores * size(out) * max(1, tile / threads)
+        return [Loop(values["TILES_PER_PROGRAM"], "ST", stored)]
     if name == "_gin_sums_kernel":
-        pixels = values["P"] * values["MUL"]
-        tiles = -(-pixels // values["BLOCK_P"]) * -(-(values["C"] // 2) // values["BLOCK_C"])
-        tile = max(1, values["BLOCK_C"] * values["BLOCK_P"] / threads)
+        pixels = values["P"] * values["ALIGN"]
+        across = -(-pixels // values["BLOCK_COLUMNS"])
+        tiles = across * -(-(values["C"] // 2) // values["BLOCK_CHANNELS"])
+        tile = max(1, values["BLOCK_CHANNELS"] * values["BLOCK_COLUMNS"] / threads)
         return [Loop(-(-tiles // values["PARTS"]), "LD", size("a_ptr", "dy_ptr", "x_ptr") * tile)]
     if name == "_logdet_kernel":
         return [
             Loop(
-                -(-values["PART_COUNT"] // values["BLOCK"]),
+                -(-values["PART_COUNT"] // values["BLOCK_PARTS"]),
                 "LD",
-                size("part_ptr") * max(1, values["BLOCK"] / threads),
+                size("part_ptr") * max(1, values["BLOCK_PARTS"] / threads),
             )
         ]
     if name == "_params_bwd_kernel":
-        tile = values["BLOCK_K"] * values["BLOCK_C"] / threads
-        sums = 1 if values["ACT"] is None else 2
-        over_batch = -(-values["B"] // (values["BLOCK_K"] * values["BLOCK_C"]))
+        tile = values["BLOCK_GROUPS"] * values["BLOCK_CHANNELS"] / threads
+        sums = 1 if values["ACTIVATION"] is None else 2
+        over_batch = -(-values["B"] // (values["BLOCK_GROUPS"] * values["BLOCK_CHANNELS"]))
         return [
-            Loop(-(-values["GROUPS"] // values["BLOCK_K"]), "LD", sums * size("part_ptr") * tile),
+            Loop(
+                -(-values["GROUPS"] // values["BLOCK_GROUPS"]), "LD", sums * size("part_ptr") * tile
+            ),
             Loop(over_batch, "LD", size("dlogdet_ptr") * tile),
         ]
     return []

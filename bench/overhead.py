@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 
 pytest.importorskip("triton")
 
@@ -146,20 +146,22 @@ def test_function_alone(benchmark: Callable, backward: bool) -> None:
 @pytest.mark.parametrize("straight", [False, True], ids=["dispatcher", "prepared"])
 def test_one_launch(benchmark: Callable, straight: bool) -> None:
     """One launch of the backward's kernel, by Triton's dispatcher or straight to the binary
-    (engines/triton/prepared.py).
+    (engines/triton/launch.py).
     """
-    from fastflow_kernels.engines.triton import coupling
+    from fastflow_kernels.engines.triton import engine
+    from fastflow_kernels.engines.triton.launch import Launch
 
     x, g, offset, perm = torch.randn(4, 64), torch.randn(64), torch.randn(64), torch.randperm(64)
     spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin=False)
-    found: list[tuple[object, ...]] = []
-    launch = coupling.Launch.__call__
+    coupling = Coupling(g, offset, spec, perm, perm.argsort())
+    launches: list[tuple[object, ...]] = []
+    launch = Launch.__call__
 
     def keep(self: object, is_aligned: bool, *pointers: object) -> None:
-        found.append((self, *pointers))
+        launches.append((self, *pointers))
         launch(self, is_aligned, *pointers)
 
-    with mock.patch.object(coupling.Launch, "__call__", keep):
-        coupling.coupling_bwd(x, x[:, 0].clone(), x, x, g, offset, perm, perm.argsort(), spec, True)
-    prepared, *pointers = found[0]
+    with mock.patch.object(Launch, "__call__", keep):
+        engine.backward(x, x, OutputGrads(x, x[:, 0].clone()), coupling, True)
+    prepared, *pointers = launches[0]
     _measure(benchmark, lambda: prepared(straight, *pointers))

@@ -11,6 +11,7 @@ import torch
 from bench.cases import Workload
 from bench.compiled import spec_of
 from bench.subject import Sample, draw_samples
+from fastflow_kernels.coupling import Coupling, OutputGrads
 
 # reversible: the inverse and the backward of a chain, in one
 PASSES = ("forward", "backward", "inverse", "reversible")
@@ -34,7 +35,7 @@ class Passes:
         channels = workload.shape[1]
         g, offset = (torch.randn(channels, device=device, dtype=dtype) for _ in range(2))
         perm = torch.randperm(channels, device=device)
-        self.shared = (g, offset, perm, perm.argsort(), spec_of(workload.options))
+        self.coupling = Coupling(g, offset, spec_of(workload.options), perm, perm.argsort())
         self.dlogdet = [sample.dlogdet.float() for sample in self.samples]
 
     def calls(self, name: str, count: int) -> list[Callable[[], object]]:
@@ -44,23 +45,21 @@ class Passes:
         return [self._call(name, i) for i in chosen]
 
     def _call(self, name: str, i: int) -> Callable[[], object]:
-        from fastflow_kernels.engines.triton import coupling
+        from fastflow_kernels.engines.triton import engine
 
         x, a, dy = (t.detach() for t in (self.samples[i].x, self.samples[i].a, self.samples[i].dy))
+        coupling, grads = self.coupling, OutputGrads(dy, self.dlogdet[i])
 
         def inverse() -> object:
-            u = coupling.coupling_inv_passive(x, *self.shared)
-            return coupling.coupling_inv_active(x, u, a, *self.shared, True)
+            return engine.invert_active(x, engine.invert_passive(x, coupling), a, coupling)
 
         def reversible() -> object:
-            u = coupling.coupling_inv_passive(x, *self.shared)
-            return coupling.coupling_inv_bwd(x, u, dy, self.dlogdet[i], a, *self.shared, True)
+            u = engine.invert_passive(x, coupling)
+            return engine.invert_and_backward(x, u, a, grads, coupling, True)
 
         return {
-            "forward": lambda: coupling.coupling_fwd(x, a, *self.shared, True),
-            "backward": lambda: coupling.coupling_bwd(
-                dy, self.dlogdet[i], x, a, *self.shared, True
-            ),
+            "forward": lambda: engine.forward(x, a, coupling),
+            "backward": lambda: engine.backward(x, a, grads, coupling, True),
             "inverse": inverse,
             "reversible": reversible,
         }[name]

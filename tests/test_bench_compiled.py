@@ -19,7 +19,7 @@ from bench.cases import Workload
 from bench.compiled import Loop, executed, parse, waits
 from bench.mock_driver import mock_gpu
 from bench.passes import PASSES, Passes
-from fastflow_kernels.engines.triton import coupling, launch, prepared, reduce
+from fastflow_kernels.engines.triton import backward, forward, inverse, launch, plan, sums
 
 pytestmark = pytest.mark.kernels
 
@@ -120,9 +120,9 @@ def test_a_variant_launches_what_its_value_cuts(
     (question,) = (q for q in tune.QUESTIONS if q.name == name)
     launched: list[tuple[object, ...]] = []
     monkeypatch.setattr(
-        prepared.Launch,
+        launch.Launch,
         "__call__",
-        lambda self, *_: launched.append((self.grid, self.options, *self.constants.values())),
+        lambda self, *_: launched.append((self.grid, self.options, *self.values.values())),
     )
 
     def launches(variant: tune.Variant) -> list[tuple[object, ...]]:
@@ -145,7 +145,7 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
     monkeypatch.setattr(tune, "REPEATS", (2, 2))
     question = tune.Question(
         "tile",
-        tune._tried("launch", "TILE_BYTES", 4096, 2048),
+        tune._tried("plan", "TILE_BYTES", 4096, 2048),
         ("planes",),
         ("forward", "inverse", "reversible"),
     )
@@ -161,14 +161,14 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
     lines = tune.table(rows).splitlines()
     assert len(lines) == 2 + 2 * len(question.passes)
     assert lines[2] == "| TILE_BYTES=4096 | forward | 1.000 | 1.000 | 1.000, planes, bfloat16 |"
-    assert launch.TILE_BYTES == 4096
+    assert plan.TILE_BYTES == 4096
 
 
 @pytest.mark.parametrize("workload", [PLANES, ROWS], ids=lambda workload: workload.name)
 def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     monkeypatch.setattr(
-        prepared.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__)
+        launch.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__)
     )
     with mock_gpu():
         passes = Passes(workload, torch.float32, CPU)
@@ -176,7 +176,10 @@ def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.Monk
             for call in passes.calls(name, 2):
                 call()
     defined = {
-        name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")
+        name
+        for module in (backward, forward, inverse, sums)
+        for name in vars(module)
+        if name.endswith("_kernel")
     } - {"_gin_sums_kernel"}
     other = (
         {"_coupling_fwd_kernel", "_logdet_kernel"}
