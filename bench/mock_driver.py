@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastflow_kernels import dispatch
-from fastflow_kernels.permutations import _Cached
+from fastflow_kernels import route
+from fastflow_kernels.index_cache import IndexCache
 
 
 def _yes(*_: object) -> bool:
@@ -92,8 +92,8 @@ def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
     driver.set_active(Driver() if stand_in is None else stand_in)
     try:
         with (
-            mock.patch.object(dispatch, "interpreted", new=_yes),
-            mock.patch.object(_Cached, "holds", new=_yes),
+            mock.patch.object(route, "is_interpreted", new=_yes),
+            mock.patch.object(IndexCache, "checks_values", new=False),
         ):
             yield
     finally:

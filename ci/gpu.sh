@@ -92,11 +92,11 @@ run() { # run PART SECONDS
     warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.warm ;;
     smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.smallest ;;
     tests)
-        # "plain" is about small inputs on a CPU; the tests that need no GPU run in `make test`.
+        # the tests that need no GPU run in `make test`
         "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
         # few processes of Inductor's own, beside those of pytest-xdist
         step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 "$PYTHON" -m pytest -q --tb=short --durations=15 \
-            -p no:cacheprovider -m "not plain" ${parallel[@]+"${parallel[@]}"} \
+            -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} \
             tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;

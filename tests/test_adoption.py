@@ -10,6 +10,8 @@ import pytest
 
 from bench.peers import freia
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # What of FrEIA's packages matters here, as its main branch has it; the names are those of FrEIA

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from fastflow_kernels.coupling import DIALECTS, CouplingSpec, OutputGrads
 from tests.support import modes
-from tests.support.cases import DEVICE
+from tests.support.cases import DEVICE, both_dialects
 from tests.support.coupling import (
     check_everything,
     inverse,
@@ -38,7 +38,6 @@ GAINS = (1e-3, 0.1, 1.0, 5.0, 30.0, 300.0)  # standard deviation of a
 KERNEL_CLAMPS = (*CLAMPS[::2], 50.0) if INTERPRETED else (2.0, 50.0)
 KERNEL_GAINS = (0.1, 5.0, 300.0)
 both_kinds = pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
 
 
 def inputs_of(shape, clamp, dialect, gin, gain, dtype=torch.float32):

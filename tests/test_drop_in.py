@@ -16,10 +16,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
-from tests.support.cases import DIALECTS, Case, Shape, make_block, make_input
+from tests.support.cases import (
+    Case,
+    Shape,
+    both_dialects,
+    both_directions,
+    make_block,
+    make_input,
+)
 
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
-both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+pytestmark = pytest.mark.usefixtures("fused")
+
 ROWS, PLANES = Shape(3, 6), Shape(2, 6, (4, 5))
 
 

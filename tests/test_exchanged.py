@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reference
 from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import accelerate, report, restore
-from tests.support.cases import DIALECTS, Case, Shape, make_block, make_input
+from tests.support.cases import DIALECTS, Case, Shape, both_dialects, make_block, make_input
+from tests.support.peers import PEERS, each_peer, released, stock_block
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 EPS = torch.finfo(torch.float64).eps
 SHAPE = Shape(3, 6, (4,))
@@ -46,39 +49,16 @@ def bound_block() -> type:
     return AllInOneBlock
 
 
-def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
-    never released.
-    """
-    return functools.partial(reference.AllInOneBlock, dialect="freia")
-
-
-PEERS = {
-    "anomalib": anomalib_block,
-    "freia0.2": freia_block,
-    "bound": bound_block,
-    "freia-main": freia_main_block,
-}
-peers = pytest.mark.parametrize(
-    "peer",
-    [
-        pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers])
-        for name, peer in PEERS.items()
-    ],
-)
-with_softplus = pytest.mark.parametrize(
-    "peer", [freia_block, bound_block], ids=["freia0.2", "bound"]
-)
+peers = each_peer({**PEERS, "bound": bound_block})
+with_softplus = each_peer({"freia0.2": freia_block, "bound": bound_block})
 
 
 def pair(
     peer: Callable[[], Any], name: str = "hard", **options: Any
 ) -> tuple[nn.Module, nn.Module]:
     """An accelerated block and a stock one with the same parameters, of one class."""
-    made, cls = [], peer()
-    for _ in range(2):
-        np.random.seed(3)  # FrEIA 0.2 draws its permutations there
-        made.append(make_block(cls, Case(SHAPE, name), torch.float64, 3, **options))
+    cls = peer()
+    made = [stock_block(lambda: cls, Case(SHAPE, name), **options) for _ in range(2)]
     accelerate(made[0])
     assert state_of(made[0]) == "accelerated", str(report(made[0]))
     return made[0], made[1]
@@ -264,7 +244,6 @@ SOFTPLUS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.peers
 @with_softplus
 @pytest.mark.parametrize("exchange", SOFTPLUS)
 def test_what_the_activation_reads(exchange: str, peer: Callable[[], Any]) -> None:
@@ -373,8 +352,7 @@ def test_accelerate_again_asks_a_block_that_has_changed() -> None:
 # --- compiled -------------------------------------------------------------------------------------
 
 
-@pytest.mark.peers
-@pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
+@released
 @pytest.mark.parametrize(
     "exchange",
     [
@@ -643,7 +621,7 @@ def test_a_permute_function_that_may_read_more_is_left() -> None:
 # --- the dialect ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@both_dialects
 @pytest.mark.parametrize("clamp", [1, 1.0, -1.0, 1.7, 1e-3, 300.0])
 def test_dialect_and_clamp(clamp: float, dialect: str) -> None:
     """Also with a clamp of 1, at which both dialects agree, and with one at which exp(clamp)
@@ -655,7 +633,7 @@ def test_dialect_and_clamp(clamp: float, dialect: str) -> None:
     assert_same(block, stock)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@both_dialects
 def test_dialect_of_gin_with_one_active_value(dialect: str) -> None:
     """GIN takes the mean of one value, which is that value: no clamp tells the dialects apart."""
     made = [
@@ -709,8 +687,8 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class WithoutFloat64(TorchDispatchMode):
-    """A device that has none."""
+class RefusingToWiden(TorchDispatchMode):
+    """A device that has no float64: none comes of what lies on it, in float32."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -727,7 +705,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
     "device": lambda: torch.device("meta"),
     "default device": lambda: default_device("meta"),
     "watching": Watching,
-    "without float64": WithoutFloat64,
+    "without float64": RefusingToWiden,
     "inference": torch.inference_mode,
     "float16 autocast": lambda: torch.autocast("cpu", torch.float16),
     "none": nullcontext,
@@ -740,8 +718,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager]] = {
 def test_accelerate_anywhere_and_report_changes_nothing(
     context: str, name: str, peer: Callable[[], Any]
 ) -> None:
-    np.random.seed(3)
-    block = make_block(peer(), Case(SHAPE, name), torch.float32, 3)
+    block = stock_block(peer, Case(SHAPE, name), dtype=torch.float32)
     stock = copy.deepcopy(block)
     attributes, versions = dict(vars(block)), [p._version for p in block.parameters()]
     generators = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -833,8 +810,7 @@ def test_restore_restores_all_or_nothing() -> None:
 
 @peers
 def test_state_dict_and_attributes_are_the_stock_blocks(peer: Callable[[], Any]) -> None:
-    np.random.seed(3)
-    block = make_block(peer(), Case(SHAPE, "hard"))
+    block = stock_block(peer, Case(SHAPE, "hard"))
     attributes, keys = dict(vars(block)), list(block.state_dict())
     accelerate(block)
     assert vars(block).keys() - attributes.keys() == {"_fastflow"}

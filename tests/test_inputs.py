@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import reference
-from fastflow_kernels import AllInOneBlock, dispatch
+from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.layouts import memory_format
 from tests.support.blocks import Function, Stored, unwrapped
 from tests.support.cases import (
-    DIALECTS,
     LAYOUTS,
     OPTIONS,
     Case,
     Shape,
+    both_dialects,
+    both_directions,
     ids,
     make_block,
     make_input,
@@ -32,9 +33,10 @@ from tests.support.cases import (
 )
 from tests.support.compare import assert_close
 from tests.support.parity import check_float16_range
+from tests.support.small_inputs import plain_and_fused
 
-both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
-both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+pytestmark = pytest.mark.usefixtures("fused")
+
 with_and_without_grad = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 
 # Every kind of permutation, with and without GIN, conditions and the pre-permutation.
@@ -512,7 +514,7 @@ def test_environment_sets_the_default_backend(rev: bool, monkeypatch: pytest.Mon
         (
             "nonsense",
             ValueError,
-            f"{dispatch.ENVIRONMENT_VARIABLE}.*auto.*eager.*triton.*got 'nonsense'",
+            "FASTFLOW_KERNELS_BACKEND.*auto.*eager.*triton.*got 'nonsense'",
         ),
         ("triton", RuntimeError, "'triton' cannot be used here: the input is on cpu"),
     ]:
@@ -1040,16 +1042,13 @@ def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, 
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+@plain_and_fused
 @pytest.mark.parametrize("shape", [Shape(3, 7, (3, 5)), Shape(2, 6, (2, 3, 2))], ids=str)
 @kinds
-def test_channels_last_stays(
-    name: str, shape: Shape, plain: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_channels_last_stays(name: str, shape: Shape, small: int) -> None:
     """Output, inverse and the input's gradient have the input's memory format, so that convolutions
     around them need no copy.
     """
-    monkeypatch.setattr(dispatch, "SMALL", 1 << 15 if plain else 0)
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, torch.float32)
     x, c = make_input(case, torch.float32)
@@ -1064,7 +1063,7 @@ def test_channels_last_stays(
     assert (back - x).abs().max() < 1e-4
     product_first = block.reverse_pre_permute and (block.permute_soft or block.householder)
     # torch's convolution in 3-D gives another format
-    if not plain and not (product_first and len(shape.spatial) == 3):
+    if not small and not (product_first and len(shape.spatial) == 3):
         assert dx.is_contiguous(memory_format=layout)
 
 
@@ -1206,7 +1205,7 @@ def test_the_tables_names_exist() -> None:
     assert set(KINDS) <= set(OPTIONS)
 
 
-@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@both_dialects
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("given", ["float32", "half"])
 @kinds
@@ -1235,7 +1234,7 @@ def test_dtypes_under_autocast(name: str, given: str, half: torch.dtype, dialect
         assert {p.grad.dtype for p in block.parameters() if p.grad is not None} == {torch.float32}
 
 
-@pytest.mark.plain
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_float16_overflows_only_where_a_result_does(backend: str) -> None:
-    check_float16_range(backend)
+@pytest.mark.parametrize("small", [1 << 20, 0], ids=["plain", "fused"], indirect=True)
+@pytest.mark.usefixtures("small")
+def test_float16_overflows_only_where_a_result_does() -> None:
+    check_float16_range("auto")

@@ -28,7 +28,10 @@ from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_execu
 from tests.support.parity import check_float16_range, compare, compare_fresh
 
 # numpy's: overflow to inf is meant
-pytestmark = [*on_this_machine, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
+pytestmark = [
+    *on_this_machine,
+    pytest.mark.usefixtures("fused"),
+    pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 

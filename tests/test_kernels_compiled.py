@@ -35,7 +35,7 @@ from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, launch
 from tests.support.cases import OPTIONS, Case, Shape, make_block
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of
 # 4 warps or 2 of 8.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import compileall
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,7 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
             )
 
 
+@functools.cache
 def loaded_after(statement: str) -> set[str]:
     """The top-level modules in sys.modules of a fresh interpreter after a statement."""
     code = (

@@ -21,34 +21,27 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
-from bench.peers import anomalib_block, freia, freia_block
-from fastflow_kernels import accelerate, patch, report, restore
+from bench.peers import anomalib_block, freia
+from fastflow_kernels import accelerate, modules, report, restore
 from tests.support.blocks import through_a_file, unwrapped
 from tests.support.cases import CASES as ALL_CASES
-from tests.support.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
+from tests.support.cases import (
+    DIALECTS,
+    Case,
+    Shape,
+    both_dialects,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
 from tests.support.compare import assert_close
+from tests.support.peers import freia_main_block, peers, released, stock_block
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 EPS = torch.finfo(torch.float64).eps
 
-
-def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
-    never released.
-    """
-    return functools.partial(reference.AllInOneBlock, dialect="freia")
-
-
-PEERS = {"anomalib": anomalib_block, "freia0.2": freia_block, "freia-main": freia_main_block}
-peers = pytest.mark.parametrize(
-    "peer",
-    [
-        pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers])
-        for name, peer in PEERS.items()
-    ],
-)
-released = pytest.mark.parametrize(
-    "peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"]
-)
 
 CASES = [case for case in ALL_CASES if case.dialect == "anomalib"]  # the peers know no dialect
 SHAPE = Shape(2, 6, (3, 4))
@@ -61,18 +54,6 @@ kinds = pytest.mark.parametrize(
     [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN],
     ids=["hard", "soft", "hh", "hh-soft", "gin"],
 )
-
-
-def stock_block(
-    peer: Callable[[], Any],
-    case: Case,
-    seed: int = 3,
-    dtype: torch.dtype = torch.float64,
-    **extra: Any,
-) -> nn.Module:
-    cls = peer()
-    np.random.seed(seed)  # FrEIA 0.2 draws its permutations there
-    return make_block(cls, case, dtype, seed, **extra)
 
 
 def same_block(
@@ -178,7 +159,7 @@ def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> 
 def is_fused(block: nn.Module) -> bool:
     """Whether a call of a block runs the fused function."""
     with (
-        mock.patch.object(patch, "all_in_one_block", wraps=patch.all_in_one_block) as fused,
+        mock.patch.object(modules, "evaluate", wraps=modules.evaluate) as fused,
         torch.no_grad(),
     ):
         c = (
@@ -301,7 +282,6 @@ def test_optimizer_made_before_keeps_working(
 
 
 @released
-@pytest.mark.peers
 def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
     calls = []
     block = stock_block(peer, Case(SHAPE, "hard"))
@@ -331,7 +311,6 @@ def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_conditions_that_were_not_declared_are_ignored(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     x, _ = make_input(HARD)
@@ -344,7 +323,6 @@ def test_conditions_that_were_not_declared_are_ignored(peer: Callable[[], Any]) 
 
 
 @released
-@pytest.mark.peers
 def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> None:
     """Subnets that end in ReLU, an identity that returns its input, empty batches."""
     block = peer()([(3, 4)], subnet_constructor=lambda *_: nn.Identity())
@@ -368,7 +346,6 @@ def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> No
 
 
 @released
-@pytest.mark.peers
 def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
     """As the stock block does (msflow declares its blocks (C, 1, 1))."""
     case = Case(Shape(2, 6, (1, 1)), "cond")
@@ -500,7 +477,6 @@ MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(kind: str, peer: Callable[[], Any]) -> None:
     build, names = MODELS[kind]
@@ -619,7 +595,6 @@ def test_another_permutation_takes_effect(change: str, case: Case, peer: Callabl
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("when", ["before", "after", "after a pass"])
 @pytest.mark.parametrize("what", ["rotation", "rotation and back", "not the inverse", "shear"])
 @pytest.mark.parametrize("through", ["copy_", "data.copy_"])
@@ -658,7 +633,6 @@ def test_hard_block_with_a_matrix_that_is_no_permutation(
 
 
 @released
-@pytest.mark.peers
 @kinds
 def test_conversion_and_moves(case: Case, peer: Callable[[], Any]) -> None:
     block = stock_block(peer, case, dtype=torch.float32)
@@ -676,7 +650,6 @@ def test_conversion_and_moves(case: Case, peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_options_that_are_changed_later_take_effect(peer: Callable[[], Any]) -> None:
     """The stock block reads them at each call."""
     block, same = (stock_block(peer, Case(SHAPE, "hard")) for _ in range(2))
@@ -693,7 +666,6 @@ def test_options_that_are_changed_later_take_effect(peer: Callable[[], Any]) -> 
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("name", ["hard", "rev", "soft", "hh1"])
 def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], Any]) -> None:
     """Who asks for a gradient of the permutation's matrix gets it, as from the stock block."""
@@ -715,7 +687,7 @@ def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], An
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
 @pytest.mark.parametrize("clamp", [0.5, 0.9, 0.98, 1.02, 1.05, 1.2, 1.9, 5.0])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@both_dialects
 def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -> None:
     block = reference.AllInOneBlock(
         [(6, 4)], [], make_subnet(1), affine_clamping=clamp, dialect=dialect
@@ -725,7 +697,7 @@ def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -
     assert repr(dialect) in entry.reason
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@both_dialects
 def test_clamp_of_one_is_both_dialects(dialect: str) -> None:
     make = functools.partial(reference.AllInOneBlock, affine_clamping=1.0, dialect=dialect)
     block = stock_block(lambda: make, Case(SHAPE, "rev"))
@@ -734,7 +706,6 @@ def test_clamp_of_one_is_both_dialects(dialect: str) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_clamp_of_zero(peer: Callable[[], Any]) -> None:
     make = functools.partial(peer(), affine_clamping=0.0)
     block = stock_block(lambda: make, Case(SHAPE, "rev"))
@@ -952,7 +923,6 @@ STEPS = ["forward", "_affine", "_permute", "_pre_permute", "_construct_household
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", ["hard", "hh3-rev-cond"])
 def test_subclass_that_overrides_a_step_is_left(
@@ -967,7 +937,6 @@ def test_subclass_that_overrides_a_step_is_left(
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("step", STEPS)
 def test_override_of_one_object_is_left(step: str, peer: Callable[[], Any]) -> None:
     block = stock_block(peer, HARD)
@@ -976,7 +945,6 @@ def test_override_of_one_object_is_left(step: str, peer: Callable[[], Any]) -> N
 
 
 @released
-@pytest.mark.peers
 @kinds
 def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> None:
     stock = peer()
@@ -1006,7 +974,6 @@ def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> 
 
 
 @released
-@pytest.mark.peers
 def test_subclass_with_other_halves_is_left(peer: Callable[[], Any]) -> None:
     stock = peer()
 
@@ -1022,7 +989,6 @@ def test_subclass_with_other_halves_is_left(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_learned_clamp_is_left_or_learns(peer: Callable[[], Any]) -> None:
     """The stock block takes a parameter for its clamp, and gives it a gradient."""
     blocks = [stock_block(peer, Case(SHAPE, "hard")) for _ in range(2)]
@@ -1039,7 +1005,6 @@ def test_learned_clamp_is_left_or_learns(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_other_activation_of_one_object(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     block.global_scale_activation = lambda g: 0.1 + torch.nn.functional.softplus(g)
@@ -1055,7 +1020,6 @@ def test_other_activation_of_one_object(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_other_permute_function_of_one_object_is_left(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     function = block.permute_function
@@ -1075,7 +1039,6 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize(
     "case", [HARD, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "hh", "hh-soft"]
 )
@@ -1119,7 +1082,6 @@ def test_copies(
         assert_equal_results(COPIES[method](block), block, case)
 
 
-@pytest.mark.peers
 @released
 def test_copy_of_a_restored_model_is_pickled_as_before(
     peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
@@ -1142,7 +1104,6 @@ def test_copy_of_a_restored_model_is_pickled_as_before(
 
 
 @released
-@pytest.mark.peers
 def test_graph_of_a_stock_pass_is_let_go(peer: Callable[[], Any]) -> None:
     """A stock Householder block keeps the graph of its last pass alive."""
     block = stock_block(peer, HOUSEHOLDER)
@@ -1302,7 +1263,6 @@ def test_meta_device_is_left(name: str, peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize(
     "context", ["no_grad", "inference_mode", "autocast", "float64 by default", "deterministic"]
 )

@@ -196,7 +196,7 @@ FAULTS = {
         (BACKWARD,), "y_ptr + b * C * P + offs_y2", "x_ptr + b * C * P + offs_y2", PLANES
     ),
     "a copy for the kernels that is undone": Planted(
-        ("functional.py",),
+        ("block.py",),
         ".contiguous(memory_format=memory_format(x))",
         ".contiguous(memory_format=layout)",
         "channels_last_gin",

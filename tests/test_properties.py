@@ -24,6 +24,8 @@ from tests.support.cases import (
 )
 from tests.support.parity import compare
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 # The same examples every time: a failure must not come and go with the weather. Raise max_examples
 # to search.
 search = settings(max_examples=120, deadline=None, derandomize=True)

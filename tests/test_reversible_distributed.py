@@ -4,7 +4,6 @@ parameter's hook fired once.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
+from fastflow_kernels import AllInOneBlock, ReversibleSequence
 from tests.support.cases import make_subnet
 from tests.support.graph import nodes
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 RANKS, BATCH, SHAPE = 2, 2, (6, 4, 4)
 HOOKS = ["register_hook", "register_post_accumulate_grad_hook"]
@@ -131,21 +133,6 @@ def under_fsdp(rank: int) -> None:
         check(chain, expected(data()), *hooks)
 
 
-def work(rank: int, kind: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dispatch.SMALL = 0
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
-    try:
-        {"ddp": under_ddp, "fsdp": under_fsdp}[kind](rank)
-    finally:
-        dist.destroy_process_group()
-    # Torch 2.14 once aborted while a rank's interpreter shut down, after all checks: "terminate
-    # called without an active exception".
-    os._exit(0)
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_find_the_gradients_of_one_process(kind: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (kind, tmp_path), nprocs=RANKS)
+    run_ranks({"ddp": under_ddp, "fsdp": under_fsdp}[kind], RANKS, tmp_path)

@@ -18,6 +18,8 @@ import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report, restore
 from tests.support.cases import Case, Shape, make_block, make_input
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 KINDS = ["ours", "accelerated"]
 CASES = [
     Case(Shape(4, 6, (3, 5)), name) for name in ("hard", "gin-rev-cond", "soft", "hh3-rev-cond")

@@ -26,6 +26,8 @@ from fastflow_kernels import accelerate, report, restore
 from tests.support.compare import assert_close
 from tests.support.graph import reversible_blocks
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 Step = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
 

@@ -26,6 +26,7 @@ from bench.ecosystem import file_sizes
 from fastflow_kernels import accelerate, report
 
 pytestmark = [
+    pytest.mark.usefixtures("fused"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

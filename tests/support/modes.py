@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastflow_kernels import dispatch
+from fastflow_kernels import route
 
-INTERPRETED = dispatch.interpreted()
+INTERPRETED = route.is_interpreted()
 EXECUTED = not INTERPRETED and not torch.cuda.is_available()
 
 if EXECUTED:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 import fastflow_kernels
 import reference
 from tests.support.blocks import Stored, unwrapped
-from tests.support.cases import DEVICE, LAYOUTS, Case, make_block, make_input
+from tests.support.cases import DEVICE, LAYOUTS, Case, build_block, make_block, make_input
 from tests.support.compare import assert_close
 
 
@@ -52,20 +54,15 @@ def compare(
     may be exact by luck.
     """
     draws = 4 if math.prod(case.shape.full) < 1000 else 1
-    found = []
-    for seed in range(draws):
-        ours, stock = _blocks(case, dtype, backend, seed)
-        x, c = make_input(case, dtype, seed + 1)
-        x, c = LAYOUTS[layout](x.to(DEVICE)), [LAYOUTS[layout](t.to(DEVICE)) for t in c]
-        found.append(_results(ours, stock, x, c, rev, grad))
-    for name in found[0][0]:
-        actual, baseline, truth = (_stacked([f[i][name] for f in found]) for i in range(3))
+    expected = [_expect(case, dtype, rev, layout, seed) for seed in range(draws)]
+    actual = [_results(e, case, backend, rev, grad) for e in expected]
+    for name in actual[0]:
         assert_close(
-            actual,
-            truth,
-            baseline,
+            _stacked([a[name] for a in actual]),
+            _stacked([e.truth[name] for e in expected]),
+            _stacked([e.baseline[name] for e in expected]),
             f"{case} {name}",
-            magnitude=max(f[3] for f in found) if name == "log-det" else None,
+            magnitude=max(e.terms for e in expected) if name == "log-det" else None,
         )
 
 
@@ -74,34 +71,53 @@ def _stacked(values: list[Tensor | None]) -> Tensor | None:
     return None if values[0] is None else torch.stack(values)
 
 
-def _blocks(case: Case, dtype: torch.dtype, backend: str, seed: int) -> tuple[nn.Module, nn.Module]:
-    """A block of ours and the reference, with the same weights."""
+@dataclass
+class _Expected:
+    """What is to come of an input.
+
+    Attributes:
+        state: The weights.
+        x, c: The input and the conditions, in the dtype under test.
+        baseline: Of the reference in that dtype, in float32 if it is float64.
+        truth: Of the reference in float64.
+        terms: The magnitude of the log-determinant's terms.
+    """
+
+    state: dict[str, Tensor]
+    x: Tensor
+    c: list[Tensor]
+    baseline: dict[str, Tensor]
+    truth: dict[str, Tensor]
+    terms: float
+
+
+@functools.lru_cache(maxsize=4)  # tests that differ in the engine alone follow one another
+def _expect(case: Case, dtype: torch.dtype, rev: bool, layout: str, seed: int) -> _Expected:
     stock = make_block(reference.AllInOneBlock, case, dtype, seed, dialect=case.dialect).to(DEVICE)
-    ours = make_block(
-        fastflow_kernels.AllInOneBlock, case, dtype, seed, dialect=case.dialect, backend=backend
-    ).to(DEVICE)
-    ours.load_state_dict(stock.state_dict())
-    return ours, stock
+    state = {key: value.clone() for key, value in stock.state_dict().items()}
+    x, c = make_input(case, dtype, seed + 1)
+    x, c = LAYOUTS[layout](x.to(DEVICE)), [LAYOUTS[layout](t.to(DEVICE)) for t in c]
+    lower = torch.float32 if dtype is torch.float64 else dtype
+    baseline = evaluate(copy.deepcopy(stock).to(lower), x.to(lower), [t.to(lower) for t in c], rev)
+    truth = evaluate(stock.double(), x.double(), [t.double() for t in c], rev)
+    return _Expected(state, x, c, baseline, truth, _terms(truth, stock))
 
 
 def _results(
-    ours: nn.Module, stock: nn.Module, x: Tensor, c: list[Tensor], rev: bool, grad: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], float]:
-    """Ours, the reference in that dtype (float32 for float64), the truth, and the magnitude of the
-    log-determinant's terms.
-    """
-    dtype = x.dtype
-    actual = evaluate(ours, x, c, rev, grad)
-    truth_block = copy.deepcopy(stock).double()
-    lower = torch.float32 if dtype is torch.float64 else dtype
-    baseline = evaluate(stock.to(lower), x.to(lower), [t.to(lower) for t in c], rev, grad)
-    truth = evaluate(truth_block, x.double(), [t.double() for t in c], rev, grad)
-    assert actual.keys() == truth.keys()
+    expected: _Expected, case: Case, backend: str, rev: bool, grad: bool
+) -> dict[str, Tensor]:
+    """What our block makes of it."""
+    block = build_block(fastflow_kernels.AllInOneBlock, case, dialect=case.dialect, backend=backend)
+    block = block.to(DEVICE, expected.x.dtype)
+    block.load_state_dict(expected.state)
+    actual = evaluate(block, expected.x, expected.c, rev, grad)
+    dtype = expected.x.dtype
+    assert not grad or actual.keys() == expected.truth.keys()
     assert actual["output"].dtype == dtype
     assert actual["log-det"].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
     # float32 in half precision; judged by what the baseline's dtype allows
     actual["log-det"] = actual["log-det"].to(dtype)
-    return actual, baseline, truth, _terms(truth, truth_block)
+    return actual
 
 
 def _terms(truth: dict[str, Tensor], block: nn.Module) -> float:

@@ -25,8 +25,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from bench import mock_driver
-from fastflow_kernels.dispatch import interpreted
 from fastflow_kernels.engines.triton import backward, forward, inverse, plan, sums
+from fastflow_kernels.route import is_interpreted
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
 from tests.support.executor.values import POISON, Fault, Unsupported
@@ -81,7 +81,7 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
     Raises:
         RuntimeError: If Triton interprets kernels in this process.
     """
-    if interpreted():
+    if is_interpreted():
         raise RuntimeError("gpu() executes compiled kernels, and TRITON_INTERPRET is set: unset it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock_driver.mock_gpu(_Driver()))

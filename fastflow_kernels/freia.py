@@ -1,18 +1,20 @@
-"""Classes of ours that count as another library's, once that is imported.
+"""FrEIA's base class, and how classes of ours count as FrEIA's once that is imported.
 
-Containers ask ``isinstance(module, theirs)``. Importing their library to derive from its class
-would cost every user that import, and FrEIA's brings SciPy.
+FrEIA's containers ask ``isinstance(module, InvertibleModule)`` for their own class. Importing FrEIA
+to derive from it would cost every user that import, and SciPy with it.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from torch import Tensor, nn
 
 
 def adopt(cls: type, module: str, name: str) -> None:
@@ -115,3 +117,76 @@ class _Loader(Loader):
 
 
 _finder = _Finder()
+
+
+class InvertibleModule(nn.Module):
+    """Base class of invertible modules, with FrEIA's interface.
+
+    ``module([x], c, rev=False, jac=True)`` returns ``((z,), logdet)`` with ``logdet = log |det
+    dz/dx|`` (B,) in nats per sample, and ``module([z], c, rev=True)`` returns ``((x,), -logdet)``.
+    Where FrEIA is imported, before or after, instances pass ``isinstance(module,
+    FrEIA.modules.InvertibleModule)``.
+
+    Args:
+        dims_in: One shape per input, without the batch dimension: ``[(C, *S)]``.
+        dims_c: One shape per condition.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> InvertibleModule:
+        _adopt_freia()  # again: FrEIA may have been reloaded
+        return super().__new__(cls)
+
+    def __init__(
+        self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None
+    ) -> None:
+        nn.Module.__init__(self)  # by name: FrEIA's base, where adopted, would ask for dims_in
+        self.dims_in = list(dims_in)
+        self.dims_c = list(dims_c) if dims_c is not None else []
+
+    def forward(
+        self,
+        x_or_z: Sequence[Tensor],
+        c: Sequence[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Compute the outputs and the log-determinant; to be implemented by subclasses.
+
+        Args:
+            x_or_z: Inputs, one tensor (B, *dims_in[k]) each.
+            c: Conditions, one tensor (B, *dims_c[k]) each.
+            rev: Compute the inverse.
+            jac: Whether the log-determinant is wanted.
+
+        Raises:
+            NotImplementedError: Always, here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not provide forward(...)")
+
+    def log_jacobian(self, *args: Any, **kwargs: Any) -> None:
+        """Deprecated; ``forward`` returns the log-determinant.
+
+        Raises:
+            DeprecationWarning: Always.
+        """
+        raise DeprecationWarning(
+            "log_jacobian is deprecated: forward(..., jac=True) returns (outputs, log-determinant)"
+        )
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The outputs' shapes for inputs of shapes ``input_dims``; to be implemented by subclasses.
+
+        Raises:
+            NotImplementedError: Always, here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not provide output_dims(...)")
+
+
+def _adopt_freia() -> None:
+    """Make FrEIA's base class a base of ours once FrEIA is imported, so that its containers
+    recognise our modules.
+    """
+    adopt(InvertibleModule, "FrEIA.modules.base", "InvertibleModule")
+
+
+_adopt_freia()
