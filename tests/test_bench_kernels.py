@@ -16,7 +16,7 @@ from bench import timing
 from bench.gpu import kernel_times, tune
 from bench.gpu.passes import Passes
 from bench.workloads import Workload
-from fastflow_kernels.engines.triton import coupling, launch, prepared, reduce
+from fastflow_kernels.engines.triton import backward, forward, inverse, launch, plan, sums
 from tests.support.kernel_passes import PASSES
 from tests.support.mock_driver import mock_gpu
 
@@ -41,9 +41,9 @@ def test_a_variant_launches_what_its_value_cuts(
     (question,) = (q for q in tune.QUESTIONS if q.name == name)
     launched: list[tuple[object, ...]] = []
     monkeypatch.setattr(
-        prepared.Launch,
+        launch.Launch,
         "__call__",
-        lambda self, *_: launched.append((self.grid, self.options, *self.constants.values())),
+        lambda self, *_: launched.append((self.grid, self.options, *self.values.values())),
     )
 
     def launches(variant: tune.Variant) -> list[tuple[object, ...]]:
@@ -66,7 +66,7 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
     monkeypatch.setattr(tune, "REPEATS", (2, 2))
     question = tune.Question(
         "tile",
-        tune.tried("launch", "TILE_BYTES", 4096, 2048),
+        tune.tried("plan", "TILE_BYTES", 4096, 2048),
         ("planes",),
         ("forward", "inverse", "reversible"),
     )
@@ -82,14 +82,14 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
     lines = tune.table(rows).splitlines()
     assert len(lines) == 2 + 2 * len(question.passes)
     assert lines[2] == "| TILE_BYTES=4096 | forward | 1.000 | 1.000 | 1.000, planes, bfloat16 |"
-    assert launch.TILE_BYTES == 4096
+    assert plan.TILE_BYTES == 4096
 
 
 @pytest.mark.parametrize("workload", [PLANES, ROWS], ids=lambda workload: workload.name)
 def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     monkeypatch.setattr(
-        prepared.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__)
+        launch.Launch, "__call__", lambda self, *_: launched.append(self.kernel.__name__)
     )
     with mock_gpu():
         passes = Passes(workload, torch.float32, CPU)
@@ -97,7 +97,10 @@ def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.Monk
             for call in passes.calls(name, 2):
                 call()
     defined = {
-        name for module in (coupling, reduce) for name in vars(module) if name.endswith("_kernel")
+        name
+        for module in (backward, forward, inverse, sums)
+        for name in vars(module)
+        if name.endswith("_kernel")
     } - {"_gin_sums_kernel"}
     other = (
         {"_coupling_fwd_kernel", "_logdet_kernel"}

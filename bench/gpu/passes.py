@@ -9,6 +9,7 @@ import torch
 
 from bench.subject import Sample, draw_samples
 from bench.workloads import Workload
+from fastflow_kernels.coupling import Coupling, OutputGrads
 from tests.support.kernel_passes import Inputs, run_pass, spec_of
 
 
@@ -28,12 +29,12 @@ class Passes:
         channels = workload.shape[1]
         g, offset = (torch.randn(channels, device=device, dtype=dtype) for _ in range(2))
         perm = torch.randperm(channels, device=device)
-        constants = (g, offset, perm, perm.argsort(), spec_of(workload.options))
+        coupling = Coupling(g, offset, spec_of(workload.options), perm, perm.argsort())
 
         def inputs(sample: Sample) -> Inputs:
             assert sample.a is not None
-            x, a, dlogdet = sample.x.detach(), sample.a.detach(), sample.dlogdet.float()
-            return Inputs(x, a, sample.dy, dlogdet, constants)
+            grads = OutputGrads(sample.dy, sample.dlogdet.float())
+            return Inputs(sample.x.detach(), sample.a.detach(), grads, coupling)
 
         self.inputs = [inputs(s) for s in draw_samples("block", workload, dtype, device)[:most]]
         self.next = 0

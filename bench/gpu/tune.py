@@ -33,7 +33,7 @@ from bench.gpu.passes import Passes
 from bench.records import Row
 from bench.timing import copy_bandwidth, interleaved
 from bench.workloads import DTYPES, Workload, workloads
-from fastflow_kernels.engines.triton import launch
+from fastflow_kernels.engines.triton import plan
 
 REPEATS = (5, 9)
 SECONDS = 0.4  # of one group, once it has the least repeats
@@ -63,9 +63,9 @@ def tried(module: str, constant: str, *values: Any) -> tuple[tuple[Setting, ...]
 
 def _rows(kind: str) -> tuple[tuple[Setting, ...], ...]:
     """Cuts of the rows, the present one first."""
-    now = getattr(launch, kind)
-    other = [launch.RowTiles(values, busy) for values in (4, 2, 1) for busy in (256, 512, 1024)]
-    return tried("coupling", kind, now, *(cut for cut in other if cut != now))
+    now = getattr(plan, kind)
+    other = [plan.RowTiles(values, busy) for values in (4, 2, 1) for busy in (256, 512, 1024)]
+    return tried("plan", kind, now, *(cut for cut in other if cut != now))
 
 
 _PLANES = ("fastflow-wrn50/1", "fastflow-wrn50/3", "fastflow-r18/1")
@@ -76,19 +76,19 @@ QUESTIONS = (
     Question("forward-rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
     Question(
         "tile",
-        tried("launch", "TILE_BYTES", 4096, 2048, 8192),
+        tried("plan", "TILE_BYTES", 4096, 2048, 8192),
         _PLANES,
         ("forward", "backward", "inverse", "reversible"),
     ),
     Question(
         "columns",
-        tried("coupling", "_COLUMNS_BWD", 64, 32, 128),
+        tried("plan", "COLUMNS_WITH_SUMS", 64, 32, 128),
         ("fastflow-wrn50/1", "fastflow-wrn50/3"),
         ("backward",),
     ),
     Question(
         "sums",
-        tried("reduce", "_SUMS_BLOCK_K", 256, 64, 128, 512),
+        tried("plan", "SUMS_BLOCK_GROUPS", 256, 64, 128, 512),
         ("fastflow-cait", "fastflow-r18/3", "tabular"),
         ("backward",),
     ),
@@ -96,9 +96,9 @@ QUESTIONS = (
 
 
 def module_of(name: str) -> ModuleType:
-    from fastflow_kernels.engines.triton import coupling, launch, reduce
+    from fastflow_kernels.engines.triton import backward, forward, inverse
 
-    return {"coupling": coupling, "launch": launch, "reduce": reduce}[name]
+    return {"plan": plan, "backward": backward, "forward": forward, "inverse": inverse}[name]
 
 
 def label(setting: tuple[Setting, ...]) -> str:
@@ -121,7 +121,7 @@ def _set(setting: tuple[Setting, ...]) -> Iterator[None]:
 
 def _forget() -> None:
     """Let launches be prepared anew."""
-    for module in ("launch", "coupling"):
+    for module in ("plan", "backward", "forward", "inverse"):
         for function in vars(module_of(module)).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()

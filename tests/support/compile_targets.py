@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from tests.support.kernel_passes import Inputs, run_pass
 
 TARGETS = {
@@ -98,17 +98,18 @@ def launches_of(call: Callable[[], object]) -> list[Recorded]:
 
 
 def launches_of_passes(
-    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
+    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, reverse: bool = False
 ) -> dict[str, list[Recorded]]:
     """What the launchers launch for an input of this shape, by pass."""
     inputs = _empty(shape, dtype, dtype, spec)
+    inputs = inputs._replace(coupling=inputs.coupling._replace(reverse=reverse))
     return {
         name: launches_of(partial(run_pass, name, inputs))
         for name in ("forward", "backward", "inverse")
     }
 
 
-def launches_of_undoing(
+def launches_of_reconstruction(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
 ) -> list[Recorded]:
     """What a reversible chain's backward launches for an input of this shape.
@@ -126,7 +127,8 @@ def _empty(
     x = torch.empty(shape, dtype=dtype)
     a = torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype_a)
     g, perm = torch.zeros(channels, dtype=dtype), torch.arange(channels)
-    return Inputs(x, a, x, torch.zeros(batch), (g, g, perm, perm, spec))
+    grads = OutputGrads(x, torch.zeros(batch))
+    return Inputs(x, a, grads, Coupling(g, g, spec, perm, perm))
 
 
 def compile_for(target: str, launch: Recorded) -> Code:

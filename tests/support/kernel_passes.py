@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 
 # "reversible": the inverse and the backward of a chain, in one
 PASSES = ("forward", "backward", "inverse", "reversible")
@@ -18,31 +18,29 @@ class Inputs(NamedTuple):
     Attributes:
         x: The input (B, C, *S); the output, where a pass inverts.
         a: The subnet's output.
-        dy: The gradient of the output.
-        dlogdet: The gradient of the log-determinant (B,).
-        constants: The global scale and offset, the index and its inverse, and the spec.
+        grads: The gradients of the output and of the log-determinant.
+        coupling: All else.
     """
 
     x: Tensor
     a: Tensor
-    dy: Tensor
-    dlogdet: Tensor
-    constants: tuple[Tensor, Tensor, Tensor, Tensor, CouplingSpec]
+    grads: OutputGrads
+    coupling: Coupling
 
 
 def run_pass(name: str, inputs: Inputs) -> object:
     """Launch one of PASSES, with the gradients of the parameters and the log-determinant."""
-    from fastflow_kernels.engines.triton import coupling
+    from fastflow_kernels.engines.triton import engine
 
-    x, a, dy, dlogdet, constants = inputs
+    x, a, grads, coupling = inputs
     if name == "forward":
-        return coupling.coupling_fwd(x, a, *constants, True)
+        return engine.forward(x, a, coupling)
     if name == "backward":
-        return coupling.coupling_bwd(dy, dlogdet, x, a, *constants, True)
-    u = coupling.coupling_inv_passive(x, *constants)
+        return engine.backward(x, a, grads, coupling, True)
+    u = engine.invert_passive(x, coupling)
     if name == "inverse":
-        return coupling.coupling_inv_active(x, u, a, *constants, True)
-    return coupling.coupling_inv_bwd(x, u, dy, dlogdet, a, *constants, True)
+        return engine.invert_active(x, u, a, coupling)
+    return engine.invert_and_backward(x, u, a, grads, coupling, True)
 
 
 def spec_of(options: dict[str, Any]) -> CouplingSpec:

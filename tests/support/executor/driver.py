@@ -24,7 +24,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from fastflow_kernels.engines.triton import coupling, launch, reduce
+from fastflow_kernels.engines.triton import backward, forward, inverse, plan, sums
 from fastflow_kernels.route import is_interpreted
 from tests.support import mock_driver
 from tests.support.executor.memory import GlobalTensor
@@ -115,7 +115,7 @@ def _poison(t: torch.Tensor) -> None:
 
 def _forget_kernels() -> None:
     """Drop compiled kernels and prepared launches: they hold the driver they were made with."""
-    for module in (coupling, reduce, launch):
+    for module in (backward, forward, inverse, plan, sums):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
