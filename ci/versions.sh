@@ -50,9 +50,9 @@ run() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
 if [ "$which" != triton-3.6 ]; then
     echo "== the block"
     # SciPy before 1.16 draws no rotation of one channel, so that the stock block cannot be built with one.
-    run tests/test_reference.py tests/test_peers.py tests/test_checkpoints.py tests/test_patch.py tests/test_autograd.py \
+    run tests/test_reference.py tests/test_peers.py tests/test_checkpoints.py tests/test_loading.py tests/test_patch*.py tests/test_probe.py tests/test_autograd.py \
         tests/test_layering.py tests/test_docs.py tests/test_compile.py tests/test_torch_features.py tests/test_distributed.py \
-        tests/test_reversible.py tests/test_reversible_distributed.py -k "not (C1- and -soft)$more"
+        tests/test_reversible*.py -k "not (C1- and -soft)$more"
 fi
 echo "== the kernels, interpreted"
 TRITON_INTERPRET=1 run tests/test_kernels.py -k 'coupling_parity and not (of_ or in_) or parity_of_gin or loops or soft or without'

@@ -215,7 +215,7 @@ def make_reversible(chain: Any) -> tuple[bool, str] | None:
     except Exception as error:
         return False, f"could not be probed: {type(error).__name__}: {error}"
     if not is_alike:
-        return False, "computes something else than FrEIA's SequenceINN"
+        return False, "it computes something else than FrEIA's SequenceINN"
     chain.__class__ = reversible
     return True, reversible_in_words(chain)
 

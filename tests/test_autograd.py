@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report
-from tests.support.blocks import Stored
+from tests.support.blocks import Stored, permutation_of
 from tests.support.cases import (
     CASES,
     OPTIONS,
@@ -309,7 +309,7 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     (y,), _ = block([x])
     expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[
-        :, block._permutation().perm
+        :, permutation_of(block)
     ] * block.global_scale_activation(block.global_scale)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(block([y], rev=True)[0][0], x)
@@ -463,7 +463,7 @@ class Derived(AllInOneBlock):
         self.raw = nn.Parameter(torch.full((1, 6, 1, 1), 0.3))
 
     @property
-    def global_scale(self) -> Tensor:
+    def global_scale(self) -> Tensor:  # type: ignore[override]
         return 2.0 * self.raw
 
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ import reference
 from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from tests.support import blocks
+from tests.support.blocks import contents
 from tests.support.cases import (
     DIALECTS,
     Case,
@@ -40,7 +38,6 @@ from tests.support.checkpoints import (
     SOFT_HOUSEHOLDER,
     assert_equal_states,
     assert_same_results,
-    contents,
     each_case,
     is_hard,
     kinds,
@@ -51,9 +48,6 @@ from tests.support.checkpoints import (
 from tests.support.peers import released
 
 pytestmark = pytest.mark.usefixtures("fused")
-
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 # --- layouts --------------------------------------------------------------------------------------
@@ -396,35 +390,6 @@ def test_hook_that_renames_keys_is_honoured() -> None:
 
 
 # --- FrEIA ----------------------------------------------------------------------------------------
-
-ISINSTANCE = """
-import sys
-import torch
-from fastflow_kernels import AllInOneBlock, InvertibleModule
-assert not any(name.split(".")[0] in ("FrEIA", "scipy") for name in sys.modules), "importing the package must not import FrEIA"
-make = lambda: AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear)
-before = make()
-state = before.state_dict()
-assert not any(name.split(".")[0] == "FrEIA" for name in sys.modules)
-import FrEIA.modules, FrEIA.framework
-after = make()
-assert isinstance(after, FrEIA.modules.InvertibleModule) and isinstance(before, FrEIA.modules.InvertibleModule)
-assert isinstance(after, InvertibleModule) and isinstance(after, AllInOneBlock) and isinstance(before, InvertibleModule)
-assert isinstance(InvertibleModule([(4,)]), FrEIA.modules.InvertibleModule)
-assert not isinstance(torch.nn.Linear(1, 1), InvertibleModule)
-after.load_state_dict(state)
-x = torch.randn(3, 4)
-for rev in (False, True):
-    (y,), j = after([x], rev=rev)
-    (z,), k = before([x], rev=rev)  # built before, works after
-    assert torch.equal(y, z) and torch.equal(j, k)
-make()
-"""
-
-
-@pytest.mark.peers
-def test_freia_is_adopted_once_it_is_there() -> None:
-    subprocess.run([sys.executable, "-c", ISINSTANCE], cwd=ROOT, check=True, timeout=100)
 
 
 @pytest.mark.peers

@@ -11,12 +11,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastflow_kernels.engines import eager
+from fastflow_kernels.engines import eager, soft_clamp
 
 pytest.importorskip("triton")
 
-from fastflow_kernels.coupling import DIALECTS, CouplingSpec, OutputGrads
+from fastflow_kernels.coupling import DIALECTS, Coupling, CouplingSpec, OutputGrads
 from tests.support import modes
 from tests.support.cases import DEVICE, both_dialects
 from tests.support.coupling import (
@@ -40,7 +41,14 @@ KERNEL_GAINS = (0.1, 5.0, 300.0)
 both_kinds = pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 
 
-def inputs_of(shape, clamp, dialect, gin, gain, dtype=torch.float32):
+def inputs_of(
+    shape: tuple[int, ...],
+    clamp: float,
+    dialect: str,
+    gin: bool,
+    gain: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Coupling]:
     x, a, coupling = make(shape, dialect=dialect, gin=gin, clamp=clamp, x=dtype)
     return x, (gain * torch.randn(a.shape)).to(dtype), coupling
 
@@ -54,7 +62,9 @@ def inputs_of(shape, clamp, dialect, gin, gain, dtype=torch.float32):
     ids=lambda dtype: str(dtype)[6:],
 )
 @pytest.mark.parametrize("shape", [(4, 6, 9, 7), (50, 7)], ids=["planes", "rows"])
-def test_eager_functions_at_any_clamp(shape, dtype, clamp, dialect, gin):
+def test_eager_functions_at_any_clamp(
+    shape: tuple[int, ...], dtype: torch.dtype, clamp: float, dialect: str, gin: bool
+) -> None:
     for gain in GAINS:
         torch.manual_seed(0)
         check_everything(*inputs_of(shape, clamp, dialect, gin, gain, dtype), engine=eager)
@@ -63,7 +73,9 @@ def test_eager_functions_at_any_clamp(shape, dtype, clamp, dialect, gin):
 @both_kinds
 @pytest.mark.parametrize("clamp", [c for c in CLAMPS if abs(c) <= 2.0])
 @pytest.mark.parametrize("z", [1e-4, 0.05, 0.3, 0.7, 1.2, 1.7, 1.8, 4.0, 8.0])
-def test_eager_functions_where_all_coefficients_are_alike(z, clamp, gin):
+def test_eager_functions_where_all_coefficients_are_alike(
+    z: float, clamp: float, gin: bool
+) -> None:
     """The criterion measures by the largest value, and here none is larger than others: no error
     hides behind it.
     """
@@ -76,7 +88,9 @@ def test_eager_functions_where_all_coefficients_are_alike(z, clamp, gin):
 @both_kinds
 @pytest.mark.parametrize("clamp", [80.0, 200.0, 1000.0, -1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda dtype: str(dtype)[6:])
-def test_eager_functions_overflow_only_where_plain_pytorch_does(dtype, clamp, gin):
+def test_eager_functions_overflow_only_where_plain_pytorch_does(
+    dtype: torch.dtype, clamp: float, gin: bool
+) -> None:
     """Where exp leaves the dtype's range there is no truth to compare with."""
     for gain in (1.0, 30.0, 300.0):
         x, a, coupling = inputs_of((4, 6, 9, 7), clamp, "anomalib", gin, gain, dtype)
@@ -93,15 +107,15 @@ def test_eager_functions_overflow_only_where_plain_pytorch_does(dtype, clamp, gi
             assert ours is None or (ours.isfinite() | ~expected.isfinite()).all()
 
 
-def test_coefficients_of_the_cheap_form_fit_in_float32():
+def test_coefficients_of_the_cheap_form_fit_in_float32() -> None:
     """At the least clamp that takes it, where dialect "freia" makes tanh_scale largest, and just
     below, where it does not.
     """
-    for clamp in (eager._LEAST_CLAMP, 0.5 * eager._LEAST_CLAMP, 1e-15):
+    for clamp in (soft_clamp.LEAST_FAST_CLAMP, 0.5 * soft_clamp.LEAST_FAST_CLAMP, 1e-15):
         for dialect in DIALECTS:
             check_everything(*inputs_of((4, 6, 9, 7), clamp, dialect, False, 1.0), engine=eager)
-            spec = CouplingSpec.of(eager._LEAST_CLAMP, dialect, "EXP", False)
-            for value in eager._tanh_coefficients(spec.tanh_scale, spec.clamp / math.log(2.0)):
+            spec = CouplingSpec.of(soft_clamp.LEAST_FAST_CLAMP, dialect, "EXP", False)
+            for value in soft_clamp._tanh_coefficients(spec.tanh_scale, spec.clamp / math.log(2.0)):
                 assert 1e-30 < abs(value) < 1e30
 
 
@@ -110,7 +124,9 @@ def test_coefficients_of_the_cheap_form_fit_in_float32():
 @both_dialects
 @pytest.mark.parametrize("clamp", KERNEL_CLAMPS)
 @pytest.mark.parametrize("shape", [(2, 7, 4, 5), (9, 7)], ids=["planes", "rows"])
-def test_kernels_at_any_clamp(shape, clamp, dialect, gin):
+def test_kernels_at_any_clamp(
+    shape: tuple[int, ...], clamp: float, dialect: str, gin: bool
+) -> None:
     if gin and abs(clamp) > 20.0:
         pytest.skip(
             "the sums ahead of GIN's backward are taken before the mean is known: exp(clamp) of "

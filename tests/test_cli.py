@@ -121,7 +121,12 @@ def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.Monkey
     copies = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(check._Device, "_copy", lambda self: (copies.append(1), advance(0.1)))
+
+    def copy(_: object) -> None:
+        copies.append(1)
+        advance(0.1)
+
+    monkeypatch.setattr(check._Device, "_copy", copy)
     device = check._Device()
     assert device.bandwidth() == pytest.approx(2 * 2**28 / 1e-4)
     monkeypatch.setattr(

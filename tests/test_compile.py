@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.support.cases import Case, Shape, both_directions, make_block
 pytestmark = pytest.mark.usefixtures("fused", "fresh_compiler")
 
 
-def _compiled(block: nn.Module) -> nn.Module:
+def _compiled(block: nn.Module) -> Any:
     return torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
 
 
@@ -116,7 +117,7 @@ def test_block_is_compiled_straight_away(stock: bool, move: str) -> None:
     x = torch.randn(2, 6, 4, 4)
     expected = block([x])[0][0]
     block = MOVES[move](block)
-    operations = []
+    operations: list[torch.fx.Node] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         operations.extend(node for node in graph.graph.nodes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -66,8 +67,6 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 
 # --- recorded graphs ------------------------------------------------------------------------------
 
-Recorded = Callable[[nn.Module, Tensor], nn.Module]
-
 
 def _traced(model: nn.Module, x: Tensor) -> nn.Module:
     with warnings.catch_warnings():  # that it is deprecated, and that shapes are constants in it
@@ -75,7 +74,7 @@ def _traced(model: nn.Module, x: Tensor) -> nn.Module:
         return torch.jit.trace(copy.deepcopy(model), (x,))
 
 
-RECORDERS: dict[str, Recorded] = {
+RECORDERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "export": lambda model, x: torch.export.export(copy.deepcopy(model), (x,)).module(),
     "strict export": lambda model, x: torch.export.export(
         copy.deepcopy(model), (x,), strict=True

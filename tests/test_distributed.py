@@ -66,7 +66,7 @@ def _trained(model: nn.Module, flow: Flow, x: Tensor, c: list[Tensor]) -> dict[s
             f"{name}.grad": p.grad for name, p in flow.named_parameters() if p.requires_grad
         }
         optimizer.step()
-    results = weights | gradients
+    results: dict[str, Any] = weights | gradients
     return {
         name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()
     }

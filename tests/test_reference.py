@@ -131,6 +131,8 @@ def scalar_block(block: AllInOneBlock, x: list[float], a: list[float]) -> tuple[
 @pytest.mark.parametrize("activation", ["SIGMOID", "SOFTPLUS", "EXP"])
 def test_formula_number_by_number(dialect: str, gin: bool, activation: str) -> None:
     class Given(nn.Module):
+        a: torch.Tensor
+
         def forward(self, _: torch.Tensor) -> torch.Tensor:
             return self.a
 
@@ -138,8 +140,8 @@ def test_formula_number_by_number(dialect: str, gin: bool, activation: str) -> N
         [(7,)], [], lambda *_: Given(), 1.7, gin, 0.8, activation, dialect=dialect
     ).double()
     with torch.no_grad():
-        block.global_scale += torch.randn(1, 7)
-        block.global_offset += torch.randn(1, 7)
+        block.global_scale.add_(torch.randn(1, 7))
+        block.global_offset.add_(torch.randn(1, 7))
     block.activation_name = activation
     x, block.subnet.a = torch.randn(3, 7).double(), 12 * torch.randn(3, 6).double()
     (y,), log_det = block([x])

@@ -155,7 +155,7 @@ def test_accelerate_says_where_there_is_no_chain() -> None:
 
 @pytest.mark.peers
 def test_accelerate_leaves_chains_of_another_kind() -> None:
-    base = freia().framework.SequenceINN
+    base: Any = freia().framework.SequenceINN
 
     class Overridden(base):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,8 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.module_list, self.conditions, self.force_tuple_output = nn.ModuleList(), [], False
+            self.module_list, self.force_tuple_output = nn.ModuleList(), False
+            self.conditions: list[Any] = []
 
         def forward(
             self, x: Tensor, c: Any = None, rev: bool = False, jac: bool = True
@@ -320,7 +321,8 @@ class Halving(nn.Module):
 
     def __init__(self, dims_in: Any) -> None:
         super().__init__()
-        self.dims_in, self.dims_c = dims_in, []
+        self.dims_in = dims_in
+        self.dims_c: list[Any] = []
 
     def forward(self, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
         return (x[0].repeat_interleave(2, -1) if rev else x[0][..., ::2],), 0.0

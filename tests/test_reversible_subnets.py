@@ -1,4 +1,4 @@
-"""Subnets of reversible chains: those whose second run is another one, compiled and scripted ones."""
+"""Subnets of reversible chains whose second run differs, and compiled and scripted ones."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_what_a_subnet_hands_out_beside_its_result_is_refused() -> None:
                 loss.backward()
             found.append(parameter_gradients(model))
         if not wanted:
-            assert_same(*found, 1e-5)
+            assert_same(found[0], found[1], 1e-5)
 
 
 def test_small_differences_of_one_channel_show() -> None:
@@ -269,7 +269,7 @@ def holding_scripted(i: int, o: int) -> nn.Module:
     return nn.Sequential(nn.Linear(i, i), scripted(i, o))
 
 
-def compiled(i: int, o: int) -> nn.Module:
+def compiled(i: int, o: int) -> Any:
     return torch.compile(Narrow(i, o), backend="aot_eager")
 
 
@@ -302,7 +302,7 @@ def test_compiled_and_scripted_subnets(subnet: Callable[[int, int], nn.Module], 
             )
             loss_of(*chain(x)).backward()
         found.append(parameter_gradients(chain))
-    assert_same(*found, 1e-5)
+    assert_same(found[0], found[1], 1e-5)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

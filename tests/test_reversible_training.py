@@ -1,5 +1,5 @@
-"""Reversible chains where training gets complicated: random numbers, buffers, hooks, frozen parts, low
-precision, checkpoints.
+"""Reversible chains where training gets complicated: random numbers, buffers, hooks, frozen parts,
+low precision, checkpoints.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def test_batch_and_spectral_norm_are_updated_once(training: bool) -> None:
 
 class Buffered(nn.Module):
     """A subnet with a buffer for every way in which one changes, or does not."""
+
+    replaced: Tensor
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()
@@ -216,12 +218,13 @@ def test_hooks_fire_as_often_as_in_a_plain_chain() -> None:
     for model in (chain, plain_of(chain)):
         fired: dict[str, int] = {}
 
-        def count(key: str, fired: dict[str, int] = fired) -> None:
+        def count(key: str, result: Tensor | None = None, fired: dict[str, int] = fired) -> Any:
             fired[key] = fired.get(key, 0) + 1
+            return result
 
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.register_hook(lambda g, name=name: (count(f"hook {name}"), 2 * g)[1])
+                p.register_hook(lambda g, name=name: count(f"hook {name}", 2 * g))
                 p.register_post_accumulate_grad_hook(
                     lambda p, name=name: count(f"accumulated {name}")
                 )
@@ -238,7 +241,7 @@ def test_hooks_fire_as_often_as_in_a_plain_chain() -> None:
 def test_a_loss_on_what_a_hook_saw_in_between() -> None:
     chain, found = simple(), []
     for model in (chain, plain_of(chain)):
-        seen = []
+        seen: list[Tensor] = []
         model[2].register_forward_hook(
             lambda module, arguments, result, seen=seen: seen.append(result[0][0])
         )

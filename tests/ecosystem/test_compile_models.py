@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def _assert_one_graph(stock: nn.Module, calls: list[list[object]]) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def _flat(results: object) -> list[Tensor]:
+def _flat(results: Any) -> list[Tensor]:
     if isinstance(results, Tensor):
         return [results]
     return [t for result in results if result is not None for t in _flat(result)]

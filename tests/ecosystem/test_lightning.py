@@ -141,8 +141,8 @@ def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
     """Both trained to the same: what rounding does to the weights is small beside what training
     did.
 
-    Not by the criterion of tests/support/compare.py: Adam's first step is the sign of a gradient, also
-    where that is rounding only.
+    Not by the criterion of tests/support/compare.py: Adam's first step is the sign of a gradient,
+    also where that is rounding only.
     """
     assert (
         ours.metrics.keys() == stock.metrics.keys() >= {"train_loss", "image_AUROC", "pixel_AUROC"}

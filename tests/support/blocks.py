@@ -13,6 +13,8 @@ from torch import Tensor, nn
 class Stored(nn.Module):
     """A subnet that returns what it holds, whatever it is given; as a buffer, which to() finds."""
 
+    a: Tensor
+
     def __init__(self, a: Tensor) -> None:
         super().__init__()
         self.register_buffer("a", a)
@@ -30,6 +32,19 @@ class Function(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(x)
+
+
+class Counting(nn.Module):
+    """A linear map of the channels that counts how often it is asked."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.einsum("oi,bi...->bo...", self.weight, x)
 
 
 class TakesTensor(nn.Module):
@@ -55,3 +70,16 @@ def through_a_file(module: nn.Module) -> nn.Module:
     torch.save(module, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+def contents(block: nn.Module) -> dict[str, Tensor]:
+    """Everything that a block holds, copied."""
+    return {
+        name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
+    }
+
+
+def permutation_of(block: Any) -> Tensor:
+    """The index of a hard permutation, for which y[:, j] = v[:, index[j]]."""
+    w = block.w_perm.detach()
+    return w if w.dim() == 1 else w.flatten(1).argmax(1)

@@ -7,7 +7,7 @@ Ids read ``B2-C7-5x5-freia-gin-rev``; with a dtype ``B2-C7-5x5-...-bf16``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ DTYPES = {
 DIALECTS = ("anomalib", "freia")
 
 both_dialects = pytest.mark.parametrize("dialect", DIALECTS)
+with_and_without_grad = pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 
 
@@ -129,6 +130,21 @@ CLAMP_OPTIONS: dict[str, dict[str, Any]] = {
     "gin-clamp8": {"gin_block": True, "affine_clamping": 8.0},
     "gin-clamp50": {"gin_block": True, "affine_clamping": 50.0},
 }
+# Every kind of permutation, with and without GIN, conditions and the pre-permutation.
+KINDS = (
+    "hard",
+    "rev",
+    "cond",
+    "gin",
+    "gin-rev-cond",
+    "soft",
+    "soft-rev-exp",
+    "gin-soft",
+    "hh3-rev-cond",
+    "hh2-soft-sigmoid",
+    "gin-hh2",
+)
+kinds = pytest.mark.parametrize("name", KINDS)
 HARD_OPTIONS = tuple(name for name in OPTIONS if not any(word in name for word in ("soft", "hh")))
 
 
@@ -300,7 +316,7 @@ def _one_hot(w: torch.Tensor) -> bool:
     return bool(((w == 0) | (w == 1)).all())
 
 
-def build_block(cls: type, case: Case, seed: int = 0, **extra: Any) -> nn.Module:
+def build_block(cls: type, case: Case, seed: int = 0, **extra: Any) -> Any:
     """A block of class ``cls`` as its constructor leaves it. The real peers know no ``dialect``:
     pass theirs as is.
     """
@@ -316,7 +332,7 @@ def build_block(cls: type, case: Case, seed: int = 0, **extra: Any) -> nn.Module
 
 def make_block(
     cls: type, case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, **extra: Any
-) -> nn.Module:
+) -> Any:
     """A block of class ``cls`` with random parameters that ``dtype`` represents."""
     return randomize(build_block(cls, case, seed, **extra)).to(dtype)
 
@@ -333,12 +349,12 @@ def make_input(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """``(x, c)`` with values that ``dtype`` represents."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     x = torch.randn(case.shape.full, **drawn).to(dtype)
     c = [torch.randn(case.shape.batch, *dims, **drawn).to(dtype) for dims in case.dims_c]
     return x, c
 
 
-def ids(values: object) -> list[str]:
+def ids(values: Iterable[object]) -> list[str]:
     """Readable test ids for anything with a ``str``."""
     return [str(value) for value in values]

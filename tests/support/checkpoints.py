@@ -27,7 +27,6 @@ NAMES = (
     "gin-hh2",
 )
 CASES = [Case(shape, name) for shape in (Shape(2, 7), Shape(2, 6, (3, 4))) for name in NAMES]
-
 CASES += [Case(shape, "hard") for shape in (Shape(3, 1), Shape(2, 2, (3,)), Shape(2, 5, (2, 3, 2)))]
 each_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER = (
@@ -69,13 +68,6 @@ def assert_same_results(actual: nn.Module, expected: nn.Module, case: Case) -> N
         terms = case.shape.channels * max(1, e[0].numel())
         error = (a - e).abs().max().item()
         assert error <= 16 * terms * EPS * max(1.0, e.abs().max().item()), f"{name}: {error:.3g}"
-
-
-def contents(block: nn.Module) -> dict[str, Tensor]:
-    """Everything that a block holds, copied."""
-    return {
-        name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
-    }
 
 
 def assert_equal_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -101,7 +101,10 @@ def assert_close(
             )
     if problems:
         worst = int(error.argmax())
-        where = f"worst of {error.numel()} at flat index {worst}: got {actual[worst]:.17g}, truth {truth[worst]:.17g}"
+        where = (
+            f"worst of {error.numel()} at flat index {worst}: got {actual[worst]:.17g}, "
+            f"truth {truth[worst]:.17g}"
+        )
         raise AssertionError(
             f"{label}: {'; '.join(problems)}; {where}, baseline {baseline[worst]:.17g}"
         )

@@ -20,4 +20,4 @@ def nodes(t: Tensor) -> Counter[str]:
 
 def reversible_blocks(t: Tensor) -> int:
     """How many blocks of the graph keep no activations."""
-    return nodes(t)["_BlockBackward"]
+    return nodes(t)["_LinkedBlockBackward"]

@@ -45,8 +45,8 @@ def kernels_run() -> AbstractContextManager[Any]:
 
 
 def units_of_floor() -> float:
-    """The floor of the accuracy criterion (tests/support/compare.py): 4, and 17 where instructions are as
-    wrong as they may be.
+    """The floor of the accuracy criterion (tests/support/compare.py): 4, and 17 where instructions
+    are as wrong as they may be.
 
     PTX documents ex2.approx and div.full with up to 2 units in the last place each. Times eps, for
     clamp c <= 2 and t = tanh:

@@ -23,7 +23,11 @@ def freia_main_block() -> Callable[..., nn.Module]:
     return functools.partial(reference.AllInOneBlock, dialect="freia")
 
 
-PEERS = {"anomalib": anomalib_block, "freia0.2": freia_block, "freia-main": freia_main_block}
+PEERS: dict[str, Callable[[], Any]] = {
+    "anomalib": anomalib_block,
+    "freia0.2": freia_block,
+    "freia-main": freia_main_block,
+}
 
 
 def each_peer(peers: dict[str, Callable[[], Any]]) -> pytest.MarkDecorator:

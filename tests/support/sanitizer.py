@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -47,21 +48,21 @@ class _Checker:
     address.
     """
 
-    def __init__(self, real) -> None:
+    def __init__(self, real: Any) -> None:
         self._real = real
         self.ranges: list[_Range] = []
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def load(self, pointers, mask, other, dtype):
+    def load(self, pointers: Any, mask: Any, other: Any, dtype: Any) -> Any:
         size = np.dtype(dtype).itemsize
         for r, addresses in self._by_range(pointers, mask, size, "load"):
             r.loads.append(addresses)
             r.itemsize = size
         return self._real.load(pointers, mask, other, dtype)
 
-    def store(self, pointers, value, mask):
+    def store(self, pointers: Any, value: Any, mask: Any) -> Any:
         size = np.asarray(value).dtype.itemsize
         for r, addresses in self._by_range(pointers, mask, size, "store"):
             r.stores.append(addresses)
@@ -69,7 +70,7 @@ class _Checker:
         return self._real.store(pointers, value, mask)
 
     def _by_range(
-        self, pointers, mask, size: int, kind: str
+        self, pointers: Any, mask: Any, size: int, kind: str
     ) -> Iterator[tuple[_Range, np.ndarray]]:
         addresses = (
             np.asarray(pointers).astype(np.uint64).ravel()[np.asarray(mask).ravel().astype(bool)]
@@ -132,7 +133,7 @@ def sanitize() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     execute = interpreter.GridExecutor.__call__
 
-    def checked(self, *args, **kwargs):
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         named = dict(zip(self.arg_names, args, strict=False)) | kwargs
         checker.ranges = [
             _range_of(name, t) for name, t in named.items() if isinstance(t, torch.Tensor)
