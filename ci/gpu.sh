@@ -98,7 +98,7 @@ run() { # run PART SECONDS
         # few processes of Inductor's own, beside those of pytest-xdist
         step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 "$PYTHON" -m pytest -q --tb=short --durations=15 \
             -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} \
-            tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
+            tests/test_gpu.py tests/test_kernels{,_values,_traffic,_blocks}.py tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
     goals) bench "$limit" --workloads "$goals" --dtypes float32,bfloat16 ;;

@@ -13,5 +13,5 @@ if ! "$python" -c 'import triton'; then
     esac
 fi
 
-TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 -m "not slow" tests/test_kernels.py
+TRITON_INTERPRET=1 "$python" -m pytest -q --durations=5 -m "not slow" tests/test_kernels*.py
 "$python" -m pytest -q --durations=5 -m "kernels and not slow"

@@ -55,13 +55,13 @@ if [ "$which" != triton-3.6 ]; then
         tests/test_reversible*.py -k "not (C1- and -soft)$more"
 fi
 echo "== the kernels, interpreted"
-TRITON_INTERPRET=1 run tests/test_kernels.py -k 'coupling_parity and not (of_ or in_) or parity_of_gin or loops or soft or without'
+TRITON_INTERPRET=1 run tests/test_kernels{,_values,_blocks}.py -k 'coupling_parity and not (of_ or in_) or parity_of_gin or loops or soft or without'
 echo "== the kernels, compiled"
 run tests/test_kernels_compiled.py -k "not gfx942 and not fp16 and not fp64$lean" # gfx942: old versions ask for a linker of ROCm's
 case "$which" in
-triton-3.6) echo "== the kernels, executed" && run tests/test_executor.py tests/test_launch_keys.py tests/test_kernels_executed.py tests/test_kernels.py \
+triton-3.6) echo "== the kernels, executed" && run tests/test_executor.py tests/test_launch_keys.py tests/test_kernels{,_values,_traffic,_blocks,_executed}.py \
     -m "not slow" ;;
-newest) echo "== the kernels, executed" && run tests/test_executor.py tests/test_launch_keys.py tests/test_kernels.py -m "not slow" \
-    -k "not test_kernels.py or B2-C7-4x5 or B5-C7" ;;
+newest) echo "== the kernels, executed" && run tests/test_executor.py tests/test_launch_keys.py tests/test_kernels{,_values,_traffic,_blocks}.py -m "not slow" \
+    -k "not test_kernels or B2-C7-4x5 or B5-C7" ;;
 esac # Triton before 3.6 launches otherwise than tests/support/executor expects
 echo "== $which versions are fine ($((SECONDS - started)) s)"

@@ -8,16 +8,16 @@ tests/test_kernels.py says
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastflow_kernels.engines import eager
+from fastflow_kernels.engines import eager, soft_clamp
 
 pytest.importorskip("triton")
 
-from fastflow_kernels.coupling import DIALECTS, CouplingSpec, OutputGrads
+from fastflow_kernels.coupling import DIALECTS, Coupling, CouplingSpec, OutputGrads
 from tests.support import modes
 from tests.support.cases import DEVICE, both_dialects
 from tests.support.coupling import (
@@ -48,7 +48,7 @@ def inputs_of(
     gin: bool,
     gain: float,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Any, ...]:
+) -> tuple[Tensor, Tensor, Coupling]:
     x, a, coupling = make(shape, dialect=dialect, gin=gin, clamp=clamp, x=dtype)
     return x, (gain * torch.randn(a.shape)).to(dtype), coupling
 
@@ -111,11 +111,11 @@ def test_coefficients_of_the_cheap_form_fit_in_float32() -> None:
     """At the least clamp that takes it, where dialect "freia" makes tanh_scale largest, and just
     below, where it does not.
     """
-    for clamp in (eager._LEAST_CLAMP, 0.5 * eager._LEAST_CLAMP, 1e-15):
+    for clamp in (soft_clamp.LEAST_FAST_CLAMP, 0.5 * soft_clamp.LEAST_FAST_CLAMP, 1e-15):
         for dialect in DIALECTS:
             check_everything(*inputs_of((4, 6, 9, 7), clamp, dialect, False, 1.0), engine=eager)
-            spec = CouplingSpec.of(eager._LEAST_CLAMP, dialect, "EXP", False)
-            for value in eager._tanh_coefficients(spec.tanh_scale, spec.clamp / math.log(2.0)):
+            spec = CouplingSpec.of(soft_clamp.LEAST_FAST_CLAMP, dialect, "EXP", False)
+            for value in soft_clamp._tanh_coefficients(spec.tanh_scale, spec.clamp / math.log(2.0)):
                 assert 1e-30 < abs(value) < 1e30
 
 

@@ -7,6 +7,7 @@ Run as tests/test_kernels.py says.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -42,9 +43,11 @@ class _Gathered(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes = []
+        self.sizes: list[tuple[int, ...]] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         if "index" in str(function) or "gather" in str(function):
             self.sizes.append(
@@ -54,7 +57,7 @@ class _Gathered(TorchDispatchMode):
 
 
 @shapes((3, 7, 4, 5), (6, 10))
-def test_reverse_permutation_takes_no_pass_of_its_own(shape):
+def test_reverse_permutation_takes_no_pass_of_its_own(shape: tuple[int, ...]) -> None:
     """Gathered is what the subnet gets, the passive half, and its gradient is added back; never x,
     y or their gradients.
     """
@@ -80,7 +83,7 @@ def test_reverse_permutation_takes_no_pass_of_its_own(shape):
 
 
 @pytest.mark.parametrize("options", [{}, {"reverse_permutation": True}], ids=["", "reverse"])
-def test_second_gradients_on_the_triton_backend(options):
+def test_second_gradients_on_the_triton_backend(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     block = fastflow_kernels.AllInOneBlock(
         [(5, 3)],
@@ -105,7 +108,7 @@ def test_second_gradients_on_the_triton_backend(options):
             torch.testing.assert_close(actual, expected)
 
 
-def test_float16_overflows_only_where_a_result_does_on_the_triton_backend():
+def test_float16_overflows_only_where_a_result_does_on_the_triton_backend() -> None:
     check_float16_range("triton")
 
 
@@ -323,7 +326,7 @@ def test_channels_last_gin_with_reverse_permutation_on_the_triton_backend(option
 
 @gin_is_slow_when_executed
 @shapes((2, 7, 4, 5), (5, 7))
-def test_a_reversible_chain_runs_the_kernels(shape, gin):
+def test_a_reversible_chain_runs_the_kernels(shape: tuple[int, ...], gin: bool) -> None:
     case = Case(Shape(shape[0], shape[1], shape[2:]), "gin" if gin else "hard")
     chain = fastflow_kernels.ReversibleSequence(*shape[1:])
     for seed in range(3):

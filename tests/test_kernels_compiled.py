@@ -118,7 +118,7 @@ ROWS = (4096, 512)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
-def test_kernels_compile_lean_on_sm_90(shape, dtype):
+def test_kernels_compile_lean_on_sm_90(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     codes = compiled("sm_90", shape, dtype)
     assert_lean(codes)
     if shape is PLANES:
@@ -130,7 +130,9 @@ def test_kernels_compile_lean_on_sm_90(shape, dtype):
     ("target", "dtype"),
     [("sm_80", "fp32"), ("sm_100", "bf16"), ("gfx942", "fp32"), ("gfx942", "bf16")],
 )
-def test_kernels_compile_lean_elsewhere(target, dtype, shape):
+def test_kernels_compile_lean_elsewhere(
+    target: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     codes = compiled(target, shape, dtype)
     assert_lean(codes)
     if shape is PLANES:
@@ -140,13 +142,15 @@ def test_kernels_compile_lean_elsewhere(target, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
-def test_gin_kernels_compile_lean(shape):
+def test_gin_kernels_compile_lean(shape: tuple[int, ...]) -> None:
     assert_lean(compiled("sm_90", shape, "fp32", gin=True))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [PLANES, (10_000, 100)], ids=["planes", "rows"])
-def test_kernels_compile_lean_with_reverse_permutation(shape, dtype):
+def test_kernels_compile_lean_with_reverse_permutation(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     codes = compiled("sm_90", shape, dtype, reverse=True)
     assert_lean(codes)
     without = launches_of_passes(shape, DTYPES[dtype], spec_of())
@@ -156,7 +160,7 @@ def test_kernels_compile_lean_with_reverse_permutation(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(32, 768, 28, 28), (8, 384, 14, 14)], ids=["28x28", "14x14"])
-def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape):
+def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape: tuple[int, ...]) -> None:
     """14 * 14 = 4 * 49: rows are 16-byte aligned in float32, though no size is a multiple of 16."""
     codes = compiled("sm_90", shape, "fp32")
     assert_lean(codes)
@@ -168,7 +172,9 @@ def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape):
     [((8, 8), 128, 128), ((14, 14), 128, 64), ((7, 14), 64, 32), ((7, 7), 32, 16)],
     ids=["8", "4", "2", "1"],
 )
-def test_accesses_are_as_wide_as_the_shape_allows(spatial, fp32, bf16):
+def test_accesses_are_as_wide_as_the_shape_allows(
+    spatial: tuple[int, ...], fp32: int, bf16: int
+) -> None:
     """The table at the top of engines/triton/plan.py: by the power of two that divides the row."""
     for dtype, bits in (("fp32", fp32), ("bf16", bf16)):
         for code in compiled("sm_90", (32, 64, *spatial), dtype):
@@ -176,17 +182,17 @@ def test_accesses_are_as_wide_as_the_shape_allows(spatial, fp32, bf16):
                 assert max(code.stores, key=code.stores.get) == bits, code
 
 
-def test_kernels_compile_with_odd_sizes():
+def test_kernels_compile_with_odd_sizes() -> None:
     assert_lean(compiled("sm_90", (3, 7, 5, 7), "fp32"))
     assert_lean(compiled("sm_90", (3, 1, 5), "fp32"))
 
 
 @pytest.mark.parametrize("shape", [(64, 2048), (10_000, 100)], ids=["B64-C2048", "B10000-C100"])
-def test_row_kernels_compile_lean_at_other_widths(shape):
+def test_row_kernels_compile_lean_at_other_widths(shape: tuple[int, ...]) -> None:
     assert_lean(compiled("sm_90", shape, "fp32"))
 
 
-def test_launches_are_few():
+def test_launches_are_few() -> None:
     """A forward and a backward are two launches each (rows: the forward is one); more arguments
     than 16 would cost more to launch.
     """
@@ -249,6 +255,7 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
     for expected, actual in zip(first, second, strict=True):
         for a, b in zip(expected, actual, strict=True):
             if isinstance(a, torch.Tensor):  # results lie elsewhere
+                assert isinstance(b, torch.Tensor)
                 assert (a.shape, a.dtype) == (b.shape, b.dtype)
             elif not isinstance(a, LazyDict):  # what profilers are told
                 assert a == b

@@ -4,10 +4,13 @@ wrong as their documentation allows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support.modes import EXECUTED
 
@@ -47,7 +50,9 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
     ids=[*ACTIVATIONS, "gin"],
 )
 @shapes((2, 7, 4, 5), (5, 7))
-def test_coupling_parity_with_instructions_at_their_documented_worst(shape, options, seed):
+def test_coupling_parity_with_instructions_at_their_documented_worst(
+    shape: tuple[int, ...], options: dict[str, Any], seed: int
+) -> None:
     """ex2.approx, div.full and the like off by up to their documented error: the bound of
     units_of_floor().
     """
@@ -66,7 +71,7 @@ class Large:
     of their own.
     """
 
-    def __init__(self, shape, reverse=False, gin=False):
+    def __init__(self, shape: tuple[int, ...], reverse: bool = False, gin: bool = False) -> None:
         batch, channels, *spatial = shape
         self.shape, self.is_rows = shape, not spatial
         ends = (2 * EDGE, channels) if self.is_rows else (2, channels, EDGE)
@@ -81,27 +86,27 @@ class Large:
         self.far_grads = OutputGrads(self.spread(self.grads.y), far)
         assert self.far_x.numel() > 2**31
 
-    def spread(self, ends):
+    def spread(self, ends: Tensor) -> Tensor:
         # zeros() would touch all of it
         large = torch.empty((self.shape[0], ends.shape[1], *self.shape[2:]), dtype=ends.dtype)
         for part, values in zip(self.edges(large), ends.chunk(2), strict=True):
             part.copy_(values if self.is_rows else values[0])
         return large
 
-    def edges(self, large):
+    def edges(self, large: Tensor) -> tuple[Tensor, Tensor]:
         return (
             (large[:EDGE], large[-EDGE:])
             if self.is_rows
             else (large[0, :, :EDGE], large[-1, :, -EDGE:])
         )
 
-    def gathered(self, large):
+    def gathered(self, large: Tensor) -> Tensor:
         """The columns at both ends of a result."""
         return torch.cat(self.edges(large)) if self.is_rows else torch.stack(self.edges(large))
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "reverse"])
-def reverse(request):
+def reverse(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
@@ -112,7 +117,7 @@ LARGE = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def _first_and_last_programs():
+def _first_and_last_programs() -> Iterator[None]:
     """Enough of them for all channels of a column."""
     with mock.patch.object(EXECUTOR, "ctas", lambda count: [*range(8), *range(count - 8, count)]):
         yield
@@ -120,7 +125,7 @@ def _first_and_last_programs():
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
-def test_forward_beyond_32_bit_offsets(shape, reverse):
+def test_forward_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -> None:
     large = Large(shape, reverse)
     y, _ = engine.forward(large.far_x, large.far_a, large.coupling)
     inputs = (large.x, large.a, large.coupling)
@@ -130,7 +135,7 @@ def test_forward_beyond_32_bit_offsets(shape, reverse):
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
-def test_backward_beyond_32_bit_offsets(shape, reverse):
+def test_backward_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -> None:
     large = Large(shape, reverse)
     dx, da, *_ = engine.backward(large.far_x, large.far_a, large.far_grads, large.coupling, False)
     inputs = (large.x, large.a, large.coupling, large.grads)
@@ -141,7 +146,7 @@ def test_backward_beyond_32_bit_offsets(shape, reverse):
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
-def test_inverse_beyond_32_bit_offsets(shape, reverse):
+def test_inverse_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -> None:
     large = Large(shape, reverse)
     far_x, far_a, coupling = large.far_x, large.far_a, large.coupling
     x = engine.invert_passive(far_x, coupling)
@@ -155,12 +160,13 @@ def test_inverse_beyond_32_bit_offsets(shape, reverse):
 
 
 @pytest.mark.slow
-def test_gin_sums_beyond_32_bit_offsets():
+def test_gin_sums_beyond_32_bit_offsets() -> None:
     """The last program of the sums, for the last sample."""
     large = Large((3, 5, 1 << 28), gin=True)
     a, coupling = large.far_a, large.coupling
     key = key_of(large.far_x, coupling, (torch.float16, a.dtype), (a.stride(0), a.stride(0)))
     gin_sums = prepare_gin_sums(Operands(*key), a.stride(0))
+    assert gin_sums is not None
     with mock.patch.object(EXECUTOR, "ctas", lambda count: [count - 1]):
         sums = gin_sums(True, a, None, None, None)
     assert sums[0, -1, -1] != 0

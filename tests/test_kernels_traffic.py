@@ -5,6 +5,8 @@ Run as tests/test_kernels.py says.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -60,7 +62,13 @@ def traffic(launches: list[Launch]) -> float:
     ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
 )
 @pytest.mark.usefixtures("busy")
-def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse, record_property):
+def test_coupling_moves_little_more_than_the_minimum(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    gin: bool,
+    reverse: bool,
+    record_property: Callable[[str, object], None],
+) -> None:
     x, a, coupling = make(shape, gin=gin, reverse=reverse, x=dtype)
     with sanitize() as of_forward:
         y, _ = engine.forward(x, a, coupling)
@@ -87,7 +95,7 @@ def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse,
 
 @without_a_gpu
 @slow_when_executed
-def test_the_case_for_compute_sanitizer_runs_every_kernel():
+def test_the_case_for_compute_sanitizer_runs_every_kernel() -> None:
     with sanitize() as launches:
         smallest.run("cpu")
     modules = (backward, forward, inverse, sums)
@@ -99,7 +107,7 @@ def test_the_case_for_compute_sanitizer_runs_every_kernel():
 @pytest.mark.parametrize(
     ("index", "message"), [(5, "stored twice"), (40, "out of bounds"), (-9, "out of bounds")]
 )
-def test_sanitizer_catches_a_bad_index(index, message):
+def test_sanitizer_catches_a_bad_index(index: int, message: str) -> None:
     x, a, coupling = make((2, 7, 3))
     inv = torch.arange(7)
     inv[0] = index
@@ -108,7 +116,7 @@ def test_sanitizer_catches_a_bad_index(index, message):
         engine.forward(x, a, coupling._replace(inv=inv))
 
 
-def test_sanitizer_poisons_fresh_memory():
+def test_sanitizer_poisons_fresh_memory() -> None:
     with sanitize():
         assert torch.empty(3).isnan().all()
         assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -38,7 +39,7 @@ pytestmark = [*on_this_machine, pytest.mark.filterwarnings("ignore:.*:RuntimeWar
 
 @both_kinds
 @shapes((2, 7, 4, 5), (5, 7), (2, 1, 3))
-def test_coupling_without_gradients_of_parameters(shape, gin):
+def test_coupling_without_gradients_of_parameters(shape: tuple[int, ...], gin: bool) -> None:
     x, a, coupling = make(shape, gin=gin)
     grads = OutputGrads(torch.randn(shape), None)
     with sanitize() as launches:
@@ -61,7 +62,7 @@ def test_coupling_without_gradients_of_parameters(shape, gin):
 
 
 @shapes((2, 7, 4, 5), (5, 7), (2, 1, 3))
-def test_gin_launches_nothing_for_its_log_determinant(shape):
+def test_gin_launches_nothing_for_its_log_determinant(shape: tuple[int, ...]) -> None:
     x, a, coupling = make(shape, gin=True)
     with sanitize() as launches:
         y, _ = engine.forward(x, a, coupling)
@@ -71,7 +72,7 @@ def test_gin_launches_nothing_for_its_log_determinant(shape):
     assert stored <= {"y_ptr", "x_ptr"}
 
 
-def test_coupling_of_clamp_zero_adds():
+def test_coupling_of_clamp_zero_adds() -> None:
     x, a, coupling = make((2, 6, 3))
     spec = CouplingSpec(0.0, 0.1, "EXP", False)
     check_everything(x, 1e4 * a, coupling._replace(spec=spec))
@@ -79,7 +80,7 @@ def test_coupling_of_clamp_zero_adds():
 
 @shapes((2, 7, 4, 5), (5, 7))
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_coupling_of_huge_values_stays_finite(shape, dialect):
+def test_coupling_of_huge_values_stays_finite(shape: tuple[int, ...], dialect: str) -> None:
     x, a, coupling = make(shape, dialect=dialect)
     x, a = 1e20 * x, 1e30 * a
     y, log_det = engine.forward(x, a, coupling)
@@ -89,13 +90,13 @@ def test_coupling_of_huge_values_stays_finite(shape, dialect):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_coupling_of_scales_of_every_size(activation):
+def test_coupling_of_scales_of_every_size(activation: str) -> None:
     x, a, coupling = make((2, 40, 3), activation)
     check_everything(x, a, coupling._replace(global_scale=torch.linspace(-60, 60, 40)))
 
 
 @shapes((2, 7, 3), (3, 7))
-def test_log_determinant_of_gin_is_nan_where_a_coefficient_is(shape):
+def test_log_determinant_of_gin_is_nan_where_a_coefficient_is(shape: tuple[int, ...]) -> None:
     x, a, coupling = make(shape, gin=True)
     a[1, 0] = torch.nan
     for log_det in (engine.forward(x, a, coupling)[1], inverse(x, a, coupling)[1]):
@@ -103,7 +104,7 @@ def test_log_determinant_of_gin_is_nan_where_a_coefficient_is(shape):
 
 
 @shapes((2, 8, 3), (6, 8))
-def test_coupling_of_scales_near_the_largest(shape):
+def test_coupling_of_scales_near_the_largest(shape: tuple[int, ...]) -> None:
     """exp(g) up to 3.3e38. The values are small, so that results are finite."""
     x, a, coupling = make(shape, "EXP")
     g = torch.linspace(87.34, 88.7, shape[1])
@@ -111,7 +112,7 @@ def test_coupling_of_scales_near_the_largest(shape):
 
 
 @shapes((2, 4, 3), (3, 4))
-def test_sigmoid_scales_that_torch_takes_for_zero(shape):
+def test_sigmoid_scales_that_torch_takes_for_zero(shape: tuple[int, ...]) -> None:
     """10 / (1 + exp(2 - g)) overflows to 0 there, and a baseline in float32 has nothing to say."""
     x, a, coupling = make(shape, "SIGMOID")
     x, a = 1e3 * x, 0 * a
@@ -126,7 +127,7 @@ def test_sigmoid_scales_that_torch_takes_for_zero(shape):
 
 @pytest.mark.parametrize("activation", ["EXP", "SOFTPLUS"])
 @shapes((2, 8, 3), (6, 8))
-def test_coupling_of_subnormal_scales(shape, activation):
+def test_coupling_of_subnormal_scales(shape: tuple[int, ...], activation: str) -> None:
     """1 / scale is beyond the range there, (y - offset) / scale is not where y - offset is as
     small.
     """
@@ -162,7 +163,7 @@ def test_coupling_of_subnormal_scales(shape, activation):
     ],
 )
 @shapes((3, 6, 4), (7, 6))
-def test_coupling_passes_nan_and_inf_through(shape, dtype):
+def test_coupling_passes_nan_and_inf_through(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, a, coupling = make(shape, x=dtype)
     x.view(-1)[[0, 5]] = torch.tensor([torch.nan, torch.inf], dtype=dtype)
     x[-1, -1] = -torch.inf
@@ -172,7 +173,9 @@ def test_coupling_passes_nan_and_inf_through(shape, dtype):
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 1.0])
 @shapes((1, 8, 3), (1, 64))
-def test_coupling_small_arguments_keep_their_relative_accuracy(shape, size):
+def test_coupling_small_arguments_keep_their_relative_accuracy(
+    shape: tuple[int, ...], size: float
+) -> None:
     """2 * sigmoid(2z) - 1 in place of tanh would fail here."""
     x, a, coupling = make(shape, "EXP")
     # log(exp(0)) = 0: the log-determinant is the sum of s alone
@@ -184,11 +187,11 @@ def test_coupling_small_arguments_keep_their_relative_accuracy(shape, size):
 
 @shapes((2, 7, 4, 5), (6, 7))
 @both_kinds
-def test_coupling_repeats_bit_for_bit(shape, gin):
+def test_coupling_repeats_bit_for_bit(shape: tuple[int, ...], gin: bool) -> None:
     x, a, coupling = make(shape, gin=gin)
     grads = OutputGrads(torch.randn(shape), torch.randn(shape[0]))
 
-    def run():
+    def run() -> tuple[Tensor | None, ...]:
         backward = engine.backward(x, a, grads, coupling, True)
         return *engine.forward(x, a, coupling), *backward, *inverse(x, a, coupling)
 

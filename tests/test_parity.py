@@ -30,7 +30,7 @@ from tests.support.small_inputs import LIMIT, small_up_to
 
 pytestmark = pytest.mark.usefixtures("fused")
 
-# the kernels without a GPU: tests/test_kernels.py
+# the kernels without a GPU: tests/test_kernels_blocks.py
 BACKENDS = (
     ["eager", pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE.type == "cuda" else ["eager"]
 )
@@ -125,7 +125,7 @@ KERNEL_CASES = [
 ]
 
 
-@pytest.mark.gpu  # without one, tests/test_kernels.py runs them in the interpreter
+@pytest.mark.gpu  # without one, tests/test_kernels_blocks.py runs them
 @pytest.mark.parametrize(("case", "dtype"), KERNEL_CASES, ids=lambda value: str(value))
 @both_directions
 def test_kernels_parity(case: Case, dtype: str, rev: bool) -> None:

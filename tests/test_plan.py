@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastflow_kernels import layouts
 from fastflow_kernels.engines.triton import plan
 
 
-def test_why_unsupported_names_the_reason():
+def test_why_unsupported_names_the_reason() -> None:
     x = torch.randn(2, 4, 3, 3)
-    for supported in (x, x[:, :3], x[:1].expand(2, 4, 3, 3)):
+    for supported in (x, x[:, :3], x[:1].expand(2, 4, 3, 3), x.transpose(2, 3)):
         assert plan.why_unsupported(supported) is None
-    assert "contiguous" in plan.why_unsupported(x.to(memory_format=torch.channels_last))
-    assert "contiguous" in plan.why_unsupported(x[:, :, :, ::2])
     assert "dtype" in plan.why_unsupported(x.to(torch.complex64))
     assert "dimensions" in plan.why_unsupported(x.view(-1))
     assert "32-bit" in plan.why_unsupported(torch.empty(2, 2**16, 2**15, device="meta"))
@@ -26,8 +25,16 @@ def test_why_unsupported_names_the_reason():
     )
     # rows: a tile holds several
     assert plan.why_unsupported(torch.empty(2**31, 2, device="meta")) is None
+
+
+def test_samples_are_packed_whatever_lies_between_them() -> None:
+    x = torch.randn(2, 4, 3, 3)
     one_pixel = torch.empty(2, 4, 1, 1).to(memory_format=torch.channels_last)
-    assert plan.why_unsupported(one_pixel) is None
+    for packed in (x, x[:, :3], x[:1].expand(2, 4, 3, 3), x[::2], one_pixel):
+        assert layouts.is_packed(packed)
+    channels_last = x.to(memory_format=torch.channels_last)
+    for apart in (channels_last, x.transpose(2, 3), x[:, :, :, ::2], x[:, ::2]):
+        assert not layouts.is_packed(apart)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -37,7 +44,7 @@ def test_why_unsupported_names_the_reason():
     ids=["planes", "forward rows", "backward rows"],
 )
 @pytest.mark.parametrize("batch", [1, 7, 4096, 100_000])
-def test_plan_covers_everything_once(batch, rows, itemsize):
+def test_plan_covers_everything_once(batch: int, rows: plan.RowTiles | None, itemsize: int) -> None:
     for channels in (1, 2, 33, 512):
         for pixels in (1,) if rows else (1, 2, 49, 196, 784, 4096, 12_345):
             for columns in (1, 64):
@@ -60,13 +67,13 @@ def covers(count: int, size: int, whole: int) -> bool:
     return count * size >= whole > (count - 1) * size
 
 
-def test_alignment_is_the_common_power_of_two():
+def test_alignment_is_the_common_power_of_two() -> None:
     assert plan.alignment(196, 0) == 4
     assert plan.alignment(4096, 64 * 4096) == 16
     assert plan.alignment(7, 4096) == 1
 
 
-def test_planning_imports_no_triton():
+def test_planning_imports_no_triton() -> None:
     code = "import sys, fastflow_kernels.engines.triton.plan; assert 'triton' not in sys.modules"
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -197,8 +197,8 @@ FAULTS = {
     ),
     "a copy for the kernels that is undone": Planted(
         ("block.py",),
-        ".contiguous(memory_format=memory_format(x))",
-        ".contiguous(memory_format=layout)",
+        "in_layout(call.permutation.unpermute(x), memory_format(x))",
+        "in_layout(call.permutation.unpermute(x), route.layout)",
         "channels_last_gin",
         BLOCKS,
     ),

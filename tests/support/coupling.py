@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
-from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+import torch
+from torch import Tensor
+
+from fastflow_kernels.coupling import Coupling, CouplingGrads, CouplingSpec, OutputGrads
+from fastflow_kernels.engines import Engine
 from fastflow_kernels.engines.triton import engine as kernels
 from reference.all_in_one_block import SCALE_ACTIVATIONS
 from tests.support.compare import assert_close
@@ -17,31 +22,31 @@ TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 # --- plain PyTorch, which computes in the dtype of its operands -----------------------------------
 
 
-def plain_scale(coupling):
+def plain_scale(coupling: Coupling) -> Tensor:
     g, spec = coupling.global_scale, coupling.spec
     return torch.ones_like(g) if spec.gin else SCALE_ACTIVATIONS[spec.activation](g)
 
 
-def plain_s(a, spec):
+def plain_s(a: Tensor, spec: CouplingSpec) -> Tensor:
     s = spec.clamp * torch.tanh(spec.tanh_scale * a[:, : a.shape[1] // 2])
     return s - s.mean(tuple(range(1, s.dim())), keepdim=True) if spec.gin and s.numel() else s
 
 
-def plain_log_det(x, a, coupling):
+def plain_log_det(x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
     if coupling.spec.gin:
         return a.new_zeros(x.shape[0])
     log_scale = x[0, 0].numel() * plain_scale(coupling).log().sum()
     return plain_s(a, coupling.spec).flatten(1).sum(1) + log_scale
 
 
-def size_of_log_det_terms(x, a, coupling):
+def size_of_log_det_terms(x: Tensor, a: Tensor, coupling: Coupling) -> float:
     """The log-determinant is a sum that cancels: its floor is that of the terms."""
     log_scale = x[0, 0].numel() * plain_scale(coupling).log().abs().sum()
     s = plain_s(a, coupling.spec).nan_to_num()
     return (s.flatten(1).abs().sum(1).max() + log_scale).item()
 
 
-def plain_forward(x, a, coupling):
+def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     c2 = a.shape[1] // 2
     c1 = x.shape[1] - c2
     scale, offset = channelwise(coupling, x)
@@ -51,7 +56,7 @@ def plain_forward(x, a, coupling):
     return (u * scale + offset)[:, coupling.perm], plain_log_det(x, a, coupling)
 
 
-def plain_inverse(y, a, coupling):
+def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     c2 = a.shape[1] // 2
     c1 = y.shape[1] - c2
     scale, offset = channelwise(coupling, y)
@@ -61,7 +66,13 @@ def plain_inverse(y, a, coupling):
     return x[:, coupling.perm] if coupling.reverse else x, -plain_log_det(y, a, coupling)
 
 
-def plain_gradients(x, a, coupling, grads, dtype=None):
+def plain_gradients(
+    x: Tensor,
+    a: Tensor,
+    coupling: Coupling,
+    grads: OutputGrads,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
     """Autograd's gradients of :func:`plain_forward` for x, a, global_scale and global_offset.
 
     Args:
@@ -72,23 +83,23 @@ def plain_gradients(x, a, coupling, grads, dtype=None):
     leaves = [x, a, coupling.global_scale, coupling.global_offset]
     leaves = [t.clone().requires_grad_() for t in leaves]
     coupling = coupling._replace(global_scale=leaves[2], global_offset=leaves[3])
-    y, log_det = plain_forward(*leaves[:2], coupling)
+    y, log_det = plain_forward(leaves[0], leaves[1], coupling)
     outputs, seeds = [y], [grads.y.to(y.dtype)]
     if grads.log_det is not None and log_det.requires_grad:
         outputs, seeds = [y, log_det], [*seeds, grads.log_det.to(log_det.dtype)]
     return torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
 
 
-def channelwise(coupling, like):
+def channelwise(coupling: Coupling, like: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and offset as (1, C, 1, ...)."""
     view = (1, -1) + (1,) * (like.dim() - 2)
     return plain_scale(coupling).view(view), coupling.global_offset.view(view)
 
 
-def cast(dtype, *values):
+def cast(dtype: torch.dtype | None, *values: Any) -> list[Any]:
     """Tensors and couplings, detached, in a dtype; None leaves their own."""
 
-    def one(value):
+    def one(value: Any) -> Any:
         if isinstance(value, Coupling):
             g, offset = one(value.global_scale), one(value.global_offset)
             return value._replace(global_scale=g, global_offset=offset)
@@ -101,16 +112,16 @@ def cast(dtype, *values):
 
 
 def make(
-    shape,
-    activation="SOFTPLUS",
-    dialect="anomalib",
-    gin=False,
-    clamp=1.9,
-    reverse=False,
-    x=torch.float32,
-    a=None,
-    g=None,
-):
+    shape: Sequence[int],
+    activation: str = "SOFTPLUS",
+    dialect: str = "anomalib",
+    gin: bool = False,
+    clamp: float = 1.9,
+    reverse: bool = False,
+    x: torch.dtype = torch.float32,
+    a: torch.dtype | None = None,
+    g: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Coupling]:
     """x, a and a coupling with random values; ``x``, ``a`` and ``g`` are dtypes."""
     batch, channels, *spatial = shape
     perm = torch.randperm(channels)
@@ -127,11 +138,17 @@ def make(
     return values, coefficients, coupling
 
 
-def shape_id(shape):
+def shape_id(shape: Sequence[int]) -> str:
     return "B{}-C{}".format(*shape[:2]) + ("-" + "x".join(map(str, shape[2:])) if shape[2:] else "")
 
 
-def close(actual, truth, baseline, name, magnitude=None):
+def close(
+    actual: Tensor | None,
+    truth: Tensor,
+    baseline: Tensor,
+    name: str,
+    magnitude: float | None = None,
+) -> None:
     """compare.assert_close; in the interpreter with one more rounding for bfloat16.
 
     The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up
@@ -144,7 +161,13 @@ def close(actual, truth, baseline, name, magnitude=None):
     assert_close(actual, truth, baseline, name, magnitude=magnitude, units=units_of_floor())
 
 
-def check_everything(x, a, coupling, grads=None, engine=kernels):
+def check_everything(
+    x: Tensor,
+    a: Tensor,
+    coupling: Coupling,
+    grads: OutputGrads | None = None,
+    engine: Engine = kernels,
+) -> None:
     """Forward, backward and inverse of one set of inputs, under the memory checker, against the
     truth.
 
@@ -174,7 +197,9 @@ def check_everything(x, a, coupling, grads=None, engine=kernels):
         assert torch.equal(old, new) or old.isnan().any(), "an input was written to"
 
 
-def check_forward(x, a, coupling, base, engine):
+def check_forward(
+    x: Tensor, a: Tensor, coupling: Coupling, base: torch.dtype, engine: Engine
+) -> Tensor:
     """Returns y. ``base`` is the dtype of the baseline, here and below."""
     with sanitize():
         y, log_det = engine.forward(x, a, coupling)
@@ -186,7 +211,9 @@ def check_forward(x, a, coupling, base, engine):
     return y
 
 
-def check_log_det(log_det, truth, baseline, wide, dtype):
+def check_log_det(
+    log_det: Tensor, truth: Tensor, baseline: Tensor, wide: list[Any], dtype: torch.dtype
+) -> None:
     assert log_det.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
     assert log_det.shape == wide[0].shape[:1]
     close(log_det, truth, baseline, "log_det", size_of_log_det_terms(*wide))
@@ -194,7 +221,14 @@ def check_log_det(log_det, truth, baseline, wide, dtype):
         assert (log_det == 0).all()
 
 
-def check_backward(x, a, grads, coupling, base, engine):
+def check_backward(
+    x: Tensor,
+    a: Tensor,
+    grads: OutputGrads,
+    coupling: Coupling,
+    base: torch.dtype,
+    engine: Engine,
+) -> None:
     with sanitize():
         actual = engine.backward(x, a, grads, coupling, True)
     truth = plain_gradients(x, a, coupling, grads, torch.float64)
@@ -202,7 +236,13 @@ def check_backward(x, a, grads, coupling, base, engine):
     check_gradients(actual, truth, baseline, (x, a, coupling))
 
 
-def check_gradients(actual, truth, baseline, inputs, of=""):
+def check_gradients(
+    actual: CouplingGrads,
+    truth: tuple[Tensor, ...],
+    baseline: tuple[Tensor, ...],
+    inputs: tuple[Tensor, Tensor, Coupling],
+    of: str = "",
+) -> None:
     x, a, coupling = inputs
     sources = (x, a, coupling.global_scale, coupling.global_offset)
     names = actual._fields
@@ -214,7 +254,9 @@ def check_gradients(actual, truth, baseline, inputs, of=""):
             close(t, true, plain, f"gradient of {name}{of}")
 
 
-def check_inverse(y, a, coupling, base, engine):
+def check_inverse(
+    y: Tensor, a: Tensor, coupling: Coupling, base: torch.dtype, engine: Engine
+) -> Tensor:
     """Returns x."""
     with sanitize():
         x, log_det = inverse(y, a, coupling, engine)
@@ -226,7 +268,9 @@ def check_inverse(y, a, coupling, base, engine):
     return x
 
 
-def inverse(y, a, coupling, engine=kernels):
+def inverse(
+    y: Tensor, a: Tensor, coupling: Coupling, engine: Engine = kernels
+) -> tuple[Tensor, Tensor]:
     """x and the log-determinant, in the two steps of an engine."""
     x = engine.invert_passive(y, coupling)
     assert x.is_contiguous()
@@ -235,7 +279,14 @@ def inverse(y, a, coupling, engine=kernels):
     return x, engine.invert_active(y, x, a, coupling)
 
 
-def check_inverse_and_backward(y, a, grads, coupling, base, engine):
+def check_inverse_and_backward(
+    y: Tensor,
+    a: Tensor,
+    grads: OutputGrads,
+    coupling: Coupling,
+    base: torch.dtype,
+    engine: Engine,
+) -> None:
     """Both in one: the inverse that the two kernels give, and the gradients there."""
     with sanitize():
         x = engine.invert_passive(y, coupling)
@@ -243,6 +294,6 @@ def check_inverse_and_backward(y, a, grads, coupling, base, engine):
     wide, narrow = cast(torch.float64, y, a, coupling), cast(base, y, a, coupling)
     truth, baseline = plain_inverse(*wide)[0], plain_inverse(*narrow)[0]
     close(x, truth, baseline, "x reconstructed")
-    truth = plain_gradients(truth, *wide[1:], grads, torch.float64)
-    baseline = plain_gradients(baseline, *narrow[1:], grads, base)
+    truth = plain_gradients(truth, wide[1], wide[2], grads, torch.float64)
+    baseline = plain_gradients(baseline, narrow[1], narrow[2], grads, base)
     check_gradients(actual, truth, baseline, (x, a, coupling), " at x reconstructed")

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from fastflow_kernels.coupling import Coupling, CouplingSpec
+from fastflow_kernels.dtypes import accumulator
 from fastflow_kernels.engines.triton.plan import (
     Plan,
     RowTiles,
@@ -94,7 +95,7 @@ class Operands(NamedTuple):
     @property
     def acc_dtype(self) -> torch.dtype:
         """In which is computed."""
-        return torch.float64 if self.dtype is torch.float64 else torch.float32
+        return accumulator(self.dtype)
 
     @property
     def activation(self) -> str | None:

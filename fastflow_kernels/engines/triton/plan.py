@@ -20,8 +20,8 @@ rows                                     permuted: x and a forward,   32        
 ======================================== ============================ ============ ============
 
 A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a
-binary of its own, with single values. Of samples with strides inside a contiguous copy is made.
-Narrower accesses move the same bytes.
+binary of its own, with single values. Narrower accesses move the same bytes. The values of a sample
+lie together (:func:`~fastflow_kernels.layouts.is_packed`); samples may lie apart.
 """
 
 from functools import lru_cache
@@ -103,18 +103,18 @@ class Plan(NamedTuple):
 def why_unsupported(x: Tensor) -> str | None:
     """Why the kernels do not take x, in words; None if they do.
 
-    Strides are no reason: of a sample whose values lie apart the caller makes a contiguous copy.
+    The layout is no reason: whoever calls makes x contiguous unless its samples are packed.
 
     Args:
         x: (B, C, *S), the block's input or output.
     """
-    if x.numel() <= MAX_SAMPLE and x.dtype in DTYPES and x.dim() > 1:
-        return None
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype} has no kernel"
     if x.dim() < 2:
         return f"{x.dim()} dimensions; at least (batch, channels) are needed"
-    if x.numel() > MAX_SAMPLE and x.numel() // x.shape[0] > MAX_SAMPLE:
+    if x.numel() <= MAX_SAMPLE:
+        return None
+    if x.numel() // x.shape[0] > MAX_SAMPLE:
         return f"a sample of {x.numel() // x.shape[0]} elements; offsets inside a sample are 32-bit"
     if x.shape[0] > MAX_SAMPLE and x.shape[2:].numel() > 1:
         return f"a batch of {x.shape[0]} samples with pixels; tiles are counted in 32 bits"
