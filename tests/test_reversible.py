@@ -30,11 +30,11 @@ from fastflow_kernels import (
     ReversibleSequence,
     accelerate,
     dispatch,
-    eager,
     report,
     restore,
     reversible,
 )
+from fastflow_kernels.engines import eager
 from fastflow_kernels.spec import CouplingSpec
 from tests.cases import LAYOUTS, OPTIONS, Case, Shape, make_block, make_input, make_subnet
 from tests.compare import assert_close
