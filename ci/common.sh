@@ -4,6 +4,22 @@ make_venv() { # make_venv FOLDER PYTHON: a virtual environment; anew if an earli
     "$1/bin/python" -m pip --version &>/dev/null || "$2" -m venv --clear "$1"
 }
 
+make_venv_upon_ours() { # make_venv_upon_ours FOLDER: anew, with what .venv holds; what is installed
+    # into it goes first
+    local site
+    .venv/bin/python -m venv --clear "$1"
+    site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$site')" >"$(echo "$1"/lib/python*/site-packages)/ours.pth"
+}
+
+alone() { # alone COMMAND...: not while another `alone` of this checkout runs, where flock is there
+    if command -v flock >/dev/null; then
+        (flock 9 && "$@") 9<pyproject.toml
+    else
+        "$@"
+    fi
+}
+
 install() { # install FOLDER WHAT ARGUMENTS...: with pip, saying what
     local venv=$1 quiet=()
     echo "[$venv] $2" && shift 2
