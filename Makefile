@@ -27,7 +27,8 @@ REPORT_ARGS ?=
 OUT ?= out/gpu
 VENV := .venv/.stamp
 
-.PHONY: help demo test quick slow ecosystem lint bench report package docs oldest newest triton-3.6 gpu clean
+.PHONY: help demo test quick slow ecosystem lint bench report package docs
+.PHONY: oldest newest triton-3.6 gpu clean
 .DEFAULT_GOAL := test
 
 help:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The benchmarks. Arguments go to pytest and to bench/conftest.py's options; rows go to out/bench, or
-# with --record to bench/results.
+# The benchmarks. Arguments go to pytest and to bench/conftest.py's options; rows go to out/bench,
+# or with --record to bench/results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

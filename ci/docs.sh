@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The documentation: the benchmark report from bench/results, then the site from docs/, the docstrings
-# and README.md. A warning is an error. `make test` runs the pages' examples (tests/test_docs.py).
+# The documentation: the benchmark report from bench/results, then the site from docs/, the
+# docstrings and README.md. A warning is an error. `make test` runs the pages' examples
+# (tests/test_docs.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

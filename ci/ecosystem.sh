@@ -9,7 +9,7 @@ venv=.venv-ecosystem
 
 if ! [ "$venv/.stamp" -nt ci/ecosystem.txt ] || ! [ "$venv/.stamp" -nt .venv/.stamp ]; then
     command -v g++ >/dev/null ||
-        echo "ci/ecosystem.sh: torch.compile asks for g++, which is missing: those tests will fail" >&2
+        echo "ci/ecosystem.sh: g++ is missing, which tests of torch.compile need" >&2
     make_venv_upon_ours "$venv"
     install "$venv" "anomalib, FrEIA, Lightning, ONNX, OpenVINO" --no-deps -r ci/ecosystem.txt
     "$venv/bin/python" -m pip check

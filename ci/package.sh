@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The package: source distribution and wheel built and their contents checked, the tests run from the
-# former, the latter installed into an empty environment and used there. Builds in a folder of its
-# own; nothing is published.
+# The package: source distribution and wheel built and their contents checked, the tests run from
+# the former, the latter installed into an empty environment and used there. Builds in a folder of
+# its own; nothing is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -12,8 +12,8 @@ trap 'rm -rf "$work"' EXIT
 install=(-m pip install -qq --disable-pip-version-check --no-compile -c "$root/constraints.txt")
 
 echo "== build"
-# From a copy of what git knows or would add: files that it ignores, and an egg-info's list of earlier
-# ones, would end up in the package.
+# From a copy of what git knows or would add: files that it ignores, and an egg-info's list of
+# earlier ones, would end up in the package.
 mkdir "$work/source"
 git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$work/source"
 "$python" -m venv "$work/tools"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What can depend on the versions of Python, torch, Triton and the peers, tested with other ones: the
-# block against the reference and the peers, checkpoints, accelerate, compile and export, chains,
-# several processes, and the kernels without a GPU. `make test` alone runs what cannot: all cases,
-# dtypes and layouts, wrong inputs, benchmarks.
+# What can depend on the versions of Python, torch, Triton and the peers, tested with other ones:
+# the block against the reference and the peers, checkpoints, accelerate, compile and export,
+# chains, several processes, and the kernels without a GPU. `make test` alone runs what cannot: all
+# cases, dtypes and layouts, wrong inputs, benchmarks.
 #
 #   ci/versions.sh oldest       the oldest supported (ci/oldest.txt), Python 3.10
 #   ci/versions.sh newest       the newest that pip finds for the newest Python here
 #   ci/versions.sh triton-3.6   the kernels, with the Triton of torch 2.10 and 2.11 added to .venv
 #
-# The first two install some GB where torch comes as a CUDA build. Pythons are looked for on the PATH
-# and among pyenv's; without a Python 3.10 the default one is taken for `oldest`, and said so.
+# The first two install some GB where torch comes as a CUDA build. Pythons are looked for on the
+# PATH and among pyenv's; without a Python 3.10 the default one is taken for `oldest`, and said so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh
