@@ -10,7 +10,8 @@
 #   make triton-3.6  the kernels with Triton 3.6
 #   make package     the wheel, built, checked, and used in an empty environment
 #   make docs        the documentation: docs/build/index.html
-#   make bench       the benchmarks; BENCH_ARGS="--workloads fastflow-wrn50 --record"
+#   make bench       the benchmarks; BENCH_ARGS="--workloads fastflow-wrn50 --record",
+#                    or BENCH_ARGS=main to compare with that commit
 #   make report      tables and plots of what was recorded
 #   make gpu         everything on a machine with a GPU, into OUT=out/gpu
 #   make clean
@@ -35,7 +36,7 @@ help:
 	@sed -n '/^[^#]/q;/^$$/q;s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)
-	@PYTHON=.venv/bin/python ci/demo.sh $(DEMO_ARGS)
+	@.venv/bin/python -m bench.demo $(DEMO_ARGS)
 
 test: $(VENV)
 	@PYTHON=.venv/bin/python ci/test.sh
@@ -53,10 +54,10 @@ lint: $(VENV)
 	@PYTHON=.venv/bin/python ci/lint.sh
 
 bench: $(VENV)
-	@PYTHON=.venv/bin/python ci/bench.sh $(BENCH_ARGS)
+	@.venv/bin/python -m bench compare $(BENCH_ARGS)
 
 report: $(VENV)
-	@.venv/bin/python -m bench.report $(REPORT_ARGS)
+	@.venv/bin/python -m bench report $(REPORT_ARGS)
 
 package: $(VENV)
 	@ci/package.sh

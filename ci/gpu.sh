@@ -14,10 +14,10 @@
 #   goals       400 s  the block benchmarks that decide the goals (bench/goals.py)
 #   graphs      300 s  one block compiled, and in CUDA graphs
 #   flow        300 s  whole flows with their subnets
-#   kernels     120 s  what each kernel takes by itself (bench/kernel_times.py)
+#   kernels     120 s  what each kernel takes by itself (bench/gpu/kernel_times.py)
 #   memcheck    300 s  compute-sanitizer over `smallest`: accesses
 #   racecheck   300 s  compute-sanitizer over `smallest`: races
-#   tune        600 s  the kernels with other values of their constants (bench/tune.py)
+#   tune        600 s  the kernels with other values of their constants (bench/gpu/tune.py)
 #   block       900 s  the block benchmarks of every other workload
 #   reversible  300 s  chains against depth
 #
@@ -27,7 +27,7 @@
 #
 # OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log,
 # bench.log, sanitize.log, and rows.jsonl, which is written as it is measured.
-# `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
+# `python -m bench record OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
 # A part that fails or reaches its limit does not stop the others; the exit status is 1 then.
 # Benchmarks begin nothing in the last 15 seconds of their limit, and say what they left out.
 # PYTHON names the interpreter (python3).
@@ -95,8 +95,8 @@ step() {
 bench() { # bench SECONDS OPTIONS...
     local limit=$1
     shift
-    step "bench $part" "$limit" "$out/bench.log" \
-        ci/bench.sh --out "$out/rows.jsonl" --budget $((limit - 15)) "$@"
+    step "bench $part" "$limit" "$out/bench.log" "$PYTHON" -m bench compare --device cuda \
+        --out "$out/rows.jsonl" --budget $((limit - 15)) "$@"
 }
 
 run() { # run PART SECONDS
@@ -107,30 +107,33 @@ run() { # run PART SECONDS
     graphs+=,ours-freia-graphs
     case "$part" in
     info) step info "$limit" "$out/summary.txt" "$PYTHON" -m fastflow_kernels info ;;
-    warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.warm ;;
-    smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.smallest ;;
+    warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.warm ;;
+    smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.smallest ;;
     tests)
-        # "plain" is about small inputs on a CPU; the tests that need no GPU run in `make test`.
+        # the tests that need no GPU run in `make test`
         "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
         # few processes of Inductor's own, beside those of pytest-xdist
         step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 \
             "$PYTHON" -m pytest -q --tb=short --durations=15 -p no:cacheprovider \
-            -m "not plain" ${parallel[@]+"${parallel[@]}"} \
-            tests/test_gpu.py tests/test_kernels.py tests/test_cli.py tests/test_parity.py
+            ${parallel[@]+"${parallel[@]}"} \
+            tests/test_gpu.py tests/test_kernels*.py tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
-    goals) bench "$limit" --kinds block --workloads "$goals" ;;
+    goals) bench "$limit" --workloads "$goals" --dtypes float32,bfloat16 ;;
     graphs)
-        bench "$limit" --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 \
-            --modes train --dtypes float32 --providers "$graphs"
+        bench "$limit" --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train \
+            --providers "$graphs"
         ;;
-    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train ;;
+    flow)
+        bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train \
+            --dtypes float32,bfloat16
+        ;;
     kernels)
-        step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.kernel_times \
+        step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.kernel_times \
             --out "$out/rows.jsonl"
         ;;
-    block) bench "$limit" --kinds block ;;
-    tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.tune --out "$out/rows.jsonl" ;;
+    block) bench "$limit" --workloads all --dtypes float32,bfloat16 ;;
+    tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.tune --out "$out/rows.jsonl" ;;
     reversible)
         step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible \
             --shape 32,256,64,64 --depths 1,4,8 --out "$out/rows.jsonl"
@@ -146,7 +149,7 @@ run() { # run PART SECONDS
         # symbols that are not there.
         step "$part" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$part" \
-            --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.smallest
+            --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.gpu.smallest
         ;;
     esac
 }

@@ -26,5 +26,5 @@ if ! "$python" -c 'import triton'; then
     esac
 fi
 
-[ "$which" = compiled ] || TRITON_INTERPRET=1 run_tests -m "not slow" tests/test_kernels.py "$@"
+[ "$which" = compiled ] || TRITON_INTERPRET=1 run_tests -m "not slow" tests/test_kernels*.py "$@"
 [ "$which" = interpreted ] || run_tests -m "kernels and not slow" "$@"

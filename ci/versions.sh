@@ -45,10 +45,11 @@ make_venv_of_versions() { # make_venv_of_versions VERSIONS PINS...: of the first
 block() { # block KEYWORDS: the tests of the block. SciPy before 1.16 draws no rotation of one
     # channel, so that the stock block cannot be built with one.
     echo "== the block"
-    run_tests -m "not slow and not kernels" -k "not (C1- and -soft) $1" tests/test_reference.py \
-        tests/test_peers.py tests/test_checkpoints.py tests/test_patch.py tests/test_autograd.py \
-        tests/test_layering.py tests/test_docs.py tests/test_compile.py \
-        tests/test_torch_features.py tests/test_distributed.py tests/test_reversible*.py
+    run_tests -m "not slow and not kernels" -k "not (C1- and -soft) $1" tests/test_autograd.py \
+        tests/test_checkpoints.py tests/test_compile.py tests/test_distributed.py \
+        tests/test_docs.py tests/test_layering.py tests/test_loading.py tests/test_patch*.py \
+        tests/test_peers.py tests/test_probe.py tests/test_reference.py tests/test_reversible*.py \
+        tests/test_torch_features.py
 }
 
 interpreted() {
@@ -66,7 +67,7 @@ inspected() { # inspected KEYWORDS. gfx942: old versions ask for a linker of ROC
 executed() { # executed ARGUMENTS... Triton before 3.6 launches otherwise than the executor expects
     echo "== the kernels, executed"
     run_tests -m "not slow" tests/test_executor.py tests/test_launch_keys.py \
-        tests/test_kernels.py "$@"
+        tests/test_kernels.py tests/test_kernels_[bvt]*.py "$@"
 }
 
 [ -z "${CI:-}" ] || trap 'rm -rf "$venv"' EXIT # which nobody uses again, and which takes 6 GB
@@ -94,7 +95,7 @@ newest)
     block ""
     interpreted
     inspected ""
-    executed -k "not test_kernels.py or B2-C7-4x5 or B5-C7"
+    executed -k "not test_kernels or B2-C7-4x5 or B5-C7"
     ;;
 triton-3.6)
     interpreted

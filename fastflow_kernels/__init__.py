@@ -3,8 +3,9 @@ FrEIA models.
 """
 
 from fastflow_kernels.modules import AllInOneBlock, InvertibleModule
-from fastflow_kernels.patch import Report, accelerate, report, restore
-from fastflow_kernels.reversible import ReversibleSequence
+from fastflow_kernels.patch import accelerate, restore
+from fastflow_kernels.reporting import Report, report
+from fastflow_kernels.sequence import ReversibleSequence
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,38 +9,12 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
 
-from fastflow_kernels import __version__, check, dispatch
-
-_COVERAGE = (
-    (
-        "hard permutation, channels first or rank 0",
-        f"Triton on a GPU, eager elsewhere (plain operations up to {dispatch.SMALL} elements)",
-    ),
-    ("GIN, any activation, conditions, any floating dtype", "as above"),
-    ("reverse_permutation", "as above; on a CPU with one gather of the input before"),
-    (
-        "soft and Householder permutations",
-        "as above, then matrix products (soft: plain up to 2 times that, 4 times in training)",
-    ),
-    (
-        "channels-last input",
-        "as above, pixel by pixel; the format stays (GIN on a GPU: on a contiguous copy)",
-    ),
-    ("other strides of the input", "as above, on a contiguous copy"),
-    ("every inverse while gradients are enabled", "plain operations"),
-    (
-        "empty input; compile, export, trace, torch.func, forward mode, fake tensors",
-        "plain operations",
-    ),
-    (
-        "a step overridden, a clamp that is a tensor, integer input",
-        "the stock block's steps, in plain operations",
-    ),
-)
+from fastflow_kernels import __version__, backends, check, route
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,13 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     check_parser = commands.add_parser(
         "check",
-        help="accuracy and speed of the backends on this machine; exit status 1 if one is not accurate",
+        help="accuracy and speed of the backends on this machine; exit status 1 if one is "
+        "inaccurate",
     )
     check_parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     if options.command == "check":
         try:
-            dispatch.default_backend()
+            backends.default_backend()
         except ValueError as error:
             parser.error(str(error))
     return _info() if options.command == "info" else _check(options.json)
@@ -73,45 +48,38 @@ def _info() -> int:
         ("torch", torch.__version__),
     ]
     lines += [(name, _version(name)) for name in ("triton", "FrEIA", "anomalib")]
-    devices = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
-    lines += [
-        (
-            "device",
-            ", ".join(devices)
-            or f"CPU, {torch.get_num_threads()} thread(s), {torch.backends.cpu.get_cpu_capability()}",
-        )
-    ]
+    lines.append(("device", _devices()))
     for name, reason in check.backends().items():
         lines.append(
             (f"backend {name}", "available" if reason is None else f"not available: {reason}")
         )
-    variable = dispatch.ENVIRONMENT_VARIABLE
+    variable, names = backends.ENVIRONMENT_VARIABLE, " | ".join(backends.BACKENDS)
     value = os.environ.get(variable) or "(not set)"
-    unknown = (
-        ""
-        if value in (*dispatch.BACKENDS, "(not set)")
-        else "   UNKNOWN: every block with backend='auto' will raise; set it to"
-    )
-    lines.append(
-        (variable, f"{value}{unknown}   {' | '.join(dispatch.BACKENDS)}: what backend='auto' means")
-    )
-    lines.append(
-        (
-            "TRITON_INTERPRET",
-            f"{os.environ.get('TRITON_INTERPRET') or '(not set)'}   1: run kernels on the CPU, for "
-            "tests",
-        )
-    )
-    width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
-    print("\nwhat runs where")
-    width = max(len(name) for name, _ in _COVERAGE)
-    print("\n".join(f"  {name:<{width}}  {value}" for name, value in _COVERAGE))
+    unknown = ""
+    if value not in (*backends.BACKENDS, "(not set)"):
+        unknown = "   UNKNOWN: every block with backend='auto' will raise; set it to"
+    lines.append((variable, f"{value}{unknown}   {names}: what backend='auto' means"))
+    interpret = os.environ.get("TRITON_INTERPRET") or "(not set)"
+    lines.append(("TRITON_INTERPRET", f"{interpret}   1: run kernels on the CPU, for tests"))
+    print("\n".join(_columns(lines)))
+    print("\nwhat runs where: the first line that holds counts")
+    print("\n".join(f"  {line}" for line in _columns(route.WHAT_RUNS_WHERE)))
+    print("\nand of the permutation, where the coupling is fused")
+    print("\n".join(f"  {line}" for line in _columns(route.PERMUTATIONS)))
     return 1 if unknown else 0
+
+
+def _devices() -> str:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(names)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {torch.get_num_threads()} thread(s), {capability}"
+
+
+def _columns(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in pairs)
+    return [f"{name:<{width}}  {value}" for name, value in pairs]
 
 
 def _version(distribution: str) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow_kernels import dispatch
-from fastflow_kernels.engines import eager
-from fastflow_kernels.functional import all_in_one_block
+from fastflow_kernels import route
+from fastflow_kernels.block import evaluate, plain_forward, plain_inverse
+from fastflow_kernels.call import BlockCall
+from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.permutations import IndexPermutation
-from fastflow_kernels.spec import CouplingSpec
 
 # Blocks of published models, and one odd shape. On a CPU the batch of images is smaller, so that a
 # laptop is done in seconds.
@@ -82,11 +82,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 def backends() -> dict[str, str | None]:
     """Every backend, with the reason why it is not available on this machine, or None."""
-    if not torch.cuda.is_available() and not dispatch.interpreted():
+    if not torch.cuda.is_available() and not route.is_interpreted():
         return {"eager": None, "triton": "torch finds no GPU on this machine"}
     return {
         "eager": None,
-        "triton": dispatch.why_not_triton(torch.empty(1, 2, 1, device=_device())),
+        "triton": route.why_not_triton(torch.empty(1, 2, 1, device=_device())),
     }
 
 
@@ -143,7 +143,10 @@ def table(rows: list[Row]) -> str:
     of_copy = (
         f" {'device':>11} {'of copy':>8}" if any(row.device_milliseconds for row in rows) else ""
     )
-    head = f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} {'fwd + bwd':>11} {'vs plain':>9}"
+    head = (
+        f"{'backend':<8} {'workload':<32} {'shape':<20} {'dtype':<9} {'error / allowed':<26} "
+        f"{'fwd + bwd':>11} {'vs plain':>9}"
+    )
     lines = [head + of_copy]
     for row in rows:
         error = f"{row.fraction:.2f} ({row.worst}) {'ok' if row.passed else 'FAILED'}"
@@ -200,37 +203,29 @@ def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _backend(name: str) -> Run:
     def run(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        permutation = IndexPermutation(t["perm"], torch.argsort(t["perm"]))
-        return all_in_one_block(
-            t["x"],
-            lambda _: t["a"],
-            t["scale"],
-            t["offset"],
-            permutation,
-            _SPEC,
-            rev=rev,
-            backend=name,
-        )
+        return evaluate(_call(t, rev, name))
 
     return run
 
 
 def _plain(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-    """The formula as anybody would write it, in the dtype it is given."""
-    x, a, perm, channels = t["x"], t["a"], t["perm"], t["x"].shape[1]
-    scale = eager.scale_of(t["scale"], _SPEC.activation).view(1, -1, *[1] * (x.dim() - 2))
-    offset, log_scale = t["offset"].view_as(scale), x[0, 0].numel() * scale.log().sum()
-    if rev:
-        x = (x[:, torch.argsort(perm)] - offset) / scale
-    c2 = channels // 2
-    x1, x2 = x.split((channels - c2, c2), 1)
-    s, shift = _SPEC.clamp * torch.tanh(_SPEC.tanh_scale * a[:, :c2]), 0.1 * a[:, c2:]
-    sum_s = s.flatten(1).sum(1)
-    if rev:
-        return torch.cat((x1, (x2 - shift) * torch.exp(-s)), 1), -sum_s - log_scale
-    return (torch.cat((x1, x2 * torch.exp(s) + shift), 1) * scale + offset)[
-        :, perm
-    ], sum_s + log_scale
+    call = _call(t, rev, "auto")
+    return plain_inverse(call) if rev else plain_forward(call)
+
+
+def _call(t: dict[str, Tensor], rev: bool, backend: str) -> BlockCall:
+    permutation = IndexPermutation(t["perm"], torch.argsort(t["perm"]))
+    return BlockCall(
+        t["x"],
+        (),
+        lambda _: t["a"],
+        t["scale"],
+        t["offset"],
+        permutation,
+        _SPEC,
+        rev,
+        backend=backend,
+    )
 
 
 def _evaluate(run: Run, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from fastflow_kernels import dispatch
-from fastflow_kernels.patch import accelerate, report
+from fastflow_kernels import backends
+from fastflow_kernels.patch import accelerate
+from fastflow_kernels.reporting import report
 
 
 class Accelerate(Callback):
@@ -34,7 +35,7 @@ class Accelerate(Callback):
     """
 
     def __init__(self, backend: str = "auto", reversible: bool = False) -> None:
-        self.backend, self.reversible = dispatch.validated(backend), reversible
+        self.backend, self.reversible = backends.validated(backend), reversible
         self._said = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

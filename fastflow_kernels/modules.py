@@ -1,117 +1,97 @@
-"""``InvertibleModule`` and ``AllInOneBlock``: the drop-in classes."""
+"""``AllInOneBlock``: the drop-in class."""
 
 from __future__ import annotations
 
-import math
-import numbers
-import operator
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fastflow_kernels import dispatch
-from fastflow_kernels.adoption import adopt
-from fastflow_kernels.engines import eager
+from fastflow_kernels import backends, options
+from fastflow_kernels.block import evaluate
+from fastflow_kernels.call import BlockCall, check_conditions, single_input, starts_in_place
+from fastflow_kernels.checkpoints import HeldPermutation, inverse_of, read_permutations
+from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.errors import InputValueError
-from fastflow_kernels.functional import (
-    all_in_one_block,
-    check_conditions,
-    single_input,
-    starts_in_place,
-)
-from fastflow_kernels.permutations import (
-    IndexCache,
-    Permutation,
-    hard_index,
-    multiply_channels,
-    one_hot,
-    parameter,
-    random_rotation,
-)
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
-
-# the block's methods that a subclass may override
-STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
-_OVERRIDABLE = (*STEPS, "permute_function", "global_scale_activation")
+from fastflow_kernels.freia import InvertibleModule
+from fastflow_kernels.index_cache import IndexCache
+from fastflow_kernels.permutations import one_hot, random_rotation
+from fastflow_kernels.steps import StockSteps
+from fastflow_kernels.torch_private import parameter_of
 
 
-class InvertibleModule(nn.Module):
-    """Base class of invertible modules, with FrEIA's interface.
+class ChainLink(Protocol):
+    """A block's place in a reversible chain, which evaluates the block in its own way."""
 
-    ``module([x], c, rev=False, jac=True)`` returns ``((z,), logdet)`` with ``logdet = log |det
-    dz/dx|`` (B,) in nats per sample, and ``module([z], c, rev=True)`` returns ``((x,), -logdet)``.
-    Where FrEIA is imported, before or after, instances pass ``isinstance(module,
-    FrEIA.modules.InvertibleModule)``.
+    def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """As :func:`fastflow_kernels.block.evaluate`."""
 
-    Args:
-        dims_in: One shape per input, without the batch dimension: ``[(C, *S)]``.
-        dims_c: One shape per condition.
-    """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> InvertibleModule:
-        _adopt_freia()  # again: FrEIA may have been reloaded
-        return super().__new__(cls)
-
-    def __init__(
-        self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None
-    ) -> None:
-        nn.Module.__init__(self)  # by name: FrEIA's base, where adopted, would ask for dims_in
-        self.dims_in = list(dims_in)
-        self.dims_c = list(dims_c) if dims_c is not None else []
+class FusedForward:
+    """``forward`` of a block that runs fused: one of ours, or a stock block, accelerated."""
 
     def forward(
         self,
-        x_or_z: Sequence[Tensor],
+        x: Sequence[Tensor],
         c: Sequence[Tensor] | None = None,
         rev: bool = False,
         jac: bool = True,
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Compute the outputs and the log-determinant; to be implemented by subclasses.
+        *,
+        link: ChainLink | None = None,
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """Evaluate the block or its inverse.
 
         Args:
-            x_or_z: Inputs, one tensor (B, *dims_in[k]) each.
-            c: Conditions, one tensor (B, *dims_c[k]) each.
+            x: ``[x]`` with x (B, C, *S), floating point; integers promote, as in the stock blocks.
+            c: Conditions, one (B, C_k, *S) each, of any dtype.
             rev: Compute the inverse.
-            jac: Whether the log-determinant is wanted.
+            jac: Whether the log-determinant is wanted. It is returned anyway, as the stock blocks
+                do.
+            link: Given by reversible chains only.
+
+        Returns:
+            ``((y,), logdet)``, see the class.
 
         Raises:
-            NotImplementedError: Always, here.
+            TypeError, ValueError, RuntimeError: Before any work, saying what was expected and what
+                came. Those for bad input are RuntimeErrors too, as the stock blocks' are.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not provide forward(...)")
+        call = self._checked_call(x, c, rev)
+        if call is None:
+            return self._stock_forward(x, c, rev, jac)
+        y, log_det = evaluate(call) if link is None else link.evaluate(call)
+        return (y,), log_det
 
-    def log_jacobian(self, *args: Any, **kwargs: Any) -> None:
-        """Deprecated; ``forward`` returns the log-determinant.
+    def why_not_fused(self) -> str | None:
+        """Why every call runs the stock block's steps, in words; None if calls run fused."""
+        raise NotImplementedError
 
-        Raises:
-            DeprecationWarning: Always.
-        """
-        raise DeprecationWarning(
-            "log_jacobian is deprecated: forward(..., jac=True) returns (outputs, log-determinant)"
+    def takes_link(self) -> bool:
+        """Whether ``forward`` is the one above and evaluates fused calls by its ``link``."""
+        return (
+            type(self).forward is _FUSED_FORWARD
+            and "forward" not in self.__dict__
+            and self.why_not_fused() is None
         )
 
-    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The outputs' shapes for inputs of shapes ``input_dims``; to be implemented by subclasses.
+    def _checked_call(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
+    ) -> BlockCall | None:
+        """The call, checked; None if the stock block's steps take it."""
+        raise NotImplementedError
 
-        Raises:
-            NotImplementedError: Always, here.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not provide output_dims(...)")
-
-
-def _adopt_freia() -> None:
-    """Make FrEIA's base class a base of ours once FrEIA is imported, so that its containers
-    recognise our modules.
-    """
-    adopt(InvertibleModule, "FrEIA.modules.base", "InvertibleModule")
+    def _stock_forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
+    ) -> tuple[tuple[Tensor], Tensor]:
+        """The call in the stock block's steps."""
+        raise NotImplementedError
 
 
-_adopt_freia()
+_FUSED_FORWARD = FusedForward.forward  # as written here, whatever the class is given later
 
 
-class AllInOneBlock(InvertibleModule):
+class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
     r"""Affine coupling with soft clamping, global affine ("ActNorm") and channel permutation,
     fused.
 
@@ -163,15 +143,13 @@ class AllInOneBlock(InvertibleModule):
     Example:
         >>> import torch
         >>> from fastflow_kernels import AllInOneBlock
-        >>> block = AllInOneBlock([(4, 8, 8)], subnet_constructor=lambda i, o: torch.nn.Conv2d(i, o, 3, padding=1))
+        >>> def subnet(channels_in, channels_out):
+        ...     return torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> block = AllInOneBlock([(4, 8, 8)], subnet_constructor=subnet)
         >>> (y,), logdet = block([torch.randn(2, 4, 8, 8)])
         >>> y.shape, logdet.shape
         (torch.Size([2, 4, 8, 8]), torch.Size([2]))
     """
-
-    clamp: float | Tensor
-    w_perm: Any  # a parameter; None with reflections
-    w_perm_inv: Any
 
     def __init__(
         self,
@@ -189,11 +167,11 @@ class AllInOneBlock(InvertibleModule):
         dialect: str = "anomalib",
         backend: str = "auto",
     ) -> None:
-        dims_in, dims_c = _checked_dims(dims_in, dims_c)
-        subnet_constructor = _checked_constructor(subnet_constructor)
-        _check_options(affine_clamping, learned_householder_permutation, dialect)
-        backend = dispatch.validated(backend)
-        initial = _initial_global_scale(global_affine_type, global_affine_init, dialect)
+        dims_in, dims_c = options.checked_dims(dims_in, dims_c)
+        subnet_constructor = options.checked_constructor(subnet_constructor)
+        options.check_options(affine_clamping, learned_householder_permutation, dialect)
+        backend = backends.validated(backend)
+        initial = options.initial_global_scale(global_affine_type, global_affine_init, dialect)
         super().__init__(dims_in, dims_c)
 
         channels, *spatial = dims_in[0]
@@ -248,7 +226,8 @@ class AllInOneBlock(InvertibleModule):
             self.splits[0] + self.condition_channels, 2 * self.splits[1]
         )
         if drawn is not None and torch.equal(drawn, torch.get_rng_state()):
-            # the subnet drew nothing: lest the next block draws the same rotation
+            # The subnet drew no random numbers: advance the generator, so that the next block gets
+            # another rotation.
             torch.rand((), device="cpu")
         if not callable(self.subnet):
             raise TypeError(
@@ -256,59 +235,43 @@ class AllInOneBlock(InvertibleModule):
             )
         self._subnet_starts_in_place = starts_in_place(self.subnet)
 
-    # --- evaluation ---
+    def _checked_call(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
+    ) -> BlockCall | None:
+        x, c = self._checked_input(x, c)
+        if not x.is_floating_point() or self.why_not_fused() is not None:
+            return None
+        return BlockCall(
+            x,
+            c,
+            self._checked_subnet,
+            parameter_of(self, "global_scale"),
+            parameter_of(self, "global_offset"),
+            self._index.permutation(self, rev, x),
+            self._spec(),
+            rev,
+            self.reverse_pre_permute,
+            self.backend,
+        )
 
-    def forward(
-        self,
-        x: Sequence[Tensor],
-        c: Sequence[Tensor] | None = None,
-        rev: bool = False,
-        jac: bool = True,
-        *,
-        run: Callable[..., tuple[Tensor, Tensor]] = all_in_one_block,
+    def _stock_forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor], Tensor]:
-        """Evaluate the block or its inverse.
+        y, log_det = self._composed(*self._checked_input(x, c), rev)
+        return (y,), log_det
 
-        Args:
-            x: ``[x]`` with x (B, C, *S), floating point; integers promote, as in the stock blocks.
-            c: Conditions, one (B, C_k, *S) each, of any dtype.
-            rev: Compute the inverse.
-            jac: Whether the log-determinant is wanted. It is returned anyway, as the stock blocks
-                do.
-            run: What evaluates the checked call, with ``functional.all_in_one_block``'s arguments;
-                a reversible chain hands in its own.
-
-        Returns:
-            ``((y,), logdet)``, see the class.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: Before any work, saying what was expected and what
-                came. Those for bad input are RuntimeErrors too, as the stock blocks' are.
-        """
+    def _checked_input(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Sequence[Tensor]]:
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
         c = check_conditions(c, self.dims_c, x)
-        global_scale = parameter(self, "global_scale")
+        global_scale = parameter_of(self, "global_scale")
         if x.device != global_scale.device:
             raise InputValueError(
                 f"expected the input on {global_scale.device}, where the block is; got {x.device}"
             )
-        if self._overridden() or not x.is_floating_point():
-            y, logdet = self._composed(x, c, rev)
-        else:
-            y, logdet = run(
-                x,
-                self._checked_subnet,
-                global_scale,
-                parameter(self, "global_offset"),
-                self._index.permutation(self, rev, x),
-                self._spec(),
-                c,
-                rev=rev,
-                reverse_permutation=self.reverse_pre_permute,
-                backend=self.backend,
-            )
-        return (y,), logdet
+        return x, c
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The output's shape: the input's.
@@ -321,430 +284,48 @@ class AllInOneBlock(InvertibleModule):
         """
         return input_dims
 
-    def global_scale_activation(self, g: Tensor) -> Tensor:
-        """The activation of the global scale, elementwise: 10*sigmoid(g - 2), 0.1*softplus(g,
-        beta=0.5) or exp(g).
-        """
-        if self.global_affine_type == "SOFTPLUS":
-            return 0.1 * self.softplus(g)
-        return eager.scale_of(g, self.global_affine_type)
-
-    def permute_function(self, x: Tensor, w: Tensor) -> Tensor:
-        """An index (C,) or a matrix (C, C, 1, ...) applied to the channels of x (B, C, *S)."""
-        return x.index_select(1, w) if w.dim() == 1 else multiply_channels(x, w)
-
     def _spec(self) -> CouplingSpec:
         return CouplingSpec.of(self.clamp, self.dialect, self.global_affine_type, self.GIN)
 
     def _holds_index(self) -> bool:
-        """Whether ``w_perm`` is an int64 index; else it is a float matrix, as in the stock block of
-        that dialect.
+        """Whether ``w_perm`` is an int64 index.
+
+        Otherwise it is a float matrix, as in the stock block of that dialect.
         """
         return self.dialect == "freia" and not self.permute_soft and not self.householder
 
-    def _permutation(self) -> Permutation:
-        return self._index.permutation(self)
-
     def _checked_subnet(self, x: Tensor) -> Tensor:
         return self.subnet(x.clone() if self._subnet_starts_in_place else x)
-
-    # --- the documented methods that subclasses override ---
-
-    def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        """The coupling alone.
-
-        Args:
-            x: The active half, (B, C2, *S).
-            a: The subnet's output, (B, 2*C2, *S); it is not written to.
-            rev: Compute the inverse.
-
-        Returns:
-            The transformed active half and the sum of its log-factors (B,), negated in reverse.
-        """
-        wide_x, wide_a = eager.accumulated(x, a)
-        y, logdet = eager.composite_affine(wide_x, wide_a, self._spec(), rev)
-        return y.to(eager.promoted(x, a)), logdet
-
-    def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
-        """Global affine and permutation, or their inverse.
-
-        Args:
-            x: (B, C, *S).
-            rev: Compute the inverse.
-
-        Returns:
-            The transformed tensor and sum(log(scale)) (0.0 for GIN), of the forward direction in
-            both cases.
-        """
-        scale: Tensor | float = 1.0
-        log_scale: Tensor | float = 0.0
-        if not self.GIN:
-            scale = self.global_scale_activation(self.global_scale)
-            log_scale = scale.log().sum()
-        if rev:
-            return (self._permuted(x, rev=True) - self.global_offset) / scale, log_scale
-        return self._permuted(x * scale + self.global_offset, rev=False), log_scale
-
-    def _pre_permute(self, x: Tensor, rev: bool = False) -> Tensor:
-        """The permutation undone before the coupling, or redone after its inverse; only used with
-        ``reverse_permutation``.
-
-        Args:
-            x: (B, C, *S).
-            rev: Redo it.
-        """
-        return self._permuted(x, rev=not rev)
-
-    def _construct_householder_permutation(self) -> Tensor:
-        """The matrix w_0 H_1 ... H_K, (C, C, 1, ...) with as many ones as spatial dimensions."""
-        w = self._permutation().matrix(self.global_scale.dtype)
-        return w.view(*w.shape, *[1] * self.input_rank)
-
-    def _takes_run(self) -> bool:
-        """Whether ``forward`` is this class's own and hands everything to ``run``."""
-        return (
-            type(self).forward is _FORWARD
-            and "forward" not in self.__dict__
-            and not self._overridden()
-        )
-
-    def _overridden(self) -> bool:
-        """Whether the block computes something that the fused form does not: a step was exchanged,
-        or the clamp learns.
-        """
-        cls = type(self)
-        for name, own in _OWN.items():
-            if getattr(cls, name) is not own:
-                return True
-        if (
-            has_any(self.__dict__, _OVERRIDABLE)
-            or isinstance(self.clamp, Tensor)
-            or self.splits[1] != self.in_channels // 2
-        ):
-            return True
-        return not self._has_own_softplus()
-
-    def _has_own_softplus(self) -> bool:
-        if self.global_affine_type != "SOFTPLUS":
-            return True
-        return is_known_softplus(self._modules.get("softplus"))
-
-    def _exchanged(self, name: str) -> bool:
-        return name in self.__dict__ or getattr(type(self), name) is not _OWN[name]
-
-    def _permuted(self, x: Tensor, rev: bool) -> Tensor:
-        """x permuted, or permuted back, by the methods that were exchanged if any were."""
-        if not self._exchanged("permute_function") and not (
-            self.householder and self._exchanged("_construct_householder_permutation")
-        ):
-            permutation = self._permutation()
-            return permutation.unpermute(x) if rev else permutation.permute(x)
-        if self.householder:
-            w = self._construct_householder_permutation()
-            return self.permute_function(x, w.transpose(0, 1).contiguous() if rev else w)
-        return self.permute_function(x, self.w_perm_inv if rev else self.w_perm)
-
-    def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """The block in the stock block's steps, through the methods that are overridden."""
-        if dispatch.resolved(self.backend) == "triton":
-            raise RuntimeError(
-                "backend 'triton' cannot be used here: a step of the block is overridden, its "
-                "clamp is a tensor, or the input is integer"
-            )
-        if not self.householder:
-            return self._in_steps(x, c, rev)
-        # as the stock block does, but not for longer than the call: it holds a graph
-        self.w_perm = self._construct_householder_permutation()
-        self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
-        try:
-            return self._in_steps(x, c, rev)
-        finally:
-            self.w_perm = self.w_perm_inv = None
-
-    def _in_steps(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        log_scale: Tensor | float = 0.0
-        if rev:
-            x, log_scale = self._permute(x, rev=True)
-        elif self.reverse_pre_permute:
-            x = self._pre_permute(x, rev=False)
-        x1, x2 = x.split(self.splits, 1)
-        x2, logdet = self._affine(
-            x2, self._checked_subnet(torch.cat((x1, *c), 1) if c else x1), rev=rev
-        )
-        x = torch.cat((x1, x2), 1)
-        if not rev:
-            x, log_scale = self._permute(x, rev=False)
-        elif self.reverse_pre_permute:
-            x = self._pre_permute(x, rev=True)
-        pixels = math.prod(x.shape[2:])
-        return x, logdet + (-pixels if rev else pixels) * log_scale
-
-    # --- checkpoints: either layout of the permutation loads ---
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         names = ("w_0",) if self.householder else ("w_perm", "w_perm_inv")
-        for name in names:
-            if prefix + name in state_dict and not isinstance(state_dict[prefix + name], Tensor):
-                raise RuntimeError(
-                    f"expected {prefix}{name} to be a tensor, got "
-                    f"{type(state_dict[prefix + name]).__name__}"
-                )
-        found = {
-            name: state_dict[prefix + name]
-            for name in names
-            if isinstance(state_dict.get(prefix + name), Tensor)
-        }
-        try:
-            read = {name: self._read_permutation(prefix + name, w) for name, w in found.items()}
-        except ValueError as error:
-            # the type that load_state_dict raises; at once, so that the subnet stays as it is, too
-            raise RuntimeError(
-                f"Error in loading state_dict for {type(self).__name__}: {error}"
-            ) from None
-        if len(read) == 2 and not self._are_inverse(*read.values()):
-            warnings.warn(
-                f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm: the block's inverse "
-                "will not undo it",
-                stacklevel=2,
-            )
-        if (
-            self.dialect == "anomalib"
-            and self.clamp != 1
-            and any(w.dim() == 1 for w in found.values())
-        ):
-            warnings.warn(
-                f"{prefix}w_perm is stored as an index, as in FrEIA's main branch, which computes "
-                "tanh(0.1 a / clamp); this block is of "
-                "dialect 'anomalib', tanh(0.1 a). Build it with dialect='freia' to get the results "
-                "of the block that was saved.",
-                stacklevel=2,
-            )
-        # in place, for hooks and submodules see the same dictionary
+        ones = () if self.householder else (1,) * self.input_rank
+        held = HeldPermutation(
+            names,
+            (self.in_channels, self.in_channels, *ones),
+            self.global_scale.dtype,
+            self._holds_index(),
+            self.dialect == "anomalib" and bool(self.clamp != 1),
+        )
+        read = read_permutations(state_dict, prefix, held)
+        # in place: hooks and submodules see the same dictionary
         state_dict.update({prefix + name: w for name, w in read.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # with strict=False: the other one must not stay behind
         if len(read) == 1 and not self.householder:
-            given, other = (
-                (self.w_perm, self.w_perm_inv)
-                if "w_perm" in read
-                else (self.w_perm_inv, self.w_perm)
-            )
+            loaded, missing = self.w_perm, self.w_perm_inv
+            if "w_perm" not in read:
+                loaded, missing = missing, loaded
             with torch.no_grad():
-                other.copy_(torch.argsort(given) if self._holds_index() else given.transpose(0, 1))
+                missing.copy_(inverse_of(loaded))
         self._index.permutation(self)
-
-    def _read_permutation(self, key: str, w: Tensor) -> Tensor:
-        """A stored permutation, index or matrix, in the form this block holds; ValueError if it is
-        none.
-        """
-        channels = self.in_channels
-        shape = (channels, channels, *[1] * (0 if self.householder else self.input_rank))
-        unloaded = "nothing was loaded into this block"
-        if w.dim() == 1:
-            if (
-                w.numel() != channels
-                or w.is_floating_point()
-                or not torch.equal(w.sort().values, torch.arange(channels, device=w.device))
-            ):
-                raise ValueError(
-                    f"{key} of shape {tuple(w.shape)} is not a permutation of {channels} channels; "
-                    f"{unloaded}"
-                )
-            return (
-                w.long()
-                if self._holds_index()
-                else one_hot(w.long(), self.global_scale.dtype).view(shape)
-            )
-        if not w.is_floating_point():
-            w = w.to(self.global_scale.dtype)  # copy_ would convert it, too
-        if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
-            raise ValueError(
-                f"{key} has shape {tuple(w.shape)}, expected ({channels},) or ({channels}, "
-                f"{channels}); {unloaded}"
-            )
-        matrix = w.reshape(channels, channels)
-        index = hard_index(matrix)
-        if index is None and self._holds_index():
-            raise ValueError(
-                f"{key} is not a permutation matrix; {unloaded}. For a rotation build the block "
-                "with permute_soft=True."
-            )
-        if index is None:  # the stock blocks load any matrix, and so it is multiplied by
-            error = (
-                (matrix.float() @ matrix.float().T - torch.eye(channels, device=w.device))
-                .abs()
-                .max()
-            )
-            if not error < 0.02:  # a rotation rounded to bfloat16 is orthogonal to about 2^-8
-                warnings.warn(
-                    f"{key} is no rotation: w w^T differs from the identity by {error:.2g}. The "
-                    "block computes with it as the stock block "
-                    "does, which leaves it out of the log-determinant.",
-                    stacklevel=2,
-                )
-        return index if index is not None and self._holds_index() else w.reshape(shape)
-
-    def _are_inverse(self, w: Tensor, w_inv: Tensor) -> bool:
-        if self._holds_index():
-            return torch.equal(torch.argsort(w), w_inv)
-        return torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)
 
     def extra_repr(self) -> str:
         kind = "soft" if self.permute_soft else "hard"
-        more = f", householder={self.householder}" if self.householder else ""
-        return f"{self.in_channels} channels, rank {self.input_rank}, {kind}{more}, dialect={self.dialect!r}, backend={self.backend!r}"
-
-
-def is_known_softplus(module: Any) -> bool:
-    """Whether a block's softplus computes the known form, and nobody looks on."""
-    if type(module) is not nn.Softplus:
-        return False
-    own = module.__dict__
-    beta = own.get("beta")
-    if type(beta) is not float or beta != 0.5 or own.get("threshold") != 20:
-        return False
-    return not (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-
-
-# as written here, whatever the class is given later
-_OWN = {name: getattr(AllInOneBlock, name) for name in _OVERRIDABLE}
-_FORWARD = AllInOneBlock.forward
-
-
-def has_any(own: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether one of the names is among an object's own attributes, without the cost of a
-    generator: it is asked in every call.
-    """
-    for name in names:  # noqa: SIM110
-        if name in own:
-            return True
-    return False
-
-
-# --- options --------------------------------------------------------------------------------------
-
-
-def _checked_dims(
-    dims_in: Sequence[Sequence[int]], dims_c: Sequence[Sequence[int]] | None
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    dims_in = _shapes("dims_in", dims_in)
-    dims_c = _shapes("dims_c", dims_c if dims_c is not None else [])
-    if len(dims_in) != 1:
-        raise ValueError(f"expected dims_in with one shape (C, *S), got {len(dims_in)}: {dims_in}")
-    if len(dims_in[0]) > 4:
-        raise ValueError(
-            "expected data of rank 0 to 3 (1 to 4 dimensions without the batch), got dims_in "
-            f"{dims_in}"
+        reflections = f", householder={self.householder}" if self.householder else ""
+        return (
+            f"{self.in_channels} channels, rank {self.input_rank}, {kind}{reflections}, "
+            f"dialect={self.dialect!r}, backend={self.backend!r}"
         )
-    if dims_in[0][0] < 1 or min(dims_in[0]) < 0:
-        raise ValueError(
-            f"expected at least one channel and no negative size, got dims_in {dims_in}"
-        )
-    for shape in dims_c:
-        if shape[1:] != dims_in[0][1:]:
-            raise ValueError(
-                f"expected conditions of the input's spatial shape {dims_in[0][1:]}, got dims_c "
-                f"{dims_c}"
-            )
-    return dims_in, dims_c
-
-
-def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
-    try:
-        shapes = [tuple(operator.index(n) for n in shape) for shape in value]
-    except TypeError:
-        raise TypeError(
-            f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
-        ) from None
-    if any(not shape for shape in shapes):
-        raise ValueError(
-            f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
-        )
-    return shapes
-
-
-def _checked_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Module]:
-    if subnet_constructor is None:
-        raise ValueError(
-            "expected a subnet_constructor, called as f(channels_in, channels_out); got None"
-        )
-    if not callable(subnet_constructor) or isinstance(subnet_constructor, nn.Module):
-        raise TypeError(
-            "expected subnet_constructor to be callable, as f(channels_in, channels_out); got "
-            f"{type(subnet_constructor).__name__}"
-        )
-    return subnet_constructor
-
-
-def _check_options(clamp: Any, householder: Any, dialect: Any) -> None:
-    if dialect not in DIALECTS:
-        raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
-    if not math.isfinite(_number("affine_clamping", clamp)):
-        raise ValueError(f"expected a finite affine_clamping, got {clamp}")
-    if clamp == 0 and dialect == "freia":
-        raise ValueError(
-            "affine_clamping=0 divides by zero in dialect 'freia'; dialect 'anomalib' makes it an "
-            "additive coupling"
-        )
-    try:
-        negative = operator.index(householder) < 0
-        if isinstance(householder, bool):
-            raise TypeError
-    except TypeError:
-        raise TypeError(
-            f"expected learned_householder_permutation to be an integer, got {householder!r}"
-        ) from None
-    if negative:
-        raise ValueError(
-            "expected a number of reflections of 0 or more as learned_householder_permutation, "
-            f"got {householder!r}"
-        )
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"expected {name} to be a number, got {value!r}")
-    return float(value)
-
-
-def _initial_global_scale(activation: str, init: float, dialect: str) -> float:
-    """The g with activation(g) = init, computed in the stock block's precision so that the first
-    bits agree too.
-    """
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"expected global_affine_type to be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
-        )
-    init = _number("global_affine_init", init)
-    upper = 10.0 if activation == "SIGMOID" else math.inf
-    if not 0.0 < init < upper:
-        raise ValueError(
-            f"expected global_affine_init in (0, {upper:g}), the range of {activation}; got {init}"
-        )
-    dtype = torch.get_default_dtype() if dialect == "anomalib" else torch.float64
-    if activation == "SIGMOID":
-        start = 10.0 / init - 1.0
-        rounded, exact = 2.0 - _tensor(start, dtype).log(), 2.0 - math.log(start)
-    elif activation == "SOFTPLUS":
-        start = 5.0 * init
-        rounded, exact = (
-            2.0 * (_tensor(start, dtype).exp() - 1).log(),
-            2.0 * (start + math.log(-math.expm1(-start))),
-        )
-    else:
-        rounded, exact = _tensor(init, dtype).log(), math.log(init)
-    g = rounded.item()
-    # out of that precision's range, or rounded to 0 on the way
-    return g if math.isfinite(g) else exact
-
-
-def _tensor(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device="cpu")

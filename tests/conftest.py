@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from fastflow_kernels import dispatch
+pytest.register_assert_rewrite("tests.support")  # before it is imported
+
+from tests.support.cases import seed_cpu  # noqa: E402
+from tests.support.small_inputs import small_up_to  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,18 +25,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        seed_cpu(0)
 
 
-@pytest.fixture(autouse=True)
-def _small_inputs_run_fused(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tests are small, and what they are about is the fused path; those marked ``plain`` get what
-    "auto" gives small inputs.
-    """
-    if "plain" not in request.keywords:
-        monkeypatch.setattr(dispatch, "SMALL", 0)
+@pytest.fixture
+def fused() -> Iterator[None]:
+    """Small inputs run the fused path, as large ones do: files of tests with small inputs ask."""
+    with small_up_to(0):
+        yield
+
+
+@pytest.fixture
+def small(request: pytest.FixtureRequest) -> Iterator[int]:
+    """What :data:`tests.support.small_inputs.plain_and_fused` sets."""
+    with small_up_to(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile has seen nothing yet, and keeps nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

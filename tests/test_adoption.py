@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers import freia
+from tests.support.peers import freia
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,8 +50,10 @@ def make():
 
 def check(chain):
     import FrEIA.framework, FrEIA.modules
-    assert isinstance(chain[0], FrEIA.modules.InvertibleModule) and isinstance(chain, FrEIA.modules.InvertibleModule)
-    assert isinstance(chain, FrEIA.framework.SequenceINN) and not isinstance(chain[0], FrEIA.framework.SequenceINN)
+    base, sequence = FrEIA.modules.InvertibleModule, FrEIA.framework.SequenceINN
+    assert isinstance(chain[0], base) and isinstance(chain, base)
+    assert isinstance(InvertibleModule([(4,)]), base)
+    assert isinstance(chain, sequence) and not isinstance(chain[0], sequence)
     assert isinstance(chain[0], InvertibleModule) and isinstance(chain, ReversibleSequence)
     assert not isinstance(torch.nn.Linear(1, 1), InvertibleModule)
     z, log_det = chain(torch.ones(3, 4))
@@ -57,10 +61,11 @@ def check(chain):
     assert torch.allclose(chain(z, rev=True)[0], torch.ones(3, 4), atol=1e-5)
     assert len(chain) == len(chain[0:1]) == len(list(chain)) == 1 and chain.output_dims() == [(4,)]
     for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
-        assert isinstance(other, FrEIA.framework.SequenceINN) and torch.equal(other(torch.ones(3, 4))[0], z)
+        assert isinstance(other, sequence) and torch.equal(other(torch.ones(3, 4))[0], z)
 
 def waiting():
-    return [finder for finder in sys.meta_path if type(finder).__module__.startswith("fastflow_kernels")]
+    finders = [(finder, type(finder).__module__) for finder in sys.meta_path]
+    return [finder for finder, module in finders if module.startswith("fastflow_kernels")]
 """
 
 SITUATIONS = {

@@ -15,21 +15,24 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, dispatch, functional, report
-from tests.cases import (
+from fastflow_kernels import AllInOneBlock, accelerate, report
+from tests.support.blocks import Stored, permutation_of
+from tests.support.cases import (
     CASES,
     OPTIONS,
     SHAPES,
     Case,
     Shape,
+    both_directions,
     ids,
     make_block,
     make_input,
     make_subnet,
 )
 
+pytestmark = pytest.mark.usefixtures("fused")
+
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
-both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 
 
 def block_of(case: Case, **extra: Any) -> AllInOneBlock:
@@ -62,12 +65,7 @@ def test_block_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
     assert torch.autograd.gradgradcheck(run, (*tensors, *values), fast_mode=True)
 
 
-@pytest.mark.parametrize("in_halves", [False, True], ids=["forked", "in halves"])
-def test_block_second_gradients_equal_the_references(
-    in_halves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernels' small inputs are handed to autograd in halves, everything else whole."""
-    monkeypatch.setattr(functional, "_in_halves", lambda *_: in_halves)
+def test_block_second_gradients_equal_the_references() -> None:
     case = Case(Shape(2, 7, (3, 5)), "hard")
     ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
     theirs.load_state_dict(ours.state_dict())
@@ -82,17 +80,6 @@ def test_block_second_gradients_equal_the_references(
         )
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
-
-
-class Stored(nn.Module):
-    """Returns what it holds, whatever it is given."""
-
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = a
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a
 
 
 KEPT = {
@@ -238,7 +225,7 @@ def test_func_transforms_and_forward_mode_agree() -> None:
     torch.testing.assert_close(tangent, torch.einsum("abcd,cd->ab", jacobian, v))
 
 
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_compile_and_export_hold_a_gather_and_no_product(rev: bool) -> None:
     block = AllInOneBlock([(8, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1)).eval()
     x = torch.randn(2, 8, 4, 4)
@@ -322,7 +309,7 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     (y,), _ = block([x])
     expected = torch.cat((x[:, :2], 2.0 * x[:, 2:]), 1)[
-        :, block._permutation().perm
+        :, permutation_of(block)
     ] * block.global_scale_activation(block.global_scale)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(block([y], rev=True)[0][0], x)
@@ -476,7 +463,7 @@ class Derived(AllInOneBlock):
         self.raw = nn.Parameter(torch.full((1, 6, 1, 1), 0.3))
 
     @property
-    def global_scale(self) -> Tensor:
+    def global_scale(self) -> Tensor:  # type: ignore[override]
         return 2.0 * self.raw
 
 
@@ -484,28 +471,3 @@ def test_attributes_that_a_subclass_computes_are_asked_for() -> None:
     block = Derived([(6, 4, 4)], subnet_constructor=lambda i, o: nn.Conv2d(i, o, 1))
     block([torch.ones(2, 6, 4, 4)])[0][0].sum().backward()
     assert block.raw.grad.abs().max() > 0
-
-
-@pytest.mark.plain
-@pytest.mark.parametrize(("grad", "times"), [(True, 4), (False, 2)])
-def test_small_is_larger_for_a_soft_permutation(
-    grad: bool, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Up to so many times dispatch.SMALL a product takes most of the time, fused or not."""
-    plain: list[bool] = []
-    is_plain = dispatch.is_plain
-
-    def spy(*arguments: Any) -> bool:
-        plain.append(is_plain(*arguments))
-        return plain[-1]
-
-    monkeypatch.setattr(dispatch, "SMALL", 6 * 8)
-    monkeypatch.setattr(dispatch, "is_plain", spy)
-    for soft in (False, True):
-        block = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, permute_soft=soft)
-        limit = 8 * times if soft else 8
-        for batch in (limit, limit + 1):
-            for rev in (False, True):
-                with torch.set_grad_enabled(grad):
-                    block([torch.randn(batch, 6)], rev=rev)
-                assert plain[-1] == (batch == limit), (soft, batch, rev)

@@ -10,7 +10,8 @@ import torch
 
 import fastflow_kernels
 from fastflow_kernels import __main__ as cli
-from fastflow_kernels import check, dispatch
+from fastflow_kernels import backends, check
+from fastflow_kernels.engines import eager
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_info_names_versions_backends_and_switches(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "eager")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "eager")
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     for expected in (
@@ -55,14 +56,14 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("name", ["coupling_fwd", "coupling_bwd", "coupling_inv_active"])
+@pytest.mark.parametrize("name", ["forward", "backward", "invert_active"])
 def test_check_fails_on_an_inaccurate_backend(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A relative error of 1e-4 in one function of a backend, in float32 only (the truth is computed
     in float64).
     """
-    right = getattr(check.eager, name)
+    right = getattr(eager, name)
 
     def wrong(*arguments: object) -> object:
         result = right(*arguments)
@@ -71,7 +72,7 @@ def test_check_fails_on_an_inaccurate_backend(
             first.mul_(1.0001)
         return result
 
-    monkeypatch.setattr(check.eager, name, wrong)
+    monkeypatch.setattr(eager, name, wrong)
     assert cli.main(["check"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -85,7 +86,7 @@ def test_unknown_command_is_refused() -> None:
 def test_check_refuses_an_unknown_default_backend(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cuda")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "cuda")
     with pytest.raises(SystemExit) as refused:
         cli.main(["check"])
     assert refused.value.code == 2
@@ -120,7 +121,12 @@ def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.Monkey
     copies = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(check._Device, "_copy", lambda self: (copies.append(1), advance(0.1)))
+
+    def copy(_: object) -> None:
+        copies.append(1)
+        advance(0.1)
+
+    monkeypatch.setattr(check._Device, "_copy", copy)
     device = check._Device()
     assert device.bandwidth() == pytest.approx(2 * 2**28 / 1e-4)
     monkeypatch.setattr(

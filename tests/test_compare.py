@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.compare import assert_close
+from tests.support.compare import assert_close
 
 TRUTH = torch.linspace(-3, 5, 101, dtype=torch.float64)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +14,12 @@ from torch._dynamo.utils import counters
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report
-from tests.cases import Case, Shape, make_block
+from tests.support.cases import Case, Shape, both_directions, make_block
+
+pytestmark = pytest.mark.usefixtures("fused", "fresh_compiler")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def _compiled(block: nn.Module) -> nn.Module:
+def _compiled(block: nn.Module) -> Any:
     return torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
 
 
@@ -33,13 +28,12 @@ def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-# On both sides of dispatch.SMALL, which must decide nothing here. The first one's sizes differ:
+# On both sides of predicates.SMALL, which must decide nothing here. The first one's sizes differ:
 # torch takes equal ones for one symbol.
 SIZES = [(4, 9, 7), (2, 8, 8), (9, 64, 40), (4, 64, 64)]
 
 
-@pytest.mark.plain
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 @pytest.mark.parametrize("name", ["hard", "gin-rev-cond", "soft", "hh1", "hh3-rev-cond"])
 def test_every_batch_and_image_size_runs_the_same_graph(name: str, rev: bool) -> None:
     case = Case(Shape(2, 6, (8, 8)), name)
@@ -60,7 +54,6 @@ def test_every_batch_and_image_size_runs_the_same_graph(name: str, rev: bool) ->
     assert _graphs() == 1
 
 
-@pytest.mark.plain
 def test_every_batch_of_rows_runs_the_same_graph() -> None:
     block = make_block(AllInOneBlock, Case(Shape(2, 64), "cond"), torch.float32)
     compiled = _compiled(block)
@@ -124,7 +117,7 @@ def test_block_is_compiled_straight_away(stock: bool, move: str) -> None:
     x = torch.randn(2, 6, 4, 4)
     expected = block([x])[0][0]
     block = MOVES[move](block)
-    operations = []
+    operations: list[torch.fx.Node] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         operations.extend(node for node in graph.graph.nodes)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate
 from fastflow_kernels.permutations import IndexPermutation
-from tests.cases import Case, Shape, make_block, make_input
 from tests.support.blocks import TakesTensor
+from tests.support.cases import Case, Shape, both_directions, make_block, make_input
+from tests.support.small_inputs import plain_and_fused
+
+pytestmark = pytest.mark.usefixtures("fused", "fresh_compiler")
 
 ROWS, PLANES = Shape(3, 6), Shape(3, 6, (3, 4))
 CASES = [
@@ -32,14 +36,6 @@ CASES = [
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 kinds = pytest.mark.parametrize("kind", ["ours", "accelerated"])
-both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def make(kind: str, case: Case, seed: int = 0) -> nn.Module:
@@ -71,8 +67,6 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 
 # --- recorded graphs ------------------------------------------------------------------------------
 
-Recorded = Callable[[nn.Module, Tensor], nn.Module]
-
 
 def _traced(model: nn.Module, x: Tensor) -> nn.Module:
     with warnings.catch_warnings():  # that it is deprecated, and that shapes are constants in it
@@ -80,7 +74,7 @@ def _traced(model: nn.Module, x: Tensor) -> nn.Module:
         return torch.jit.trace(copy.deepcopy(model), (x,))
 
 
-RECORDERS: dict[str, Recorded] = {
+RECORDERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "export": lambda model, x: torch.export.export(copy.deepcopy(model), (x,)).module(),
     "strict export": lambda model, x: torch.export.export(
         copy.deepcopy(model), (x,), strict=True
@@ -245,26 +239,21 @@ def _exchange(p: nn.Parameter, through: str) -> None:
             p.copy_(other)
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("hard", "rev")], ids=str)
 @kinds
 @pytest.mark.parametrize("through", ["data", "new data", "copy_"])
 @pytest.mark.parametrize("name", ["w_perm", "w_perm_inv"])
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@plain_and_fused
 @both_directions
 def test_one_matrix_exchanged_without_the_other(
-    case: Case, kind: str, through: str, name: str, backend: str, rev: bool
+    case: Case, kind: str, through: str, name: str, small: int, rev: bool
 ) -> None:
     """Results and gradients of the matrix that is there, whatever the other one is."""
     block = make(kind, case)
-    if kind == "ours":
-        block.backend = backend
-    else:
-        accelerate(block, backend=backend)
     x, _ = make_input(case)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
     block([x])  # so that something is kept
     _exchange(getattr(block, name), through)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
     results = TakesTensor(block, rev)(leaves[0]), truth(block, case, leaves[1], rev)
     assert_same(*results)
     for y, log_det in results:
@@ -272,7 +261,6 @@ def test_one_matrix_exchanged_without_the_other(
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
@@ -280,13 +268,13 @@ def test_one_matrix_exchanged_without_the_other(
 @pytest.mark.parametrize("written", ["beside", "beside, twice", "one"])
 @pytest.mark.parametrize("channels", [7, 80])
 @both_directions
+@plain_and_fused
 def test_values_written_past_the_version_are_seen(
-    name: str, written: str, channels: int, rev: bool, dtype: torch.dtype
+    name: str, written: str, channels: int, rev: bool, small: int, dtype: torch.dtype
 ) -> None:
     """Beside the ones, in pairs that cancel in a sum, and into the ones."""
     case = Case(Shape(70, channels), name)
     block = make_block(AllInOneBlock, case, dtype)
-    block.backend = "eager"
     x, _ = make_input(case, dtype)
     TakesTensor(block, rev)(x)
     before = block._index.permutation(block, rev)

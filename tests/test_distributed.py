@@ -4,21 +4,23 @@ batch.
 
 from __future__ import annotations
 
-import os
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate, dispatch, report
-from tests.cases import Case, Shape, make_block
+from fastflow_kernels import AllInOneBlock, accelerate, report
+from tests.support.cases import Case, Shape, make_block
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 SHAPE = Shape(4, 6, (3, 5))
 NAMES = ["hard", "gin", "soft", "hh3-rev-cond"]
@@ -64,7 +66,7 @@ def _trained(model: nn.Module, flow: Flow, x: Tensor, c: list[Tensor]) -> dict[s
             f"{name}.grad": p.grad for name, p in flow.named_parameters() if p.requires_grad
         }
         optimizer.step()
-    results = weights | gradients
+    results: dict[str, Any] = weights | gradients
     return {
         name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in results.items()
     }
@@ -93,12 +95,7 @@ def _compiled_from_another_seed(kind: str, rank: int) -> Tensor:
         return torch.compile(model, backend="eager")(_batch("hard")[0])
 
 
-def _one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dispatch.SMALL = 0  # the inputs are small, and what is asked for is the fused path
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def _one_rank(rank: int, folder: Path) -> None:
     results: dict[str, Any] = {}
     for name in NAMES:
         x, c = _batch(name)
@@ -119,17 +116,15 @@ def _one_rank(rank: int, folder: str) -> None:
                 )
     for kind in KINDS:
         results[f"compiled {kind}"] = _compiled_from_another_seed(kind, rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-    os._exit(0)  # see tests/test_reversible_distributed.py
+    torch.save(results, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_one_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    run_ranks(functools.partial(_one_rank, folder=folder), 2, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

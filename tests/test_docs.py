@@ -11,6 +11,7 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def run(page: str, name: str) -> int:
     return len(found)
 
 
-def page_of(path: Path) -> pytest.param:
+def page_of(path: Path) -> Any:
     uses_peers = any(
         re.search(r"\b(FrEIA|anomalib)\b", code) for _, _, code in blocks(path.read_text())
     )
@@ -66,7 +67,6 @@ def page_of(path: Path) -> pytest.param:
     )
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("path", [page_of(path) for path in PAGES if blocks(path.read_text())])
 def test_examples_of_the_page_run(path: Path) -> None:
     assert run(path.read_text(), str(path))
@@ -79,7 +79,6 @@ def test_every_example_is_found() -> None:
     assert blocks((ROOT / "README.md").read_text())
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_the_docstrings_run(name: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(name))

@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
-from fastflow_kernels.engines.triton import coupling, prepared
-from fastflow_kernels.spec import CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec
+from fastflow_kernels.engines.triton import engine, forward, launch
 from tests.support.executor import EXECUTOR, Fault, Program, Unsupported, gpu, machine, watched
 
 pytestmark = pytest.mark.kernels
@@ -466,18 +467,22 @@ def _copy_kernel(x_ptr, y_ptr, N, stride_x, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i * stride_x, mask=i < N), mask=i < N)
 
 
-def copy(is_aligned: bool, x: torch.Tensor, launch: prepared.Launch) -> torch.Tensor:
+def copy_launch(programs: int) -> launch.Launch:
+    return launch.Launch(_copy_kernel, programs, 1, {"N": 100, "stride_x": 1, "BLOCK": 64})
+
+
+def copy(is_aligned: bool, x: torch.Tensor, copying: launch.Launch) -> torch.Tensor:
     y = torch.zeros(x.shape)
-    launch(is_aligned, x, y)
+    copying(is_aligned, x, y)
     return y
 
 
 def test_a_triton_kernel_runs():
-    launch = prepared.Launch(_copy_kernel, 3, (100, 1), 1, BLOCK=64)
+    copying = copy_launch(3)
     x = torch.randn(100)
     with gpu():
-        assert torch.equal(copy(True, x, launch), x)
-        assert torch.equal(copy(True, x, launch), x)  # straight to the binary
+        assert torch.equal(copy(True, x, copying), x)
+        assert torch.equal(copy(True, x, copying), x)  # straight to the binary
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -509,46 +514,49 @@ def test_a_fault_names_the_line_the_element_and_the_program():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda launch, x: copy(True, x[1:], launch), "taken for a multiple of 16"),
-        (lambda launch, x: copy(True, x.double(), launch), "torch.float64 for \\*fp32"),
+        (lambda copying, x: copy(True, x[1:], copying), "taken for a multiple of 16"),
+        (lambda copying, x: copy(True, x.double(), copying), "torch.float64 for \\*fp32"),
         (
-            lambda launch, x: copy(True, x, _changed(launch, (96, 1, 64))),
+            lambda copying, x: copy(True, x, _changed(copying, (96, 1, 64))),
             "would choose another binary",
         ),
         (
-            lambda launch, x: copy(True, x, _changed(launch, (100, 1, 32))),
+            lambda copying, x: copy(True, x, _changed(copying, (100, 1, 32))),
             "where 64 was compiled in",
         ),
         (
-            lambda launch, x: copy(True, x, _changed(launch, (100, 2, 64))),
+            lambda copying, x: copy(True, x, _changed(copying, (100, 2, 64))),
             "where 1 was compiled in",
         ),
-        (lambda launch, x: copy(True, x, _changed(launch, (2**31, 1, 64))), "as i32"),
-        (lambda launch, x: copy(True, x, _changed(launch, (100, 1))), "4 arguments for 5"),
+        (lambda copying, x: copy(True, x, _changed(copying, (2**31, 1, 64))), "as i32"),
+        (lambda copying, x: copy(True, x, _changed(copying, (100, 1))), "4 arguments for 5"),
     ],
     ids=["pointer", "dtype", "divisible", "constexpr", "one", "too large", "too few"],
 )
 def test_a_binary_that_was_compiled_for_other_arguments(change, message):
-    launch = prepared.Launch(_copy_kernel, 2, (100, 1), 1, BLOCK=64)
+    copying = copy_launch(2)
     x = torch.randn(112)
     with gpu():
-        copy(True, x, launch)
+        copy(True, x, copying)
         with fault(message):
-            change(launch, x)
+            change(copying, x)
 
 
-def _changed(launch: prepared.Launch, tail: tuple[int, ...]) -> prepared.Launch:
-    launch._tail = tail
-    return launch
+def _changed(copying: launch.Launch, tail: tuple[int, ...]) -> launch.Launch:
+    copying._tail = tail
+    return copying
 
 
 def test_it_leaves_no_trace():
     spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", False)
-    inputs = [torch.randn(2, 4), torch.randn(2, 4), torch.randn(4), torch.randn(4)]
+    coupling = Coupling(torch.randn(4), torch.randn(4), spec)
     with gpu():
-        coupling.coupling_fwd(*inputs, None, None, spec, True)
-    assert coupling._prepare_fwd.cache_info().currsize == 0
-    assert not coupling._coupling_rows_fwd_kernel.device_caches
+        engine.forward(torch.randn(2, 4), torch.randn(2, 4), coupling)
+    for value in vars(forward).values():
+        if isinstance(value, JITFunction):
+            assert not value.device_caches
+        elif hasattr(value, "cache_info"):
+            assert value.cache_info().currsize == 0
     assert EXECUTOR.launches is None
 
 
@@ -558,7 +566,7 @@ def test_fresh_memory_is_poisoned_where_it_is_watched():
         assert torch.empty(2).isnan().all()
         assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
         assert torch.zeros(1).new_empty(2).isnan().all()
-        copy(True, torch.randn(100), prepared.Launch(_copy_kernel, 2, (100, 1), 1, BLOCK=64))
+        copy(True, torch.randn(100), copy_launch(2))
     assert torch.empty is empty
     (launch,) = launches
     assert (launch.kernel, launch.loaded, launch.stored) == (

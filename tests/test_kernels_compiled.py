@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from unittest import mock
 
@@ -21,20 +22,26 @@ pytest.importorskip("triton")
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
-from bench import mock_driver
-from bench.compile_targets import (
+from fastflow_kernels import AllInOneBlock
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines.triton import (
+    backward,
+    engine,
+    forward,
+    inverse,
+    launch,
+)
+from tests.support import mock_driver
+from tests.support.cases import OPTIONS, Case, Shape, make_block
+from tests.support.compile_targets import (
     Code,
     Recorded,
     compile_for,
     launches_of_passes,
-    launches_of_undoing,
+    launches_of_reconstruction,
 )
-from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.engines.triton import coupling, prepared
-from fastflow_kernels.spec import CouplingSpec
-from tests.cases import OPTIONS, Case, Shape, make_block
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 
 # 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of
 # 4 warps or 2 of 8.
@@ -50,34 +57,34 @@ DTYPES = {
 WIDE = {
     "_coupling_fwd_kernel": (4, 2),
     "_coupling_bwd_kernel": (6, 4),
+    "_coupling_bwd_kernel, inverting": (6, 5),
     "_coupling_inv_passive_kernel": (1, 1),
     "_coupling_inv_active_kernel": (3, 1),
-    "_coupling_inv_bwd_kernel": (6, 5),
 }
 
 
-def spec_of(gin: bool = False, reverse: bool = False) -> CouplingSpec:
-    return CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin)._replace(reverse=reverse)
+def spec_of(gin: bool = False) -> CouplingSpec:
+    return CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin)
 
 
-def launches(shape: tuple[int, ...], dtype: torch.dtype, **options: bool) -> list[Recorded]:
+def launches(
+    shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False, reverse: bool = False
+) -> list[Recorded]:
     """All launches of a training step, plain and reversible, and of an inverse."""
-    spec = spec_of(**options)
-    passes = launches_of_passes(shape, dtype, spec)
-    if not spec.reverse:  # a reversible chain permutes by itself
-        passes |= {"undo": launches_of_undoing(shape, dtype, spec)}
+    passes = launches_of_passes(shape, dtype, spec_of(gin), reverse)
+    if not reverse:  # a reversible chain permutes by itself
+        passes |= {"reconstruction": launches_of_reconstruction(shape, dtype, spec_of(gin))}
     return [run for runs in passes.values() for run in runs]
 
 
 @cache
 def compiled(target: str, shape: tuple[int, ...], dtype: str, **options: bool) -> tuple[Code, ...]:
-    """The code of every kernel of one case, each once."""
-    return tuple(
-        {
-            run.kernel.__name__: compile_for(target, run)
-            for run in launches(shape, DTYPES[dtype], **options)
-        }.values()
-    )
+    """The code of every kernel of one case, each once; the backward's two kinds by two names."""
+    codes = {}
+    for run in launches(shape, DTYPES[dtype], **options):
+        name = run.kernel.__name__ + (", inverting" if run.values.get("INVERT") else "")
+        codes[name] = replace(compile_for(target, run), kernel=name)
+    return tuple(codes.values())
 
 
 def assert_lean(codes: tuple[Code, ...]) -> None:
@@ -162,7 +169,7 @@ def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape):
     ids=["8", "4", "2", "1"],
 )
 def test_accesses_are_as_wide_as_the_shape_allows(spatial, fp32, bf16):
-    """The table at the top of engines/triton/launch.py: by the power of two that divides the row."""
+    """The table at the top of engines/triton/plan.py: by the power of two that divides the row."""
     for dtype, bits in (("fp32", fp32), ("bf16", bf16)):
         for code in compiled("sm_90", (32, 64, *spatial), dtype):
             if code.kernel in ("_coupling_fwd_kernel", "_coupling_bwd_kernel"):
@@ -187,7 +194,13 @@ def test_launches_are_few():
         runs = launches(shape, torch.float32)
         assert len(runs) == count
         for run in runs:
-            assert len(run.args) <= 15
+            assert len(arguments_of(run)) <= 15
+
+
+def arguments_of(run: Recorded) -> list[object]:
+    """What the binary takes: neither constants nor what is compiled in because it is None."""
+    constants = {param.name for param in run.kernel.params if param.is_constexpr}
+    return [v for name, v in run.values.items() if name not in constants and v is not None]
 
 
 # --- prepared launches ----------------------------------------------------------------------------
@@ -195,12 +208,12 @@ def test_launches_are_few():
 
 def launched(call: Callable[[], object]) -> list[tuple[object, ...]]:
     """What the driver's launcher is given by ``call``: grid, handles and the kernel's arguments."""
-    found: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
     with mock.patch.object(
-        mock_driver.Launcher, "__call__", lambda self, *args: found.append(args)
+        mock_driver.Launcher, "__call__", lambda self, *args: calls.append(args)
     ):
         call()
-    return found
+    return calls
 
 
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
@@ -211,19 +224,18 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
     """The first call goes through Triton's dispatcher, the second straight to the binary, a
     misaligned one through the dispatcher again.
     """
-    x, a, dy, dlogdet = (
-        torch.randn(n)
-        for n in (shape, (*shape[:1], shape[1] // 2 * 2, *shape[2:]), shape, shape[:1])
-    )
+    x, dy, log_det = torch.randn(shape), torch.randn(shape), torch.randn(shape[0])
+    a = torch.randn(shape[0], shape[1] // 2 * 2, *shape[2:])
     g, offset, perm = torch.randn(shape[1]), torch.randn(shape[1]), torch.randperm(shape[1])
-    inv, spec = torch.argsort(perm), CouplingSpec.of(1.25, "anomalib", "SOFTPLUS", gin)
+    spec = CouplingSpec.of(1.25, "anomalib", "SOFTPLUS", gin)
+    coupling, grads = Coupling(g, offset, spec, perm, perm.argsort()), OutputGrads(dy, log_det)
 
     def run(x: torch.Tensor = x) -> None:
-        coupling.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
-        coupling.coupling_bwd(dy, dlogdet, x, a, g, offset, perm, inv, spec, True)
-        v = coupling.coupling_inv_passive(x, g, offset, perm, inv, spec)
-        coupling.coupling_inv_active(x, v, a, g, offset, perm, inv, spec, True)
-        coupling.coupling_inv_bwd(x, v, dy, dlogdet, a, g, offset, perm, inv, spec, True)
+        engine.forward(x, a, coupling)
+        engine.backward(x, a, grads, coupling, True)
+        v = engine.invert_passive(x, coupling)
+        engine.invert_active(x, v, a, coupling)
+        engine.invert_and_backward(x, v, a, grads, coupling, True)
 
     with mock_driver.mock_gpu():
         first, second = launched(run), launched(run)
@@ -234,13 +246,12 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
             with pytest.raises(AssertionError, match="not straight"):
                 run(torch.randn(x.numel() + 1)[1:].view(shape))
     assert len(first) == len(second) >= 4
-    for one, other in zip(first, second, strict=True):
-        assert len(one) == len(other)
-        for mine, theirs in zip(one, other, strict=True):
-            if isinstance(mine, torch.Tensor):  # results lie elsewhere
-                assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
-            elif not isinstance(mine, LazyDict):  # what profilers are told
-                assert mine == theirs
+    for expected, actual in zip(first, second, strict=True):
+        for a, b in zip(expected, actual, strict=True):
+            if isinstance(a, torch.Tensor):  # results lie elsewhere
+                assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            elif not isinstance(a, LazyDict):  # what profilers are told
+                assert a == b
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 6, (4, 4)), Shape(2, 7)], ids=str)
@@ -250,16 +261,18 @@ def test_no_pointer_lies_on_another_device(name: str, channels_last: bool, shape
     """On the meta device, where mixing devices raises as on a GPU: every operation around the
     launches, and what they are given.
     """
-    case, found = Case(shape, name), []
+    case, launched = Case(shape, name), []
     x = torch.empty(shape.full, device="meta")
     x = (x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x).requires_grad_()
     with (
         mock_driver.mock_gpu(),
-        mock.patch.object(coupling, "aligned", return_value=True),
+        mock.patch.object(backward, "aligned", return_value=True),
+        mock.patch.object(forward, "aligned", return_value=True),
+        mock.patch.object(inverse, "aligned", return_value=True),
         mock.patch.object(
-            prepared.Launch,
+            launch.Launch,
             "__call__",
-            lambda self, _, *pointers: found.append((self.kernel.__name__, pointers)),
+            lambda self, _, *pointers: launched.append((self.kernel.__name__, pointers)),
         ),
     ):
         block = make_block(
@@ -272,7 +285,7 @@ def test_no_pointer_lies_on_another_device(name: str, channels_last: bool, shape
             (back,), minus = block([y], c, rev=True)
     assert all(t.is_meta for t in (y, logdet, x.grad, back, minus))
     assert {"_coupling_bwd_kernel", "_coupling_inv_active_kernel"} <= {
-        kernel for kernel, _ in found
+        kernel for kernel, _ in launched
     }
-    for kernel, pointers in found:
+    for kernel, pointers in launched:
         assert all(t is None or t.is_meta for t in pointers), kernel

@@ -18,27 +18,23 @@ if not EXECUTED:
     )
 pytest.importorskip("triton")
 
-from fastflow_kernels.engines.triton import coupling
-from fastflow_kernels.spec import ACTIVATIONS
-from tests.support import modes
+from fastflow_kernels.coupling import ACTIVATIONS, OutputGrads
+from fastflow_kernels.engines.triton import engine
+from fastflow_kernels.engines.triton.launch import Operands, key_of
+from fastflow_kernels.engines.triton.sums import prepare_gin_sums
 from tests.support.coupling import (
+    cast,
     check_everything,
     close,
-    gradients,
     make,
-    plain_fwd,
-    plain_inv,
-    shape_id,
+    plain_forward,
+    plain_gradients,
+    plain_inverse,
 )
 from tests.support.executor import EXECUTOR
+from tests.support.kernels import kernels_run, shapes  # noqa: F401  (fixtures)
 
-pytestmark = pytest.mark.kernels
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _executor():
-    with modes.kernels_run():
-        yield
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
 
 
 # --- approximate instructions ---------------------------------------------------------------------
@@ -47,17 +43,17 @@ def _executor():
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     "options",
-    [{"spec_name": name} for name in ACTIVATIONS] + [{"gin": True}],
+    [{"activation": name} for name in ACTIVATIONS] + [{"gin": True}],
     ids=[*ACTIVATIONS, "gin"],
 )
-@pytest.mark.parametrize("shape", [(2, 7, 4, 5), (5, 7)], ids=shape_id)
+@shapes((2, 7, 4, 5), (5, 7))
 def test_coupling_parity_with_instructions_at_their_documented_worst(shape, options, seed):
     """ex2.approx, div.full and the like off by up to their documented error: the bound of
     units_of_floor().
     """
     with mock.patch.object(EXECUTOR, "perturb", seed):
         for _ in range(2):  # other values, the same kernels
-            check_everything(make(shape, **options))
+            check_everything(*make(shape, **options))
 
 
 # --- large inputs: the memory is reserved, and touched only where the first and the last programs d
@@ -74,16 +70,15 @@ class Large:
         batch, channels, *spatial = shape
         self.shape, self.is_rows = shape, not spatial
         ends = (2 * EDGE, channels) if self.is_rows else (2, channels, EDGE)
-        self.x, self.a, self.g, self.offset, self.perm, self.inv, self.spec = make(
-            ends, x=torch.float16, g=torch.float32, reverse=reverse
+        self.x, self.a, self.coupling = make(
+            ends, x=torch.float16, g=torch.float32, reverse=reverse, gin=gin
         )
-        self.dy, self.dlogdet = torch.randn(ends, dtype=torch.float16), torch.randn(ends[0])
+        log_det = torch.randn(ends[0])
+        self.grads = OutputGrads(torch.randn(ends, dtype=torch.float16), log_det)
         self.far_x, self.far_a = self.spread(self.x), self.spread(self.a)
-        self.far_dlogdet = torch.zeros(batch)
-        self.far_dlogdet[: ends[0] // 2], self.far_dlogdet[-(ends[0] // 2) :] = self.dlogdet.chunk(
-            2
-        )
-        self.parameters = (self.g, self.offset, self.perm, self.inv, self.spec)
+        far = torch.zeros(batch)
+        far[: ends[0] // 2], far[-(ends[0] // 2) :] = log_det.chunk(2)
+        self.far_grads = OutputGrads(self.spread(self.grads.y), far)
         assert self.far_x.numel() > 2**31
 
     def spread(self, ends):
@@ -127,35 +122,19 @@ def _first_and_last_programs():
 @pytest.mark.usefixtures("_first_and_last_programs")
 def test_forward_beyond_32_bit_offsets(shape, reverse):
     large = Large(shape, reverse)
-    y, _ = coupling.coupling_fwd(large.far_x, large.far_a, *large.parameters, large.is_rows)
-    inputs = (large.x, large.a, large.g, large.offset)
-    truth = plain_fwd(*(t.double() for t in inputs), large.perm, large.spec)[0]
-    close(large.gathered(y), truth, plain_fwd(*inputs, large.perm, large.spec)[0], "y")
+    y, _ = engine.forward(large.far_x, large.far_a, large.coupling)
+    inputs = (large.x, large.a, large.coupling)
+    truth = plain_forward(*cast(torch.float64, *inputs))[0]
+    close(large.gathered(y), truth, plain_forward(*inputs)[0], "y")
 
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
 def test_backward_beyond_32_bit_offsets(shape, reverse):
     large = Large(shape, reverse)
-    dx, da, *_ = coupling.coupling_bwd(
-        large.spread(large.dy),
-        large.far_dlogdet,
-        large.far_x,
-        large.far_a,
-        *large.parameters,
-        False,
-    )
-    inputs = (
-        large.x,
-        large.a,
-        large.g,
-        large.offset,
-        large.perm,
-        large.spec,
-        large.dy,
-        large.dlogdet,
-    )
-    truth, baseline = gradients(*inputs, torch.float64), gradients(*inputs, None)
+    dx, da, *_ = engine.backward(large.far_x, large.far_a, large.far_grads, large.coupling, False)
+    inputs = (large.x, large.a, large.coupling, large.grads)
+    truth, baseline = plain_gradients(*inputs, torch.float64), plain_gradients(*inputs)
     close(large.gathered(dx), truth[0], baseline[0], "dx")
     close(large.gathered(da), truth[1], baseline[1], "da")
 
@@ -164,42 +143,24 @@ def test_backward_beyond_32_bit_offsets(shape, reverse):
 @pytest.mark.usefixtures("_first_and_last_programs")
 def test_inverse_beyond_32_bit_offsets(shape, reverse):
     large = Large(shape, reverse)
-    x = coupling.coupling_inv_passive(large.far_x, *large.parameters)
-    coupling.coupling_inv_active(large.far_x, x, large.far_a, *large.parameters, large.is_rows)
-    inputs = (large.x, large.a, large.g, large.offset)
-    truth = plain_inv(*(t.double() for t in inputs), large.inv, large.spec)[0]
-    baseline = plain_inv(*inputs, large.inv, large.spec)[0]
-    close(large.gathered(x), truth, baseline, "x")
-    if not reverse:
-        x = coupling.coupling_inv_passive(large.far_x, *large.parameters)
-        coupling.coupling_inv_bwd(
-            large.far_x,
-            x,
-            large.spread(large.dy),
-            large.far_dlogdet,
-            large.far_a,
-            *large.parameters,
-            False,
-        )
-        close(large.gathered(x), truth, baseline, "x undone")
+    far_x, far_a, coupling = large.far_x, large.far_a, large.coupling
+    x = engine.invert_passive(far_x, coupling)
+    engine.invert_active(far_x, x, far_a, coupling)
+    inputs = (large.x, large.a, coupling)
+    truth = plain_inverse(*cast(torch.float64, *inputs))[0]
+    close(large.gathered(x), truth, plain_inverse(*inputs)[0], "x")
+    x = engine.invert_passive(far_x, coupling)
+    engine.invert_and_backward(far_x, x, far_a, large.far_grads, coupling, False)
+    close(large.gathered(x), truth, plain_inverse(*inputs)[0], "x reconstructed")
 
 
 @pytest.mark.slow
 def test_gin_sums_beyond_32_bit_offsets():
     """The last program of the sums, for the last sample."""
-    shape = (3, 5, 1 << 28)
-    large = Large(shape)
+    large = Large((3, 5, 1 << 28), gin=True)
+    a, coupling = large.far_a, large.coupling
+    key = key_of(large.far_x, coupling, (torch.float16, a.dtype), (a.stride(0), a.stride(0)))
+    gin_sums = prepare_gin_sums(Operands(*key), a.stride(0))
     with mock.patch.object(EXECUTOR, "ctas", lambda count: [count - 1]):
-        spec = large.spec._replace(gin=True)
-        prepared = coupling._prepare_fwd(
-            shape,
-            large.far_x.stride(0),
-            large.far_a.stride(0),
-            *[torch.float16] * 4,
-            spec,
-            True,
-            True,
-            -1,
-        )
-        sums = prepared.gin(True, large.far_a)
+        sums = gin_sums(True, a, None, None, None)
     assert sums[0, -1, -1] != 0

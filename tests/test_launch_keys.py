@@ -21,8 +21,8 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
     pytest.skip("needs a process without TRITON_INTERPRET (ci/kernels.sh)", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastflow_kernels.engines.triton import coupling
-from fastflow_kernels.spec import ACTIVATIONS, DIALECTS, CouplingSpec
+from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines.triton import engine
 from tests.support.executor import gpu, watched
 
 pytestmark = pytest.mark.kernels
@@ -71,7 +71,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "activation": ACTIVATIONS,
     "gin": (False, False, True),
     "reverse": (False, True),
-    "flag": (False, True),  # whether the log-determinant or the parameters' gradients are wanted
+    "want params": (False, True),
 }
 
 
@@ -97,10 +97,25 @@ def call_all(of: dict[str, Any]) -> None:
     """Every launcher with these arguments."""
     shape = of["shape"]
     batch, channels, *spatial = shape
-    x, a = (
-        tensor(shape, of["x dtype"], of["x"]),
-        tensor((batch, channels // 2 * 2, *spatial), of["a dtype"], of["a"]),
-    )
+    x = tensor(shape, of["x dtype"], of["x"])
+    a = tensor((batch, channels // 2 * 2, *spatial), of["a dtype"], of["a"])
+    coupling = coupling_of(of, channels)
+    log_det = None
+    if of["dlogdet stride"] is not None:
+        if batch % 2 == 0 and not coupling.spec.gin:
+            coupling = coupling._replace(rows_per_sample=of["rows of a sample"])
+        samples = batch // coupling.rows_per_sample
+        memory = tensor((1, 16 * batch + 1), of["dlogdet dtype"], of["dlogdet"])
+        log_det = memory.as_strided((samples,), (of["dlogdet stride"],), memory.storage_offset())
+    y, _ = engine.forward(x, a, coupling)
+    grads = OutputGrads(tensor(shape, y.dtype, of["dy"]), log_det)
+    engine.backward(x, a, grads, coupling, of["want params"])
+    back = engine.invert_passive(x, coupling)
+    engine.invert_active(x, back, a, coupling)
+    engine.invert_and_backward(x, back, a, grads, coupling, of["want params"])
+
+
+def coupling_of(of: dict[str, Any], channels: int) -> Coupling:
     g, offset = (
         tensor((1, channels), of[f"{name} dtype"], of[name]).view(-1) for name in ("g", "offset")
     )
@@ -108,22 +123,8 @@ def call_all(of: dict[str, Any]) -> None:
         tensor((1, channels), torch.int64, of[name]).view(-1) if of["has index"] else None
         for name in ("perm", "inv")
     )
-    spec = CouplingSpec.of(of["clamp"], of["dialect"], of["activation"], of["gin"])._replace(
-        reverse=of["reverse"]
-    )
-    rest, flag = (g, offset, perm, inv, spec), of["flag"]
-    dlogdet = None
-    if of["dlogdet stride"] is not None:
-        samples = batch // of["rows of a sample"] if batch % 2 == 0 else batch
-        memory = tensor((1, 16 * batch + 1), of["dlogdet dtype"], of["dlogdet"])
-        dlogdet = memory.as_strided((samples,), (of["dlogdet stride"],), memory.storage_offset())
-    y, _ = coupling.coupling_fwd(x, a, *rest, flag)
-    dy = tensor(shape, y.dtype, of["dy"])
-    coupling.coupling_bwd(dy, dlogdet, x, a, *rest, flag)
-    back = coupling.coupling_inv_passive(x, *rest)
-    coupling.coupling_inv_active(x, back, a, *rest, flag)
-    if not spec.reverse:
-        coupling.coupling_inv_bwd(x, back, dy, dlogdet, a, *rest, flag)
+    spec = CouplingSpec.of(of["clamp"], of["dialect"], of["activation"], of["gin"])
+    return Coupling(g, offset, spec, perm, inv, of["reverse"])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import compileall
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fastflow_kernels"
 
 # The layers of the package, lowest first. A file may import what stands in its own entry, and
-# ANYWHERE. engines/* is one entry; of engines/triton only dispatch may ask for it: it is what decides whether
-# Triton runs.
+# ANYWHERE. engines/* is one entry; only dispatch may ask for engines/triton, because it decides
+# whether Triton runs.
 ANYWHERE = ("spec", "errors", "modes", "adoption")
 MAY_IMPORT = {
     "adoption": set(),
@@ -100,6 +101,23 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+TESTS_AND_BENCH = [*sources("tests"), *sources("bench")]
+TEST_MODULES = {
+    relative(path).removesuffix(".py").replace("/", ".")
+    for path in TESTS_AND_BENCH
+    if path.name.startswith("test_")
+}
+
+
+@pytest.mark.parametrize("path", TESTS_AND_BENCH, ids=relative)
+def test_no_test_is_imported(path: Path) -> None:
+    """What tests and benchmarks share lies in tests/support."""
+    for name, _ in imports(path):
+        assert not {name, name.rpartition(".")[0]} & TEST_MODULES, (
+            f"{relative(path)} imports {name}: move it to tests/support"
+        )
+
+
 @pytest.mark.parametrize("path", sources("reference"), ids=relative)
 def test_reference_imports_torch_and_itself_only(path: Path) -> None:
     allowed = {"reference", "torch"} | set(sys.stdlib_module_names)
@@ -140,6 +158,7 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
             )
 
 
+@functools.cache
 def loaded_after(statement: str) -> set[str]:
     """The top-level modules in sys.modules of a fresh interpreter after a statement."""
     code = (
@@ -166,7 +185,10 @@ def asked(*args, **kwargs):
     raise AssertionError("importing the package asks for a device")
 
 for module in (torch.cuda, torch.accelerator, torch.mps, torch.xpu):
-    for name in ("is_available", "device_count", "current_device", "get_device_name", "get_device_properties", "_lazy_init", "init"):
+    for name in (
+        "is_available", "device_count", "current_device", "get_device_name",
+        "get_device_properties", "_lazy_init", "init",
+    ):
         setattr(module, name, asked)
 import {PACKAGE}
 assert not torch.cuda.is_initialized()

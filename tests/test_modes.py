@@ -20,12 +20,16 @@ from torch.utils.checkpoint import (
 )
 
 import reference
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
-from fastflow_kernels.engines import eager
-from fastflow_kernels.spec import CouplingSpec
-from tests.cases import OPTIONS, Case, Shape, make_block, make_input
-from tests.compare import assert_close
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, route
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines import chunks, constants, eager
+from tests.support.blocks import Stored
+from tests.support.cases import OPTIONS, Case, Shape, both_directions, make_block, make_input
+from tests.support.compare import assert_close
 from tests.support.dispatch_modes import NoFloat64, Spoiling, Wrapped, Wrapping
+from tests.support.small_inputs import plain_and_fused
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 NAMES = ("hard", "rev", "cond", "gin", "soft", "gin-soft", "hh1")
 SHAPES = (Shape(40, 6), Shape(3, 6, (5, 7)))
@@ -35,9 +39,9 @@ both_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.fixture(autouse=True)
 def _nothing_kept_yet() -> None:
     """As in a fresh process: what a pass keeps is what this test kept."""
-    eager._kept_constant.cache_clear()
-    eager._scratch.buffers.clear()
-    eager._scratch.views.clear()
+    constants._kept.cache_clear()
+    chunks.scratch.buffers.clear()
+    chunks.scratch.views.clear()
 
 
 def passes(block: nn.Module, x: Tensor, c: list[Tensor]) -> list[Tensor]:
@@ -62,8 +66,8 @@ def block_and_input(shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[Te
 
 def kept() -> list[Tensor]:
     """What is kept between calls in this thread."""
-    views = [view for views in eager._scratch.views.values() for view in views]
-    return [*eager._scratch.buffers.values(), *views]
+    views = [view for views in chunks.scratch.views.values() for view in views]
+    return [*chunks.scratch.buffers.values(), *views]
 
 
 @both_shapes
@@ -116,7 +120,6 @@ ENGINE_SPECS = {
     "affine": CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", False),
     "gin": CouplingSpec.of(1.9, "freia", "EXP", True),
     "clamp8": CouplingSpec.of(8.0, "freia", "SIGMOID", False),
-    "folded": CouplingSpec.of(1.9, "anomalib", "EXP", False)._replace(folded=True),
 }
 
 
@@ -124,16 +127,14 @@ def every_engine_function(shape: tuple[int, ...], spec: CouplingSpec, dtype: tor
     x, dy = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     a = 5 * torch.randn(shape, dtype=dtype)
     g, offset, perm = torch.randn(shape[1]), torch.randn(shape[1]), torch.randperm(shape[1])
-    perm, inv = (None, None) if spec.folded else (perm, perm.argsort())
-    y, logdet = eager.coupling_fwd(x, a, g, offset, perm, inv, spec, True)
-    eager.coupling_bwd(dy.clone(), torch.ones_like(logdet), x, a, g, offset, perm, inv, spec, True)
-    back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
-    eager.coupling_inv_active(y, back, a, g, offset, perm, inv, spec, True)
-    if not spec.folded:
-        back = eager.coupling_inv_passive(y, g, offset, perm, inv, spec)
-        eager.coupling_inv_bwd(
-            y, back, dy, torch.ones_like(logdet), a, g, offset, perm, inv, spec, True
-        )
+    coupling = Coupling(g, offset, spec, perm, perm.argsort())
+    y, logdet = eager.forward(x, a, coupling)
+    grads = OutputGrads(dy, torch.ones_like(logdet))
+    eager.backward(x, a, grads, coupling, True)
+    back = eager.invert_passive(y, coupling)
+    eager.invert_active(y, back, a, coupling)
+    back = eager.invert_passive(y, coupling)
+    eager.invert_and_backward(y, back, a, grads, coupling, True)
 
 
 @pytest.mark.parametrize("name", ENGINE_SPECS)
@@ -148,14 +149,12 @@ def test_engine_functions_need_no_float64(
         every_engine_function(shape, ENGINE_SPECS[name], dtype)
 
 
-@pytest.mark.plain
 @both_shapes
 @pytest.mark.parametrize("name", [name for name in OPTIONS if "hh" not in name])
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_blocks_need_no_float64(shape: Shape, name: str, backend: str) -> None:
-    """Plain operations ("auto" for inputs as small as these) and the eager functions."""
+@plain_and_fused
+def test_blocks_need_no_float64(shape: Shape, name: str, small: int) -> None:
     block, x, c = block_and_input(shape, name)
-    block.backend = backend
+    block.backend = "auto"
     with NoFloat64():
         passes(block, x, c)
 
@@ -219,7 +218,7 @@ def test_threads_and_inference_mode_after_a_mode() -> None:
 
 
 def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
-    """An annealed clamp: 3000 values, each of which needs some ten constants."""
+    """An annealed clamp: 600 values, each of which needs some ten constants; 128 are kept."""
     block = AllInOneBlock([(8,)], subnet_constructor=nn.Linear, backend="eager")
     chain = ReversibleSequence(8)
     chain.append(AllInOneBlock, subnet_constructor=nn.Linear)
@@ -233,13 +232,13 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
             with torch.no_grad():
                 block([x], rev=True)
 
-    steps(0, 1000)
-    gc.collect()
-    tensors = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
     tracemalloc.start()
     try:
+        steps(0, 200)  # what is kept for these makes way for what is kept for later ones
+        gc.collect()
+        tensors = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
         before = tracemalloc.take_snapshot()
-        steps(1000, 2000)
+        steps(200, 400)
         gc.collect()
         grown = sum(
             entry.size_diff for entry in tracemalloc.take_snapshot().compare_to(before, "filename")
@@ -247,7 +246,7 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
     finally:
         tracemalloc.stop()
     assert sum(issubclass(type(t), Tensor) for t in gc.get_objects()) <= tensors + 8
-    assert grown < 200_000, grown  # 100 bytes a step; a constant alone is larger
+    assert grown < 40_000, grown  # 100 bytes a step; a constant alone is larger
 
 
 @pytest.mark.parametrize("batch", [7, 100_003])
@@ -268,15 +267,14 @@ def test_gradient_of_the_scale_from_many_log_determinants_that_cancel(
         torch.manual_seed(0)
         block = cls(
             [shape],
-            subnet_constructor=lambda *_, dtype=dtype: lambda _: a.to(dtype),
+            subnet_constructor=lambda *_: Stored(a),
             global_affine_type="EXP",
         ).to(dtype)
         _, logdet = block([x.to(dtype)])
         results.append(torch.autograd.grad(logdet, block.global_scale, dlogdet.to(dtype))[0])
     magnitude = dlogdet.abs().sum().item() * x[0, 0].numel()
-    assert_close(
-        *[results[i] for i in (0, 2, 1)], "grad global_scale", magnitude=magnitude / batch**0.5
-    )
+    actual, baseline, truth = results
+    assert_close(actual, truth, baseline, "grad global_scale", magnitude=magnitude / batch**0.5)
 
 
 class OnGpu(Tensor):
@@ -287,8 +285,7 @@ class OnGpu(Tensor):
 
 def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each costs seconds and stays in the process; those that were compiled go on running."""
-    monkeypatch.setattr(dispatch, "_clamps", set())
-    monkeypatch.setattr(dispatch, "needs_composite", lambda *_: False)
+    monkeypatch.setattr(route, "_clamps", set())
     x = torch.zeros(2, 4).as_subclass(OnGpu)
     specs = [
         CouplingSpec.of(2 + k / 100, dialect, "EXP", False)
@@ -296,27 +293,23 @@ def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPa
         for dialect in ("anomalib", "freia")
     ]
     for _ in range(2):
-        chosen = [dispatch.unless_annealed("auto", x, spec) for spec in specs]
-        assert chosen == ["auto"] * dispatch.MOST_CLAMPS + ["eager"] * (
-            len(specs) - dispatch.MOST_CLAMPS
-        )
-    assert len(dispatch._clamps) == dispatch.MOST_CLAMPS
-    assert dispatch.unless_annealed("triton", x, specs[-1]) == "triton"
-    # a CPU compiles nothing
-    assert dispatch.unless_annealed("auto", torch.zeros(2, 4), specs[-1]) == "auto"
+        wanted = [route.wants_triton(x, "auto", spec) for spec in specs]
+        assert wanted == [place < route.MOST_CLAMPS for place in range(len(specs))]
+    assert route.wants_triton(x, "triton", specs[-1])
+    assert not route.wants_triton(torch.zeros(2, 4), "auto", specs[0])  # a CPU compiles nothing
 
 
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_a_block_asks_how_many_clamps_were_compiled(
     rev: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
 
-    def spy(backend: str, x: Tensor, spec: CouplingSpec) -> str:
+    def spy(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
         asked.append(spec.clamp)
-        return backend
+        return False
 
-    monkeypatch.setattr(dispatch, "unless_annealed", spy)
+    monkeypatch.setattr(route, "wants_triton", spy)
     chain = ReversibleSequence(8)
     for clamp in (1.25, 1.75):
         chain.append(

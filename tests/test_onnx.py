@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import reference
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate
-from tests.cases import Case, Shape, make_block, make_input
 from tests.support.blocks import TakesTensor
+from tests.support.cases import Case, Shape, both_directions, make_block, make_input
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 exporters = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
-both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
 kinds = pytest.mark.parametrize("kind", ["ours", "accelerated"])
 # Sizes that differ: PyTorch 2.13's exporter takes equal ones for one.
 CASES = [Case(Shape(3, 6), name) for name in ("rev", "soft", "hh2-soft-sigmoid")]

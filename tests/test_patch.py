@@ -5,15 +5,10 @@ about them changed.
 from __future__ import annotations
 
 import copy
-import functools
-import io
 import math
-import pickle
 import random
-import weakref
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,174 +16,35 @@ import torch
 from torch import Tensor, nn
 
 import fastflow_kernels
-import reference
-from bench.peers import anomalib_block, freia, freia_block
-from fastflow_kernels import accelerate, patch, report, restore
-from tests.cases import CASES as ALL_CASES
-from tests.cases import DIALECTS, Case, Shape, ids, make_block, make_input, make_subnet
-from tests.compare import assert_close
-
-EPS = torch.finfo(torch.float64).eps
-
-
-def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
-    never released.
-    """
-    return functools.partial(reference.AllInOneBlock, dialect="freia")
-
-
-PEERS = {"anomalib": anomalib_block, "freia0.2": freia_block, "freia-main": freia_main_block}
-peers = pytest.mark.parametrize(
-    "peer",
-    [
-        pytest.param(peer, id=name, marks=[] if name == "freia-main" else [pytest.mark.peers])
-        for name, peer in PEERS.items()
-    ],
+from fastflow_kernels import accelerate, report, restore
+from tests.support.accelerated import (
+    CASES,
+    EPS,
+    HARD,
+    SHAPE,
+    assert_equal_results,
+    assert_left,
+    assert_results,
+    assert_same_as_stock,
+    evaluate,
+    is_fused,
+    kinds,
+    overriding,
+    same_block,
+    subclass,
 )
-released = pytest.mark.parametrize(
-    "peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"]
+from tests.support.blocks import unwrapped
+from tests.support.cases import (
+    Case,
+    Shape,
+    ids,
+    make_input,
+    make_subnet,
 )
+from tests.support.peers import anomalib_block, freia
+from tests.support.stock_blocks import freia_main_block, peers, released, stock_block
 
-CASES = [case for case in ALL_CASES if case.dialect == "anomalib"]  # the peers know no dialect
-SHAPE = Shape(2, 6, (3, 4))
-HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN = (
-    Case(SHAPE, name)
-    for name in ("cond2-rev", "soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-rev-cond")
-)
-kinds = pytest.mark.parametrize(
-    "case",
-    [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN],
-    ids=["hard", "soft", "hh", "hh-soft", "gin"],
-)
-
-
-def stock_block(
-    peer: Callable[[], Any],
-    case: Case,
-    seed: int = 3,
-    dtype: torch.dtype = torch.float64,
-    **extra: Any,
-) -> nn.Module:
-    cls = peer()
-    np.random.seed(seed)  # FrEIA 0.2 draws its permutations there
-    return make_block(cls, case, dtype, seed, **extra)
-
-
-def same_block(
-    peer: Callable[[], Any], block: nn.Module, case: Case, dtype: torch.dtype
-) -> nn.Module:
-    """A stock block with this one's parameters, whatever it has become since."""
-    other = make_block(peer(), case)
-    other.load_state_dict(block.state_dict())
-    other.clamp = block.clamp
-    return other.to(dtype)
-
-
-def evaluate(
-    model: nn.Module, x: Tensor, c: list[Tensor], rev: bool, wrap: bool = True
-) -> dict[str, Tensor | None]:
-    """Output, log-determinant, and the gradients of a random linear function of both to everything
-    that takes one.
-
-    ``wrap``: the model is a block, which wants a list and returns a tuple. Else it is one of
-    FrEIA's containers.
-    """
-    x, c = x.detach().clone().requires_grad_(), [t.detach().clone().requires_grad_() for t in c]
-    y, logdet = model([x] if wrap else x, c, rev=rev)
-    y = y[0] if wrap else y
-    generator = torch.Generator().manual_seed(2)
-    dy, dlogdet = (
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, logdet)
-    )
-    model.zero_grad()
-    torch.autograd.backward([y, logdet], [dy, dlogdet])
-    grads = {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
-    grads |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
-    grads = {name: None if t is None else t.clone() for name, t in grads.items()}
-    model.zero_grad()
-    return {"output": y.detach(), "log-det": logdet.detach(), **grads}
-
-
-def assert_results(
-    actual: dict[str, Tensor | None],
-    truth: dict[str, Tensor | None],
-    baseline: dict[str, Tensor | None],
-    gin: float = 0.0,
-    blocks: int = 1,
-) -> None:
-    """The design's criterion in float64: ``truth`` is the stock block, ``baseline`` the stock block
-    in float32.
-
-    Its floor, which is 4 roundings of the largest value, is made that of tests/test_peers.py, 4 +
-    sqrt(terms) roundings, for each block: truth and result sum in two orders here, and the error of
-    one float32 run says too little about either where that has been lucky.
-    """
-    assert actual.keys() == truth.keys()
-    terms = truth["output"].numel()
-    for name, value in truth.items():
-        if value is None:
-            assert actual[name] is None, name
-            continue
-        # the log-determinant of GIN is a sum of log-factors, each up to the clamp, that cancel
-        largest = (
-            gin if gin and name == "log-det" else value.abs().max().item() if value.numel() else 0.0
-        )
-        assert_close(
-            actual[name],
-            value,
-            baseline[name],
-            name,
-            magnitude=blocks * largest * (1 + 0.25 * terms**0.5),
-        )
-
-
-def assert_same_as_stock(block: nn.Module, peer: Callable[[], Any], case: Case) -> None:
-    """Output, log-determinant and gradients of both directions, with the parameters that the block
-    has now.
-    """
-    truth_block, baseline_block = (
-        same_block(peer, block, case, dtype) for dtype in (torch.float64, torch.float32)
-    )
-    x, c = make_input(case)
-    gin = abs(block.clamp) * max(1, x[0].numel()) ** 0.5 if block.GIN else 0.0
-    for rev in (False, True):
-        actual, truth = (evaluate(b, x, c, rev) for b in (block, truth_block))
-        baseline = evaluate(baseline_block, x.float(), [t.float() for t in c], rev)
-        assert_results(actual, truth, baseline, gin)
-        with torch.no_grad():
-            (y,), logdet = block([x], c, rev=rev)
-        assert_results(
-            {"output": y, "log-det": logdet},
-            {k: truth[k] for k in ("output", "log-det")},
-            baseline,
-            gin,
-        )
-
-
-def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> None:
-    x, c = make_input(case)
-    for rev in (False, True):
-        a, e = (evaluate(block, x, c, rev) for block in (actual, expected))
-        assert a.keys() == e.keys()
-        for name, value in e.items():
-            assert value is a[name] is None or torch.equal(a[name], value), name
-
-
-def is_fused(block: nn.Module) -> bool:
-    """Whether a call of a block runs the fused function."""
-    with (
-        mock.patch.object(patch, "all_in_one_block", wraps=patch.all_in_one_block) as fused,
-        torch.no_grad(),
-    ):
-        c = (
-            [torch.zeros(1, block.condition_channels, *block.dims_in[0][1:])]
-            if block.conditional
-            else []
-        )
-        x = torch.zeros(1, *block.dims_in[0]).to(block.global_scale)
-        block([x], [t.to(x) for t in c])
-    return fused.called
+pytestmark = pytest.mark.usefixtures("fused")
 
 
 # --- one block ------------------------------------------------------------------------------------
@@ -240,7 +96,7 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
     ]
     state, metadata = (
         {key: value.clone() for key, value in block.state_dict().items()},
-        block.state_dict()._metadata,
+        vars(block.state_dict())["_metadata"],
     )
     modules = [(name, id(module), module.training) for name, module in block.named_modules()]
     generators = torch.random.get_rng_state(), random.getstate()
@@ -259,7 +115,7 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
             torch.equal(now[key], value) and now[key].dtype == value.dtype
             for key, value in state.items()
         )
-        assert now._metadata == metadata
+        assert vars(now)["_metadata"] == metadata
         assert torch.equal(torch.random.get_rng_state(), generators[0])
         assert random.getstate() == generators[1]
         assert all(vars(block)[name] is value for name, value in before.items())
@@ -301,7 +157,6 @@ def test_optimizer_made_before_keeps_working(
 
 
 @released
-@pytest.mark.peers
 def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
     calls = []
     block = stock_block(peer, Case(SHAPE, "hard"))
@@ -331,25 +186,18 @@ def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 def test_conditions_that_were_not_declared_are_ignored(peer: Callable[[], Any]) -> None:
     block = stock_block(peer, Case(SHAPE, "hard"))
     x, _ = make_input(HARD)
     c = [torch.randn(2, 5, 3, 4)]
-    expected = flat(block([x], c))
+    expected = unwrapped(block([x], c))
     accelerate(block)
     for given in (c, (), None, []):
-        for a, e in zip(flat(block([x], given)), expected, strict=True):
+        for a, e in zip(unwrapped(block([x], given)), expected, strict=True):
             assert (a - e).abs().max() <= 200 * EPS * e.abs().max()
 
 
-def flat(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    (y,), logdet = result
-    return y, logdet
-
-
 @released
-@pytest.mark.peers
 def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> None:
     """Subnets that end in ReLU, an identity that returns its input, empty batches."""
     block = peer()([(3, 4)], subnet_constructor=lambda *_: nn.Identity())
@@ -373,15 +221,14 @@ def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> No
 
 
 @released
-@pytest.mark.peers
 def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
     """As the stock block does (msflow declares its blocks (C, 1, 1))."""
     case = Case(Shape(2, 6, (1, 1)), "cond")
     block = stock_block(peer, case)
     x, c = make_input(Case(Shape(2, 6, (5, 3)), "cond"))
-    expected = flat(block([x], c))
+    expected = unwrapped(block([x], c))
     assert report(accelerate(block)).changed
-    for a, e in zip(flat(block([x], c)), expected, strict=True):
+    for a, e in zip(unwrapped(block([x], c)), expected, strict=True):
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
@@ -406,7 +253,7 @@ class Flow(nn.Module):
 
     def forward(self, x: Tensor, c: list[Tensor], rev: bool = False) -> tuple[Tensor, Tensor]:
         blocks = [self.first["a"], *self.rest]
-        total = 0.0
+        total = x.new_zeros(len(x))
         for block in reversed(blocks) if rev else blocks:
             (x,), logdet = block([x], rev=rev)
             total = total + logdet
@@ -434,8 +281,9 @@ def mixed(peer: Callable[[], Any]) -> nn.Module:
     backwards.
     """
     framework, modules = freia().framework, freia().modules
+    base: Any = modules.InvertibleModule
 
-    class Inverse(modules.InvertibleModule):
+    class Inverse(base):
         def __init__(self, dims_in: list[tuple[int, ...]], module: type, **arguments: Any) -> None:
             super().__init__(dims_in)
             self.module = module(dims_in, **arguments)
@@ -505,7 +353,6 @@ MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(kind: str, peer: Callable[[], Any]) -> None:
     build, names = MODELS[kind]
@@ -575,602 +422,6 @@ def test_block_that_stands_in_two_places_is_changed_once() -> None:
     assert [entry.name for entry in report(accelerate(model)).changed] == ["0"]
     assert model[0] is model[1] is block
     assert not report(restore(model)).changed
-
-
-# --- what changes later takes effect --------------------------------------------------------------
-
-
-@torch.no_grad()
-def _write(
-    block: nn.Module, state: dict[str, Tensor], write: Callable[[Tensor, Tensor], object]
-) -> None:
-    for name in ("w_0", "w_perm", "w_perm_inv"):
-        if name in state:
-            write(getattr(block, name), state[name])
-
-
-def _replace(block: nn.Module, state: dict[str, Tensor]) -> None:
-    for name in ("w_0", "w_perm", "w_perm_inv"):
-        if name in state:
-            setattr(block, name, nn.Parameter(state[name].clone(), requires_grad=False))
-
-
-CHANGES: dict[str, Callable[[nn.Module, dict[str, Tensor]], object]] = {
-    "load_state_dict": lambda block, state: block.load_state_dict(state),
-    "assign": lambda block, state: block.load_state_dict(
-        {key: value.clone() for key, value in state.items()}, assign=True
-    ),
-    "copy_": lambda block, state: _write(block, state, lambda p, value: p.copy_(value)),
-    "data.copy_": lambda block, state: _write(block, state, lambda p, value: p.data.copy_(value)),
-    "data": lambda block, state: _write(
-        block, state, lambda p, value: setattr(p, "data", value.clone())
-    ),
-    "another parameter": _replace,
-}
-
-
-@peers
-@pytest.mark.parametrize("case", [HARD, SOFT, HOUSEHOLDER], ids=["hard", "soft", "hh"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_another_permutation_takes_effect(change: str, case: Case, peer: Callable[[], Any]) -> None:
-    block = stock_block(peer, case)
-    accelerate(block)
-    assert_same_as_stock(block, peer, case)
-    for seed in (11, 12):  # more than once: memory that was given up may come back
-        CHANGES[change](block, stock_block(peer, case, seed).state_dict())
-        assert_same_as_stock(block, peer, case)
-    restore(block)
-    assert_equal_results(block, same_block(peer, block, case, torch.float64), case)
-
-
-@released
-@pytest.mark.peers
-@pytest.mark.parametrize("when", ["before", "after", "after a pass"])
-@pytest.mark.parametrize("what", ["rotation", "rotation and back", "not the inverse", "shear"])
-@pytest.mark.parametrize("through", ["copy_", "data.copy_"])
-def test_hard_block_with_a_matrix_that_is_no_permutation(
-    when: str, what: str, through: str, peer: Callable[[], Any]
-) -> None:
-    """The stock block multiplies by whatever it holds, and so does the accelerated one."""
-    case = Case(SHAPE, "rev")
-    if what == "shear" and through == "data.copy_" and when == "after a pass":
-        # writes past autograd's back are noticed where a 1 has gone, which they are for every
-        # orthogonal matrix
-        return
-    block = stock_block(peer, case)
-    old = {name: getattr(block, name).clone() for name in ("w_perm", "w_perm_inv")}
-    q, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
-    w, w_inv = q, q.T
-    if what == "not the inverse":
-        w, w_inv = old["w_perm"], old["w_perm_inv"].flip(0)
-    if what == "shear":
-        # has a 1 wherever the permutation has
-        w = old["w_perm"].view(6, 6) + 0.5 * old["w_perm"].view(6, 6).roll(1, 0)
-        w_inv = torch.linalg.inv(w)
-    if when.startswith("after"):
-        assert report(accelerate(block)).changed
-    if when == "after a pass":
-        assert_same_as_stock(block, peer, case)
-    CHANGES[through](
-        block, {"w_perm": w.reshape(6, 6, 1, 1), "w_perm_inv": w_inv.reshape(6, 6, 1, 1)}
-    )
-    if when == "before":
-        assert report(accelerate(block)).changed
-    assert_same_as_stock(block, peer, case)
-    if what == "rotation and back":
-        CHANGES[through](block, old)
-        assert_same_as_stock(block, peer, case)
-
-
-@released
-@pytest.mark.peers
-@kinds
-def test_conversion_and_moves(case: Case, peer: Callable[[], Any]) -> None:
-    block = stock_block(peer, case, dtype=torch.float32)
-    assert report(accelerate(block)).changed
-    x, c = make_input(case, torch.float32)
-    for convert, dtype in [
-        (nn.Module.double, torch.float64),
-        (nn.Module.float, torch.float32),
-        (lambda b: b.to("cpu", torch.float64), torch.float64),
-    ]:
-        convert(block)
-        (y,), logdet = block([x.to(dtype)], [t.to(dtype) for t in c])
-        assert y.dtype == logdet.dtype == block.global_scale.dtype == dtype
-    assert_same_as_stock(block, peer, case)
-
-
-@released
-@pytest.mark.peers
-def test_options_that_are_changed_later_take_effect(peer: Callable[[], Any]) -> None:
-    """The stock block reads them at each call."""
-    block, same = (stock_block(peer, Case(SHAPE, "hard")) for _ in range(2))
-    accelerate(block)
-    x, _ = make_input(HARD)
-    for name, value in [("clamp", 0.7), ("reverse_pre_permute", True), ("GIN", True)]:
-        before = flat(block([x]))
-        for b in (block, same):
-            setattr(b, name, value)
-        actual, expected = flat(block([x])), flat(same([x]))
-        assert any(not torch.equal(a, b) for a, b in zip(actual, before, strict=True))
-        for a, e in zip(actual, expected, strict=True):
-            assert (a - e).abs().max() <= 500 * EPS * max(e.abs().max().item(), 12.0)
-
-
-@released
-@pytest.mark.peers
-@pytest.mark.parametrize("name", ["hard", "rev", "soft", "hh1"])
-def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], Any]) -> None:
-    """Who asks for a gradient of the permutation's matrix gets it, as from the stock block."""
-    case = Case(SHAPE, name)
-    block, same = (stock_block(peer, case) for _ in range(2))
-    for b in (block, same):
-        (b.w_0 if name == "hh1" else b.w_perm).requires_grad_()
-    assert report(accelerate(block)).changed
-    x, c = make_input(case)
-    actual, truth = (evaluate(b, x, c, False) for b in (block, same))
-    assert_results(actual, truth, evaluate(same.float(), x.float(), [t.float() for t in c], False))
-    assert truth["grad w_0" if name == "hh1" else "grad w_perm"].abs().max() > 0
-
-
-# --- which maths: asked, not guessed --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
-)
-@pytest.mark.parametrize("clamp", [0.5, 0.9, 0.98, 1.02, 1.05, 1.2, 1.9, 5.0])
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_dialect_is_recognised(dialect: str, clamp: float, dtype: torch.dtype) -> None:
-    block = reference.AllInOneBlock(
-        [(6, 4)], [], make_subnet(1), affine_clamping=clamp, dialect=dialect
-    ).to(dtype)
-    (entry,) = report(accelerate(block)).entries
-    assert entry.changed, entry.reason
-    assert repr(dialect) in entry.reason
-
-
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_clamp_of_one_is_both_dialects(dialect: str) -> None:
-    make = functools.partial(reference.AllInOneBlock, affine_clamping=1.0, dialect=dialect)
-    block = stock_block(lambda: make, Case(SHAPE, "rev"))
-    assert report(accelerate(block)).changed
-    assert_same_as_stock(block, lambda: make, Case(SHAPE, "rev"))
-
-
-@released
-@pytest.mark.peers
-def test_clamp_of_zero(peer: Callable[[], Any]) -> None:
-    make = functools.partial(peer(), affine_clamping=0.0)
-    block = stock_block(lambda: make, Case(SHAPE, "rev"))
-    assert report(accelerate(block)).changed
-    assert_same_as_stock(block, lambda: make, Case(SHAPE, "rev"))
-
-
-class Interface(reference.InvertibleModule):
-    """What every copy of the block has, written from its documentation; the maths is the
-    subclasses'.
-    """
-
-    def __init__(
-        self,
-        dims_in: Any,
-        dims_c: Any = (),
-        subnet_constructor: Any = None,
-        affine_clamping: float = 2.0,
-    ) -> None:
-        super().__init__(dims_in, dims_c)
-        channels, *spatial = self.dims_in[0]
-        ones = [1] * len(spatial)
-        self.in_channels, self.input_rank, self.sum_dims = (
-            channels,
-            len(spatial),
-            tuple(range(1, 2 + len(spatial))),
-        )
-        self.splits = [channels - channels // 2, channels // 2]
-        self.conditional, self.condition_channels = False, 0
-        self.clamp, self.GIN, self.householder, self.reverse_pre_permute = (
-            affine_clamping,
-            False,
-            0,
-            False,
-        )
-        self.global_scale = nn.Parameter(torch.ones(1, channels, *ones))
-        self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
-        w = torch.eye(channels)[torch.randperm(channels)]
-        self.w_perm = nn.Parameter(w.view(channels, channels, *ones), requires_grad=False)
-        self.w_perm_inv = nn.Parameter(w.T.reshape(channels, channels, *ones), requires_grad=False)
-        self.subnet = subnet_constructor(self.splits[0], 2 * self.splits[1])
-
-    def global_scale_activation(self, g: Tensor) -> Tensor:
-        return torch.exp(g)
-
-    def output_dims(self, input_dims: list) -> list:
-        return input_dims
-
-
-def vendored(
-    soft: Callable[[Tensor, float], Tensor] = lambda z, clamp: clamp * torch.tanh(z),
-    small: float = 0.1,
-    order: str = "affine first",
-    shift: float = 1.0,
-    volume: float = 1.0,
-    unscale: float = 1.0,
-    given: Callable[[Tensor], Tensor] = lambda x1: x1,
-) -> type:
-    """A copy of the block in somebody's repository, with or without a change of its maths; it
-    derives from no AllInOneBlock.
-    """
-
-    class AllInOneBlock(Interface):
-        def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-            a = a * small
-            s, t = soft(a[:, : x.shape[1]], self.clamp), shift * a[:, x.shape[1] :]
-            j = volume * s.sum(self.sum_dims)
-            return ((x - t) * torch.exp(-unscale * s), -j) if rev else (x * torch.exp(s) + t, j)
-
-        def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-            scale = self.global_scale_activation(self.global_scale)
-            w = (self.w_perm_inv if rev else self.w_perm).flatten(1)
-            if order == "affine first":
-                y = (
-                    (mix(w, x) - self.global_offset) / scale
-                    if rev
-                    else mix(w, x * scale + self.global_offset)
-                )
-            else:
-                y = (
-                    mix(w, (x - self.global_offset) / scale)
-                    if rev
-                    else mix(w, x) * scale + self.global_offset
-                )
-            return y, scale.log().sum()
-
-        def forward(
-            self, x: Any, c: Any = (), rev: bool = False, jac: bool = True
-        ) -> tuple[tuple[Tensor], Tensor]:
-            (v,) = x
-            if rev:
-                v, log_scale = self._permute(v, rev=True)
-            x1, x2 = v.split(self.splits, 1)
-            x2, j = self._affine(x2, self.subnet(given(x1)), rev)
-            v = torch.cat((x1, x2), 1)
-            if not rev:
-                v, log_scale = self._permute(v)
-            return (v,), j + (-1) ** rev * v[0, 0].numel() * log_scale
-
-    return AllInOneBlock
-
-
-def mix(w: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("oc,bc...->bo...", w, x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("freia_form", [False, True], ids=DIALECTS)
-def test_vendored_copy_is_accelerated(freia_form: bool, dtype: torch.dtype) -> None:
-    cls = vendored(lambda z, clamp: clamp * torch.tanh(z / clamp)) if freia_form else vendored()
-    block = cls([(6, 4)], subnet_constructor=make_subnet(1)).to(dtype)
-    x = torch.randn(3, 6, 4, dtype=dtype)
-    expected = [flat(block([x], rev=rev)) for rev in (False, True)]
-    (entry,) = report(accelerate(block)).entries
-    assert entry.changed, entry.reason
-    assert repr(DIALECTS[freia_form]) in entry.reason
-    assert "EXP" in entry.reason
-    for rev in (False, True):
-        for a, e in zip(flat(block([x], rev=rev)), expected[rev], strict=True):
-            assert (a - e).abs().max() <= 200 * torch.finfo(dtype).eps * max(
-                1.0, e.abs().max().item()
-            )
-
-
-CHANGED_MATHS: dict[str, dict[str, Any]] = {
-    "arctangent": {"soft": lambda z, clamp: clamp * 0.636 * torch.atan(z)},
-    "softsign": {"soft": lambda z, clamp: clamp * torch.nn.functional.softsign(z)},
-    "both": {"soft": lambda z, clamp: 0.5 * clamp * (torch.tanh(z) + torch.tanh(z / clamp))},
-    "no clamp": {"soft": lambda z, clamp: z},
-    "half the clamp": {"soft": lambda z, clamp: 0.5 * clamp * torch.tanh(z)},
-    "factor": {"small": 0.11},
-    "permutation first": {"order": "permutation first"},
-    "shift": {"shift": -1.0},
-    "log-determinant": {"volume": 0.9},
-    "inverse": {"unscale": 0.9},
-    "what the subnet is given": {"given": lambda x1: 2.0 * x1},
-    "order of what the subnet is given": {"given": lambda x1: x1.flip(1)},
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("change", CHANGED_MATHS)
-def test_vendored_copy_with_other_maths_is_left(change: str, dtype: torch.dtype) -> None:
-    block = vendored(**CHANGED_MATHS[change])([(6, 4)], subnet_constructor=make_subnet(1)).to(dtype)
-    assert_left(block, "computes something else")
-
-
-@peers
-def test_steps_exchanged_on_the_block_later_are_honoured(peer: Callable[[], Any]) -> None:
-    case = Case(SHAPE, "hard")
-    x, _ = make_input(case)
-    for name, change in (
-        ("global_scale_activation", torch.exp),
-        ("_affine", lambda x, a, rev=False: (2.0 * x, x.new_zeros(x.shape[0]))),
-    ):
-        block, stock = stock_block(peer, case), stock_block(peer, case)
-        stock.load_state_dict(block.state_dict())
-        assert report(accelerate(block)).changed
-        for b in (block, copy.deepcopy(block), stock):
-            setattr(b, name, change)
-        assert torch.equal(block([x])[0][0], stock([x])[0][0])
-
-
-@peers
-def test_a_subnet_that_starts_in_place(peer: Callable[[], Any]) -> None:
-    """The stock block lets it change the passive half; only where that is a copy, behind a
-    condition, ours can do the same.
-    """
-
-    def subnet(i: int, o: int) -> nn.Module:
-        return nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(i, o, 1))
-
-    assert_left(peer()([(6, 4)], subnet_constructor=subnet), "in-place")
-    assert report(accelerate(peer()([(6, 4)], [(2, 4)], subnet_constructor=subnet))).changed
-
-
-def assert_left(block: nn.Module, match: str) -> None:
-    """Not touched, with a reason and a warning, and restore finds nothing to do."""
-    cls, attributes = type(block), dict(vars(block))
-    with pytest.warns(
-        UserWarning,
-        match=r"no block of the model runs fused; print\(fastflow_kernels.report\(model\)\) says why",
-    ) as caught:
-        accelerate(block)
-    assert len(caught) == 1
-    said = report(block)
-    assert not said.changed
-    (entry,) = said.left
-    assert match in entry.reason, entry.reason
-    assert match in str(said)
-    restore(block)
-    assert type(block) is cls
-    assert vars(block) == attributes
-
-
-# --- subclasses and overrides ---------------------------------------------------------------------
-
-
-def subclass(peer: Callable[[], Any], **methods: Any) -> type:
-    base = peer()
-    base = base.func if isinstance(base, functools.partial) else base
-    return type("Mine", (base,), methods)
-
-
-def overriding(name: str) -> dict[str, Any]:
-    """A method that calls the stock one and adds something."""
-
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(super(type(self), self), name)(*args, **kwargs)
-
-    return {name: method}
-
-
-STEPS = ["forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation"]
-
-
-@released
-@pytest.mark.peers
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", ["hard", "hh3-rev-cond"])
-def test_subclass_that_overrides_a_step_is_left(
-    step: str, name: str, peer: Callable[[], Any]
-) -> None:
-    case = Case(SHAPE, name)
-    block = make_block(subclass(peer, **overriding(step)), case)
-    assert_left(block, f"overrides {step}")
-    # not by the class itself, but by its base
-    block = make_block(type("MineToo", (subclass(peer, **overriding(step)),), {}), case)
-    assert_left(block, f"overrides {step}")
-
-
-@released
-@pytest.mark.peers
-@pytest.mark.parametrize("step", STEPS)
-def test_override_of_one_object_is_left(step: str, peer: Callable[[], Any]) -> None:
-    block = stock_block(peer, HARD)
-    setattr(block, step, lambda *args, **kwargs: None)
-    assert_left(block, f"overrides {step}")
-
-
-@released
-@pytest.mark.peers
-@kinds
-def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> None:
-    stock = peer()
-
-    class Named(stock):
-        """Adds to the constructor, the shapes and the description only."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.name = "one"
-
-        def output_dims(self, input_dims: list) -> list:
-            return list(input_dims)
-
-        def extra_repr(self) -> str:
-            return f"name={self.name}"
-
-    block = make_block(Named, case, seed=3)
-    assert report(accelerate(block)).changed
-    assert isinstance(block, Named)
-    assert block.name == "one"
-    assert "name=one" in repr(block)
-    assert block.output_dims(case.dims_in) == case.dims_in
-    assert_same_as_stock(block, peer, case)
-    restore(block)
-    assert type(block) is Named
-
-
-@released
-@pytest.mark.peers
-def test_subclass_with_other_halves_is_left(peer: Callable[[], Any]) -> None:
-    stock = peer()
-
-    class Uneven(stock):
-        def __init__(self, dims_in: Any, **kwargs: Any) -> None:
-            super().__init__(dims_in, **kwargs)
-            self.splits = [4, 2]
-            self.subnet = make_subnet(2)(4, 4)
-
-    block = Uneven([(6, 3, 4)], subnet_constructor=make_subnet(2))
-    block([torch.randn(2, 6, 3, 4)])
-    assert_left(block, "")
-
-
-@released
-@pytest.mark.peers
-def test_learned_clamp_is_left_or_learns(peer: Callable[[], Any]) -> None:
-    """The stock block takes a parameter for its clamp, and gives it a gradient."""
-    blocks = [stock_block(peer, Case(SHAPE, "hard")) for _ in range(2)]
-    for block in blocks:
-        del block.clamp
-        block.clamp = nn.Parameter(torch.tensor(1.9, dtype=torch.float64))
-    accelerate(blocks[0])
-    x, _ = make_input(HARD)
-    for block in blocks:
-        (y,), logdet = block([x])
-        (y.square().sum() + logdet.sum()).backward()
-    assert blocks[0].clamp.grad is not None
-    assert (blocks[0].clamp.grad - blocks[1].clamp.grad).abs() <= 1e-12 * blocks[1].clamp.grad.abs()
-
-
-@released
-@pytest.mark.peers
-def test_other_activation_of_one_object(peer: Callable[[], Any]) -> None:
-    block = stock_block(peer, Case(SHAPE, "hard"))
-    block.global_scale_activation = lambda g: 0.1 + torch.nn.functional.softplus(g)
-    assert_left(block, "global_scale_activation")
-    block.global_scale_activation = torch.exp
-    x, _ = make_input(HARD)
-    expected = flat(block([x]))
-    (entry,) = report(accelerate(block)).entries
-    assert entry.changed
-    assert "EXP" in entry.reason
-    for a, e in zip(flat(block([x])), expected, strict=True):
-        assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
-
-
-@released
-@pytest.mark.peers
-def test_other_permute_function_of_one_object_is_left(peer: Callable[[], Any]) -> None:
-    block = stock_block(peer, Case(SHAPE, "hard"))
-    function = block.permute_function
-    block.permute_function = lambda x, w: function(x, w).flip(1)
-    assert_left(block, "computes something else")
-
-
-# --- copies ---------------------------------------------------------------------------------------
-
-
-def whole_through_a_file(block: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(block, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda block: pickle.loads(pickle.dumps(block)),
-    "torch.save": whole_through_a_file,
-}
-
-
-@released
-@pytest.mark.peers
-@pytest.mark.parametrize(
-    "case", [HARD, HOUSEHOLDER, SOFT_HOUSEHOLDER], ids=["hard", "hh", "hh-soft"]
-)
-@pytest.mark.parametrize("method", COPIES)
-@pytest.mark.parametrize("used", ["fresh", "used", "used before"])
-def test_copies(
-    used: str, method: str, case: Case, peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a stock pass ("used before") a Householder block holds its matrix with the graph: that
-    must not be in the way.
-    """
-    block = stock_block(peer, case)
-    x, c = make_input(case)
-    if used == "used before":
-        evaluate(block, x, c, True)
-    accelerate(block)
-    if used == "used":
-        evaluate(block, x, c, True)
-    made = COPIES[method](block)
-    assert type(made) is type(block)
-    assert list(made.state_dict()) == list(block.state_dict())
-    assert_equal_results(made, block, case)
-    if method != "copy":
-        assert not {p.data_ptr() for p in made.parameters()} & {
-            p.data_ptr() for p in block.parameters()
-        }
-        made.load_state_dict(stock_block(peer, case, 12).state_dict())
-        assert_same_as_stock(made, peer, case)
-    assert_same_as_stock(block, peer, case)
-    restore(made)
-    assert type(made) is peer()
-    assert type(block) is not peer(), "a copy's restoring is not the original's"
-    assert_equal_results(made, same_block(peer, made, case, torch.float64), case)
-
-    restore(block)
-    if case.options.get("learned_householder_permutation") and used == "used":
-        block = stock_block(peer, case)  # a pass of the stock block itself is not asked for here
-    # FrEIA 0.2's own class holds lambdas (global_scale_activation), which no pickle takes:
-    # accelerated or not, that is the stock block's.
-    if method in ("copy", "deepcopy") or peer is anomalib_block:
-        assert_equal_results(COPIES[method](block), block, case)
-
-
-@pytest.mark.peers
-@released
-def test_copy_of_a_restored_model_is_pickled_as_before(
-    peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """restore gives back the object as it was: also what can be pickled of it, and what cannot."""
-    block = stock_block(peer, Case(SHAPE, "hard"))
-
-    def pickles() -> bool:
-        try:
-            pickle.dumps(block)
-        except (AttributeError, pickle.PicklingError):
-            return False
-        return True
-
-    before = pickles()
-    accelerate(block)
-    assert pickles()
-    restore(block)
-    assert pickles() == before
-
-
-@released
-@pytest.mark.peers
-def test_graph_of_a_stock_pass_is_let_go(peer: Callable[[], Any]) -> None:
-    """A stock Householder block keeps the graph of its last pass alive."""
-    block = stock_block(peer, HOUSEHOLDER)
-    x, c = make_input(HOUSEHOLDER)
-    block([x], c, rev=True)
-    with pytest.raises(RuntimeError, match="deepcopy"):
-        copy.deepcopy(block)
-    kept = weakref.ref(block.w_perm)
-    accelerate(block)
-    assert kept() is None
-    copy.deepcopy(block)
-    block([x], c, rev=True)
-    copy.deepcopy(block)
-    restore(block)
-    copy.deepcopy(block)
-    block([x], c, rev=True)
 
 
 # --- what is said ---------------------------------------------------------------------------------
@@ -1262,10 +513,10 @@ def test_twice_and_back(peer: Callable[[], Any]) -> None:
     assert accelerate(block) is block
     accelerated = type(block)
     assert accelerated is not cls
-    held = block._fastflow
+    said = report(block)
     accelerate(block)
     assert type(block) is accelerated
-    assert block._fastflow == held
+    assert report(block) == said
     assert_same_as_stock(block, peer, HARD)
     for _ in range(2):
         assert restore(block) is block
@@ -1314,7 +565,6 @@ def test_meta_device_is_left(name: str, peer: Callable[[], Any]) -> None:
 
 
 @released
-@pytest.mark.peers
 @pytest.mark.parametrize(
     "context", ["no_grad", "inference_mode", "autocast", "float64 by default", "deterministic"]
 )
@@ -1326,7 +576,7 @@ def test_accelerate_in_any_context(context: str, peer: Callable[[], Any]) -> Non
     elif context == "inference_mode":
         with torch.inference_mode():
             accelerate(block)
-            flat(block([make_input(HARD)[0]], make_input(HARD)[1]))
+            unwrapped(block([make_input(HARD)[0]], make_input(HARD)[1]))
     elif context == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             accelerate(block)

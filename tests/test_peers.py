@@ -6,21 +6,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bench.peers import anomalib_block, freia_block
 from reference import AllInOneBlock
-from tests.cases import CASES, Case, ids, make_block, make_input, make_subnet
+from tests.support.cases import (
+    CASES,
+    Case,
+    both_directions,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
+from tests.support.peers import anomalib_block
+from tests.support.stock_blocks import released, stock_block
 
 pytestmark = pytest.mark.peers
 
 # Both peers have the formula of dialect "anomalib". (FrEIA's main branch, dialect "freia", has
 # never been released.)
 cases = [case for case in CASES if case.dialect == "anomalib"]
-peers = pytest.mark.parametrize("peer", [anomalib_block, freia_block], ids=["anomalib", "freia0.2"])
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -44,8 +51,7 @@ def assert_last_bits(
 
 def pair(peer: Callable[[], type], case: Case) -> tuple[nn.Module, AllInOneBlock]:
     """A stock block and a reference with its weights, taken from its state dict strictly."""
-    np.random.seed(0)  # the stock blocks draw rotations there
-    theirs = make_block(peer(), case)
+    theirs = stock_block(peer, case, seed=0)
     ours = make_block(AllInOneBlock, case, seed=9)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
@@ -64,8 +70,8 @@ def keep_householder_matrices(block: nn.Module) -> list[torch.Tensor]:
     return kept
 
 
-@peers
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@released
+@both_directions
 @pytest.mark.parametrize("case", cases, ids=ids(cases))
 def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], type]) -> None:
     theirs, ours = pair(peer, case)
@@ -103,7 +109,7 @@ def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], ty
     assert actual["x.grad"].abs().sum() > 0
 
 
-@peers
+@released
 @pytest.mark.parametrize("case", cases, ids=ids(cases))
 def test_state_dict_loads_both_ways(case: Case, peer: Callable[[], type]) -> None:
     theirs, ours = pair(peer, case)
@@ -156,7 +162,7 @@ DOCUMENTED = [
 DOCUMENTED += ["input_rank", "sum_dims", "last_jac", "dims_in", "dims_c"]
 
 
-@peers
+@released
 def test_documented_attributes_are_there(peer: Callable[[], type]) -> None:
     theirs, ours = pair(peer, next(case for case in cases if case.name == "hh3-rev-cond"))
     for name in DOCUMENTED:

@@ -25,160 +25,185 @@ pytestmark = [
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
-COUPLING, MATH, PREPARED, REDUCE, TILES = (
-    f"engines/triton/{name}.py" for name in ("coupling", "math", "prepared", "reduce", "tiles")
+FORWARD, BACKWARD, INVERSE, LAUNCH, MATH, SUMS, TILES = (
+    f"engines/triton/{name}.py"
+    for name in ("forward", "backward", "inverse", "launch", "math", "sums", "tiles")
 )
 PLANES, ROWS = "test_coupling_parity and B2-C7-4x5", "test_coupling_parity and B5-C7"
+PARITY, VALUES, EXECUTED, KEYS, BLOCKS = (
+    f"tests/test_{name}.py"
+    for name in ("kernels", "kernels_values", "kernels_executed", "launch_keys", "kernels_blocks")
+)
 
 
 class Planted(NamedTuple):
-    """A change of a file of the package, and the tests that must notice it."""
+    """A change of the package wherever a text stands in these files, and the tests that must notice
+    it in each place.
+    """
 
-    file: str
+    files: tuple[str, ...]
     before: str
     after: str
-    tests: str  # of tests/test_kernels.py, unless another file is named
-    test_file: str = "tests/test_kernels.py"
+    tests: str  # an expression for -k
+    test_file: str = PARITY
 
 
 FAULTS = {
     "a mask without the end of the row": Planted(
-        COUPLING,
-        "tl.store(y_ptr + at1, y1, mask=passive)",
-        "tl.store(y_ptr + at1, y1, mask=is_passive[:, None])",
+        (FORWARD,),
+        "tl.store(y_ptr + offs_y1, y1, mask=mask_passive)",
+        "tl.store(y_ptr + offs_y1, y1, mask=is_passive[:, None])",
         PLANES,
     ),
     "a mask of the other half": Planted(
-        COUPLING, "    is_active = c < C2\n", "    is_active = c < C1\n", f"{PLANES} or {ROWS}"
+        (FORWARD, BACKWARD, INVERSE),
+        "    is_active = c < C2\n",
+        "    is_active = c < C1\n",
+        f"{PLANES} or {ROWS}",
     ),
+    # in the passive half of the inverse it would do no harm: the active one overwrites it
     "a mask of one channel more": Planted(
-        COUPLING,
-        # in the passive half of the inverse it would do no harm: the active one overwrites it
-        "    is_passive = c < C1\n    is_active",
-        "    is_passive = c <= C1\n    is_active",
+        (FORWARD, BACKWARD),
+        "    is_passive = c < C1\n",
+        "    is_passive = c <= C1\n",
         "test_coupling_parity and (B1-C9-7 or B2-C9-1x1)",
     ),
     "a log-determinant's gradient without a mask": Planted(
-        COUPLING,
-        "ds += load(dlogdet_ptr + b * stride_l, b < B, ACC)",
-        "ds += load(dlogdet_ptr + b * stride_l, b >= 0, ACC)",
+        (BACKWARD,),
+        "ds += load(dlogdet_ptr + b * stride_l, b < B, ACC_DTYPE)",
+        "ds += load(dlogdet_ptr + b * stride_l, b >= 0, ACC_DTYPE)",
         ROWS,
     ),
     "the other half": Planted(
-        COUPLING, "a_t = load(a_ptr + C2 * P + at,", "a_t = load(a_ptr + C1 * P + at,", PLANES
+        (FORWARD,), "a_t = load(a_ptr + C2 * P + offs,", "a_t = load(a_ptr + C1 * P + offs,", PLANES
     ),
     "an alignment that the row has not": Planted(
-        COUPLING,
-        "mul = alignment(pixels, stride_xb, stride_ab)",
-        "mul = alignment(0, stride_xb, stride_ab)",
+        (LAUNCH,),
+        "alignment(0 if plan.is_rows else pixels, ",
+        "alignment(0, ",
         "parity and B3-C2-3x3",
     ),
     "an alignment that a stride has not": Planted(
-        COUPLING,
-        "mul = alignment(0 if rows else pixels, stride_xb, stride_ab)",
-        "mul = alignment(0 if rows else pixels, stride_ab)",
+        (LAUNCH,),
+        "*(stride or 0 for stride in strides.values())",
+        "*(stride or 0 for stride in list(strides.values())[1:])",
         "layouts or parity and B5-C7",
     ),
     "pointers taken for aligned": Planted(
-        PREPARED, "return not merged & 15", "return True", "misaligned"
+        (LAUNCH,), "return not merged & 15", "return True", "misaligned"
     ),
     "a pointer whose alignment is not asked for": Planted(
-        COUPLING,
-        "aligned(x, a, g, offset, perm, inv)",
-        "aligned(x, a, g, perm, inv)",
+        (FORWARD,),
+        "aligned(x, a, global_scale, offset, channels)",
+        "aligned(x, a, global_scale, channels)",
         "",
-        "tests/test_launch_keys.py",
+        KEYS,
     ),
     "a launch kept whatever the gradient's dtype": Planted(
-        COUPLING,
-        "dlogdet_dtype = None if dlogdet is None else dlogdet.dtype",
-        "dlogdet_dtype = None if dlogdet is None else torch.float32",
+        (BACKWARD,),
+        "None if log_det is None else log_det.dtype",
+        "None if log_det is None else torch.float32",
         "",
-        "tests/test_launch_keys.py",
+        KEYS,
+    ),
+    "a launch kept whatever the parameters' dtype": Planted(
+        (LAUNCH,),
+        "(global_scale.dtype, global_offset.dtype)",
+        "(global_scale.dtype, global_scale.dtype)",
+        "",
+        KEYS,
     ),
     "a launch kept whether or not there is an index": Planted(
-        COUPLING, "indexed = perm is not None", "indexed = True", "", "tests/test_launch_keys.py"
+        (LAUNCH,), "        perm is not None,\n", "        True,\n", "", KEYS
     ),
     "a sample's offset in 32 bits": Planted(
-        TILES,
-        "b = (block // tiles).to(tl.int64)",
-        "b = block // tiles",
-        "planes",
-        "tests/test_kernels_executed.py",
+        (TILES,), "b = (tile // tiles).to(tl.int64)", "b = tile // tiles", "planes", EXECUTED
     ),
     "a row's offset in 32 bits": Planted(
-        TILES,
-        "b = block.to(tl.int64) * BLOCK_Q + q",
-        "b = block * BLOCK_Q + q",
+        (TILES,),
+        "b = tile.to(tl.int64) * BLOCK_COLUMNS + q",
+        "b = tile * BLOCK_COLUMNS + q",
         "rows",
-        "tests/test_kernels_executed.py",
+        EXECUTED,
     ),
     "a stride in 32 bits": Planted(
-        COUPLING, "b * stride_xb * MUL", "b * (stride_xb * MUL)", "far_apart"
+        (FORWARD, BACKWARD, SUMS), "b * stride_xb * ALIGN", "b * (stride_xb * ALIGN)", "far_apart"
     ),
     "a partial sum that is not stored": Planted(
-        COUPLING,
+        (FORWARD,),
         "        tl.store(part_ptr + program, CLAMP * tl.sum(t))\n",
         "        pass\n",
         PLANES,
     ),
     "two programs that store one sum": Planted(
-        REDUCE,
+        (SUMS,),
         "tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))",
         "tl.store(sums_ptr + b * PARTS, tl.sum(sum_t))",
         "gin_parity_of",
     ),
     "a program that skips a tile": Planted(
-        REDUCE, "        start += BLOCK_K\n", "        start += 2 * BLOCK_K\n", "extreme"
+        (SUMS,),
+        "        start += BLOCK_GROUPS\n",
+        "        start += 2 * BLOCK_GROUPS\n",
+        "extreme",
     ),
     "copies of a log-determinant that differ": Planted(
-        COUPLING,
+        (FORWARD, INVERSE),
         "CLAMP * tl.sum(t, axis=0, keep_dims=True)",
         "tl.sum(CLAMP * t, axis=0, keep_dims=True)",
         "float64 and B9-C130",
     ),
     "a count of tiles in 32 bits": Planted(
-        TILES,
-        "tiles = (P - 1) // BLOCK_Q + 1",
-        "tiles = (P + BLOCK_Q - 1) // BLOCK_Q",
+        (TILES,),
+        "tiles = (P - 1) // BLOCK_COLUMNS + 1",
+        "tiles = (P + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS",
         "columns_at_the_end",
     ),
     "copies of a sum that differ": Planted(
-        MATH, "return tl.fma(a, b, tl.zeros_like(a))", "return a * b", "parity and B9-C130"
+        (MATH,), "return tl.fma(a, b, tl.zeros_like(a))", "return a * b", "parity and B9-C130"
     ),
     "an inexact exponential": Planted(
-        MATH,
+        (MATH,),
         "return tl.exp2(r * LOG2E) * power_of_two(half) * power_of_two(k - half)",
         "return tl.exp2(x * LOG2E)",
         "scales",
+        VALUES,
     ),
     "a reciprocal without its second factor": Planted(
-        COUPLING, "factor * boost", "factor", "subnormal"
+        (INVERSE,), "factor * boost", "factor", "subnormal", VALUES
     ),
-    "the same in a chain": Planted(COUPLING, "factor2 * boost2", "factor2", "subnormal"),
+    "the same in a chain": Planted((BACKWARD,), "factor2 * boost2", "factor2", "subnormal", VALUES),
     "a reciprocal that overflows": Planted(
-        TILES, "is_tiny = scale < 2.0**-64", "is_tiny = scale < 0.0", "subnormal"
+        (TILES,), "is_tiny = scale < 2.0**-64", "is_tiny = scale < 0.0", "subnormal", VALUES
     ),
     "a tanh that cancels": Planted(
-        MATH, "tl.abs(x) < 0.625, near_zero", "tl.abs(x) < 0.0, near_zero", "small_arguments"
+        (MATH,),
+        "tl.abs(x) < 0.625, near_zero",
+        "tl.abs(x) < 0.0, near_zero",
+        "small_arguments",
+        VALUES,
     ),
     "a gradient's stride ignored": Planted(
-        COUPLING, "dlogdet_ptr + b * stride_l", "dlogdet_ptr + b", "layouts or share_a_log"
+        (BACKWARD, SUMS), "dlogdet_ptr + b * stride_l", "dlogdet_ptr + b", "layouts or share_a_log"
     ),
     "one stride for samples and rows": Planted(
-        COUPLING,
-        "(dlogdet.stride(0), dlogdet_of_row.stride(0))",
-        "(dlogdet.stride(0), dlogdet.stride(0))",
+        (BACKWARD,),
+        "stride_l if operands.rows_per_sample == 1 else 1",
+        "stride_l",
         "share_a_log",
     ),
+    "an inverse that reads x for y": Planted(
+        (BACKWARD,), "y_ptr + b * C * P + offs_y2", "x_ptr + b * C * P + offs_y2", PLANES
+    ),
     "a copy for the kernels that is undone": Planted(
-        "functional.py",
+        ("block.py",),
         ".contiguous(memory_format=memory_format(x))",
         ".contiguous(memory_format=layout)",
         "channels_last_gin",
+        BLOCKS,
     ),
     "the forward's sign in the inverse": Planted(
-        COUPLING, "-(CLAMP * tl.sum(t, axis=0", "(CLAMP * tl.sum(t, axis=0", ROWS
+        (INVERSE,), "-(CLAMP * tl.sum(t, axis=0", "(CLAMP * tl.sum(t, axis=0", ROWS
     ),
 }
 
@@ -217,28 +242,32 @@ def run(root: Path, fault: Planted) -> str:
     return done.stdout
 
 
-def places() -> list[tuple[str, int]]:
-    """The faults, and which of the places each changes."""
-    counts = {
-        name: (ROOT / "fastflow_kernels" / fault.file).read_text().count(fault.before)
+def places() -> list[tuple[str, str, int]]:
+    """The faults, and of each the places that it changes: a file, and which of its places."""
+    return [
+        (name, file, place)
         for name, fault in FAULTS.items()
-    }
-    return [(name, place) for name, count in counts.items() for place in range(max(1, count))]
+        for file in fault.files
+        for place in range(max(1, text_of(ROOT, file).count(fault.before)))
+    ]
+
+
+def text_of(root: Path, file: str) -> str:
+    return (root / "fastflow_kernels" / file).read_text()
 
 
 def changed(text: str, fault: Planted, place: int) -> str:
     parts = text.split(fault.before)
-    assert len(parts) > 1, f"{fault.file} has no {fault.before!r}"
+    assert len(parts) > 1, f"{fault.before!r} is in none of {fault.files}, or not in all"
     return (
         fault.before.join(parts[: place + 1]) + fault.after + fault.before.join(parts[place + 1 :])
     )
 
 
-@pytest.mark.parametrize(("name", "place"), places())
-def test_a_planted_fault_is_noticed(copy: Path, name: str, place: int) -> None:
-    fault = FAULTS[name]
-    path = copy / "fastflow_kernels" / fault.file
-    text = path.read_text()
+@pytest.mark.parametrize(("name", "file", "place"), places())
+def test_a_planted_fault_is_noticed(copy: Path, name: str, file: str, place: int) -> None:
+    fault, text = FAULTS[name], text_of(copy, file)
+    path = copy / "fastflow_kernels" / file
     try:
         path.write_text(changed(text, fault, place))
         output = run(copy, fault)
@@ -246,7 +275,7 @@ def test_a_planted_fault_is_noticed(copy: Path, name: str, place: int) -> None:
         path.write_text(text)
     if "1 failed" not in output.splitlines()[-1]:
         pytest.fail(
-            f"no test noticed {name!r}: {fault.before!r} -> {fault.after!r} in {fault.file}, place "
+            f"no test noticed {name!r}: {fault.before!r} -> {fault.after!r} in {file}, place "
             f"{place}\n{output}"
         )
 
@@ -255,6 +284,6 @@ def test_a_planted_fault_is_noticed(copy: Path, name: str, place: int) -> None:
     "tests", sorted({(fault.test_file, fault.tests) for fault in FAULTS.values()})
 )
 def test_without_it_the_tests_pass(copy: Path, tests: tuple[str, str]) -> None:
-    output = run(copy, Planted("", "", "", tests[1], tests[0]))
+    output = run(copy, Planted((), "", "", tests[1], tests[0]))
     assert "failed" not in output
     assert "passed" in output

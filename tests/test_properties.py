@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 
 from fastflow_kernels import AllInOneBlock
 from fastflow_kernels.permutations import HouseholderPermutation, IndexPermutation, random_rotation
-from tests.cases import DIALECTS, DTYPES, LAYOUTS, OPTIONS, Case, Shape, make_block, make_input
-from tests.test_parity import compare
+from tests.support.cases import (
+    DIALECTS,
+    DTYPES,
+    LAYOUTS,
+    OPTIONS,
+    Case,
+    Shape,
+    make_block,
+    make_input,
+)
+from tests.support.parity import compare
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 # The same examples every time: a failure must not come and go with the weather. Raise max_examples
 # to search.

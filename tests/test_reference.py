@@ -16,7 +16,17 @@ from torch.func import functional_call
 
 from reference import AllInOneBlock, InvertibleModule, all_in_one_block
 from reference.all_in_one_block import random_rotation
-from tests.cases import CASES, SHAPES, Case, ids, make_block, make_input, make_subnet
+from tests.support.cases import (
+    CASES,
+    SHAPES,
+    Case,
+    both_dialects,
+    both_directions,
+    ids,
+    make_block,
+    make_input,
+    make_subnet,
+)
 
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
@@ -50,7 +60,7 @@ def test_inverse_round_trip(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_log_det_equals_brute_force_jacobian(case: Case, rev: bool) -> None:
     block = block_of(case)
     x, c = make_input(case)
@@ -67,7 +77,7 @@ def test_log_det_equals_brute_force_jacobian(case: Case, rev: bool) -> None:
 
 
 @pytest.mark.parametrize("case", some_cases, ids=ids(some_cases))
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
     block = block_of(case)
     x, c = make_input(case)
@@ -116,11 +126,13 @@ def scalar_block(block: AllInOneBlock, x: list[float], a: list[float]) -> tuple[
     return [v[j] for j in index], math.fsum(s) + math.fsum(map(math.log, scales))
 
 
-@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@both_dialects
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 @pytest.mark.parametrize("activation", ["SIGMOID", "SOFTPLUS", "EXP"])
 def test_formula_number_by_number(dialect: str, gin: bool, activation: str) -> None:
     class Given(nn.Module):
+        a: torch.Tensor
+
         def forward(self, _: torch.Tensor) -> torch.Tensor:
             return self.a
 
@@ -128,8 +140,8 @@ def test_formula_number_by_number(dialect: str, gin: bool, activation: str) -> N
         [(7,)], [], lambda *_: Given(), 1.7, gin, 0.8, activation, dialect=dialect
     ).double()
     with torch.no_grad():
-        block.global_scale += torch.randn(1, 7)
-        block.global_offset += torch.randn(1, 7)
+        block.global_scale.add_(torch.randn(1, 7))
+        block.global_offset.add_(torch.randn(1, 7))
     block.activation_name = activation
     x, block.subnet.a = torch.randn(3, 7).double(), 12 * torch.randn(3, 6).double()
     (y,), log_det = block([x])
@@ -154,7 +166,7 @@ def test_empty_batch(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", some_cases, ids=ids(some_cases))
-@pytest.mark.parametrize("rev", [False, True], ids=["forward", "inverse"])
+@both_directions
 def test_the_log_determinant_is_returned_whatever_jac_is(case: Case, rev: bool) -> None:
     block = block_of(case)
     x, c = make_input(case)
@@ -222,7 +234,7 @@ def test_subnet_output_is_never_written(last: type) -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@both_dialects
 def test_householder_leaves_no_graph_behind(dialect: str, soft: bool) -> None:
     block = AllInOneBlock(
         [(5,)],
@@ -245,7 +257,7 @@ def test_householder_leaves_no_graph_behind(dialect: str, soft: bool) -> None:
     assert block.w_0.grad is None
 
 
-@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@both_dialects
 def test_non_finite_values_stay_in_their_channel(dialect: str) -> None:
     block = AllInOneBlock([(7, 3)], [], make_subnet(1), dialect=dialect)
     x = torch.randn(2, 7, 3)
@@ -272,7 +284,7 @@ def test_orthogonal_matrix_in_a_hard_block_is_applied() -> None:
     assert int((y.abs() < 1e-12).sum()) == 0
 
 
-@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@both_dialects
 @pytest.mark.parametrize(
     "options",
     [{}, {"permute_soft": True}, {"learned_householder_permutation": 3}],
@@ -307,7 +319,7 @@ def test_clamp_zero_is_additive_coupling() -> None:
     assert torch.equal(log_det, torch.zeros(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+@both_dialects
 @pytest.mark.parametrize(
     ("activation", "init"),
     [

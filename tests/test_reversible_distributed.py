@@ -4,7 +4,6 @@ parameter's hook fired once.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastflow_kernels import AllInOneBlock, ReversibleSequence, dispatch
-from tests.cases import make_subnet
-from tests.graph import nodes
+from fastflow_kernels import AllInOneBlock, ReversibleSequence
+from tests.support.cases import make_subnet
+from tests.support.graph import nodes
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 RANKS, BATCH, SHAPE = 2, 2, (6, 4, 4)
 HOOKS = ["register_hook", "register_post_accumulate_grad_hook"]
@@ -74,9 +76,7 @@ def check(model: nn.Module, truth: dict[str, Tensor], *hooks: Counter) -> None:
     assert trained(model).keys() == truth.keys()
     for name, p in trained(model).items():
         gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        torch.testing.assert_close(
-            gradient, truth[name], rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(gradient, truth[name], rtol=1e-9, atol=1e-10, msg=name)
     for fired in hooks:
         assert fired == Counter(truth.keys())
         fired.clear()
@@ -88,7 +88,7 @@ def under_ddp(rank: int) -> None:
     # many buckets: they leave while blocks behind still compute
     model = nn.parallel.DistributedDataParallel(chain, bucket_cap_mb=1e-3)
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
-    assert nodes(model(mine)[0])["_BlockBackward"] == len(chain)
+    assert nodes(model(mine)[0])["_LinkedBlockBackward"] == len(chain)
     backward(model, mine)
     truth = expected(data())
     check(chain, truth, *hooks)
@@ -113,7 +113,7 @@ def under_fsdp(rank: int) -> None:
     fully_shard(
         chain,
         mesh=mesh,
-        ignored_params={p for block in chain for p in (block.w_perm, block.w_perm_inv)},
+        ignored_params={p for name, p in chain.named_parameters() if "w_perm" in name},
     )
     # A sharded parameter gets its gradient from FSDP2, which runs hooks of the second kind only;
     # autograd's see the whole parameters.
@@ -126,26 +126,11 @@ def under_fsdp(rank: int) -> None:
     mine = data()[rank * BATCH : (rank + 1) * BATCH]
     for _ in range(2):
         chain.zero_grad()
-        assert nodes(chain(mine)[0])["_BlockBackward"] == len(chain)
+        assert nodes(chain(mine)[0])["_LinkedBlockBackward"] == len(chain)
         backward(chain, mine)
         check(chain, expected(data()), *hooks)
 
 
-def work(rank: int, kind: str, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dispatch.SMALL = 0
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
-    try:
-        {"ddp": under_ddp, "fsdp": under_fsdp}[kind](rank)
-    finally:
-        dist.destroy_process_group()
-    # Torch 2.14 once aborted while a rank's interpreter shut down, after all checks: "terminate
-    # called without an active exception".
-    os._exit(0)
-
-
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_find_the_gradients_of_one_process(kind: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (kind, tmp_path), nprocs=RANKS)
+    run_ranks({"ddp": under_ddp, "fsdp": under_fsdp}[kind], RANKS, tmp_path)

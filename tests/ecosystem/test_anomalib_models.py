@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflow_kernels import accelerate, report, restore
-from tests.compare import assert_close
-from tests.graph import reversible_blocks
+from tests.support.compare import assert_close
+from tests.support.graph import reversible_blocks
+
+pytestmark = pytest.mark.usefixtures("fused")
 
 Step = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 
@@ -50,7 +52,7 @@ class Model(NamedTuple):
 def _with_loss(loss: nn.Module) -> Step:
     def step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         hidden, jacobians = model(images)
-        results = {}
+        results: dict[str, Tensor] = {}
         for name, value in (("z", hidden), ("logdet", jacobians)):
             values = value if isinstance(value, list | tuple) else [value]
             results |= {f"{name}{k}": t for k, t in enumerate(values)}
@@ -59,11 +61,12 @@ def _with_loss(loss: nn.Module) -> Step:
     return step
 
 
-def _cflow_step(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def _cflow_step(model: Any, images: Tensor) -> dict[str, Tensor]:
     """The sums of Cflow.training_step, on the first fibers of each layer; the released one steps
     its optimizer in between.
     """
-    features, results = model.encoder(images), {}
+    features = model.encoder(images)
+    results: dict[str, Tensor] = {}
     losses = []
     for name, decoder in zip(model.pool_layers, model.decoders, strict=True):
         batch, channels, height, width = features[name].shape
@@ -135,9 +138,9 @@ def _built(model: Model) -> nn.Module:
     with torch.no_grad():
         for parameter, p in made.named_parameters():
             if parameter.endswith("global_scale"):
-                p += 0.2 * torch.randn_like(p)
+                p.add_(0.2 * torch.randn_like(p))
             elif parameter.endswith("global_offset"):
-                p += 0.1 * torch.randn_like(p)
+                p.add_(0.1 * torch.randn_like(p))
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +15,7 @@ from torch._dynamo.utils import counters
 
 from fastflow_kernels import accelerate, report
 
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _assert_one_graph(stock: nn.Module, calls: list[list[object]]) -> None:
@@ -39,19 +33,17 @@ def _assert_one_graph(stock: nn.Module, calls: list[list[object]]) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def _flat(results: object) -> list[Tensor]:
+def _flat(results: Any) -> list[Tensor]:
     if isinstance(results, Tensor):
         return [results]
     return [t for result in results if result is not None for t in _flat(result)]
 
 
-@pytest.mark.plain  # a graph must not depend on what is small
 def test_whole_model_in_one_graph_for_every_batch() -> None:
     stock = FastflowModel((64, 64), "resnet18", pre_trained=False, flow_steps=2)
     _assert_one_graph(stock, [[torch.rand(batch, 3, 64, 64)] for batch in (2, 3, 7)])
 
 
-@pytest.mark.plain
 def test_freias_graph_in_one_graph_for_every_batch() -> None:
     stock = UflowModel((64, 64), backbone="resnet18", flow_steps=1).flow
     _assert_one_graph(
@@ -63,7 +55,6 @@ def test_freias_graph_in_one_graph_for_every_batch() -> None:
     )
 
 
-@pytest.mark.plain
 def test_flow_in_one_graph_for_every_image_size() -> None:
     stock = create_fast_flow_block([8, 10, 12], conv3x3_only=False, hidden_ratio=1.0, flow_steps=2)
     _assert_one_graph(
@@ -71,7 +62,6 @@ def test_flow_in_one_graph_for_every_image_size() -> None:
     )
 
 
-@pytest.mark.plain
 @pytest.mark.parametrize("kind", ["fastflow", "cflow"])
 def test_flow_compiled_by_inductor_trains_with_every_batch(kind: str) -> None:
     """On a CPU, torch ties what it makes of a convolution to the image size and to more or less

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,10 +23,11 @@ from anomalib.models.image.patchflow.torch_model import PatchflowModel
 from anomalib.models.image.uflow.torch_model import UflowModel
 from torch import Tensor, nn
 
-from bench.ecosystem import file_sizes
 from fastflow_kernels import accelerate, report
+from tests.support.anomalib_flows import file_sizes
 
 pytestmark = [
+    pytest.mark.usefixtures("fused"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -44,7 +46,7 @@ def _pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("global_scale", "global_offset")):
-                p += 0.1 * torch.randn_like(p)
+                p.add_(0.1 * torch.randn_like(p))
     ours = copy.deepcopy(model)
     assert report(accelerate(ours)).changed
     return model.eval(), ours.eval()
@@ -93,7 +95,9 @@ def _namespaces(program: torch.export.ExportedProgram) -> set[str]:
     targets = [
         node.target for graph in graphs for node in graph.nodes if node.op == "call_function"
     ]
-    operators = [target for target in targets if isinstance(target, torch._ops.OperatorBase)]
+    operators: list[Any] = [
+        target for target in targets if isinstance(target, torch._ops.OperatorBase)
+    ]
     assert {target.__module__ for target in targets if target not in operators} <= {
         "_operator",
         "math",

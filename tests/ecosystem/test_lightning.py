@@ -21,12 +21,13 @@ from anomalib.models.components.flow import AllInOneBlock
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 
-from bench import textures
-from fastflow_kernels import dispatch, lightning
+from fastflow_kernels import backends, lightning
 from fastflow_kernels.engines import eager
 from fastflow_kernels.lightning import Accelerate
+from tests.support import textures
 
 pytestmark = [
+    pytest.mark.usefixtures("fused"),
     # that there are few workers, no logger, small batches
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -140,8 +141,8 @@ def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
     """Both trained to the same: what rounding does to the weights is small beside what training
     did.
 
-    Not by the criterion of tests/compare.py: Adam's first step is the sign of a gradient, also
-    where that is rounding only.
+    Not by the criterion of tests/support/compare.py: Adam's first step is the sign of a gradient,
+    also where that is rounding only.
     """
     assert (
         ours.metrics.keys() == stock.metrics.keys() >= {"train_loss", "image_AUROC", "pixel_AUROC"}
@@ -193,7 +194,7 @@ def test_every_block_runs_fused_under_the_engine(
     """Batches arrive as torchvision's tensor subclass, which plain operations would have to
     take.
     """
-    calls = dict.fromkeys(["blocks", "coupling_fwd", "coupling_bwd"], 0)
+    calls = dict.fromkeys(["blocks", "forward", "backward"], 0)
 
     def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
         def call(*args: object, **kwargs: object) -> object:
@@ -202,14 +203,14 @@ def test_every_block_runs_fused_under_the_engine(
 
         return call
 
-    for name in ("coupling_fwd", "coupling_bwd"):
+    for name in ("forward", "backward"):
         monkeypatch.setattr(eager, name, counted(name, getattr(eager, name)))
     monkeypatch.setattr(AllInOneBlock, "__call__", counted("blocks", AllInOneBlock.__call__))
     with caplog.at_level(logging.INFO):
         run = _run(_fastflow, images, tmp_path, accelerated=True)
     # accelerate compares each block with both dialects, and two clamps
-    assert calls["coupling_fwd"] == calls["blocks"] + 4 * 12
-    assert calls["coupling_bwd"] == 12 * EPOCHS * 2  # blocks, epochs, batches
+    assert calls["forward"] == calls["blocks"] + 4 * 12
+    assert calls["backward"] == 12 * EPOCHS * 2  # blocks, epochs, batches
     messages = [record.message for record in caplog.records if "fastflow_kernels" in record.message]
     # once: prediction finds it done
     assert messages == ["fastflow_kernels: 12 of 12 blocks run fused"]
@@ -224,7 +225,7 @@ def test_example_of_the_docstring_runs() -> None:
 def test_callback_refuses_a_backend_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="backend must be one of"):
         Accelerate(backend="cuda")
-    assert Accelerate().backend in dispatch.BACKENDS
+    assert Accelerate().backend in backends.BACKENDS
 
 
 def test_callback_warns_where_there_is_nothing_to_accelerate() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.ecosystem import time_train_steps
+from tests.support.anomalib_flows import time_train_steps
 
 
 @pytest.mark.plain  # as users get it

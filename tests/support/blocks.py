@@ -1,8 +1,50 @@
-"""Blocks as tests hand them to exporters."""
+"""Subnets and wrappers that tests build blocks with, and what they do with a block's results."""
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+
+
+class Stored(nn.Module):
+    """A subnet that returns what it holds, whatever it is given; as a buffer, which to() finds."""
+
+    a: Tensor
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a
+
+
+class Function(nn.Module):
+    """A subnet that is a function."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+class Counting(nn.Module):
+    """A linear map of the channels that counts how often it is asked."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.einsum("oi,bi...->bo...", self.weight, x)
 
 
 class TakesTensor(nn.Module):
@@ -13,5 +55,31 @@ class TakesTensor(nn.Module):
         self.block, self.rev = block, rev
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        (y,), log_det = self.block([x], rev=self.rev)
-        return y, log_det
+        return unwrapped(self.block([x], rev=self.rev))
+
+
+def unwrapped(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The output and the log-determinant of what a block returns."""
+    (y,), log_det = result
+    return y, log_det
+
+
+def through_a_file(module: nn.Module) -> nn.Module:
+    """The module, saved as a whole and loaded."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def contents(block: nn.Module) -> dict[str, Tensor]:
+    """Everything that a block holds, copied."""
+    return {
+        name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
+    }
+
+
+def permutation_of(block: Any) -> Tensor:
+    """The index of a hard permutation, for which y[:, j] = v[:, index[j]]."""
+    w = block.w_perm.detach()
+    return w if w.dim() == 1 else w.flatten(1).argmax(1)

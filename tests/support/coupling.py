@@ -1,30 +1,25 @@
-"""One coupling in plain PyTorch, and the check of every kernel, or of the eager functions, against
-it.
-"""
+"""One coupling in plain PyTorch, and the check of an engine's functions against it."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
 
-from fastflow_kernels.engines.triton import coupling
-from fastflow_kernels.spec import CouplingSpec
-from tests.compare import assert_close
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines.triton import engine as kernels
+from reference.all_in_one_block import SCALE_ACTIVATIONS
+from tests.support.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 
 # The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to
 # this share of a value.
 TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 
-# --- plain PyTorch --------------------------------------------------------------------------------
+# --- plain PyTorch, which computes in the dtype of its operands -----------------------------------
 
 
-def scale_of(g, spec):
-    if spec.gin:
-        return torch.ones_like(g)
-    if spec.activation == "SIGMOID":
-        return 10 * torch.sigmoid(g - 2)
-    return 0.1 * F.softplus(g, beta=0.5) if spec.activation == "SOFTPLUS" else g.exp()
+def plain_scale(coupling):
+    g, spec = coupling.global_scale, coupling.spec
+    return torch.ones_like(g) if spec.gin else SCALE_ACTIVATIONS[spec.activation](g)
 
 
 def plain_s(a, spec):
@@ -32,58 +27,108 @@ def plain_s(a, spec):
     return s - s.mean(tuple(range(1, s.dim())), keepdim=True) if spec.gin and s.numel() else s
 
 
-def plain_logdet(s, x, g, spec):
-    if spec.gin:
-        return s.new_zeros(x.shape[0])
-    return s.flatten(1).sum(1) + x[0, 0].numel() * scale_of(g, spec).log().sum()
+def plain_log_det(x, a, coupling):
+    if coupling.spec.gin:
+        return a.new_zeros(x.shape[0])
+    log_scale = x[0, 0].numel() * plain_scale(coupling).log().sum()
+    return plain_s(a, coupling.spec).flatten(1).sum(1) + log_scale
 
 
-def plain_fwd(x, a, g, offset, perm, spec):
+def size_of_log_det_terms(x, a, coupling):
+    """The log-determinant is a sum that cancels: its floor is that of the terms."""
+    log_scale = x[0, 0].numel() * plain_scale(coupling).log().abs().sum()
+    s = plain_s(a, coupling.spec).nan_to_num()
+    return (s.flatten(1).abs().sum(1).max() + log_scale).item()
+
+
+def plain_forward(x, a, coupling):
     c2 = a.shape[1] // 2
     c1 = x.shape[1] - c2
-    view = (1, -1) + (1,) * (x.dim() - 2)
-    x = x[:, perm.argsort()] if spec.reverse else x
-    s = plain_s(a, spec)
+    scale, offset = channelwise(coupling, x)
+    x = x[:, coupling.inv] if coupling.reverse else x
+    s = plain_s(a, coupling.spec)
     u = torch.cat((x[:, :c1], x[:, c1:] * s.exp() + 0.1 * a[:, c2:]), 1)
-    v = u * scale_of(g, spec).view(view) + offset.view(view)
-    return v[:, perm], plain_logdet(s, x, g, spec)
+    return (u * scale + offset)[:, coupling.perm], plain_log_det(x, a, coupling)
 
 
-def plain_inv(y, a, g, offset, inv, spec):
+def plain_inverse(y, a, coupling):
     c2 = a.shape[1] // 2
     c1 = y.shape[1] - c2
-    view = (1, -1) + (1,) * (y.dim() - 2)
-    s = plain_s(a, spec)
-    u = (y[:, inv] - offset.view(view)) / scale_of(g, spec).view(view)
+    scale, offset = channelwise(coupling, y)
+    s = plain_s(a, coupling.spec)
+    u = (y[:, coupling.inv] - offset) / scale
     x = torch.cat((u[:, :c1], (u[:, c1:] - 0.1 * a[:, c2:]) * (-s).exp()), 1)
-    return x[:, inv.argsort()] if spec.reverse else x, -plain_logdet(s, y, g, spec)
+    return x[:, coupling.perm] if coupling.reverse else x, -plain_log_det(y, a, coupling)
 
 
-def cast(values, dtype):
-    return [
-        v.detach().to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for v in values
-    ]
+def plain_gradients(x, a, coupling, grads, dtype=None):
+    """Autograd's gradients of :func:`plain_forward` for x, a, global_scale and global_offset.
 
-
-def gradients(x, a, g, offset, perm, spec, dy, dlogdet, dtype):
-    """Autograd's gradients of the plain forward for x, a, g, offset, all cast to dtype (None: as
-    they are).
+    Args:
+        x, a, coupling, grads: Cast to dtype, unless that is None.
+        dtype: In which is computed.
     """
-    leaves = [
-        t.detach().clone() if dtype is None else t.detach().to(dtype, copy=True)
-        for t in (x, a, g, offset)
-    ]
-    for t in leaves:
-        t.requires_grad_()
-    y, logdet = plain_fwd(*leaves, perm, spec)
-    outputs, seeds = [y], [dy.to(y.dtype)]
-    if dlogdet is not None and logdet.requires_grad:
-        outputs, seeds = [y, logdet], [dy.to(y.dtype), dlogdet.to(logdet.dtype)]
+    x, a, coupling = cast(dtype, x, a, coupling)
+    leaves = [x, a, coupling.global_scale, coupling.global_offset]
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    coupling = coupling._replace(global_scale=leaves[2], global_offset=leaves[3])
+    y, log_det = plain_forward(*leaves[:2], coupling)
+    outputs, seeds = [y], [grads.y.to(y.dtype)]
+    if grads.log_det is not None and log_det.requires_grad:
+        outputs, seeds = [y, log_det], [*seeds, grads.log_det.to(log_det.dtype)]
     return torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
 
 
+def channelwise(coupling, like):
+    """Scale and offset as (1, C, 1, ...)."""
+    view = (1, -1) + (1,) * (like.dim() - 2)
+    return plain_scale(coupling).view(view), coupling.global_offset.view(view)
+
+
+def cast(dtype, *values):
+    """Tensors and couplings, detached, in a dtype; None leaves their own."""
+
+    def one(value):
+        if isinstance(value, Coupling):
+            g, offset = one(value.global_scale), one(value.global_offset)
+            return value._replace(global_scale=g, global_offset=offset)
+        return value.detach().to(value.dtype if dtype is None else dtype)
+
+    return [one(value) for value in values]
+
+
 # --- comparison -----------------------------------------------------------------------------------
+
+
+def make(
+    shape,
+    activation="SOFTPLUS",
+    dialect="anomalib",
+    gin=False,
+    clamp=1.9,
+    reverse=False,
+    x=torch.float32,
+    a=None,
+    g=None,
+):
+    """x, a and a coupling with random values; ``x``, ``a`` and ``g`` are dtypes."""
+    batch, channels, *spatial = shape
+    perm = torch.randperm(channels)
+    values = torch.randn(shape, dtype=x)
+    coefficients = (5 * torch.randn(batch, channels // 2 * 2, *spatial)).to(a or x)
+    coupling = Coupling(
+        (1.5 * torch.randn(channels)).to(g or x),
+        torch.randn(channels).to(g or x),
+        CouplingSpec.of(clamp, dialect, activation, gin),
+        perm,
+        perm.argsort(),
+        reverse,
+    )
+    return values, coefficients, coupling
+
+
+def shape_id(shape):
+    return "B{}-C{}".format(*shape[:2]) + ("-" + "x".join(map(str, shape[2:])) if shape[2:] else "")
 
 
 def close(actual, truth, baseline, name, magnitude=None):
@@ -99,126 +144,105 @@ def close(actual, truth, baseline, name, magnitude=None):
     assert_close(actual, truth, baseline, name, magnitude=magnitude, units=units_of_floor())
 
 
-def make(
-    shape,
-    spec_name="SOFTPLUS",
-    dialect="anomalib",
-    gin=False,
-    clamp=1.9,
-    reverse=False,
-    x=torch.float32,
-    a=None,
-    g=None,
-):
-    """(x, a, g, offset, perm, inv, spec) with random values."""
-    batch, channels, *spatial = shape
-    spec = CouplingSpec.of(clamp, dialect, spec_name, gin)._replace(reverse=reverse)
-    perm = torch.randperm(channels)
-    return (
-        torch.randn(shape, dtype=x),
-        (5 * torch.randn(batch, channels // 2 * 2, *spatial)).to(a or x),
-        (1.5 * torch.randn(channels)).to(g or x),
-        torch.randn(channels).to(g or x),
-        perm,
-        perm.argsort(),
-        spec,
-    )
-
-
-def poisoned_inverse(y, inputs, jac=True, operations=coupling):
-    _, a, g, offset, perm, inv, spec = inputs
-    x = operations.coupling_inv_passive(y, g, offset, perm, inv, spec)
-    assert x.is_contiguous()
-    passive = x[:, inv] if spec.reverse else x
-    assert not passive[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
-    return x, operations.coupling_inv_active(y, x, a, g, offset, perm, inv, spec, jac)
-
-
-def check_everything(inputs, dy=None, dlogdet=None, operations=coupling):
+def check_everything(x, a, coupling, grads=None, engine=kernels):
     """Forward, backward and inverse of one set of inputs, under the memory checker, against the
     truth.
 
-    ``operations`` is the module whose functions are checked: the kernels', or the eager functions,
-    which know no ``spec.reverse``.
+    Args:
+        x, a, coupling: As for the engine.
+        grads: Of the forward's results; drawn if left out.
+        engine: Whose functions are checked; the eager one knows no ``coupling.reverse``.
     """
-    x, a, g, offset, perm, inv, spec = inputs
-    kept = [t.clone() for t in (x, a, g, offset)]
-    result = torch.promote_types(torch.promote_types(x.dtype, a.dtype), g.dtype)
-    acc = torch.float64 if result is torch.float64 else torch.float32
+    inputs = (x, a, coupling.global_scale, coupling.global_offset)
+    before = [t.clone() for t in inputs]
+    result = torch.promote_types(torch.promote_types(x.dtype, a.dtype), inputs[2].dtype)
+    acc_dtype = torch.float64 if result is torch.float64 else torch.float32
     base = torch.float32 if result is torch.float64 else result  # see compare.py
-    wide, narrow = cast((x, a, g, offset), torch.float64), cast((x, a, g, offset), base)
-    terms = (
-        plain_s(wide[1], spec).nan_to_num().flatten(1).abs().sum(1).max()
-        + x[0, 0].numel() * scale_of(wide[2], spec).log().abs().sum()
-    )
-    # the log-determinant is a sum that cancels: its floor is that of the terms
-    terms = terms.item()
 
-    with sanitize():
-        y, logdet = operations.coupling_fwd(*inputs, True)
+    y = check_forward(x, a, coupling, base, engine)
     assert y.dtype == result
+    if grads is None:
+        grads = OutputGrads(torch.randn(x.shape).to(result), torch.randn(len(x), dtype=acc_dtype))
+    check_backward(x, a, grads, coupling, base, engine)
+    y = torch.randn(x.shape).to(result)
+    back = check_inverse(y, a, coupling, base, engine)
+    # a chain is reconstructed in its own dtype; no y comes of coefficients that are not finite
+    if result == back.dtype and a.isfinite().all():
+        check_inverse_and_backward(y, a, grads, coupling, base, engine)
+
+    for old, new in zip(before, inputs, strict=True):
+        assert torch.equal(old, new) or old.isnan().any(), "an input was written to"
+
+
+def check_forward(x, a, coupling, base, engine):
+    """Returns y. ``base`` is the dtype of the baseline, here and below."""
+    with sanitize():
+        y, log_det = engine.forward(x, a, coupling)
+    wide, narrow = cast(torch.float64, x, a, coupling), cast(base, x, a, coupling)
+    truth, baseline = plain_forward(*wide), plain_forward(*narrow)
     assert y.is_contiguous()
-    assert logdet.dtype == acc
-    assert logdet.shape == (x.shape[0],)
-    truth, baseline = plain_fwd(*wide, perm, spec), plain_fwd(*narrow, perm, spec)
     close(y, truth[0], baseline[0], "y")
-    close(logdet, truth[1], baseline[1], "logdet", terms)
-    if spec.gin:
-        assert (logdet == 0).all()
+    check_log_det(log_det, truth[1], baseline[1], wide, y.dtype)
+    return y
 
-    dy = torch.randn(y.shape).to(y.dtype) if dy is None else dy
-    dlogdet = torch.randn(x.shape[0], dtype=acc) if dlogdet is None else dlogdet
+
+def check_log_det(log_det, truth, baseline, wide, dtype):
+    assert log_det.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert log_det.shape == wide[0].shape[:1]
+    close(log_det, truth, baseline, "log_det", size_of_log_det_terms(*wide))
+    if wide[2].spec.gin and wide[1].isfinite().all():
+        assert (log_det == 0).all()
+
+
+def check_backward(x, a, grads, coupling, base, engine):
     with sanitize():
-        grads = operations.coupling_bwd(dy, dlogdet, *inputs, True)
-    truth = gradients(x, a, g, offset, perm, spec, dy, dlogdet, torch.float64)
-    baseline = gradients(x, a, g, offset, perm, spec, dy, dlogdet, base)
-    for name, t, source, true, plain in zip(
-        ("dx", "da", "dg", "doffset"), grads, (x, a, g, offset), truth, baseline, strict=True
-    ):
-        if t is not None:
+        actual = engine.backward(x, a, grads, coupling, True)
+    truth = plain_gradients(x, a, coupling, grads, torch.float64)
+    baseline = plain_gradients(x, a, coupling, grads, base)
+    check_gradients(actual, truth, baseline, (x, a, coupling))
+
+
+def check_gradients(actual, truth, baseline, inputs, of=""):
+    x, a, coupling = inputs
+    sources = (x, a, coupling.global_scale, coupling.global_offset)
+    names = actual._fields
+    for name, t, true, plain, source in zip(names, actual, truth, baseline, sources, strict=True):
+        if name == "global_scale" and coupling.spec.gin:
+            assert t is None
+        else:
             assert (t.dtype, t.shape, t.is_contiguous()) == (source.dtype, source.shape, True), name
-        if name == "dg" and spec.gin:
-            assert t is None
-        else:
-            close(t, true, plain, name)
+            close(t, true, plain, f"gradient of {name}{of}")
 
-    other = torch.randn(x.shape).to(y.dtype)
+
+def check_inverse(y, a, coupling, base, engine):
+    """Returns x."""
     with sanitize():
-        x_back, logdet = poisoned_inverse(other, inputs, operations=operations)
-    assert x_back.dtype == torch.promote_types(other.dtype, g.dtype)
-    wide, narrow = cast((other, a, g, offset), torch.float64), cast((other, a, g, offset), base)
-    truth, baseline = plain_inv(*wide, inv, spec), plain_inv(*narrow, inv, spec)
-    close(x_back, truth[0], baseline[0], "x")
-    close(logdet, truth[1], baseline[1], "inverse logdet", terms)
-
-    # a chain is undone in its own dtype and permutes by itself; and no y comes of coefficients that
-    # are not finite
-    if result == x_back.dtype and not spec.reverse and a.isfinite().all():
-        check_inverse_and_backward(other, dy, dlogdet, inputs, base, operations)
-
-    for before, after in zip(kept, (x, a, g, offset), strict=True):
-        assert torch.equal(before, after) or before.isnan().any(), "an input was written to"
+        x, log_det = inverse(y, a, coupling, engine)
+    assert x.dtype == torch.promote_types(y.dtype, coupling.global_scale.dtype)
+    wide, narrow = cast(torch.float64, y, a, coupling), cast(base, y, a, coupling)
+    truth, baseline = plain_inverse(*wide), plain_inverse(*narrow)
+    close(x, truth[0], baseline[0], "x")
+    check_log_det(log_det, truth[1], baseline[1], wide, torch.promote_types(x.dtype, a.dtype))
+    return x
 
 
-def check_inverse_and_backward(y, dy, dlogdet, inputs, base, operations):
+def inverse(y, a, coupling, engine=kernels):
+    """x and the log-determinant, in the two steps of an engine."""
+    x = engine.invert_passive(y, coupling)
+    assert x.is_contiguous()
+    passive = x[:, coupling.inv] if coupling.reverse else x
+    assert not passive[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
+    return x, engine.invert_active(y, x, a, coupling)
+
+
+def check_inverse_and_backward(y, a, grads, coupling, base, engine):
     """Both in one: the inverse that the two kernels give, and the gradients there."""
-    _, a, g, offset, perm, inv, spec = inputs
     with sanitize():
-        x = operations.coupling_inv_passive(y, g, offset, perm, inv, spec)
-        grads = operations.coupling_inv_bwd(y, x, dy, dlogdet, a, g, offset, perm, inv, spec, True)
-    wide, narrow = cast((y, a, g, offset), torch.float64), cast((y, a, g, offset), base)
-    truth, baseline = plain_inv(*wide, inv, spec)[0], plain_inv(*narrow, inv, spec)[0]
-    close(x, truth, baseline, "x undone")
-    exact = gradients(truth, a, g, offset, perm, spec, dy, dlogdet, torch.float64)
-    plain = gradients(baseline, a, g, offset, perm, spec, dy, dlogdet, base)
-    for name, t, true, other in zip(
-        ("dx", "da", "dg", "doffset"), grads, exact, plain, strict=True
-    ):
-        if name == "dg" and spec.gin:
-            assert t is None
-        else:
-            close(t, true, other, f"{name} of x undone")
-
-
-def shape_id(shape):
-    return "B{}-C{}".format(*shape[:2]) + ("-" + "x".join(map(str, shape[2:])) if shape[2:] else "")
+        x = engine.invert_passive(y, coupling)
+        actual = engine.invert_and_backward(y, x, a, grads, coupling, True)
+    wide, narrow = cast(torch.float64, y, a, coupling), cast(base, y, a, coupling)
+    truth, baseline = plain_inverse(*wide)[0], plain_inverse(*narrow)[0]
+    close(x, truth, baseline, "x reconstructed")
+    truth = plain_gradients(truth, *wide[1:], grads, torch.float64)
+    baseline = plain_gradients(baseline, *narrow[1:], grads, base)
+    check_gradients(actual, truth, baseline, (x, a, coupling), " at x reconstructed")

@@ -46,7 +46,7 @@ class Wrapped(Tensor):
         return wrapped
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _wrapping(function, args, kwargs or {})

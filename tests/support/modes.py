@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastflow_kernels import dispatch
+from fastflow_kernels import route
 
-INTERPRETED = dispatch.interpreted()
+INTERPRETED = route.is_interpreted()
 EXECUTED = not INTERPRETED and not torch.cuda.is_available()
 
 if EXECUTED:
     from tests.support.executor import EXECUTOR, gpu
     from tests.support.executor import watched as sanitize
 else:
-    from tests.sanitizer import sanitize
+    from tests.support.sanitizer import sanitize
 
 __all__ = [
     "EXECUTED",
@@ -45,8 +45,8 @@ def kernels_run() -> AbstractContextManager[Any]:
 
 
 def units_of_floor() -> float:
-    """The floor of the accuracy criterion (tests/compare.py): 4, and 17 where instructions are as
-    wrong as they may be.
+    """The floor of the accuracy criterion (tests/support/compare.py): 4, and 17 where instructions
+    are as wrong as they may be.
 
     PTX documents ex2.approx and div.full with up to 2 units in the last place each. Times eps, for
     clamp c <= 2 and t = tanh:

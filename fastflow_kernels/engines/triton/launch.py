@@ -1,212 +1,296 @@
-"""Which inputs the kernels take and how the work is cut into tiles. Pure Python: shapes and dtypes
-in, numbers out.
+"""What the launchers share: what a launch is prepared for, once for all calls of one kind, and how
+it is launched.
 
-A kernel works on tiles of channels by columns. A column is one pixel of one sample ("planes": the
-input has pixels) or a whole sample ("rows": it has a single one). Either way the address of a value
-is ``sample * stride + channel * P + pixel``.
-
-How many bits an access takes follows from the class of the shape (:func:`alignment`; compiled for
-sm_90, tests/test_kernels_compiled.py):
-
-======================================== ============================ ============ ============
-class                                    tensors                      float32      bfloat16
-======================================== ============================ ============ ============
-planes: 8 divides P and the strides      all, permuted channels too   128          128
-planes: 4 does                           all                          128          64
-planes: 2 does                           all                          64           32
-planes: 1 does                           all                          32           16
-rows: the same of C and the strides      in the order of channels     up to 128    up to 128
-rows                                     permuted: x and a forward,   32           16
-                                         dy backward, y in reverse
-======================================== ============================ ============ ============
-
-A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a
-binary of its own, with single values. Samples with strides inside are not taken
-(:func:`uncovered`): the caller makes them contiguous. Narrower accesses move the same bytes.
+On small inputs the launches' Python is what a step takes: Triton's own dispatcher binds,
+specializes and looks up some twenty arguments per launch (15.6 us on an AMD EPYC, of which 2.0 are
+left here).
 """
 
-from functools import lru_cache
-from typing import NamedTuple
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_SAMPLE = 2**31 - 1  # elements of a sample, and samples with pixels: both are counted in 32 bits
-# planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit
-# accesses
-TILE_BYTES = 4096
-# in the accumulator: a row is one tile and must fit in the registers of 16 warps
-MAX_ROW_BYTES = 8192
-BUSY = 256  # programs that keep a GPU busy with planes: two for each multiprocessor of an H100
-GIN_PARTS = 64  # most programs that share the sums of one sample
+from fastflow_kernels.coupling import Coupling, CouplingSpec
+from fastflow_kernels.engines.triton.plan import (
+    Plan,
+    RowTiles,
+    alignment,
+    is_cut_by_rows,
+    make_plan,
+)
+from fastflow_kernels.layouts import is_packed
 
-
-class RowTiles(NamedTuple):
-    """How rows are cut in one kind of pass.
-
-    Attributes:
-        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is
-            float32; more where 16 warps do not suffice. 1 where it is float64.
-        busy: Programs that keep a GPU busy; with more work than that they loop.
-    """
-
-    thread_values: int
-    busy: int
+ACC_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
-# Measured on an H200, `python -m bench.tune --only rows,forward-rows` (bench/TUNING.md). Channel
-# constants live in registers, and in the backward pass sums do too. There a quarter of the values
-# in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
-FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
-BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
+class Operands(NamedTuple):
+    """What a pass is prepared for: all that its binaries, grids and sizes depend on.
 
-
-class Plan(NamedTuple):
-    """How one launch is cut.
+    One thing is left to every call: whether pointers are aligned (:func:`aligned`).
 
     Attributes:
-        rows: Whether a column is a sample rather than a pixel.
-        block_c: Channels in a tile, a power of two.
-        block_q: Columns in a tile, a power of two.
-        tiles: Tiles along the channels.
-        blocks: Tiles along the columns of all samples.
-        loops: Column tiles that one program walks.
-        groups: Programs along the columns, ceil(blocks / loops).
-        warps: Warps of a program.
+        shape: Of x or y, (B, C, *S).
+        dtypes: Of x, of y, or of both, and last of a, if the pass takes it; None for one that is
+            not given.
+        strides: Between samples, of the tensors whose samples may lie apart.
+        grad_dtypes: Of the gradients that the pass takes; None for one that is not given.
+        parameter_dtypes: Of global_scale and global_offset.
+        spec, reverse, rows_per_sample: The coupling's.
+        has_index: Whether there is a permutation.
+        want_params: Whether the gradients of global_scale and global_offset are wanted.
+        device: The number of the GPU.
     """
 
-    rows: bool
-    block_c: int
-    block_q: int
-    tiles: int
-    blocks: int
-    loops: int
-    groups: int
-    warps: int
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype | None, ...]
+    strides: tuple[int, ...]
+    grad_dtypes: tuple[torch.dtype | None, ...]
+    parameter_dtypes: tuple[torch.dtype, torch.dtype]
+    spec: CouplingSpec
+    reverse: bool
+    rows_per_sample: int
+    has_index: bool
+    want_params: bool
+    device: int
 
     @property
-    def programs(self) -> int:
-        return self.tiles * self.groups
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def passive_channels(self) -> int:
+        """As many as there are channel pairs, the last one half where they are odd."""
+        return self.channels - self.channels // 2
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.shape[2:])
+
+    @property
+    def a_dtype(self) -> torch.dtype:
+        assert self.dtypes[-1] is not None  # every pass with coefficients is given them
+        return self.dtypes[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the result: what the operands' are promoted to."""
+        dtypes = [dtype for dtype in self.dtypes if dtype is not None]
+        return functools.reduce(torch.promote_types, dtypes, self.parameter_dtypes[0])
+
+    @property
+    def acc_dtype(self) -> torch.dtype:
+        """In which is computed."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    @property
+    def activation(self) -> str | None:
+        """None for GIN, whose scale is 1."""
+        return None if self.spec.gin else self.spec.activation
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether a kernel's columns are samples."""
+        return is_cut_by_rows(self.channels, self.pixels, self.acc_dtype.itemsize)
+
+    def plan(self, channels: int, itemsize: int, rows: RowTiles, columns: int) -> Plan:
+        """See :func:`~fastflow_kernels.engines.triton.plan.make_plan`."""
+        kind = rows if self.is_rows else None
+        return make_plan(channels, self.batch, self.pixels, itemsize, kind, columns)
 
 
-def uncovered(x: Tensor, a: Tensor | None = None) -> str | None:
-    """Why the kernels do not take these inputs, in words, or None if they do.
+def key_of(
+    x: Tensor,
+    coupling: Coupling,
+    dtypes: tuple[torch.dtype | None, ...],
+    strides: tuple[int, ...],
+    grad_dtypes: tuple[torch.dtype | None, ...] = (),
+    want_params: bool = False,
+) -> tuple[Any, ...]:
+    """The attributes of a call's :class:`Operands`, by which it finds what was prepared for them.
+
+    A plain tuple, because every call makes one: the class takes 0.3 us more (AMD EPYC).
 
     Args:
-        x: (B, C, *S), the block's input or output.
-        a: (B, 2*C2, *S), the subnet's output.
+        x: The pass's x or y, (B, C, *S).
+        coupling, dtypes, strides, grad_dtypes, want_params: See the class.
     """
-    for t in (x,) if a is None else (x, a):
-        if t.is_contiguous() and t.numel() <= MAX_SAMPLE and t.dtype in DTYPES and t.dim() > 1:
-            continue
-        if t.dtype not in DTYPES:
-            return f"dtype {t.dtype} has no kernel"
-        if t.dim() < 2:
-            return f"{t.dim()} dimensions; at least (batch, channels) are needed"
-        if not packed(t):
-            return f"each sample's block of shape {tuple(t.shape[1:])} must be contiguous; its strides are {t.stride()[1:]}"
-        if t.numel() > MAX_SAMPLE and t.numel() // t.shape[0] > MAX_SAMPLE:
-            return f"a sample of {t.numel() // t.shape[0]} elements; offsets inside a sample are 32-bit"
-        if t.shape[0] > MAX_SAMPLE and t.shape[2:].numel() > 1:
-            return f"a batch of {t.shape[0]} samples with pixels; tiles are counted in 32 bits"
-    return None
-
-
-def packed(t: Tensor) -> bool:
-    """Whether each sample's block is contiguous; the stride between samples is free."""
-    if t.is_contiguous():
-        return True
-    size = 1
-    for n, stride in zip(reversed(t.shape[1:]), reversed(t.stride()[1:]), strict=True):
-        if n != 1 and stride != size:
-            return False
-        size *= n
-    return True
-
-
-def alignment(*sizes: int) -> int:
-    """The largest power of two up to 16 that divides all sizes.
-
-    The compiler proves an access aligned only from what it knows about its arguments. It is told of
-    an integer that 16 divides, of nothing less; so lengths travel as quotients, and this factor is
-    a constant of the kernel.
-    """
-    merged = 16
-    for n in sizes:
-        merged |= n
-    return merged & -merged
-
-
-@lru_cache(maxsize=1024)
-def plan(
-    channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles | None, columns: int = 1
-) -> Plan:
-    """Cut channels by columns into tiles.
-
-    Args:
-        channels: Channels, or channel pairs, that the kernel walks.
-        batch: Samples.
-        pixels: Pixels of a sample.
-        itemsize: Bytes of the widest element.
-        rows: How rows are cut, where a column is a sample; then a tile holds all channels. None for
-            planes.
-        columns: Columns that one program should see for its cost per channel to be small; it loops
-            over that many if there is work enough for the other multiprocessors.
-    """
-    if rows:
-        values = 1 if itemsize == 8 else rows.thread_values
-        tile = 8 * 32 * values
-        block_c = _power_of_two(channels)
-        block_q = max(1, min(tile // block_c, _power_of_two(batch)))
-        blocks = -(-batch // block_q)
-    else:
-        values = TILE_BYTES // itemsize // 128
-        tile = 128 * values
-        block_q = _pixel_block(pixels, tile)
-        block_c = min(_power_of_two(channels), tile // block_q)
-        blocks = batch * -(-pixels // block_q)
-    tiles = -(-channels // block_c)
-    loops = 1
-    if columns > 1:
-        # the finishing sum walks the groups one after the other: fewer than 1024 where that can be
-        # had
-        busy = rows.busy if rows else BUSY
-        while (
-            loops < 64
-            and (loops * block_q < columns or blocks > 512 * loops)
-            and blocks * tiles >= 2 * busy * loops
-        ):
-            loops *= 2
-    warps = max(1, min(16, block_c * block_q // (32 * values)))
-    return Plan(
-        rows is not None, block_c, block_q, tiles, blocks, loops, -(-blocks // loops), warps
+    global_scale, global_offset, spec, perm, _, reverse, rows_per_sample = coupling
+    return (
+        x.shape,
+        dtypes,
+        strides,
+        grad_dtypes,
+        (global_scale.dtype, global_offset.dtype),
+        spec,
+        reverse,
+        rows_per_sample,
+        perm is not None,
+        want_params,
+        x.get_device(),
     )
 
 
-def by_rows(channels: int, pixels: int, itemsize: int) -> bool:
-    """Whether whole samples are the columns, given the bytes of the accumulator."""
-    return pixels == 1 and channels * itemsize <= MAX_ROW_BYTES
+def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str, Any]:
+    """The sizes and constants of the kernels that walk tiles, by the names of their parameters.
 
+    Lengths and strides come divided by ``ALIGN``: see
+    :func:`~fastflow_kernels.engines.triton.plan.alignment`.
 
-def gin_parts(plan: Plan, batch: int) -> int:
-    """Programs (a power of two) that share one sample's sums, given the plan of its tiles."""
-    return min(GIN_PARTS, _power_of_two(plan.tiles * plan.blocks // batch))
-
-
-def _pixel_block(pixels: int, tile: int) -> int:
-    """The widest block of pixels among those that pad the row least; 64 pixels or more, where there
-    are so many.
+    Args:
+        operands, plan: What the launch is for, and how it is cut.
+        strides: By parameter; None for one that the kernel does not use.
     """
-    best = min(_power_of_two(pixels), tile)
-    block = best
-    while block > 64:
-        block //= 2
-        if -(-pixels // block) * block < -(-pixels // best) * best:
-            best = block
-    return best
+    pixels = operands.pixels
+    align = alignment(0 if plan.is_rows else pixels, *(stride or 0 for stride in strides.values()))
+    return {
+        "B": operands.batch,
+        "P": pixels if plan.is_rows else pixels // align,
+        **{n: None if stride is None else stride // align for n, stride in strides.items()},
+        "C": operands.channels,
+        "CLAMP": operands.spec.clamp,
+        "TANH_SCALE": operands.spec.tanh_scale,
+        "ACTIVATION": operands.activation,
+        "REVERSE": operands.reverse,
+        "ALIGN": align,
+        "ROWS": plan.is_rows,
+        "BLOCK_CHANNELS": plan.block_channels,
+        "BLOCK_COLUMNS": plan.block_columns,
+        "TILES_PER_PROGRAM": plan.tiles_per_program,
+        "ACC_DTYPE": ACC_DTYPES[operands.acc_dtype],
+    }
 
 
-def _power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
+class Launch:
+    """A kernel with everything that stays the same between calls of one kind.
+
+    The first call goes through Triton's dispatcher, which compiles the kernel or finds its binary;
+    later ones hand the pointers straight to that binary. Whoever keeps a launch must key it by what
+    the dispatcher looks at: device, dtypes, which pointers are None, and all ``values``. Alignment
+    is asked for per call.
+
+    Args:
+        kernel: The kernel; its first parameters are the pointers, named ``..._ptr``.
+        programs: Length of the grid.
+        warps: Warps of a program.
+        values: What its other parameters are, by name; more than these are left out.
+    """
+
+    def __init__(self, kernel: Any, programs: int, warps: int, values: dict[str, Any]) -> None:
+        names = [name for name in inspect.signature(kernel.fn).parameters if name[-4:] != "_ptr"]
+        self.kernel, self.grid = kernel, (programs, 1, 1)
+        self.values = {name: values[name] for name in names}
+        self.options = {"num_warps": warps, "enable_fp_fusion": True}
+        self._run: Callable[..., None] | None = None
+        self._tail = tuple(self.values.values())
+
+    def __call__(self, is_aligned: bool, *pointers: Tensor | None) -> None:
+        """Launch on the current device's current stream.
+
+        Args:
+            is_aligned: Whether :func:`aligned` holds for the pointers that come from outside.
+            pointers: The kernel's pointers.
+        """
+        if self._run is not None and is_aligned:
+            self._run(*pointers, *self._tail)
+            return
+        compiled = self.kernel[self.grid](*pointers, **self.values, **self.options)
+        if is_aligned and isinstance(compiled, CompiledKernel):  # not in the interpreter
+            self._run = compiled[self.grid]
+
+
+class Sums(NamedTuple):
+    """A launch that leaves sums in a new tensor, its last pointer.
+
+    Attributes:
+        launch: The launch.
+        shape, dtype: Of the tensor.
+    """
+
+    launch: Launch
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __call__(self, is_aligned: bool, first: Tensor, *pointers: Tensor | None) -> Tensor:
+        sums = torch.empty(self.shape, dtype=self.dtype, device=first.device)
+        self.launch(is_aligned, first, *pointers, sums)
+        return sums
+
+
+class Prepared(NamedTuple):
+    """What a launcher needs for operands of one kind.
+
+    Attributes:
+        dtype: Of the result.
+        acc_dtype: Of sums.
+        launch: The pass over the tensors.
+        gin_sums: GIN's sums per sample, ahead of the pass; None without.
+        partials: Shape of the sums that each program of the pass leaves; None without.
+        finish: What adds them up; None where nothing is left to add.
+    """
+
+    dtype: torch.dtype
+    acc_dtype: torch.dtype
+    launch: Launch
+    gin_sums: Sums | None = None
+    partials: tuple[int, ...] | None = None
+    finish: Launch | None = None
+
+
+def on_its_device(launcher: Launcher) -> Launcher:
+    """Run a launcher on the device of its first argument: Triton launches on the current one."""
+
+    @functools.wraps(launcher)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        x = args[0]
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.get_device()):
+                return launcher(*args, **kwargs)
+        return launcher(*args, **kwargs)
+
+    return cast(Launcher, launch)
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all tensors start at a multiple of 16 bytes, which the compiled binary of a
+    :class:`Launch` counts on.
+    """
+    merged = 0
+    for t in tensors:
+        if t is not None:
+            merged |= t.data_ptr()
+    return not merged & 15
+
+
+def with_packed_samples(t: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where the values of a sample lie apart."""
+    return t if is_packed(t) else t.contiguous()
+
+
+def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A new contiguous tensor of this shape; ``empty_like``, where it will do, is three times
+    cheaper to call than ``empty``.
+    """
+    if like.dtype is dtype and like.is_contiguous():
+        return torch.empty_like(like)
+    return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+
+def empty_partials(prepared: Prepared, device: torch.device) -> Tensor | None:
+    """Where the pass leaves its programs' sums; None without."""
+    if prepared.partials is None:
+        return None
+    return torch.empty(prepared.partials, dtype=prepared.acc_dtype, device=device)

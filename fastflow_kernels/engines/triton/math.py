@@ -180,13 +180,13 @@ def with_sign_of(x, y):
 
 
 @triton.jit
-def scale_of(g, ACT: tl.constexpr):
-    """scale = activation(g), as in spec.CouplingSpec."""
-    if ACT == "SIGMOID":
+def scale_of(g, ACTIVATION: tl.constexpr):
+    """scale = activation(g), as in coupling.CouplingSpec."""
+    if ACTIVATION == "SIGMOID":
         z = g - 2.0
         e = exp(-tl.abs(z))  # exp(-z) would overflow where the sigmoid is still a number
         return 10.0 * tl.where(z < 0.0, e, 1.0) / (1.0 + e)
-    elif ACT == "SOFTPLUS":
+    elif ACTIVATION == "SOFTPLUS":
         h = 0.5 * g
         # like torch's softplus: the identity above 20, which in float64 differs from log(1 + e**h)
         return tl.where(
@@ -197,18 +197,18 @@ def scale_of(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def log_scale_of(g, ACT: tl.constexpr):
+def log_scale_of(g, ACTIVATION: tl.constexpr):
     """log(activation(g)), as accurate near scale 1 as elsewhere, where the log of a rounded scale
     would be off by the same rounding in every channel, and by P times as much in the sum.
 
     float32 takes float64 for what cancels and nothing else: in float64 altogether it would be most
     of what a small launch computes.
     """
-    if ACT == "EXP":
+    if ACTIVATION == "EXP":
         return g
     elif g.dtype == tl.float64:
-        return tl.log(scale_of(g, ACT))
-    elif ACT == "SIGMOID":
+        return tl.log(scale_of(g, ACTIVATION))
+    elif ACTIVATION == "SIGMOID":
         x = 2.0 - g.to(tl.float64)
         near = tl.where(tl.abs(x) < 80.0, x, -80.0)
         log = -log_of_double(0.1 + 0.1 * exp_to_double(near))
@@ -221,12 +221,12 @@ def log_scale_of(g, ACT: tl.constexpr):
 
 
 @triton.jit
-def scale_slope(g, scale, ACT: tl.constexpr):
+def scale_slope(g, scale, ACTIVATION: tl.constexpr):
     """d scale / d g, given scale = activation(g)."""
-    if ACT == "SIGMOID":
+    if ACTIVATION == "SIGMOID":
         # a fused product is not rounded: 1 - 0.1 * 10 would be negative
         return scale * tl.maximum(1.0 - 0.1 * scale, 0.0)
-    elif ACT == "SOFTPLUS":
+    elif ACTIVATION == "SOFTPLUS":
         return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))
     else:
         return scale

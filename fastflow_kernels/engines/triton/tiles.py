@@ -1,9 +1,9 @@
 """What the kernels share: where a tile's values lie, and the constants of its channels.
 
-Tiles are channels (down) by columns (across). What a column has one of is (1, BLOCK_Q), or a scalar
-if the tile lies in one sample. What a channel has one of is loaded as a vector, (BLOCK_C,), and
-made (BLOCK_C, 1) by the caller: a block loaded as (1, 1) would be loaded by Triton 3.6 once for
-each value that a thread holds.
+Tiles are channels (down) by columns (across). What a column has one of is (1, BLOCK_COLUMNS), or a
+scalar if the tile lies in one sample. What a channel has one of is loaded as a vector,
+(BLOCK_CHANNELS,), and made (BLOCK_CHANNELS, 1) by the caller: a block loaded as (1, 1) would be
+loaded by Triton 3.6 once for each value that a thread holds.
 
 A constexpr ``if`` that returns needs its ``else``: the compiler reads on after the ``if`` and wants
 one return type.
@@ -16,29 +16,29 @@ from fastflow_kernels.engines.triton.math import log_scale_of, scale_of
 
 
 @triton.jit
-def columns(block, B, P, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
-    """The samples (int64), pixels and existence of the columns of tile ``block``.
+def columns(tile, B, P, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The samples (int64) and pixels of a tile's columns, and a mask of those that exist.
 
-    ROWS: BLOCK_Q samples of one pixel. Else BLOCK_Q pixels of one sample; tiles of a sample follow
-    each other.
+    ROWS: BLOCK_COLUMNS samples of one pixel. Otherwise BLOCK_COLUMNS pixels of one sample; tiles of
+    a sample follow each other.
     """
-    q = tl.arange(0, BLOCK_Q)[None, :]
+    q = tl.arange(0, BLOCK_COLUMNS)[None, :]
     if ROWS:
-        b = block.to(tl.int64) * BLOCK_Q + q
+        b = tile.to(tl.int64) * BLOCK_COLUMNS + q
         p = 0
-        exists = b < B
+        mask = b < B
     else:
-        tiles = (P - 1) // BLOCK_Q + 1  # P + BLOCK_Q - 1, as in cdiv, may not fit in 32 bits
-        b = (block // tiles).to(tl.int64)
-        p = (block % tiles) * BLOCK_Q + q
-        exists = p < tl.where(b < B, P, 0)
-    return b, p, exists
+        tiles = (P - 1) // BLOCK_COLUMNS + 1  # P + BLOCK_COLUMNS - 1 may not fit in 32 bits
+        b = (tile // tiles).to(tl.int64)
+        p = (tile % tiles) * BLOCK_COLUMNS + q
+        mask = p < tl.where(b < B, P, 0)
+    return b, p, mask
 
 
 @triton.jit
-def load(ptr, mask, ACC: tl.constexpr):
+def load(ptr, mask, ACC_DTYPE: tl.constexpr):
     """Load in the accumulator's dtype; 0 where masked."""
-    return tl.load(ptr, mask=mask, other=0.0).to(ACC)
+    return tl.load(ptr, mask=mask, other=0.0).to(ACC_DTYPE)
 
 
 @triton.jit
@@ -51,12 +51,12 @@ def index(index_ptr, c, mask):
 
 
 @triton.jit
-def scale(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
-    """activation(g[c]); 1 for ACT = None (GIN)."""
-    if ACT is None:
-        return tl.full((1,), 1.0, ACC)
+def scale(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
+    """activation(g[c]); 1 for ACTIVATION = None (GIN)."""
+    if ACTIVATION is None:
+        return tl.full((1,), 1.0, ACC_DTYPE)
     else:
-        return scale_of(load(g_ptr + c, mask, ACC), ACT)
+        return scale_of(load(g_ptr + c, mask, ACC_DTYPE), ACTIVATION)
 
 
 @triton.jit
@@ -69,14 +69,16 @@ def inverse_scale(scale):
 
 
 @triton.jit
-def log_scale_sum(g_ptr, c, mask, ACT: tl.constexpr, ACC: tl.constexpr):
+def log_scale_sum(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
     """Sum of log(activation(g[c])) over the channels c that exist."""
-    return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC), ACT), 0.0))
+    return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC_DTYPE), ACTIVATION), 0.0))
 
 
 @triton.jit
 def total(sums_ptr, b, B, PARTS: tl.constexpr):
-    """sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_Q); always in the same order."""
+    """sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_COLUMNS); always in the same
+    order.
+    """
     k = tl.arange(0, PARTS)[:, None]
     return tl.sum(
         tl.load(sums_ptr + b * PARTS + k, mask=k < tl.where(b < B, PARTS, 0), other=0.0),

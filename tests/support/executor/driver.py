@@ -24,9 +24,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from bench import mock_driver
-from fastflow_kernels.dispatch import interpreted
-from fastflow_kernels.engines.triton import coupling, launch, reduce
+from fastflow_kernels.engines.triton import backward, forward, inverse, plan, sums
+from fastflow_kernels.route import is_interpreted
+from tests.support import mock_driver
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
 from tests.support.executor.values import POISON, Fault, Unsupported
@@ -81,7 +81,7 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
     Raises:
         RuntimeError: If Triton interprets kernels in this process.
     """
-    if interpreted():
+    if is_interpreted():
         raise RuntimeError("gpu() executes compiled kernels, and TRITON_INTERPRET is set: unset it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock_driver.mock_gpu(_Driver()))
@@ -115,7 +115,7 @@ def _poison(t: torch.Tensor) -> None:
 
 def _forget_kernels() -> None:
     """Drop compiled kernels and prepared launches: they hold the driver they were made with."""
-    for module in (coupling, reduce, launch):
+    for module in (backward, forward, inverse, plan, sums):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()

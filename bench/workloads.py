@@ -1,0 +1,188 @@
+"""The workloads: shapes and options of the models that people run. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One block as a published model uses it, and the flow that the model chains of it.
+
+    Attributes:
+        name: The model and its stage.
+        shape: (B, C, *S) of the input.
+        options: Constructor options of the block.
+        conditions: Channels of each condition.
+        declared: Spatial shape the model declares where it is not the real one. Only anomalib's
+            formula is free in that.
+        steps: Blocks of the whole flow. 0: only the single block is measured.
+        subnet: "conv" (3x3 and 1x1 in turn), "conv3" (3x3) or "fc" (linear layers): two layers with
+            a ReLU between them.
+        hidden: Width of the subnet's hidden layer, as a multiple of its input's.
+        conditional_steps: How many of the steps, the first ones, take the conditions. None: all.
+        cpu_batch: Batch on a CPU, where the whole one would only cost time.
+        cpu_flow_batch: The same for the whole flow. None: ``cpu_batch``.
+        channels_last: The memory format of every tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    conditions: tuple[int, ...] = ()
+    declared: tuple[int, ...] | None = None
+    steps: int = 0
+    subnet: str = "fc"
+    hidden: float = 2.0
+    conditional_steps: int | None = None
+    cpu_batch: int | None = None
+    cpu_flow_batch: int | None = None
+    channels_last: bool = False
+
+    def on_cpu(self, kind: str) -> Workload:
+        """The same with the batch that a CPU is measured with."""
+        batch = self.cpu_batch
+        if kind in WHOLE and self.cpu_flow_batch is not None:
+            batch = self.cpu_flow_batch
+        return self if batch is None else replace(self, shape=(batch, *self.shape[1:]))
+
+
+def _stages(name: str, shapes: list[tuple[int, ...]], **common: Any) -> list[Workload]:
+    return [Workload(f"{name}/{i}", shape, **common) for i, shape in enumerate(shapes, 1)]
+
+
+_FASTFLOW: dict[str, Any] = {
+    "subnet": "conv",
+    "hidden": 1.0,
+    "steps": 8,
+    "cpu_batch": 4,
+    "cpu_flow_batch": 1,
+}
+_CFLOW: dict[str, Any] = {"options": {"affine_clamping": 1.9}, "conditions": (128,)}
+_CFLOW_SOFT: dict[str, Any] = {
+    "options": {"affine_clamping": 1.9, "permute_soft": True},
+    "conditions": (128,),
+    "steps": 8,
+}
+_MSFLOW: dict[str, Any] = {
+    "options": {"affine_clamping": 1.9},
+    "conditions": (64,),
+    "declared": (1, 1),
+    "subnet": "conv3",
+    "hidden": 1.0,
+}
+
+# The order is that of importance: a run that has to stop early has measured what matters most.
+WORKLOADS = (
+    *_stages(
+        "fastflow-wrn50", [(32, 256, 64, 64), (32, 512, 32, 32), (32, 1024, 16, 16)], **_FASTFLOW
+    ),
+    *_stages("cflow", [(64, 512), (64, 1024), (64, 2048)], **_CFLOW, steps=8),
+    Workload("tabular", (4096, 64), steps=8),
+    *_stages("fastflow-r18", [(32, 64, 64, 64), (32, 128, 32, 32), (32, 256, 16, 16)], **_FASTFLOW),
+    Workload(
+        "fastflow-cait",
+        (32, 768, 28, 28),
+        subnet="conv",
+        hidden=0.16,
+        steps=20,
+        cpu_batch=2,
+        cpu_flow_batch=1,
+    ),
+    *_stages(
+        "uflow-mcait",
+        [(8, 384, 14, 14), (8, 816, 28, 28)],
+        subnet="conv",
+        hidden=1.0,
+        steps=4,
+        cpu_batch=2,
+        cpu_flow_batch=1,
+    ),
+    *_stages("cflow-ad", [(256, 512), (256, 1024), (256, 2048)], **_CFLOW_SOFT),
+    Workload("bgad", (4096, 512), **_CFLOW_SOFT, cpu_batch=1024),
+    # MSFlow chains 2, 5 and 8 blocks in its three stages.
+    Workload("msflow/1", (8, 256, 64, 64), **_MSFLOW, steps=2, cpu_batch=2, cpu_flow_batch=1),
+    Workload("msflow/2", (8, 512, 32, 32), **_MSFLOW, steps=5, cpu_batch=2, cpu_flow_batch=1),
+    Workload("msflow/3", (8, 1024, 16, 16), **_MSFLOW, steps=8, cpu_batch=2, cpu_flow_batch=1),
+    Workload(
+        "hyperspectral",
+        (10000, 100),
+        {"affine_clamping": 1.0, "global_affine_init": 0.7, "reverse_permutation": True},
+        (10,),
+        steps=40,
+        conditional_steps=30,
+        cpu_flow_batch=1000,
+    ),
+    Workload(
+        "calo", (512, 500), {"affine_clamping": 5.0, "global_affine_init": 0.92}, (1,), steps=12
+    ),
+    Workload("tabular soft", (4096, 64), {"permute_soft": True}, steps=8),
+    Workload("tabular Householder 8", (4096, 64), {"learned_householder_permutation": 8}, steps=8),
+    Workload("tabular GIN", (4096, 64), {"gin_block": True}, steps=8),
+    # One image, as in inference; and a fibre batch as CFlow's training has it.
+    Workload("fastflow-wrn50/1 one image", (1, 256, 64, 64)),
+    Workload("fastflow-r18/1 one image", (1, 64, 64, 64)),
+    Workload("fastflow-r18/3 one image", (1, 256, 16, 16)),
+    Workload("cflow large batch", (2048, 512), **_CFLOW),
+    # What no published model is known to run and the block offers all the same.
+    Workload("soft large batch", (2048, 512), {"permute_soft": True}),
+    Workload("Householder 4/1", (256, 256), {"learned_householder_permutation": 4}),
+    Workload("Householder 4/2", (256, 512), {"learned_householder_permutation": 4}),
+    Workload("channels-last/1", (32, 256, 64, 64), cpu_batch=4, channels_last=True),
+    Workload("channels-last/2", (32, 1024, 16, 16), cpu_batch=4, channels_last=True),
+    Workload("channels-last/3", (32, 64, 32, 32), cpu_batch=4, channels_last=True),
+    # Where Python is most of the time: posteriors, single samples, images of few channels, signals.
+    Workload("small/posterior", (128, 5), conditions=(10,), steps=6),
+    Workload("small/sample", (1, 64), steps=6),
+    Workload("small/image", (2, 3, 16, 16), subnet="conv", steps=4),
+    Workload(
+        "small/image channels-last", (2, 6, 16, 16), subnet="conv", steps=4, channels_last=True
+    ),
+    Workload("small/signal", (1, 256, 256)),
+)
+
+_SWEEP = (8, 256, 32, 32)
+_SWEEP_CPU = (2, 256, 16, 16)
+
+
+def sweep(on_cpu: bool) -> tuple[Workload, ...]:
+    """Shapes along three lines through one point: the batch grows, the channels grow, the pixels
+    grow.
+    """
+    batch, channels, height, width = _SWEEP_CPU if on_cpu else _SWEEP
+    batches = (1, 2, 4, 8, 16, 32) if on_cpu else (1, 2, 4, 8, 16, 32, 64, 128)
+    channel_counts = (16, 64, 256, 1024) if on_cpu else (16, 32, 64, 128, 256, 512, 1024, 2048)
+    sides = (4, 8, 16, 32, 64) if on_cpu else (4, 8, 16, 32, 64, 128)
+    return (
+        *(Workload("sweep-batch", (n, channels, height, width)) for n in batches),
+        *(Workload("sweep-channels", (batch, n, height, width)) for n in channel_counts),
+        *(Workload("sweep-pixels", (batch, channels, n, n)) for n in sides),
+    )
+
+
+# One of each kind of input, for a run of a minute or two.
+TYPICAL = (
+    "fastflow-wrn50/3",
+    "cflow/1",
+    "tabular",
+    "tabular soft",
+    "tabular GIN",
+    "fastflow-r18/1 one image",
+    "channels-last/3",
+    "small/sample",
+    "small/image",
+)
+KINDS = ("block", "flow", "reversible", "sweep")
+WHOLE = ("flow", "reversible")  # flows with their subnets, as a plain chain or a reversible one
+DTYPES = ("float32", "bfloat16")
+
+
+def workloads(kind: str, on_cpu: bool) -> list[Workload]:
+    """The workloads of one of KINDS, with the batches of this kind of device."""
+    if kind == "sweep":
+        return list(sweep(on_cpu))
+    chosen = [w for w in WORKLOADS if w.steps or kind not in WHOLE]
+    if kind == "reversible":
+        chosen = [w for w in chosen if not w.conditions]
+    return [w.on_cpu(kind) for w in chosen] if on_cpu else chosen

@@ -1,0 +1,284 @@
+"""The classes that accelerate gives to stock blocks and chains.
+
+What a block computes was found by :mod:`fastflow_kernels.probe`. Where that has changed since,
+``forward`` is the stock block's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels.call import BlockCall, check_conditions, single_input
+from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.index_cache import IndexCache
+from fastflow_kernels.modules import FusedForward
+from fastflow_kernels.probe import Maths
+from fastflow_kernels.reversible import Reversible, is_reversible
+from fastflow_kernels.seen import Activation, Seen, is_number
+from fastflow_kernels.stock import SEQUENCE
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an accelerated block knows beside its own attributes."""
+
+    dialect: str
+    activation: str
+    backend: str
+    is_sized: bool  # whether the stock block refuses other spatial sizes than the declared one
+    seen: Seen
+    index: IndexCache = field(default_factory=IndexCache)
+
+
+if TYPE_CHECKING:
+    _Stock = nn.Module  # the stock block's class, which an accelerated one derives from beside this
+else:
+    _Stock = object
+
+
+class AcceleratedBlock(FusedForward, _Stock):
+    """What the class of an accelerated block adds to its own."""
+
+    prefix = "Accelerated"
+    own_attributes = ("_fastflow",)
+    stock_type: Any
+
+    _fastflow: Held
+
+    # the stock block's
+    in_channels: int
+    input_rank: int
+    dims_c: Sequence[Sequence[int]]
+    clamp: float
+    GIN: bool
+    reverse_pre_permute: bool
+    dims_in: Sequence[tuple[int, ...]]
+    global_scale: Tensor
+    global_offset: Tensor
+    subnet: nn.Module
+
+    def why_not_fused(self) -> str | None:
+        changed = self._changed()
+        return changed and f"its {changed} is another one than when it was accelerated"
+
+    def _changed(self) -> str | None:
+        """The name of what the stock block reads and what has changed since it was probed."""
+        held, clamp = self._fastflow, self.__dict__.get("clamp")
+        if not is_number(clamp) or (held.dialect == "freia" and clamp == 0):
+            return "clamp"
+        return held.seen.changed(self)
+
+    def _checked_call(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
+    ) -> BlockCall | None:
+        held = self._fastflow
+        if self._changed() is not None:
+            return None
+        shape = tuple(self.dims_in[0]) if held.is_sized else None
+        x = single_input(x, self.in_channels, self.input_rank, shape)
+        if not x.is_floating_point():  # integers promote, step by step
+            return None
+        # inline parameter_of: 1% of a small call
+        own = self._parameters
+        scale, offset = own.get("global_scale"), own.get("global_offset")
+        return BlockCall(
+            x,
+            check_conditions(c, self.dims_c, x),
+            self.subnet,
+            self.global_scale if scale is None else scale,
+            self.global_offset if offset is None else offset,
+            held.index.permutation(self, rev, x),
+            CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
+            rev,
+            self.reverse_pre_permute,
+            held.backend,
+        )
+
+    def _stock_forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
+    ) -> tuple[tuple[Tensor], Tensor]:
+        conditions = () if c is None else (c,)
+        result: tuple[tuple[Tensor], Tensor] = self.stock_type.forward(
+            self, x, *conditions, rev=rev, jac=jac
+        )
+        return result
+
+    def extra_repr(self) -> str:
+        held, own = self._fastflow, super().extra_repr()
+        added = f"accelerated, dialect={held.dialect!r}, backend={held.backend!r}"
+        return f"{own}, {added}" if own else added
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._changed() is None:
+            # now, because the next forward may be a compiled one, which cannot look
+            self._fastflow.index.permutation(self)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """As torch has it, without what no copy takes: FrEIA's lambdas, and the product of
+        reflections that a stock pass leaves behind.
+        """
+        state, held = self.__dict__.copy(), self._fastflow
+        for name in ("w_perm", "w_perm_inv"):
+            if isinstance(state.get(name), Tensor) and state[name].grad_fn:
+                state[name] = None
+        stand_ins: dict[str, Any] = {"global_scale_activation": Activation(held.activation)}
+        if getattr(getattr(self, "w_perm", None), "ndim", 0) == 1:
+            stand_ins["permute_function"] = _take_channels
+        stand_ins = {
+            name: stand_in
+            for name, stand_in in stand_ins.items()
+            if "<lambda>" in getattr(state.get(name), "__qualname__", "")
+            and held.seen.holds(name, state[name])
+        }
+        if stand_ins:
+            seen = held.seen.with_values(**stand_ins)
+            state |= {**stand_ins, "_fastflow": replace(held, seen=seen)}
+        return _new, (AcceleratedBlock, self.stock_type), state
+
+
+def _take_channels(x: Tensor, index: Tensor) -> Tensor:
+    """The permute_function of FrEIA's main branch for an index."""
+    return x[:, index]
+
+
+class AcceleratedChain(Reversible):
+    """What the class of a SequenceINN that was made reversible adds to its own."""
+
+    prefix = "Reversible"
+    stock_type: Any
+
+    def __getitem__(self, item: int | slice) -> Any:
+        """As the stock class has it; the chain of a slice is reversible, too."""
+        stock: Any = super()
+        part = stock.__getitem__(item)
+        if isinstance(item, slice):
+            make_reversible(part)
+            if isinstance(part, Reversible):
+                part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
+        return part
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _new, (AcceleratedChain, self.stock_type), self.__dict__.copy()
+
+
+# --- exchanging a class ---------------------------------------------------------------------------
+
+
+def hold(block: Any, maths: Maths, backend: str) -> None:
+    """Make a stock block an accelerated one; or renew what an accelerated one knows of itself."""
+    # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
+    if block.householder:
+        block.w_perm = block.w_perm_inv = None
+    held = Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
+    # now, because the first forward may be a compiled one, which cannot look
+    held.index.permutation(block)
+    block.__dict__["_fastflow"] = held
+    if not isinstance(block, AcceleratedBlock):
+        block.__class__ = _derived(AcceleratedBlock, type(block))
+
+
+def held_by(block: Any) -> Held:
+    """What an accelerated block knows beside its own attributes."""
+    held: Held = block._fastflow
+    return held
+
+
+def set_backend(block: Any, backend: str) -> None:
+    """Exchange the backend of an accelerated block."""
+    block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
+
+
+def make_reversible(chain: Any) -> tuple[bool, str] | None:
+    """Make a SequenceINN reversible: whether that was done, and why; None for another module."""
+    if isinstance(chain, Reversible):
+        return False, "is reversible already"
+    cls: type = type(chain)
+    bases = (base for base in cls.__mro__ if base.__name__ == SEQUENCE)
+    stock: Any = next((base for base in bases if "forward" in vars(base)), None)
+    if stock is None:
+        return None
+    if getattr(cls, "forward", None) is not stock.forward or "forward" in vars(chain):
+        return False, f"{cls.__name__} overrides forward"
+    try:
+        reversible = _derived(AcceleratedChain, cls)
+        is_alike = all(
+            _answers(cls, chain, rev) == _answers(reversible, chain, rev) for rev in (False, True)
+        )
+    except Exception as error:
+        return False, f"could not be probed: {type(error).__name__}: {error}"
+    if not is_alike:
+        return False, "it computes something else than FrEIA's SequenceINN"
+    chain.__class__ = reversible
+    return True, reversible_in_words(chain)
+
+
+def reversible_in_words(chain: Any) -> str:
+    """How many modules of a chain are reversible."""
+    count = sum(map(is_reversible, chain.module_list))
+    return f"{count} of its {len(chain.module_list)} modules are reconstructed in the backward pass"
+
+
+def can_be_restored(part: Any) -> bool:
+    """Whether the class of a changed block or chain is the one that accelerate gave it."""
+    return type(part) is _derived(_addition(part), part.stock_type)
+
+
+def give_back_class(part: Any) -> None:
+    """Give a changed block or chain its own class back."""
+    for attribute in _addition(part).own_attributes:
+        part.__dict__.pop(attribute, None)
+    part.__class__ = part.stock_type
+
+
+def _addition(part: Any) -> Any:
+    """What accelerate has added to the class of a block or chain."""
+    return AcceleratedBlock if isinstance(part, AcceleratedBlock) else AcceleratedChain
+
+
+@cache
+def _derived(addition: Any, cls: Any) -> Any:
+    """The subclass of a stock class that has what ``addition`` adds."""
+    attributes = {"__module__": __name__, "__doc__": cls.__doc__, "stock_type": cls}
+    return type(f"{addition.prefix}{cls.__name__}", (addition, cls), attributes)
+
+
+def _new(addition: type, cls: type) -> nn.Module:
+    """An empty instance, for pickle, which finds no class of :func:`_derived` by its name."""
+    derived = _derived(addition, cls)
+    instance: nn.Module = derived.__new__(derived)
+    return instance
+
+
+class _Step(nn.Module):
+    """A module of one number: x -> factor * x + c, with itself for a log-determinant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[tuple[Tensor], float]:
+        return (self.factor * x[0] + sum(c),), self.factor * (1 + 2 * rev + 4 * jac)
+
+
+def _answers(cls: type, chain: Any, rev: bool) -> list[float]:
+    """What a chain of two such modules, the second with a condition, returns as one of class
+    ``cls``.
+    """
+    probe = copy.copy(chain)
+    probe.__class__ = cls
+    probe.__dict__["_modules"] = {"module_list": nn.ModuleList([_Step(2.0), _Step(3.0)])}
+    probe.conditions, probe.force_tuple_output = [None, 1], False
+    y, log_det = probe.forward(
+        torch.ones(1), [torch.ones(1), torch.full((1,), 7.0)], rev=rev, jac=not rev
+    )
+    return [float(y), float(log_det)]

@@ -1,0 +1,169 @@
+"""A block, from its checked call to its result: the way of x in a straight line.
+
+:func:`~fastflow_kernels.route.choose_route` decides once; what follows asks nothing again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels import torch_private
+from fastflow_kernels.call import BlockCall, coefficients
+from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.dtypes import promoted
+from fastflow_kernels.engines import Engine, plain
+from fastflow_kernels.fork import fork, passive_half
+from fastflow_kernels.fused import Fused, fused_coupling
+from fastflow_kernels.layouts import in_layout, memory_format
+from fastflow_kernels.permutations import FusedPart, IndexPermutation, MatrixPermutation
+from fastflow_kernels.route import Route, choose_route
+
+
+def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
+    """Evaluate a block: split, coupling, global affine and permutation; or the inverse.
+
+    Returns:
+        The output (B, C, *S) in the promoted dtype of x, the coefficients and the parameters,
+        channels-last where x is; and the log-determinant (B,) in nats per sample, float64 for a
+        float64 output and float32 otherwise.
+
+    Raises:
+        RuntimeError: Backend "triton" cannot be honoured, or the subnet writes to its input.
+        InputTypeError, InputValueError: The subnet returns another shape, or no floating-point
+            tensor.
+    """
+    route = choose_route(call)
+    if route.engine is None:
+        return plain_inverse(call) if call.rev else plain_forward(call)
+    return _inverse(call, route, route.engine) if call.rev else _forward(call, route, route.engine)
+
+
+# --- plain operations -----------------------------------------------------------------------------
+
+
+def plain_forward(call: BlockCall) -> tuple[Tensor, Tensor]:
+    """The forward direction as ordinary differentiable operations."""
+    x = call.permutation.unpermute(call.x) if call.reverse_permutation else call.x
+    x1, x2 = plain.split(x)
+    a = coefficients(call, x1)
+    v, log_det = plain.forward(x1, x2, a, _coupling(call))
+    return _like(call.x, call.permutation.permute(v)), log_det
+
+
+def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
+    """The inverse as ordinary differentiable operations."""
+    v = call.permutation.unpermute(call.x)
+    u, scale = plain.invert_affine(v, _coupling(call))
+    u1, u2 = plain.split(u)
+    dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
+    a = coefficients(call, u1 if u1.dtype is dtype else u1.to(dtype))
+    x, log_det = plain.invert_coupling(u1, u2, a, scale, call.spec)
+    if a.dtype is not dtype or x.dtype is not dtype:
+        x = x.to(promoted(v, call.global_scale, a))
+    if call.reverse_permutation:
+        x = call.permutation.permute(x)
+    return _like(call.x, x), log_det
+
+
+def _coupling(call: BlockCall) -> Coupling:
+    return Coupling(call.global_scale, call.global_offset, call.spec)
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format of x; vmap knows none."""
+    if x.dim() < 4 or torch_private.is_transformed():
+        return y
+    return in_layout(y, memory_format(x))
+
+
+# --- an engine ------------------------------------------------------------------------------------
+
+
+def _forward(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
+    part = call.permutation.fused_part()
+    coupling = engine_coupling(call, route, part)
+    x = _before(call, route)
+    passive, x = fork(x, coupling.inv if coupling.reverse else None)
+    a = coefficients(call, for_subnet(passive, route))
+    fused = Fused(coupling, part.inner, part.outer, route.form, engine)
+    y, log_det = fused_coupling(x, a, fused)
+    if part.rest is not None:
+        y = part.rest.permute(y)
+    return in_layout(y, route.layout), log_det
+
+
+def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
+    form, permutation = route.form, call.permutation
+    part = index_part(call)
+    coupling = engine_coupling(call, route, part)
+    y = call.x.contiguous() if route.is_copied else call.x
+    if route.folds_affine:
+        x = v = _unpermuted_affine(call, coupling)
+    else:
+        v = y if part.perm is not None else permutation.unpermute(y)
+        x = form.give(engine.invert_passive(form.take(v), coupling), v)
+    passive = passive_half(x, coupling.inv if coupling.reverse else None)
+    a = coefficients(call, for_subnet(passive, route))
+    if promoted(x, a) is not x.dtype:
+        # the subnet widens: rare enough to start over with plain operations
+        u, scale = plain.invert_affine(permutation.unpermute(y), coupling)
+        x, log_det = plain.invert_coupling(*plain.split(u), a, scale, call.spec)
+        if call.reverse_permutation:
+            x = permutation.permute(x)
+        return in_layout(x, route.layout), log_det
+    log_det = engine.invert_active(form.take(v), form.take(x), form.take(a), coupling)
+    if route.permutes_first:
+        x = permutation.permute(x)
+    return in_layout(x, route.layout), form.per_sample(log_det, call.x)
+
+
+def engine_coupling(call: BlockCall, route: Route, part: FusedPart) -> Coupling:
+    """What the engine is given beside x and the coefficients."""
+    return Coupling(
+        call.global_scale.contiguous(),  # a parametrization may expand them
+        call.global_offset.contiguous(),
+        call.spec,
+        part.perm,
+        part.inv,
+        route.reads_index,
+        route.form.rows_per_sample(call.x),
+    )
+
+
+def index_part(call: BlockCall) -> FusedPart:
+    """The part of the permutation that an inverse takes along: an index."""
+    permutation = call.permutation
+    return permutation.fused_part() if isinstance(permutation, IndexPermutation) else FusedPart()
+
+
+def for_subnet(passive: Tensor, route: Route) -> Tensor:
+    """The passive half in the layout of the block's input, of which the engine has a copy.
+
+    A convolution rounds otherwise in each layout, and the stock block's runs in that of its input.
+    """
+    if not route.is_copied or route.layout is torch.contiguous_format:
+        return passive
+    # contiguous() would leave a single channel of a single sample as it is
+    return passive.clone(memory_format=route.layout)
+
+
+def _before(call: BlockCall, route: Route) -> Tensor:
+    """x as the coupling reads it."""
+    x = call.x.contiguous() if route.is_copied else call.x
+    if not route.permutes_first:
+        return x
+    # in the layout of x, which is not the result's where x is a contiguous copy
+    return in_layout(call.permutation.unpermute(x), memory_format(x))
+
+
+def _unpermuted_affine(call: BlockCall, coupling: Coupling) -> Tensor:
+    """u = (w^-1 y - offset) / scale as one product with a bias, in the layout of y."""
+    assert isinstance(call.permutation, MatrixPermutation)  # the route says so
+    scale = None
+    if not call.spec.gin:
+        scale = plain.activated(coupling.global_scale, call.spec.activation)
+    # so that it counts its versions: a subnet that writes to its input is noticed
+    with torch.inference_mode(False), torch.no_grad():
+        u = call.permutation.unpermute_affine(call.x, scale, coupling.global_offset)
+    return u.contiguous(memory_format=memory_format(call.x))

@@ -1,0 +1,125 @@
+"""Reading a stored permutation: both layouts of the stock blocks load into either dialect."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels.index_cache import hard_index
+from fastflow_kernels.permutations import one_hot
+
+
+class HeldPermutation(NamedTuple):
+    """In which form a block holds its permutation.
+
+    Attributes:
+        names: Of its parameters in the state dict: ("w_perm", "w_perm_inv"), or ("w_0",).
+        shape: (C, C), or (C, C, 1, ...) with as many ones as there are spatial dimensions.
+        dtype: Of a matrix.
+        is_index: Whether it is an int64 index (C,) instead.
+        warns_of_index: Whether a stored index tells that another clamp formula was meant.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_index: bool
+    warns_of_index: bool
+
+
+def read_permutations(
+    state_dict: Mapping[str, Any], prefix: str, held: HeldPermutation
+) -> dict[str, Tensor]:
+    """The stored permutations by their names, in the form that the block holds.
+
+    Raises:
+        RuntimeError: One of them is no tensor, of another shape, or not a permutation where the
+            block holds an index. It is raised at once, so that the subnet stays as it is, too.
+
+    Warns:
+        UserWarning: The stored matrices are not each other's inverse, one is not a rotation, or an
+            index was stored by a block with another clamp formula.
+    """
+    stored = {name: state_dict[prefix + name] for name in held.names if prefix + name in state_dict}
+    for name, w in stored.items():
+        if not isinstance(w, Tensor):
+            raise RuntimeError(f"expected {prefix}{name} to be a tensor, got {type(w).__name__}")
+    read = {name: _read(prefix + name, w, held) for name, w in stored.items()}
+    if len(read) == 2 and not _are_inverse(*read.values()):
+        warnings.warn(
+            f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm: the block's inverse will "
+            "not undo it",
+            stacklevel=3,
+        )
+    if held.warns_of_index and any(w.dim() == 1 for w in stored.values()):
+        warnings.warn(
+            f"{prefix}w_perm is stored as an index, as in FrEIA's main branch, which computes "
+            "tanh(0.1 a / clamp); this block is of dialect 'anomalib', tanh(0.1 a). Build it with "
+            "dialect='freia' to get the results of the block that was saved.",
+            stacklevel=3,
+        )
+    return read
+
+
+def inverse_of(w: Tensor) -> Tensor:
+    """The inverse of a permutation as a block holds it: of an index, or of a matrix from SO(C)."""
+    return torch.argsort(w) if w.dim() == 1 else w.transpose(0, 1)
+
+
+def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
+    """A stored permutation, index or matrix, in the form that the block holds."""
+    channels = held.shape[0]
+    if w.dim() == 1:
+        if (
+            w.numel() != channels
+            or w.is_floating_point()
+            or not torch.equal(w.sort().values, torch.arange(channels, device=w.device))
+        ):
+            shape = tuple(w.shape)
+            raise _refused(f"{key} of shape {shape} is not a permutation of {channels} channels")
+        return w.long() if held.is_index else one_hot(w.long(), held.dtype).view(held.shape)
+    if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
+        expected = f"({channels},) or ({channels}, {channels})"
+        raise _refused(f"{key} has shape {tuple(w.shape)}, expected {expected}")
+    if not w.is_floating_point():
+        w = w.to(held.dtype)  # copy_ would convert it, too
+    matrix = w.reshape(channels, channels)
+    index = hard_index(matrix)
+    if held.is_index:
+        if index is None:
+            raise _refused(
+                f"{key} is not a permutation matrix",
+                ". For a rotation build the block with permute_soft=True.",
+            )
+        return index
+    if index is None:
+        _warn_unless_rotation(key, matrix)
+    return w.reshape(held.shape)
+
+
+def _warn_unless_rotation(key: str, matrix: Tensor) -> None:
+    """The stock blocks load any matrix, and multiply by it."""
+    identity = torch.eye(matrix.shape[0], device=matrix.device)
+    error = (matrix.float() @ matrix.float().T - identity).abs().max()
+    if not error < 0.02:  # a rotation rounded to bfloat16 is orthogonal to about 2^-8
+        warnings.warn(
+            f"{key} is not a rotation: w w^T differs from the identity by {error:.2g}. The block "
+            "computes with it as the stock block does, which leaves it out of the log-determinant.",
+            stacklevel=5,
+        )
+
+
+def _refused(reason: str, advice: str = "") -> RuntimeError:
+    return RuntimeError(
+        f"cannot load the permutation: {reason}; nothing was loaded into this block{advice}"
+    )
+
+
+def _are_inverse(w: Tensor, w_inv: Tensor) -> bool:
+    if w.dim() == 1:
+        return torch.equal(torch.argsort(w), w_inv)
+    return torch.allclose(w.transpose(0, 1).float(), w_inv.float(), atol=1e-5)

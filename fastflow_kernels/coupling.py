@@ -1,0 +1,102 @@
+"""The values that travel from a block to an engine: what one coupling computes, and with what."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+DIALECTS = ("anomalib", "freia")
+ACTIVATIONS = ("SIGMOID", "SOFTPLUS", "EXP")
+
+
+class CouplingSpec(NamedTuple):
+    """The constants of a coupling.
+
+    With ``a = subnet(x1)`` split into halves ``(a_s, a_t)``::
+
+        s = clamp * tanh(tanh_scale * a_s)          (minus its mean per sample if gin)
+        u = cat(x1, x2 * exp(s) + 0.1 * a_t)
+        v = u * scale + offset                      scale = activation(global_scale); 1 if gin
+
+    Attributes:
+        clamp: Bound of ``|s|``; 0 makes the coupling additive.
+        tanh_scale: Factor on ``a_s`` inside the tanh: 0.1 (dialect "anomalib") or 0.1 / clamp
+            (dialect "freia").
+        activation: ``"SIGMOID"`` (10 * sigmoid(g - 2)), ``"SOFTPLUS"`` (0.1 * softplus(g,
+            beta=0.5)) or ``"EXP"``.
+        gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
+    """
+
+    clamp: float
+    tanh_scale: float
+    activation: str
+    gin: bool
+
+    @classmethod
+    def of(cls, clamp: Any, dialect: str, activation: str, gin: bool) -> CouplingSpec:
+        """Build a spec from the block's options, which are validated already.
+
+        Args:
+            clamp: A number; the plain operations also take a tensor.
+            dialect: "anomalib" or "freia".
+            activation: See the class.
+            gin: See the class.
+        """
+        if type(clamp) is not float and isinstance(clamp, Real):
+            clamp = float(clamp)  # a number of NumPy's would keep its precision in the quotient
+        return cls(clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
+
+
+class Coupling(NamedTuple):
+    """What an engine is given beside x (B, C, *S) and the coefficients a (B, 2*C2, *S).
+
+    Attributes:
+        global_scale: C elements, before the activation.
+        global_offset: C elements.
+        spec: The constants.
+        perm: int64 (C,): y[:, j] = v[:, perm[j]]; None for the identity.
+        inv: argsort(perm), or None.
+        reverse: The permutation is inverted ahead of the coupling: the engine then reads x through
+            ``inv`` too, and writes its gradient, or the inverse, so. Triton only.
+        rows_per_sample: Rows of x that belong to one sample: the pixels of a channels-last image
+            that the engine is given as rows. GIN's mean and the gradient of the log-determinant
+            are per sample.
+    """
+
+    global_scale: Tensor
+    global_offset: Tensor
+    spec: CouplingSpec
+    perm: Tensor | None = None
+    inv: Tensor | None = None
+    reverse: bool = False
+    rows_per_sample: int = 1
+
+
+class OutputGrads(NamedTuple):
+    """Gradients of a coupling's two results.
+
+    Attributes:
+        y: (B, C, *S).
+        log_det: (samples,), or None.
+    """
+
+    y: Tensor
+    log_det: Tensor | None
+
+
+class CouplingGrads(NamedTuple):
+    """Gradients of a coupling's operands, each in the shape and dtype of its tensor.
+
+    Attributes:
+        x: (B, C, *S).
+        a: (B, 2*C2, *S).
+        global_scale: C elements; None unless wanted, and for GIN.
+        global_offset: C elements; None unless wanted.
+    """
+
+    x: Tensor
+    a: Tensor
+    global_scale: Tensor | None
+    global_offset: Tensor | None

@@ -1,0 +1,39 @@
+"""Numbers as operands: 0-dimensional tensors, which are cheaper than Python numbers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels import torch_private
+
+
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-dimensional tensor on the CPU, kept for later calls.
+
+    As an operand it costs 1.5 us less than a Python number, which every call wraps anew. Operands
+    without dimensions may lie on the CPU beside tensors on any device.
+    """
+    return _new(value, dtype) if torch_private.is_watched() else _kept(value, dtype)
+
+
+def constant_like(value: Any, like: Tensor) -> Any:
+    """A constant as above for plain operations; the number itself where operations are recorded.
+
+    A value that is a tensor already, such as a clamp that learns, stays what it is.
+    """
+    if type(value) is not float or torch_private.is_traced():
+        return value
+    return constant(value, like.dtype)
+
+
+def _new(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+# A coupling needs about ten. Bounded, because a clamp may change in every step.
+_kept = lru_cache(maxsize=128)(_new)

@@ -1,0 +1,254 @@
+"""The backward on a GPU: the gradients in one pass over memory, which also writes the active half of
+the inverse for chains that keep no activations. Notation: see
+:mod:`~fastflow_kernels.engines.triton.forward`.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
+from fastflow_kernels.engines.triton import plan
+from fastflow_kernels.engines.triton.inverse import write_active
+from fastflow_kernels.engines.triton.launch import (
+    Launch,
+    Operands,
+    Prepared,
+    aligned,
+    empty_of,
+    empty_partials,
+    key_of,
+    on_its_device,
+    values_of,
+    with_packed_samples,
+)
+from fastflow_kernels.engines.triton.math import exp_of_factor, product, tanh_of_factor
+from fastflow_kernels.engines.triton.sums import prepare_gin_sums, prepare_params
+from fastflow_kernels.engines.triton.tiles import columns, index, inverse_scale, load, scale, total
+
+
+@triton.jit
+def _coupling_bwd_kernel(
+    y_ptr, dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr,
+    dx_ptr, da_ptr, part_ptr,
+    B, P, stride_xb, stride_ab, stride_l,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """With dv = dy[:, inv] and du = dv * scale, and s, u computed again:
+
+        dx = cat(du1, du2 * exp(s)),  da_t = 0.1 * du2,  da_s = (du2 * x2 * exp(s) + dlogdet) *
+        clamp * tanh_scale * (1 - tanh**2)
+
+    and per channel the sums of dv (for offset) and dv * u (for scale). GIN: no dlogdet; du2 * x2 *
+    exp(s) less its mean per sample. With REVERSE x1, x2 are those of x[:, inv], and dx lies as x
+    does. With INVERT, which GIN does not take, x2 is not read but written: u2 = (y[:, inv[C1:]] -
+    offset) / scale, x2 * exp(s) = u2 - 0.1 * a_t.
+
+    Program: one tile of channel pairs, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and the
+    strides of x and a come divided by ALIGN.
+
+    y_ptr: (B, C, P) contiguous with INVERT, otherwise None.
+    dy_ptr: (B, C, P) contiguous.
+    dlogdet_ptr: (B,) with stride_l, or None.
+    x_ptr: (B, C, P), stride_xb between samples; with INVERT contiguous, x2 is out.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr: (C,).
+    offset_ptr: (C,) with INVERT, otherwise None.
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (2, B, PARTS), partial sums of s and of dv2 * x2 * exp(s) before the mean is taken off
+    s (GIN); or None.
+    dx_ptr: (B, C, P) contiguous, out.
+    da_ptr: (B, 2*C2, P) contiguous, out.
+    part_ptr: (2, groups, C), out: sums of dv and of dv * u, the latter not for ACTIVATION = None
+    (GIN); or None.
+    """
+    if not ROWS:
+        P = P * ALIGN
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    CHANNEL_TILES: tl.constexpr = (C1 + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    group = tl.program_id(0) // CHANNEL_TILES
+    c = (tl.program_id(0) % CHANNEL_TILES) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_passive = c < C1
+    is_active = c < C2
+    j1 = index(inv_ptr, c, is_passive)[:, None]
+    j2 = index(inv_ptr, C1 + c, is_active)[:, None]
+    scale1 = scale(g_ptr, c, is_passive, ACTIVATION, ACC_DTYPE)[:, None]
+    scale2 = scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None]
+    if INVERT:
+        factor2, boost2 = inverse_scale(scale2)
+        offset2 = load(offset_ptr + C1 + c, is_active, ACC_DTYPE)[:, None]
+    doffset1 = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
+    doffset2 = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
+    dscale1 = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
+    dscale2 = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
+    for i in range(TILES_PER_PROGRAM):
+        b, p, mask_columns = columns(group * TILES_PER_PROGRAM + i, B, P, BLOCK_COLUMNS, ROWS)
+        mask_passive = is_passive[:, None] & mask_columns
+        mask_active = is_active[:, None] & mask_columns
+        offs = c[:, None] * P + p
+        offs_y1 = j1 * P + p
+        offs_y2 = j2 * P + p
+        offs_x1 = offs_y1 if REVERSE else offs
+        offs_x2 = offs_y2 if REVERSE else C1 * P + offs
+        dy_sample_ptr = dy_ptr + b * C * P
+        if INVERT:
+            x_sample_ptr = x_ptr + b * C * P
+        else:
+            x_sample_ptr = x_ptr + b * stride_xb * ALIGN
+        a_tile_ptr = a_ptr + b * stride_ab * ALIGN + offs
+        dx_sample_ptr = dx_ptr + b * C * P
+        da_tile_ptr = da_ptr + b * (2 * C2) * P + offs
+
+        a_s = load(a_tile_ptr, mask_active, ACC_DTYPE)
+        if INVERT:
+            a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
+            y2 = load(y_ptr + b * C * P + offs_y2, mask_active, ACC_DTYPE)
+        else:
+            x2 = load(x_sample_ptr + offs_x2, mask_active, ACC_DTYPE)
+        dv2 = load(dy_sample_ptr + offs_y2, mask_active, ACC_DTYPE)
+        dv1 = load(dy_sample_ptr + offs_y1, mask_passive, ACC_DTYPE)
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
+        s = CLAMP * t
+        if sums_ptr is not None:
+            mean = total(sums_ptr, b, B, PARTS) / (C2 * P)
+            s -= mean
+        if INVERT:
+            u2 = (y2 - offset2) * factor2 * boost2
+            x2_e = u2 - 0.1 * a_t
+            tl.store(x_sample_ptr + offs_x2, x2_e * exp_of_factor(-s, CLAMP), mask=mask_active)
+        else:
+            e = exp_of_factor(s, CLAMP)
+            x2_e = x2 * e
+        ds = tl.zeros((1, 1), ACC_DTYPE)
+        if sums_ptr is not None:
+            # the sum was taken with exp(s + mean), and before the scale, which is 1
+            sum_h = total(sums_ptr + B * PARTS, b, B, PARTS)
+            ds -= sum_h * exp_of_factor(-mean, CLAMP) / (C2 * P)
+        if dlogdet_ptr is not None:
+            ds += load(dlogdet_ptr + b * stride_l, b < B, ACC_DTYPE)
+        if INVERT:
+            e = exp_of_factor(s, CLAMP)
+        du2 = dv2 * scale2
+        tl.store(dx_sample_ptr + offs_x1, dv1 * scale1, mask=mask_passive)
+        tl.store(dx_sample_ptr + offs_x2, du2 * e, mask=mask_active)
+        tl.store(da_tile_ptr + C2 * P, 0.1 * du2, mask=mask_active)
+        da_s = (du2 * x2_e + ds) * (CLAMP * TANH_SCALE * (1.0 - t * t))
+        tl.store(da_tile_ptr, da_s, mask=mask_active)
+        if part_ptr is not None:
+            doffset1 += tl.sum(dv1, axis=1)
+            doffset2 += tl.sum(dv2, axis=1)
+            if ACTIVATION is not None:
+                x1 = load(x_sample_ptr + offs_x1, mask_passive, ACC_DTYPE)
+                if not INVERT:
+                    a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
+                dscale1 += tl.sum(product(dv1, x1), axis=1)
+                if not INVERT:
+                    u2 = x2_e + 0.1 * a_t
+                dscale2 += tl.sum(product(dv2, u2), axis=1)
+    if part_ptr is not None:
+        part_ptr += group.to(tl.int64) * C + c
+        tl.store(part_ptr, doffset1, mask=is_passive)
+        tl.store(part_ptr + C1, doffset2, mask=is_active)
+        if ACTIVATION is not None:
+            part_ptr += (tl.num_programs(0) // CHANNEL_TILES).to(tl.int64) * C
+            tl.store(part_ptr, dscale1, mask=is_passive)
+            tl.store(part_ptr + C1, dscale2, mask=is_active)
+
+
+@lru_cache(maxsize=1024)
+def _prepare(*key: Any) -> Prepared:
+    operands = Operands(*key)
+    dtype, acc_dtype = operands.dtype, operands.acc_dtype
+    stride_xb, stride_ab, stride_l = operands.strides
+    has_y = operands.dtypes[1] is not None
+    gin_sums = prepare_gin_sums(operands, stride_ab, stride_xb)
+    # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the
+    # tile and not the width of an access
+    tiles = operands.plan(
+        operands.passive_channels,
+        acc_dtype.itemsize,
+        plan.BACKWARD_ROWS,
+        plan.COLUMNS_WITH_SUMS if operands.want_params else plan.COLUMNS,
+    )
+    values = values_of(operands, tiles, stride_xb=None if has_y else stride_xb, stride_ab=stride_ab)
+    values |= {
+        # the gradient of each row is in a new tensor where rows make a sample
+        "stride_l": stride_l if operands.rows_per_sample == 1 else 1,
+        "INVERT": has_y,
+        "PARTS": 1 if gin_sums is None else gin_sums.shape[-1],
+    }
+    launch = Launch(_coupling_bwd_kernel, tiles.programs, tiles.warps, values)
+    if not operands.want_params:
+        return Prepared(dtype, acc_dtype, launch, gin_sums)
+    partials = (1 if operands.spec.gin else 2, tiles.groups, operands.channels)
+    finish = prepare_params(operands, tiles.groups, stride_l)
+    return Prepared(dtype, acc_dtype, launch, gin_sums, partials, finish)
+
+
+@on_its_device
+def backward(
+    x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+) -> CouplingGrads:
+    """See :class:`~fastflow_kernels.engines.Engine`; the gradients are contiguous."""
+    return _backward(None, x, a, grads, coupling, want_params)
+
+
+@on_its_device
+def invert_and_backward(
+    y: Tensor, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+) -> CouplingGrads:
+    """See :class:`~fastflow_kernels.engines.Engine`; the gradients are contiguous."""
+    if coupling.spec.gin:  # its means would have to be taken first, and then everything read again
+        write_active(y, x, a, coupling)
+        return _backward(None, x, a, grads, coupling, want_params)
+    return _backward(y.contiguous(), x, a, grads, coupling, want_params)
+
+
+def _backward(
+    y: Tensor | None,
+    x: Tensor,
+    a: Tensor,
+    grads: OutputGrads,
+    coupling: Coupling,
+    want_params: bool,
+) -> CouplingGrads:
+    """The gradients; with y the active channels of x are written too."""
+    global_scale, global_offset, spec, _, inv, _, rows_per_sample = coupling
+    a, dy = with_packed_samples(a), grads.y.contiguous()
+    log_det = None if spec.gin else grads.log_det
+    log_det_of_rows = log_det
+    if log_det is not None and rows_per_sample > 1:
+        log_det_of_rows = log_det.repeat_interleave(rows_per_sample)
+    prepared = _prepare(
+        *key_of(
+            x,
+            coupling,
+            (x.dtype, None if y is None else y.dtype, a.dtype),
+            (x.stride(0), a.stride(0), 0 if log_det is None else log_det.stride(0)),
+            (dy.dtype, None if log_det is None else log_det.dtype),
+            want_params,
+        )
+    )
+    is_aligned = aligned(y, x, a, dy, log_det, log_det_of_rows, global_scale, global_offset, inv)
+    dx, da = empty_of(x, x.dtype), empty_of(a, a.dtype)
+    sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, dy, x, inv)
+    partials = empty_partials(prepared, x.device)
+    offset = None if y is None else global_offset
+    prepared.launch(
+        is_aligned, y, dy, log_det_of_rows, x, a, global_scale, offset, inv, sums,
+        dx, da, partials,
+    )  # fmt: skip
+    if prepared.finish is None:
+        return CouplingGrads(dx, da, None, None)
+    dg = None if spec.gin else torch.empty_like(global_scale)
+    doffset = torch.empty_like(global_offset)
+    prepared.finish(is_aligned, partials, log_det, global_scale, dg, doffset)
+    return CouplingGrads(dx, da, dg, doffset)

@@ -1,0 +1,204 @@
+"""The forward on a GPU: one pass over memory for coupling, global affine and permutation.
+
+Notation of all kernels, as in :class:`~fastflow_kernels.coupling.CouplingSpec`: x (B, C, *S), C1 =
+C - C//2 passive and C2 = C//2 active channels, a (B, 2*C2, *S) the halves (a_s, a_t), P = prod(S),
+y[:, j] = v[:, perm[j]], inv = argsort(perm).
+
+Every kernel walks channel pairs (c, C1 + c) and finds the permuted channel of each through ``inv``,
+except the forward on rows: there scattered stores of single values would be slow, and values are
+gathered through ``perm`` instead.
+
+Constants are constexpr: a Python float that arrives as an argument is float32 on the device and
+would spoil float64.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.engines.triton import plan
+from fastflow_kernels.engines.triton.launch import (
+    Launch,
+    Operands,
+    Prepared,
+    aligned,
+    empty_of,
+    empty_partials,
+    key_of,
+    on_its_device,
+    values_of,
+    with_packed_samples,
+)
+from fastflow_kernels.engines.triton.math import exp_of_factor, tanh_of_factor
+from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, prepare_log_det
+from fastflow_kernels.engines.triton.tiles import (
+    columns,
+    index,
+    load,
+    log_scale_sum,
+    scale,
+    total,
+)
+
+
+@triton.jit
+def _coupling_fwd_kernel(
+    x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr,
+    B, P, stride_xb, stride_ab,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """y[:, inv] = u * scale + offset, u = cat(x1, x2 * exp(s) + 0.1 * a_t), s = clamp *
+    tanh(tanh_scale * a_s).
+
+    With REVERSE x1, x2 are those of x[:, inv]: then a channel of y depends on that channel of x.
+
+    Program: one tile of channel pairs by pixels of one sample. P and the strides come divided by
+    ALIGN.
+
+    x_ptr: (B, C, P), stride_xb between samples.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (B, PARTS), partial sums of s per sample, whose mean is taken off s (GIN); or None.
+    y_ptr: (B, C, P) contiguous, out.
+    part_ptr: (B, programs per sample) sums of s, out; or None.
+    """
+    P = P * ALIGN
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    CHANNEL_TILES: tl.constexpr = (C1 + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    program = tl.program_id(0)
+    b, p, mask_columns = columns(program // CHANNEL_TILES, B, P, BLOCK_COLUMNS, False)
+    c = (program % CHANNEL_TILES) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_passive = c < C1
+    is_active = c < C2
+    mask_passive = is_passive[:, None] & mask_columns
+    mask_active = is_active[:, None] & mask_columns
+    x_ptr += b * stride_xb * ALIGN
+    a_ptr += b * stride_ab * ALIGN
+    y_ptr += b * C * P
+    offs = c[:, None] * P + p
+    offs_y1 = index(inv_ptr, c, is_passive)[:, None] * P + p
+    offs_y2 = index(inv_ptr, C1 + c, is_active)[:, None] * P + p
+
+    a_s = load(a_ptr + offs, mask_active, ACC_DTYPE)
+    a_t = load(a_ptr + C2 * P + offs, mask_active, ACC_DTYPE)
+    x2 = load(x_ptr + (offs_y2 if REVERSE else C1 * P + offs), mask_active, ACC_DTYPE)
+    x1 = load(x_ptr + (offs_y1 if REVERSE else offs), mask_passive, ACC_DTYPE)
+    y1 = (
+        x1 * scale(g_ptr, c, is_passive, ACTIVATION, ACC_DTYPE)[:, None]
+        + load(offset_ptr + c, is_passive, ACC_DTYPE)[:, None]
+    )
+    tl.store(y_ptr + offs_y1, y1, mask=mask_passive)
+    t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
+    s = CLAMP * t
+    if part_ptr is not None:
+        tl.store(part_ptr + program, CLAMP * tl.sum(t))
+    if sums_ptr is not None:
+        s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
+    u2 = x2 * exp_of_factor(s, CLAMP) + 0.1 * a_t
+    y2 = (
+        u2 * scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None]
+        + load(offset_ptr + C1 + c, is_active, ACC_DTYPE)[:, None]
+    )
+    tl.store(y_ptr + offs_y2, y2, mask=mask_active)
+
+
+@triton.jit
+def _coupling_rows_fwd_kernel(
+    x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr,
+    B, stride_xb, stride_ab,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The same for one pixel, P = 1, gathering each output channel's input through perm; with the
+    log-determinant.
+
+    Program: TILES_PER_PROGRAM tiles of all channels by samples. The strides come divided by ALIGN.
+
+    x_ptr: (B, C), stride_xb between samples.
+    a_ptr: (B, 2*C2), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    perm_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (B,), sum of s per sample, whose mean is taken off s (GIN); or None.
+    y_ptr: (B, C) contiguous, out.
+    logdet_ptr: (B,), out; or None.
+    """
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    j = tl.arange(0, BLOCK_CHANNELS)
+    is_channel = j < C
+    c = index(perm_ptr, j, is_channel)
+    is_active = is_channel & (c >= C1)
+    factor = scale(g_ptr, c, is_channel, ACTIVATION, ACC_DTYPE)[:, None]
+    offset = load(offset_ptr + c, is_channel, ACC_DTYPE)[:, None]
+    if logdet_ptr is not None:
+        log_scale = log_scale_sum(g_ptr, c, is_channel, ACTIVATION, ACC_DTYPE)
+    for i in range(TILES_PER_PROGRAM):
+        tile = tl.program_id(0) * TILES_PER_PROGRAM + i
+        b, _, mask_columns = columns(tile, B, 1, BLOCK_COLUMNS, True)
+        mask = is_channel[:, None] & mask_columns
+        mask_active = is_active[:, None] & mask_columns
+        offs_a = b * stride_ab * ALIGN + (c[:, None] - C1)
+        a_s = load(a_ptr + offs_a, mask_active, ACC_DTYPE)
+        a_t = load(a_ptr + offs_a + C2, mask_active, ACC_DTYPE)
+        offs_x = b * stride_xb * ALIGN + (j if REVERSE else c)[:, None]
+        x = load(x_ptr + offs_x, mask, ACC_DTYPE)
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
+        s = CLAMP * t  # 0 for passive channels, so that u = x there
+        if logdet_ptr is not None:
+            log_det = CLAMP * tl.sum(t, axis=0, keep_dims=True) + log_scale
+            tl.store(logdet_ptr + b, log_det, mask=mask_columns)
+        if sums_ptr is not None:
+            s = tl.where(mask_active, s - total(sums_ptr, b, B, 1) / C2, 0.0)
+        y = (x * exp_of_factor(s, CLAMP) + 0.1 * a_t) * factor + offset
+        tl.store(y_ptr + b * C + j[:, None], y, mask=mask)
+
+
+@lru_cache(maxsize=1024)
+def _prepare(*key: Any) -> Prepared:
+    operands = Operands(*key)
+    dtype, acc_dtype, pixels = operands.dtype, operands.acc_dtype, operands.pixels
+    stride_xb, stride_ab = operands.strides
+    gin_sums = prepare_gin_sums(operands, stride_ab)
+    is_affine = not operands.spec.gin
+    if operands.is_rows:
+        tiles = operands.plan(operands.channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
+        values = values_of(operands, tiles, stride_xb=stride_xb, stride_ab=stride_ab)
+        launch = Launch(_coupling_rows_fwd_kernel, tiles.programs, tiles.warps, values)
+        partials = (operands.batch,) if is_affine else None
+        return Prepared(dtype, acc_dtype, launch, gin_sums, partials)
+    tiles = plan.make_plan(
+        operands.passive_channels, operands.batch, pixels, dtype.itemsize, rows=None
+    )
+    values = values_of(operands, tiles, stride_xb=stride_xb, stride_ab=stride_ab)
+    values["PARTS"] = 1 if gin_sums is None else gin_sums.shape[-1]
+    launch = Launch(_coupling_fwd_kernel, tiles.programs, tiles.warps, values)
+    if not is_affine:
+        return Prepared(dtype, acc_dtype, launch, gin_sums)
+    count = tiles.programs // operands.batch
+    finish = prepare_log_det(operands, count, sign=1.0)
+    return Prepared(dtype, acc_dtype, launch, None, (operands.batch, count), finish)
+
+
+@on_its_device
+def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    """See :class:`~fastflow_kernels.engines.Engine`; y is contiguous."""
+    global_scale, offset, _, perm, inv, _, _ = coupling
+    a = with_packed_samples(a)
+    prepared = _prepare(*key_of(x, coupling, (x.dtype, a.dtype), (x.stride(0), a.stride(0))))
+    channels = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
+    is_aligned = aligned(x, a, global_scale, offset, channels)
+    y = empty_of(x, prepared.dtype)
+    sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
+    partials = empty_partials(prepared, x.device)
+    prepared.launch(is_aligned, x, a, global_scale, offset, channels, sums, y, partials)
+    return y, log_det_of(prepared, is_aligned, x, global_scale, sums, partials)

@@ -1,0 +1,219 @@
+"""The inverse on a GPU, in two passes: the passive channels, which the subnet needs, and then the
+active ones. Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.engines.triton import plan
+from fastflow_kernels.engines.triton.launch import (
+    Launch,
+    Operands,
+    Prepared,
+    aligned,
+    empty_of,
+    empty_partials,
+    key_of,
+    on_its_device,
+    values_of,
+    with_packed_samples,
+)
+from fastflow_kernels.engines.triton.math import exp_of_factor, tanh_of_factor
+from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, prepare_log_det
+from fastflow_kernels.engines.triton.tiles import (
+    columns,
+    index,
+    inverse_scale,
+    load,
+    log_scale_sum,
+    scale,
+    total,
+)
+
+
+@triton.jit
+def _coupling_inv_passive_kernel(
+    y_ptr, g_ptr, offset_ptr, inv_ptr, x_ptr,
+    B, P, stride_yb,
+    C: tl.constexpr, ACTIVATION: tl.constexpr, REVERSE: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with REVERSE in the channels inv[:C1] of x.
+
+    Program: one tile of passive channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
+    the stride come divided by ALIGN.
+
+    y_ptr: (B, C, P), stride_yb between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    x_ptr: (B, C, P) contiguous, out.
+    """
+    if not ROWS:
+        P = P * ALIGN
+    C1: tl.constexpr = C - C // 2
+    CHANNEL_TILES: tl.constexpr = (C1 + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    group = tl.program_id(0) // CHANNEL_TILES
+    c = (tl.program_id(0) % CHANNEL_TILES) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_passive = c < C1
+    j = index(inv_ptr, c, is_passive)[:, None]
+    factor, boost = inverse_scale(scale(g_ptr, c, is_passive, ACTIVATION, ACC_DTYPE)[:, None])
+    offset = load(offset_ptr + c, is_passive, ACC_DTYPE)[:, None]
+    for i in range(TILES_PER_PROGRAM):
+        b, p, mask_columns = columns(group * TILES_PER_PROGRAM + i, B, P, BLOCK_COLUMNS, ROWS)
+        mask_passive = is_passive[:, None] & mask_columns
+        offs_y = j * P + p
+        offs_x = offs_y if REVERSE else c[:, None] * P + p
+        y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_passive, ACC_DTYPE)
+        tl.store(x_ptr + b * C * P + offs_x, (y - offset) * factor * boost, mask=mask_passive)
+
+
+@triton.jit
+def _coupling_inv_active_kernel(
+    y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr,
+    B, P, stride_yb, stride_ab,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    REVERSE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward;
+    with REVERSE in the channels inv[C1:] of x.
+
+    Program: one tile of active channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
+    the strides come divided by ALIGN.
+
+    y_ptr: (B, C, P), stride_yb between samples.
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    g_ptr, offset_ptr: (C,).
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (B, PARTS), partial sums of s per sample, whose mean is taken off s (GIN); or None.
+    x_ptr: (B, C, P) contiguous, out.
+    logdet_ptr: out. ROWS: (B,), the log-determinant -(sum of s + sum of log(scale)). Otherwise (B,
+    programs per sample), sums of s. Or None.
+    """
+    if not ROWS:
+        P = P * ALIGN
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    CHANNEL_TILES: tl.constexpr = max(1, (C2 + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS)
+    group = tl.program_id(0) // CHANNEL_TILES
+    channel_tile = tl.program_id(0) % CHANNEL_TILES
+    c = channel_tile * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_active = c < C2
+    j = index(inv_ptr, C1 + c, is_active)[:, None]
+    factor, boost = inverse_scale(scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None])
+    offset = load(offset_ptr + C1 + c, is_active, ACC_DTYPE)[:, None]
+    if ROWS and logdet_ptr is not None:
+        # one more passive channel than active ones where C is odd: the last
+        log_scale = log_scale_sum(g_ptr, c, is_active, ACTIVATION, ACC_DTYPE) + log_scale_sum(
+            g_ptr, C2 + c, c < C1, ACTIVATION, ACC_DTYPE
+        )
+    for i in range(TILES_PER_PROGRAM):
+        tile = group * TILES_PER_PROGRAM + i
+        b, p, mask_columns = columns(tile, B, P, BLOCK_COLUMNS, ROWS)
+        mask_active = is_active[:, None] & mask_columns
+        offs = c[:, None] * P + p
+        a_tile_ptr = a_ptr + b * stride_ab * ALIGN + offs
+        a_s = load(a_tile_ptr, mask_active, ACC_DTYPE)
+        a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
+        offs_y = j * P + p
+        offs_x = offs_y if REVERSE else C1 * P + offs
+        y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_active, ACC_DTYPE)
+        # Keeps the loads together: ptxas 12.8 would put half of them off until the others were
+        # used, 36.6 us for a minimum of 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).
+        tl.debug_barrier()
+        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
+        s = CLAMP * t
+        if logdet_ptr is not None:
+            if ROWS:
+                log_det = -(CLAMP * tl.sum(t, axis=0, keep_dims=True) + log_scale)
+                tl.store(logdet_ptr + b, log_det, mask=mask_columns)
+            else:
+                sum_s = CLAMP * tl.sum(t)
+                tl.store(logdet_ptr + (tile * CHANNEL_TILES + channel_tile), sum_s, mask=b < B)
+        if sums_ptr is not None:
+            s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
+        x = ((y - offset) * factor * boost - 0.1 * a_t) * exp_of_factor(-s, CLAMP)
+        tl.store(x_ptr + b * C * P + offs_x, x, mask=mask_active)
+
+
+@lru_cache(maxsize=1024)
+def _prepare_passive(*key: Any) -> Prepared:
+    operands = Operands(*key)
+    dtype = operands.dtype
+    (stride_yb,) = operands.strides
+    tiles = operands.plan(
+        operands.passive_channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS
+    )
+    values = values_of(operands, tiles, stride_yb=stride_yb)
+    launch = Launch(_coupling_inv_passive_kernel, tiles.programs, tiles.warps, values)
+    return Prepared(dtype, operands.acc_dtype, launch)
+
+
+@on_its_device
+def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
+    """See :class:`~fastflow_kernels.engines.Engine`; x is contiguous."""
+    global_scale, offset, _, _, inv, _, _ = coupling
+    y = with_packed_samples(y)
+    prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
+    # so that it counts its versions: a subnet that writes to its input is noticed
+    with torch.inference_mode(False):
+        x = empty_of(y, prepared.dtype)
+    is_aligned = aligned(y, global_scale, offset, inv)
+    prepared.launch(is_aligned, y, global_scale, offset, inv, x)
+    return x
+
+
+@lru_cache(maxsize=1024)
+def _prepare_active(*key: Any) -> Prepared:
+    operands = Operands(*key)
+    dtype, acc_dtype, batch = operands.dtype, operands.acc_dtype, operands.batch
+    stride_yb, stride_ab = operands.strides
+    gin_sums = prepare_gin_sums(operands, stride_ab)
+    # rows: a tile of all passive channels, because the sum of log(scale) runs over them too
+    walked = operands.passive_channels if operands.is_rows else max(1, operands.channels // 2)
+    tiles = operands.plan(walked, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
+    values = values_of(operands, tiles, stride_yb=stride_yb, stride_ab=stride_ab)
+    values["PARTS"] = 1 if gin_sums is None else gin_sums.shape[-1]
+    launch = Launch(_coupling_inv_active_kernel, tiles.programs, tiles.warps, values)
+    if operands.spec.gin:
+        return Prepared(dtype, acc_dtype, launch, gin_sums)
+    if operands.is_rows:
+        return Prepared(dtype, acc_dtype, launch, None, (batch,))
+    count = tiles.channel_tiles * tiles.column_tiles // batch
+    finish = prepare_log_det(operands, count, sign=-1.0)
+    return Prepared(dtype, acc_dtype, launch, None, (batch, count), finish)
+
+
+@on_its_device
+def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
+    """See :class:`~fastflow_kernels.engines.Engine`."""
+    prepared, is_aligned, sums, partials = write_active(y, x, a, coupling)
+    return log_det_of(prepared, is_aligned, x, coupling.global_scale, sums, partials)
+
+
+def write_active(
+    y: Tensor, x: Tensor, a: Tensor, coupling: Coupling
+) -> tuple[Prepared, bool, Tensor | None, Tensor | None]:
+    """Write the active channels of x; the rest of :func:`invert_active` is left to the caller.
+
+    Returns:
+        What :func:`~fastflow_kernels.engines.triton.sums.log_det_of` takes: what was prepared,
+        whether pointers are aligned, GIN's sums and the partial sums.
+    """
+    global_scale, offset, _, _, inv, _, _ = coupling
+    y, a = with_packed_samples(y), with_packed_samples(a)
+    key = key_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
+    prepared = _prepare_active(*key)
+    is_aligned = aligned(y, x, a, global_scale, offset, inv)
+    sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
+    partials = empty_partials(prepared, x.device)
+    prepared.launch(is_aligned, y, a, global_scale, offset, inv, sums, x, partials)
+    return prepared, is_aligned, sums, partials

@@ -1,0 +1,250 @@
+"""Sums: of a sample, ahead of GIN's main pass, and of the partial results that main passes leave.
+
+No atomics: every program writes its own partial result and one program adds them in order, so
+results repeat bit for bit. Loops whose length is known at run time are ``while`` loops: ``range``
+over a run-time value fails in the interpreter of Triton 3.6 with numpy 2.4.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflow_kernels.engines.triton import plan
+from fastflow_kernels.engines.triton.launch import (
+    ACC_DTYPES,
+    Launch,
+    Operands,
+    Prepared,
+    Sums,
+    values_of,
+)
+from fastflow_kernels.engines.triton.math import (
+    exp_of_factor,
+    log_scale_of,
+    scale_of,
+    scale_slope,
+    tanh_of_factor,
+)
+from fastflow_kernels.engines.triton.tiles import index, load
+
+
+@triton.jit
+def _gin_sums_kernel(
+    a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr,
+    B, P, stride_ab, stride_xb,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, REVERSE: tl.constexpr,
+    PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 *
+    exp(t), where dv = dy[:, inv], and x2 is of x[:, inv] with REVERSE.
+
+    Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come
+    divided by ALIGN.
+
+    a_ptr: (B, 2*C2, P), stride_ab between samples.
+    dy_ptr: (B, C, P) contiguous, or None: then the second sum is left out.
+    x_ptr: (B, C, P), stride_xb between samples, or None with dy.
+    inv_ptr: int64 (C,), or None for the identity.
+    sums_ptr: (1 or 2, B, PARTS), out.
+    """
+    P = P * ALIGN
+    C2: tl.constexpr = C // 2
+    C1: tl.constexpr = C - C2
+    b = (tl.program_id(0) // PARTS).to(tl.int64)
+    k = tl.program_id(0) % PARTS
+    a_ptr += b * stride_ab * ALIGN
+    if dy_ptr is not None:
+        dy_ptr += b * C * P
+        x_ptr += b * stride_xb * ALIGN
+    pixel_tiles = tl.cdiv(P, BLOCK_COLUMNS)
+    tiles = pixel_tiles * tl.cdiv(C2, BLOCK_CHANNELS)
+    sum_t = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
+    sum_h = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
+    tile = k
+    while tile < tiles:
+        c = (tile // pixel_tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+        p = (tile % pixel_tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        offs = c[:, None] * P + p
+        mask = (c < C2)[:, None] & (p < P)
+        t = CLAMP * tanh_of_factor(TANH_SCALE * load(a_ptr + offs, mask, ACC_DTYPE), CLAMP)
+        sum_t += t
+        if dy_ptr is not None:
+            offs_y = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
+            offs_x = offs_y if REVERSE else C1 * P + offs
+            sum_h += (
+                load(dy_ptr + offs_y, mask, ACC_DTYPE)
+                * load(x_ptr + offs_x, mask, ACC_DTYPE)
+                * exp_of_factor(t, CLAMP)
+            )
+        tile += PARTS
+    tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
+    if dy_ptr is not None:
+        tl.store(sums_ptr + ((b + B) * PARTS + k), tl.sum(sum_h))
+
+
+def prepare_gin_sums(
+    operands: Operands, stride_ab: int, stride_xb: int | None = None
+) -> Sums | None:
+    """GIN's sums per sample ahead of the main pass, for pointers (a, dy, x, inv).
+
+    They are (1, B, parts), and (2, B, parts) with dy and x. None where no mean is taken off s: the
+    coupling is not GIN, or has one channel.
+
+    Args:
+        operands: Of the main pass.
+        stride_ab, stride_xb: Between samples of a and x; None without dy and x.
+    """
+    channels, batch = operands.channels, operands.batch
+    if not operands.spec.gin or channels < 2:
+        return None
+    itemsize = max(4, operands.a_dtype.itemsize)
+    tiles = plan.make_plan(channels // 2, batch, operands.pixels, itemsize, rows=None)
+    parts = plan.gin_parts(tiles, batch)
+    values = values_of(operands, tiles, stride_ab=stride_ab, stride_xb=stride_xb)
+    launch = Launch(_gin_sums_kernel, batch * parts, tiles.warps, values | {"PARTS": parts})
+    return Sums(launch, (1 if stride_xb is None else 2, batch, parts), operands.acc_dtype)
+
+
+@triton.jit
+def _logdet_kernel(
+    part_ptr, g_ptr, logdet_ptr,
+    PART_COUNT, P,
+    C: tl.constexpr, SIGN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """logdet[b] = SIGN * (sum of part[b, :] + P * sum of log(activation(g))).
+
+    part_ptr: (B, PART_COUNT) contiguous.
+    g_ptr: (C,).
+    logdet_ptr: (B,), out.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    part_ptr += b * PART_COUNT
+    s = tl.zeros((BLOCK_PARTS,), ACC_DTYPE)
+    start = 0
+    while start < PART_COUNT:
+        offs = start + tl.arange(0, BLOCK_PARTS)
+        s += load(part_ptr + offs, offs < PART_COUNT, ACC_DTYPE)
+        start += BLOCK_PARTS
+    log_scale = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
+    for first in range(0, C, BLOCK_CHANNELS):
+        c = first + tl.arange(0, BLOCK_CHANNELS)
+        g = load(g_ptr + c, c < C, ACC_DTYPE)
+        log_scale += tl.where(c < C, log_scale_of(g, ACTIVATION), 0.0)
+    tl.store(logdet_ptr + b, SIGN * (tl.sum(s) + P * tl.sum(log_scale)))
+
+
+def prepare_log_det(operands: Operands, count: int, sign: float) -> Launch:
+    """Adds a main pass's partial sums (B, count) and the log of the scale to the log-determinant.
+
+    Its pointers are (partial sums, global_scale, log-determinant).
+    """
+    values = {
+        "PART_COUNT": count,
+        "P": operands.pixels,
+        "C": operands.channels,
+        "SIGN": sign,
+        "ACTIVATION": operands.activation,
+        "BLOCK_PARTS": 256,
+        "BLOCK_CHANNELS": 256,
+        "ACC_DTYPE": ACC_DTYPES[operands.acc_dtype],
+    }
+    return Launch(_logdet_kernel, operands.batch, 4, values)
+
+
+def log_det_of(
+    prepared: Prepared,
+    is_aligned: bool,
+    x: Tensor,
+    global_scale: Tensor,
+    sums: Tensor | None,
+    partials: Tensor | None,
+) -> Tensor:
+    """The log-determinant (B,), from the sums that a pass has left.
+
+    Args:
+        prepared, is_aligned: Of the pass.
+        x: (B, C, *S).
+        global_scale: C elements.
+        sums: GIN's per sample, or None.
+        partials: The pass's partial sums; None for GIN.
+    """
+    batch, dtype = x.shape[0], prepared.acc_dtype
+    if partials is not None:
+        if prepared.finish is None:
+            return partials
+        log_det = torch.empty(batch, dtype=dtype, device=x.device)
+        prepared.finish(is_aligned, partials, global_scale, log_det)
+        return log_det
+    if sums is None:
+        return torch.zeros(batch, dtype=dtype, device=x.device)
+    return sums[0].sum(1).mul_(0.0)  # nan where a sample's sum of s is
+
+
+@triton.jit
+def _params_bwd_kernel(
+    part_ptr, dlogdet_ptr, g_ptr, dg_ptr, doffset_ptr,
+    GROUPS, B, P, stride_l,
+    C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """doffset = sum of part[0]; dg = (sum of part[1] + P * sum(dlogdet) / scale) * activation'(g).
+
+    part_ptr: (2, GROUPS, C) contiguous; (1, GROUPS, C) for ACTIVATION = None (GIN).
+    dlogdet_ptr: (B,) with stride_l, or None.
+    g_ptr: (C,).
+    dg_ptr, doffset_ptr: (C,), out; dg is None for ACTIVATION = None.
+    """
+    BLOCK_SAMPLES: tl.constexpr = BLOCK_GROUPS * BLOCK_CHANNELS
+    c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    is_channel = c < C
+    doffset = tl.zeros((BLOCK_GROUPS, BLOCK_CHANNELS), ACC_DTYPE)
+    dscale = tl.zeros((BLOCK_GROUPS, BLOCK_CHANNELS), ACC_DTYPE)
+    start = 0
+    while start < GROUPS:
+        k = start + tl.arange(0, BLOCK_GROUPS)[:, None]
+        mask = (k < GROUPS) & is_channel[None, :]
+        doffset += load(part_ptr + (k.to(tl.int64) * C + c[None, :]), mask, ACC_DTYPE)
+        if ACTIVATION is not None:
+            offs_scale = (GROUPS + k).to(tl.int64) * C + c[None, :]
+            dscale += load(part_ptr + offs_scale, mask, ACC_DTYPE)
+        start += BLOCK_GROUPS
+    tl.store(doffset_ptr + c, tl.sum(doffset, axis=0), mask=is_channel)
+    if ACTIVATION is not None:
+        g = load(g_ptr + c, is_channel, ACC_DTYPE)
+        scale = scale_of(g, ACTIVATION)
+        total = tl.sum(dscale, axis=0)
+        if dlogdet_ptr is not None:
+            # its rounding would be the same in every channel
+            dlogdet = tl.zeros((BLOCK_SAMPLES,), tl.float64)
+            first = tl.full((), 0, tl.int64)  # for offsets beyond 2^31
+            while first < B:
+                b = first + tl.arange(0, BLOCK_SAMPLES)
+                dlogdet += load(dlogdet_ptr + b * stride_l, b < B, tl.float64)
+                first += BLOCK_SAMPLES
+            total += (P * tl.sum(dlogdet)).to(ACC_DTYPE) / scale
+        tl.store(dg_ptr + c, total * scale_slope(g, scale, ACTIVATION), mask=is_channel)
+
+
+def prepare_params(operands: Operands, groups: int, stride_l: int) -> Launch:
+    """Adds the backward's partial sums (1 or 2, groups, C) to the gradients of the parameters.
+
+    Its pointers are (partial sums, gradient of the log-determinant, global_scale, and the gradients
+    of global_scale and global_offset).
+    """
+    rows = operands.rows_per_sample
+    values = {
+        "GROUPS": groups,
+        "B": operands.batch // rows,
+        "P": operands.pixels * rows,
+        "stride_l": stride_l,
+        "C": operands.channels,
+        "ACTIVATION": operands.activation,
+        "BLOCK_GROUPS": plan.SUMS_BLOCK_GROUPS,
+        "BLOCK_CHANNELS": plan.SUMS_BLOCK_CHANNELS,
+        "ACC_DTYPE": ACC_DTYPES[operands.acc_dtype],
+    }
+    programs = -(-operands.channels // plan.SUMS_BLOCK_CHANNELS)
+    return Launch(_params_bwd_kernel, programs, plan.SUMS_WARPS, values)

@@ -1,0 +1,102 @@
+"""How the passive half leaves the input for the subnet, and how its gradient comes back."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastflow_kernels import torch_private
+from fastflow_kernels.channels import take_channels
+from fastflow_kernels.predicates import needs_plain
+
+
+def fork(x: Tensor, inv: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The passive half for the subnet, (B, C1, *S), and x for the coupling.
+
+    Args:
+        x: (B, C, *S).
+        inv: The index through which the coupling reads x, or None.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        passive, x = _apply_fork(x, inv)
+        return passive, x
+    return passive_half(x, inv), x
+
+
+def passive_half(x: Tensor, inv: Tensor | None) -> Tensor:
+    """The first channels of x as a view; or those that ``inv`` names first, in the layout of x."""
+    passive = x.shape[1] - x.shape[1] // 2
+    return x.narrow(1, 0, passive) if inv is None else take_channels(x, inv[:passive])
+
+
+class _Fork(Function):
+    """x -> (its passive half, x).
+
+    Autograd's own slicing would turn the subnet's gradient into a zero-padded copy of x and add two
+    full tensors (5 N of traffic, N the bytes of x). Here it is added into the passive channels of
+    the coupling's gradient (1.5 N), unless a hook has kept that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inv: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.active, ctx.inv = x.shape[1] // 2, inv
+        return passive_half(x, inv), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:
+        if dx1 is None:  # the subnet does not depend on its input
+            return dx, None
+        passive = dx1.shape[1]
+        if dx is None or torch.is_grad_enabled() or needs_plain(dx, dx1):
+            if ctx.inv is None:
+                padding = (0, 0) * (dx1.dim() - 2) + (0, ctx.active)
+                padded = torch.nn.functional.pad(dx1, padding)
+            else:
+                zeros = dx1.new_zeros(dx1.shape[0], passive + ctx.active, *dx1.shape[2:])
+                padded = zeros.index_add(1, ctx.inv[:passive], dx1)
+            return (padded if dx is None else dx + padded), None
+        if torch_private.holders_of(dx) != _holders_of_nobody_else():
+            dx = dx.clone()
+        if ctx.inv is None:
+            dx.narrow(1, 0, passive).add_(dx1)
+        else:
+            dx.index_add_(1, ctx.inv[:passive], dx1)
+        return dx, None
+
+
+_apply_fork = torch_private.direct_apply(_Fork)
+
+
+class _Handed(Function):
+    """A gradient handed to :class:`_Fork` or its like by a node without hooks."""
+
+    holders = (0, 0, 0)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hands: bool) -> Tensor:
+        ctx.hands = hands
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        if ctx.hands:
+            return dx.clone(), None
+        _Handed.holders = torch_private.holders_of(dx)
+        return dx, None
+
+
+@cache
+def _holders_of_nobody_else() -> tuple[int, int, int]:
+    """The holders of a gradient that only autograd holds.
+
+    They depend on the versions of Python and torch.
+    """
+    with torch_private.unrecorded(), torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True, device="cpu")
+        _Handed.apply(_Handed.apply(x, False), True).sum().backward()
+    return _Handed.holders

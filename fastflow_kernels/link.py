@@ -1,0 +1,278 @@
+"""One block of a reversible chain, as an autograd node that keeps no activations.
+
+The activation that a block has reconstructed travels to the block before it by way of their links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fastflow_kernels.block import evaluate
+from fastflow_kernels.call import BlockCall
+from fastflow_kernels.coupling import CouplingSpec, OutputGrads
+from fastflow_kernels.drift import Checkpoints, Differences, Segment, error_of
+from fastflow_kernels.permutations import HouseholderPermutation, Permutation
+from fastflow_kernels.predicates import is_capturing, needs_plain
+from fastflow_kernels.reconstruct import reconstruct
+from fastflow_kernels.replay import ReplayedSubnet, swapping, without_autocast
+from fastflow_kernels.torch_private import version_of
+
+
+class Pass:
+    """One forward pass of a chain.
+
+    Attributes:
+        checkpoints: The chain's.
+        keeps_all: Whether every activation is kept, to compare with.
+        drift: The errors found in the backward pass, by block.
+        differences: Of second runs.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, keeps_all: bool) -> None:
+        self.checkpoints, self.keeps_all = checkpoints, keeps_all
+        self.drift: dict[int, float] = {}
+        self.differences = Differences()
+
+
+class Link:
+    """One block's place in a pass: evaluates it without keeping its input or output.
+
+    Attributes:
+        subnet: The block's.
+        place: The block's, in the chain.
+        segment: The part of the chain that it belongs to.
+        previous: The link of the block before it, unless that keeps its activations.
+        output: The block's output, as the block after it has reconstructed it; only while the
+            backward pass is between the two.
+        seen: Which tensors came in and went out.
+    """
+
+    def __init__(
+        self,
+        chain_pass: Pass,
+        subnet: nn.Module,
+        place: int,
+        segment: Segment,
+        previous: Link | None,
+    ) -> None:
+        self.chain_pass, self.subnet = chain_pass, subnet
+        self.place, self.segment, self.previous = place, segment, previous
+        self.output: Tensor | None = None
+        self.seen: tuple[Any, Any] | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.place == self.segment.first
+
+    @property
+    def is_last(self) -> bool:
+        return self.place == self.segment.last
+
+    def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
+        """As :func:`fastflow_kernels.block.evaluate`."""
+        replayed = ReplayedSubnet(self.subnet, call.subnet, call.x.device)
+        for p in replayed.parameters:
+            if type(p) is not Tensor and type(p) is not nn.Parameter:
+                raise TypeError(
+                    f"expected the parameters of the subnet of block {self.place} in a reversible "
+                    f"chain to be plain tensors, got {type(p).__name__}; initialise lazy modules "
+                    "first, and shard whole blocks or the chain, not the subnet"
+                )
+        permutation = call.permutation
+        linked = _Linked(
+            self,
+            replayed,
+            permutation,
+            call.spec,
+            len(call.conditions),
+            call.reverse_permutation,
+            call.backend,
+        )
+        vectors = permutation.vectors if isinstance(permutation, HouseholderPermutation) else None
+        y, log_det = _LinkedBlock.apply(
+            linked,
+            call.x,
+            call.global_scale,
+            call.global_offset,
+            vectors,
+            *call.conditions,
+            *replayed.parameters,
+        )
+        self.seen = identity(call.x), identity(y)
+        return y, log_det
+
+    def take_output(self) -> Tensor:
+        """The block's output, which the block after it has reconstructed."""
+        y, self.output = self.output, None
+        if y is None:
+            raise RuntimeError(
+                f"block {self.place} of the reversible chain has no output to start from: "
+                "gradients were asked of it without those of the block after it. Make the loss "
+                "depend on the chain's result, or use a chain that is not reversible."
+            )
+        return y
+
+    def compare(self, reconstructed: Tensor, x: Tensor, y: Tensor) -> None:
+        """Note how far the reconstructed input is from the kept one.
+
+        Say so where that is too much for the gradients to be right.
+        """
+        if is_capturing(x):
+            return
+        error = error_of(reconstructed, x, y, self.segment)
+        self.chain_pass.drift[self.place] = error
+        if self.is_first:
+            self.chain_pass.checkpoints.heed(error, self.segment, x.dtype)
+
+    def finish(self, dtype: torch.dtype, want_x: bool) -> None:
+        """Look at the second runs' differences where the backward pass ends."""
+        if self.previous is None or not want_x:
+            self.chain_pass.differences.refuse(dtype)
+
+
+def identity(x: Tensor) -> tuple[Any, ...]:
+    """What changes when another tensor stands in the place of x, or when x is written to."""
+    return x.data_ptr(), x.shape, x.dtype, version_of(x)
+
+
+class _Linked(NamedTuple):
+    """What a linked block is evaluated with, beside the tensors that take gradients."""
+
+    link: Link
+    subnet: ReplayedSubnet
+    permutation: Permutation
+    spec: CouplingSpec
+    condition_count: int
+    reverse_permutation: bool
+    backend: str
+
+
+class _LinkedBlock(Function):
+    """A block that keeps neither its input nor its coefficients; see :class:`Link`."""
+
+    @staticmethod
+    def forward(ctx: Any, linked: _Linked, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.linked, link = linked, linked.link
+        # of x and of the conditions, which come after three other tensors
+        wanted = ctx.needs_input_grad[1], *ctx.needs_input_grad[5 : 5 + linked.condition_count]
+        linked.subnet.input_takes_gradient = any(wanted)
+        with without_autocast(x.device):
+            y, log_det = evaluate(_call(linked, x, tensors, linked.subnet))
+        if y.dtype is not x.dtype:
+            raise TypeError(
+                f"expected block {link.place} of the reversible chain to return {x.dtype}, its "
+                f"input's dtype; got {y.dtype}"
+            )
+        kept_x = x if link.is_first or link.chain_pass.keeps_all else None
+        kept_y = y if link.is_last else None
+        # the parameters, constant buffers and indices too, for autograd to notice if one is changed
+        # before the backward pass
+        unchanged = *linked.subnet.constants(), *_fixed_tensors(linked.permutation)
+        ctx.save_for_backward(kept_x, kept_y, *tensors, *unchanged)
+        return y, log_det
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dlog_det: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or needs_plain(dy, dlog_det):
+            raise RuntimeError(
+                "a reversible chain has no second or batched gradients (create_graph, "
+                "is_grads_batched): use FrEIA's SequenceINN, or accelerate without reversible=True"
+            )
+        linked: _Linked = ctx.linked
+        link = linked.link
+        x, y, *tensors = ctx.saved_tensors
+        _, want_x, *wanted = ctx.needs_input_grad
+        leaves: list[Any] = [
+            None if t is None else t.detach().requires_grad_(want)
+            for t, want in zip(tensors[: len(wanted)], wanted, strict=True)
+        ]
+        parameters = leaves[3 + linked.condition_count :]
+        stand_ins = dict(zip(linked.subnet.parameters, parameters, strict=True))
+        with (
+            swapping,
+            without_autocast(linked.subnet.device),
+            linked.subnet.as_it_was(stand_ins),
+        ):
+            if link.is_first and link.is_last:
+                dx = _run_again(
+                    linked, x.detach().requires_grad_(want_x), y, leaves, (dy, dlog_det)
+                )
+                return None, dx, *(None if t is None else t.grad for t in leaves)
+            if y is None:
+                y = link.take_output()
+            else:
+                link.segment.largest = torch.linalg.vector_norm(y, torch.inf)
+            dy = torch.zeros_like(y) if dy is None else dy
+            call = _call(linked, y, leaves, linked.subnet.again)
+            block = reconstruct(call, OutputGrads(dy, dlog_det), want_x, wanted[0] or wanted[1])
+        link.finish(y.dtype, want_x)
+        if x is not None:
+            link.compare(block.x, x, y)
+        if want_x and not link.is_first and link.previous is not None:
+            link.previous.output = block.x
+        others = (None if t is None else t.grad for t in leaves[2:])
+        dx = block.dx if want_x else None
+        return None, dx, block.dglobal_scale, block.dglobal_offset, *others
+
+
+def _call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnet: Any) -> BlockCall:
+    """The call of a linked block.
+
+    Args:
+        linked: The block.
+        x: Its input, or its output where it is to be reconstructed.
+        tensors: global_scale, global_offset, the reflections' vectors or None, the conditions, the
+            subnet's parameters.
+        subnet: What runs the subnet.
+    """
+    global_scale, global_offset, vectors, *others = tensors
+    permutation = linked.permutation
+    if isinstance(permutation, HouseholderPermutation):
+        permutation = permutation._replace(vectors=vectors)
+    return BlockCall(
+        x,
+        tuple(others[: linked.condition_count]),
+        subnet,
+        global_scale,
+        global_offset,
+        permutation,
+        linked.spec,
+        reverse_permutation=linked.reverse_permutation,
+        backend=linked.backend,
+    )
+
+
+def _run_again(
+    linked: _Linked,
+    x: Tensor,
+    y: Tensor,
+    leaves: Sequence[Any],
+    gradients: tuple[Tensor | None, Tensor | None],
+) -> Tensor | None:
+    """Differentiate a block whose input and output are kept, and return the gradient of x."""
+    link = linked.link
+    with torch.enable_grad():
+        results = evaluate(_call(linked, x, leaves, linked.subnet.again))
+    link.chain_pass.differences.note(link.place, results[0], y)
+    link.finish(y.dtype, x.requires_grad)
+    pairs = [
+        (t, dt)
+        for t, dt in zip(results, gradients, strict=True)
+        if dt is not None and t.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward([t for t, _ in pairs], [dt for _, dt in pairs])
+    return x.grad
+
+
+def _fixed_tensors(permutation: Permutation) -> tuple[Tensor, ...]:
+    """The tensors of a permutation that take no gradient."""
+    if isinstance(permutation, HouseholderPermutation):
+        return _fixed_tensors(permutation.base)
+    return tuple(permutation)

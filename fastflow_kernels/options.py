@@ -1,0 +1,132 @@
+"""The options of a block: checked before anything is drawn or built."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS
+
+
+def checked_dims(
+    dims_in: Sequence[Sequence[int]], dims_c: Sequence[Sequence[int]] | None
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    dims_in = _shapes("dims_in", dims_in)
+    dims_c = _shapes("dims_c", dims_c if dims_c is not None else [])
+    if len(dims_in) != 1:
+        raise ValueError(f"expected dims_in with one shape (C, *S), got {len(dims_in)}: {dims_in}")
+    if len(dims_in[0]) > 4:
+        raise ValueError(
+            "expected data of rank 0 to 3 (1 to 4 dimensions without the batch), got dims_in "
+            f"{dims_in}"
+        )
+    if dims_in[0][0] < 1 or min(dims_in[0]) < 0:
+        raise ValueError(
+            f"expected at least one channel and no negative size, got dims_in {dims_in}"
+        )
+    for shape in dims_c:
+        if shape[1:] != dims_in[0][1:]:
+            raise ValueError(
+                f"expected conditions of the input's spatial shape {dims_in[0][1:]}, got dims_c "
+                f"{dims_c}"
+            )
+    return dims_in, dims_c
+
+
+def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
+    try:
+        shapes = [tuple(operator.index(n) for n in shape) for shape in value]
+    except TypeError:
+        raise TypeError(
+            f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
+        ) from None
+    if any(not shape for shape in shapes):
+        raise ValueError(
+            f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
+        )
+    return shapes
+
+
+def checked_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Module]:
+    if subnet_constructor is None:
+        raise ValueError(
+            "expected a subnet_constructor, called as f(channels_in, channels_out); got None"
+        )
+    if not callable(subnet_constructor) or isinstance(subnet_constructor, nn.Module):
+        raise TypeError(
+            "expected subnet_constructor to be callable, as f(channels_in, channels_out); got "
+            f"{type(subnet_constructor).__name__}"
+        )
+    return subnet_constructor
+
+
+def check_options(clamp: Any, householder: Any, dialect: Any) -> None:
+    if dialect not in DIALECTS:
+        raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
+    if not math.isfinite(_number("affine_clamping", clamp)):
+        raise ValueError(f"expected a finite affine_clamping, got {clamp}")
+    if clamp == 0 and dialect == "freia":
+        raise ValueError(
+            "affine_clamping=0 divides by zero in dialect 'freia'; dialect 'anomalib' makes it an "
+            "additive coupling"
+        )
+    try:
+        negative = operator.index(householder) < 0
+        if isinstance(householder, bool):
+            raise TypeError
+    except TypeError:
+        raise TypeError(
+            f"expected learned_householder_permutation to be an integer, got {householder!r}"
+        ) from None
+    if negative:
+        raise ValueError(
+            "expected a number of reflections of 0 or more as learned_householder_permutation, "
+            f"got {householder!r}"
+        )
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a number, got {value!r}")
+    return float(value)
+
+
+def initial_global_scale(activation: str, init: float, dialect: str) -> float:
+    """The g with activation(g) = init, computed in the stock block's precision so that the first
+    bits agree too.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"expected global_affine_type to be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+        )
+    init = _number("global_affine_init", init)
+    upper = 10.0 if activation == "SIGMOID" else math.inf
+    if not 0.0 < init < upper:
+        raise ValueError(
+            f"expected global_affine_init in (0, {upper:g}), the range of {activation}; got {init}"
+        )
+    dtype = torch.get_default_dtype() if dialect == "anomalib" else torch.float64
+    if activation == "SIGMOID":
+        start = 10.0 / init - 1.0
+        rounded, exact = 2.0 - _tensor(start, dtype).log(), 2.0 - math.log(start)
+    elif activation == "SOFTPLUS":
+        start = 5.0 * init
+        rounded, exact = (
+            2.0 * (_tensor(start, dtype).exp() - 1).log(),
+            2.0 * (start + math.log(-math.expm1(-start))),
+        )
+    else:
+        rounded, exact = _tensor(init, dtype).log(), math.log(init)
+    g = rounded.item()
+    # out of that precision's range, or rounded to 0 on the way
+    return g if math.isfinite(g) else exact
+
+
+def _tensor(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")

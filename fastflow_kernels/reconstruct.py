@@ -1,0 +1,130 @@
+"""The backward pass of a block from its output alone, for chains that keep no activations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels.backends import requested
+from fastflow_kernels.block import engine_coupling, for_subnet, index_part
+from fastflow_kernels.call import BlockCall, coefficients
+from fastflow_kernels.coupling import OutputGrads
+from fastflow_kernels.engines import eager
+from fastflow_kernels.layouts import in_layout
+from fastflow_kernels.permutations import (
+    HouseholderPermutation,
+    IndexPermutation,
+    MatrixPermutation,
+    Permutation,
+)
+from fastflow_kernels.route import choose_engine
+
+
+class Reconstructed(NamedTuple):
+    """What :func:`reconstruct` finds.
+
+    Attributes:
+        x: The block's input, computed from its output.
+        dx: Its gradient.
+        dglobal_scale, dglobal_offset: Gradients of the parameters; None unless wanted, the first
+            one also for GIN.
+    """
+
+    x: Tensor
+    dx: Tensor
+    dglobal_scale: Tensor | None
+    dglobal_offset: Tensor | None
+
+
+def reconstruct(
+    call: BlockCall, grads: OutputGrads, want_x: bool, want_params: bool
+) -> Reconstructed:
+    """Invert a block and differentiate it, running the subnet once for both.
+
+    The gradients of the conditions, of a :class:`HouseholderPermutation`'s vectors and of what the
+    subnet depends on are added to the ``grad`` of those tensors. They therefore should be leaves
+    that nobody else holds.
+
+    Args:
+        call: The forward call, but with the block's output, (B, C, *S), as its x.
+        grads: Of the block's two results.
+        want_x: Whether the gradient of the block's input is wanted.
+        want_params: Whether those of global_scale and global_offset are.
+    """
+    route = choose_engine(call, requested(call.backend))
+    engine, form, permutation = route.engine or eager, route.form, call.permutation
+    part = index_part(call)
+    coupling = engine_coupling(call, route._replace(reads_index=False), part)
+    v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
+    if not isinstance(permutation, IndexPermutation):
+        v = _preimage(permutation, v, False)
+        dv = _pulled_back(permutation, v, dv, False)
+    v_taken, dv_taken = form.take(v), form.take(dv)
+    x_taken = engine.invert_passive(v_taken, coupling)
+    x = form.give(x_taken, v)
+    # reflections ahead of the coupling learn from the gradient of its input
+    want_dx = want_x or (
+        call.reverse_permutation
+        and isinstance(permutation, HouseholderPermutation)
+        and permutation.vectors.requires_grad
+    )
+    with torch.enable_grad():
+        # .data: otherwise autograd sees the write to the active channels below as a change to a
+        # tensor that the subnet saved
+        passive = x.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(want_dx)
+        a = coefficients(call, for_subnet(passive, route))
+    dx, da, dg, doffset = engine.invert_and_backward(
+        v_taken,
+        x_taken,
+        form.take(a.detach()),
+        OutputGrads(dv_taken, grads.log_det),
+        coupling,
+        want_params,
+    )
+    dx, da = form.give(dx, v), form.give(da, v)
+    if a.requires_grad:
+        torch.autograd.backward(a, da)
+    if passive.grad is not None:
+        dx.narrow(1, 0, passive.shape[1]).add_(passive.grad)
+    if call.reverse_permutation:
+        x = _preimage(permutation, x, True)
+        dx = _pulled_back(permutation, x, dx, True)
+    return Reconstructed(in_layout(x, route.layout), in_layout(dx, route.layout), dg, doffset)
+
+
+def _permuted(permutation: Permutation, x: Tensor, rev: bool) -> Tensor:
+    return permutation.unpermute(x) if rev else permutation.permute(x)
+
+
+def _preimage(permutation: Permutation, y: Tensor, rev: bool) -> Tensor:
+    """x with permute(x) = y, or with unpermute(x) = y if ``rev``.
+
+    A rotation made in float32 is orthogonal to 1e-7, which float64 sees. Each step of refinement
+    multiplies the error by that: after two, 12 blocks are inverted as exactly as with rotations
+    made in float64; after one, the input is 5 to 60 times as far off. Both together make a float64
+    train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with (4096, 64), AMD
+    EPYC.
+    """
+    x = _permuted(permutation, y, not rev)
+    base = permutation.base if isinstance(permutation, HouseholderPermutation) else permutation
+    if y.dtype is torch.float64 and isinstance(base, MatrixPermutation):
+        for _ in range(2):
+            error = y - _permuted(permutation, x, rev)
+            x = x + _permuted(permutation, error, not rev)
+    return x
+
+
+def _pulled_back(permutation: Permutation, x: Tensor, dy: Tensor, rev: bool) -> Tensor:
+    """The gradient of x from that of permute(x), or of unpermute(x) if ``rev``.
+
+    Those of the permutation's parameters are added to their ``grad``.
+    """
+    if not isinstance(permutation, HouseholderPermutation):
+        return permutation.permute_backward(dy, rev)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        torch.autograd.backward(_permuted(permutation, x, rev), dy)
+    assert x.grad is not None  # no permutation ignores its input
+    return x.grad

@@ -1,0 +1,179 @@
+"""``report(model)``: what runs in a model, block by block and chain by chain, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastflow_kernels import probe, torch_private
+from fastflow_kernels.accelerated import (
+    AcceleratedBlock,
+    AcceleratedChain,
+    held_by,
+    make_reversible,
+    reversible_in_words,
+)
+from fastflow_kernels.index_cache import IndexCache
+from fastflow_kernels.modules import AllInOneBlock, FusedForward
+from fastflow_kernels.permutations import IndexPermutation
+from fastflow_kernels.reversible import Reversible
+from fastflow_kernels.stock import SEQUENCE, Left, is_named, shallow_copy
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A block, or a chain of blocks.
+
+    Attributes:
+        name: Its name in the model, as ``named_modules`` gives it ("" for the model itself).
+        kind: Its class, with the module that defines it.
+        state: What runs. Of a block: "accelerated" or "fused" (built so), "stock maths"
+            (accelerated or fused, but something that it reads was exchanged), "left" (a stock
+            block, as it is). Of a chain: "reversible" or "left".
+        changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
+        reason: How it was recognised, or why it runs as it does.
+    """
+
+    name: str
+    kind: str
+    state: str
+    changed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What runs in a model, and why; see :func:`report`. ``print`` it.
+
+    Attributes:
+        entries: One per block, in the model's order.
+        chains: One per chain that is a SequenceINN or was made from one.
+    """
+
+    entries: tuple[Entry, ...]
+    chains: tuple[Entry, ...] = ()
+
+    @property
+    def changed(self) -> tuple[Entry, ...]:
+        """The blocks that :func:`accelerate` has changed."""
+        return tuple(entry for entry in self.entries if entry.changed)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """The stock blocks that are as they were."""
+        return tuple(entry for entry in self.entries if entry.state == "left")
+
+    def __str__(self) -> str:
+        fused = sum(entry.state in ("accelerated", "fused") for entry in self.entries)
+        lines = [
+            f"{fused} of {len(self.entries)} blocks run fused"
+            if self.entries
+            else "no AllInOneBlock found in the model"
+        ]
+        lines += [_line(entry) for entry in self.entries]
+        if self.chains:
+            reversible = sum(entry.state == "reversible" for entry in self.chains)
+            lines.append(f"{reversible} of {len(self.chains)} chains are reversible")
+            lines += [_line(entry) for entry in self.chains]
+        return "\n".join(lines)
+
+
+def _line(entry: Entry) -> str:
+    return f"  {entry.state:<11} {entry.name or '(the model itself)'}  {entry.kind}: {entry.reason}"
+
+
+def report(model: nn.Module) -> Report:
+    """Say of every block and every chain in a model what runs, and why.
+
+    It is found by asking the model as it is now, at any time, accelerated or not; nothing about the
+    model changes.
+
+    Args:
+        model: Any module; a block itself will do.
+
+    Raises:
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+
+    Example:
+        >>> import torch
+        >>> from fastflow_kernels import AllInOneBlock, report
+        >>> block = AllInOneBlock([(4,)], subnet_constructor=torch.nn.Linear)
+        >>> print(report(torch.nn.Sequential(block)).entries[0].reason)
+        dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'
+    """
+    named = modules_of(model)
+    entries = [_entry_of_block(name, block) for name, block in named]
+    chains = [_entry_of_chain(name, chain) for name, chain in named]
+    return Report(
+        tuple(entry for entry in entries if entry), tuple(entry for entry in chains if entry)
+    )
+
+
+def _entry_of_block(name: str, block: Any) -> Entry | None:
+    kind = _kind(type(block))
+    is_changed = isinstance(block, AcceleratedBlock)
+    if isinstance(block, FusedForward):
+        if (reason := block.why_not_fused()) is not None:
+            return Entry(name, kind, "stock maths", is_changed, reason)
+        state = "accelerated" if is_changed else "fused"
+        return Entry(name, kind, state, is_changed, _in_words_of_fused(block))
+    if not is_named(type(block)):
+        return None
+    try:
+        maths = probe.identify(block, type(block))
+    except Left as reason:
+        return Entry(name, kind, "left", False, str(reason))
+    words = _in_words(block, maths.dialect, maths.activation)
+    return Entry(name, kind, "left", False, f"accelerate(model) would take it: computes {words}")
+
+
+def _entry_of_chain(name: str, chain: Any) -> Entry | None:
+    kind = _kind(type(chain))
+    if isinstance(chain, Reversible):
+        is_changed = isinstance(chain, AcceleratedChain)
+        return Entry(name, kind, "reversible", is_changed, reversible_in_words(chain))
+    if not is_named(type(chain), SEQUENCE):
+        return None
+    tried = make_reversible(shallow_copy(chain, type(chain)))
+    if tried is None:
+        return None
+    would_be, reason = tried
+    if would_be:
+        reason = f"accelerate(model, reversible=True) would take it: {reason}"
+    return Entry(name, kind, "left", False, reason)
+
+
+def _in_words_of_fused(block: Any) -> str:
+    if isinstance(block, AllInOneBlock):
+        words = _in_words(block, block.dialect, block.global_affine_type)
+        return f"{words}; backend {block.backend!r}"
+    held = held_by(block)
+    words = _in_words(block, held.dialect, held.activation)
+    return f"computes {words}; backend {held.backend!r}"
+
+
+def _in_words(block: Any, dialect: str, activation: str) -> str:
+    if block.householder:
+        permutation = f"{block.householder} Householder reflections"
+    elif torch_private.is_symbolic() or block.w_perm.is_meta:
+        permutation = "a permutation that holds no values now"
+    else:
+        permutation = (
+            "hard permutation"
+            if isinstance(IndexCache().permutation(block), IndexPermutation)
+            else "soft permutation"
+        )
+    return f"dialect {dialect!r}, {activation}, {permutation}"
+
+
+def _kind(cls: type) -> str:
+    cls = getattr(cls, "stock_type", cls)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())

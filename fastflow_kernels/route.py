@@ -1,0 +1,287 @@
+"""The one decision about a call: by which path it is evaluated, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastflow_kernels.backends import requested
+from fastflow_kernels.call import BlockCall
+from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.dtypes import accumulator, promoted
+from fastflow_kernels.engines import Engine, eager
+from fastflow_kernels.layouts import PIXELS, SAMPLES, Form, as_rows, is_packed, memory_format
+from fastflow_kernels.permutations import IndexPermutation, MatrixPermutation
+from fastflow_kernels.predicates import SMALL, is_autocast, is_small, needs_plain
+
+
+class Case(NamedTuple):
+    """A kind of call, and what runs then."""
+
+    call: str
+    runs: str
+
+
+# What runs where, in the order in which it is decided: the first case that holds counts.
+STOCK_STEPS = Case(
+    "a step overridden, a clamp that is a tensor, integer input",
+    "the stock block's steps, one by one, in plain operations",
+)
+RECORDED = Case(
+    "compiled, exported, traced; torch.func, forward mode, fake tensors", "plain operations"
+)
+EMPTY = Case("an empty input", "plain operations")
+SMALL_INPUT = Case(
+    f"at most {SMALL} elements on a CPU (with gradients and a soft permutation, 4 times as many)",
+    "plain operations",
+)
+INVERSE_WITH_GRADIENTS = Case("an inverse while gradients are enabled", "plain operations")
+PIXEL_ROWS = Case(
+    "a channels-last input (with GIN on a GPU: see below)",
+    "Triton on a GPU, eager elsewhere, pixel by pixel; the result is channels-last",
+)
+COPIED = Case(
+    "other strides on a GPU, or channels-last with GIN",
+    "Triton on a contiguous copy; the result has the input's memory format",
+)
+FUSED = Case("everything else", "Triton on a GPU, eager elsewhere")
+WHAT_RUNS_WHERE = (
+    STOCK_STEPS,
+    RECORDED,
+    EMPTY,
+    SMALL_INPUT,
+    INVERSE_WITH_GRADIENTS,
+    PIXEL_ROWS,
+    COPIED,
+    FUSED,
+)
+# What of the permutation runs where, once the coupling is fused.
+PERMUTATIONS = (
+    Case("hard permutation", "inside the coupling"),
+    Case(
+        "reverse_permutation", "hard, on a GPU: inside the coupling; otherwise a gather before it"
+    ),
+    Case("soft permutation", "a matrix product after the coupling"),
+    Case(
+        "Householder reflections", "two thin products in the coupling's node; a dense one for many"
+    ),
+)
+
+
+class Route(NamedTuple):
+    """The path of one call.
+
+    Attributes:
+        case: Why, and what runs.
+        engine: Computes the coupling; None for plain operations.
+        layout: Memory format of the result.
+        form: In which form the engine is given the tensors.
+        is_copied: The engine is given a contiguous copy of the input.
+        reads_index: The engine inverts the permutation ahead of the coupling, by reading x through
+            the index.
+        permutes_first: The permutation is inverted ahead of the coupling by a pass of its own.
+        folds_affine: The inverse of scale, offset and permutation is one product with a bias.
+    """
+
+    case: Case
+    engine: Engine | None = None
+    layout: torch.memory_format = torch.contiguous_format
+    form: Form = SAMPLES
+    is_copied: bool = False
+    reads_index: bool = False
+    permutes_first: bool = False
+    folds_affine: bool = False
+
+
+_RECORDED, _EMPTY, _SMALL = Route(RECORDED), Route(EMPTY), Route(SMALL_INPUT)
+_INVERSE_WITH_GRADIENTS = Route(INVERSE_WITH_GRADIENTS)
+
+
+def choose_route(call: BlockCall) -> Route:
+    """Decide how a call is evaluated; nothing is computed.
+
+    Raises:
+        RuntimeError: The backend is "triton" and cannot be honoured; the message says why.
+    """
+    x, backend = call.x, requested(call.backend)
+    if needs_plain(x):  # first, because a graph must not come to depend on sizes
+        if backend == "triton":
+            raise _not_triton("the call is being traced, transformed or compiled")
+        return _RECORDED
+    if not x.numel():
+        return _EMPTY
+    with_gradients = torch.is_grad_enabled()
+    if backend == "auto" and is_small(x, _cost_factor(call, with_gradients)):
+        return _SMALL
+    if call.rev and with_gradients:
+        if backend == "triton":
+            raise RuntimeError(
+                "backend 'triton' has no gradient of the inverse: call it under torch.no_grad(), "
+                "or use backend='auto'"
+            )
+        return _INVERSE_WITH_GRADIENTS
+    return choose_engine(call, backend)
+
+
+def choose_engine(call: BlockCall, backend: str) -> Route:
+    """The route of a call that plain operations do not take.
+
+    Args:
+        call: The call.
+        backend: "auto", "eager" or "triton": the one that is requested.
+
+    Raises:
+        RuntimeError: The backend is "triton" and cannot be honoured.
+    """
+    x = call.x
+    layout = memory_format(x)
+    is_channels_last = layout is not torch.contiguous_format
+    engine: Engine = eager
+    as_pixels = is_channels_last
+    if wants_triton(x, backend, call.spec):
+        as_pixels = is_channels_last and not call.spec.gin  # whose mean runs over all pixels
+        reason = why_not_triton(as_rows(x) if as_pixels else x)
+        if reason is None:
+            engine = triton_engine()
+        elif backend == "triton":
+            raise _not_triton(reason)
+        else:
+            as_pixels = is_channels_last
+    is_copied = engine is not eager and not as_pixels and not is_packed(x)
+    reads_index = permutes_first = False
+    if call.reverse_permutation:
+        # The eager engine would gather piece by piece what one index_select takes at once (0.3 ns
+        # an element at rank 0, 0.1 on planes), and the passive half, for the subnet, once more.
+        reads_index = engine is not eager and isinstance(call.permutation, IndexPermutation)
+        permutes_first = not reads_index
+    return Route(
+        PIXEL_ROWS if as_pixels else COPIED if is_copied else FUSED,
+        engine,
+        layout,
+        PIXELS if as_pixels else SAMPLES,
+        is_copied,
+        reads_index,
+        permutes_first,
+        call.rev and engine is eager and _folds_affine(call),
+    )
+
+
+def _cost_factor(call: BlockCall, with_gradients: bool) -> int:
+    """How much larger an input may be and still count as small: a soft permutation's product
+    dominates, fused or not.
+
+    A train step takes 1.02 to 1.11 times as long fused, subnet included: (1024, 64), (128, 512),
+    (256, 256), (2, 96, 16, 16), (4, 64, 16, 16), one thread of an AMD EPYC. Without gradients
+    fused is the faster one.
+    """
+    return 4 if with_gradients and isinstance(call.permutation, MatrixPermutation) else 1
+
+
+def _folds_affine(call: BlockCall) -> bool:
+    """Whether u = (w^-1 y - offset) / scale is one product with a bias.
+
+    Saves two passes: the inverse takes 0.91 to 0.95 of the time at (4096, 64), (4096, 512) and (8,
+    256, 32, 32), one thread of an AMD EPYC, block alone. The matrix must be the smaller one, and
+    the product must have the result's dtype: not so under autocast, in half precision, or where
+    global_scale is wider.
+    """
+    permutation, y = call.permutation, call.x
+    if not isinstance(permutation, MatrixPermutation):
+        return False
+    w = permutation.w_inv
+    return (
+        w.is_floating_point()
+        and not w.requires_grad
+        and y.numel() >= 2 * w.numel()
+        and y.dtype is promoted(y, call.global_scale)
+        and y.dtype is accumulator(y.dtype)
+        and not is_autocast(y.device)
+    )
+
+
+# --- Triton ---------------------------------------------------------------------------------------
+
+# Clamps that kernels are compiled for in a process. Each costs half a second a kernel, and its
+# binaries stay: a clamp that is annealed, with a new value in every step, runs the eager engine
+# from here on.
+MOST_CLAMPS = 16
+_clamps: set[tuple[float, float]] = set()
+
+
+def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
+    """Whether the Triton engine is wanted for x."""
+    if backend == "triton":
+        return True
+    if backend == "eager" or not x.is_cuda:
+        return False
+    clamp = (spec.clamp, spec.tanh_scale)
+    if clamp in _clamps:
+        return True
+    if len(_clamps) >= MOST_CLAMPS:
+        _warn_of_annealing()
+        return False
+    _clamps.add(clamp)
+    return True
+
+
+@cache
+def _warn_of_annealing() -> None:
+    """Once."""
+    warnings.warn(
+        f"a kernel is compiled for every clamp, and {MOST_CLAMPS} have been: blocks with yet "
+        "another one run the eager functions. Change the clamp in steps, or ask for "
+        "backend='triton'",
+        stacklevel=2,
+    )
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why Triton cannot be used in this process at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        triton_engine()
+    except Exception as error:  # a broken or too old Triton must not break the eager path
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+@cache
+def triton_engine() -> Engine:
+    """The Triton engine; importing it imports Triton."""
+    from fastflow_kernels.engines.triton import engine
+
+    return engine
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter is switched on.
+
+    It runs kernels on CPU tensors, slowly, for tests.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the Triton kernels do not take this input, in words, or None if they do.
+
+    Args:
+        x: The block's input, (B, C, *S).
+    """
+    if not x.is_cuda and not is_interpreted():
+        return f"the input is on {x.device}, and Triton runs on a GPU"
+    return triton_missing() or triton_engine().why_unsupported(x)
+
+
+def _not_triton(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is "
+        "available."
+    )

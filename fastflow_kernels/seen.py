@@ -1,0 +1,295 @@
+"""What a stock block reads of itself and of its class while it computes.
+
+A stock block reads its attributes, and the functions of its class, in every call. The fused block
+reads some of them too: the parameters, the subnet, the clamp. All others are recorded here, so that
+a call can tell whether the answer of the probe still holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import numbers
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels.engines import plain
+from fastflow_kernels.steps import is_known_softplus
+from fastflow_kernels.stock import Left
+
+ACTIVATION = "global_scale_activation"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A global_scale_activation that can be pickled."""
+
+    name: str
+
+    def __call__(self, g: Tensor) -> Tensor:
+        return plain.activated(g, self.name)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a stock block reads in a call and the fused one does not, as it was when the block was
+    asked.
+
+    Attributes:
+        cls: The block's class.
+        attributes: Names of the block's own attributes, in the order of ``values``.
+        values: Their values; of lists and dictionaries, copies.
+        steps: Names of what the block finds on its class, in the order of ``functions``; "forward"
+            is the first.
+        functions: What it found.
+        softplus_of: The module whose ``softplus`` the activation calls, if it calls one.
+    """
+
+    cls: Any
+    attributes: tuple[str, ...]
+    values: tuple[Any, ...]
+    steps: tuple[str, ...]
+    functions: tuple[Any, ...]
+    softplus_of: Any = None
+
+    def changed(self, block: Any) -> str | None:
+        """The name of what is another one now, or None. Asked in every call: see
+        :meth:`_is_current`.
+        """
+        # a compiled call is tied to all that the loops look at
+        if not torch.compiler.is_compiling() and self._is_current(block):
+            return None
+        own, cls = block.__dict__, type(block)
+        for name, value in zip(self.attributes, self.values, strict=True):
+            now = own.get(name, _GONE)
+            # Dynamo of torch 2.7 knows no identity of lists
+            same = False if isinstance(value, (list, dict)) else now is value
+            if not same and (type(now) is not type(value) or now != value):
+                return name
+        for name, function in zip(self.steps, self.functions, strict=True):
+            # so that a compiled call is tied to there being none on the block itself
+            getattr(block, name, None)
+            if (
+                name in own
+                or getattr(self.cls if name == "forward" else cls, name, None) is not function
+            ):
+                return name
+        if self.softplus_of is not None and not is_known_softplus(
+            self.softplus_of._modules.get("softplus")
+        ):
+            return "softplus"
+        return None
+
+    def _is_current(self, block: Any) -> bool:
+        """Whether nothing is another one, by few calls of C: 0.8 to 1.0 us for the stock blocks,
+        the loops 1.8 to 2.0 (AMD EPYC).
+        """
+        own = block.__dict__
+        try:
+            if (
+                self._read_attributes(own) != self.values
+                or self._read_steps(type(block)) != self.functions[1:]
+            ):
+                return False
+        except (AttributeError, KeyError, RuntimeError, ValueError):
+            # one is gone, or has become a tensor or an array
+            return False
+        if self.cls.forward is not self.functions[0] or not own.keys().isdisjoint(self.steps):
+            return False
+        return self.softplus_of is None or is_known_softplus(
+            self.softplus_of._modules.get("softplus")
+        )
+
+    @cached_property
+    def _read_attributes(self) -> Callable[[Any], tuple[Any, ...]]:
+        return _reader(operator.itemgetter, self.attributes)
+
+    @cached_property
+    def _read_steps(self) -> Callable[[Any], tuple[Any, ...]]:
+        return _reader(operator.attrgetter, self.steps[1:])
+
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether an attribute is what it was, and reads what it read."""
+        if (
+            name == ACTIVATION
+            and self.softplus_of is not None
+            and not is_known_softplus(self.softplus_of._modules.get("softplus"))
+        ):
+            return False
+        return name in self.attributes and self.values[self.attributes.index(name)] is value
+
+    def with_values(self, **values: Any) -> Seen:
+        """The same with other values of some attributes, and with an activation that reads nothing
+        if that is one of them.
+        """
+        softplus_of = None if ACTIVATION in values else self.softplus_of
+        pairs = zip(self.attributes, self.values, strict=True)
+        return replace(
+            self,
+            values=tuple(values.get(name, value) for name, value in pairs),
+            softplus_of=softplus_of,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
+        values = copy.deepcopy(self.values, memo)
+        place = self.attributes.index(ACTIVATION) if ACTIVATION in self.attributes else None
+        # a bound method is bound to the copy; a lambda goes on reading the block that made it, as
+        # in a copy of a stock block
+        stays = place is not None and values[place] is self.values[place]
+        return replace(
+            self,
+            values=values,
+            softplus_of=self.softplus_of if stays else copy.deepcopy(self.softplus_of, memo),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: functions of the class are looked up again where they are still those;
+        otherwise none of them will do.
+        """
+        state = {each.name: getattr(self, each.name) for each in fields(self)}
+        return state | {"functions": self.functions == _functions(self.cls, self.steps)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cls, steps = state["cls"], state["steps"]
+        self.__dict__.update(
+            state, functions=_functions(cls, steps) if state["functions"] else (_GONE,) * len(steps)
+        )
+
+
+_GONE = object()
+# read by the fused block in every call, too
+_LIVE = {
+    "global_scale",
+    "global_offset",
+    "subnet",
+    "w_perm",
+    "w_perm_inv",
+    "w_0",
+    "vk_householder",
+    "clamp",
+}
+
+# read by the fused block, too, but not all by every stock block: where only one of the two would
+# notice, the stock maths runs
+_FIXED = (
+    "householder",
+    "reverse_pre_permute",
+    "conditional",
+    "condition_channels",
+    "dims_c",
+    "GIN",
+    "in_channels",
+    "input_rank",
+    "splits",
+)
+
+
+def _reader(getter: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """What reads all the names at once, as a tuple."""
+    if len(names) > 1:
+        return getter(*names)
+    return lambda source: tuple(getter(name)(source) for name in names)
+
+
+def _functions(cls: Any, steps: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(getattr(cls, name, None) for name in steps)
+
+
+def look(block: Any, cls: Any, softplus_of: Any) -> Seen:
+    """What the block's forward reads, by the names in its code and in that of the methods it calls
+    on itself.
+    """
+    names = dict.fromkeys((*_FIXED, *_names_from(cls, "forward")))
+    tensors = {**block._parameters, **block._buffers, **block._modules}
+    attributes, steps = [], ["forward"]
+    for name in names:
+        if name in _LIVE or hasattr(nn.Module, name):
+            continue
+        if tensors.get(name) is not None and name not in ("softplus", ACTIVATION):
+            raise Left(f"a step reads its {name}, which the fused block knows nothing of")
+        if name in vars(block):
+            if not _is_comparable(vars(block)[name]):
+                raise Left(
+                    f"a step reads its {name}, of class {type(vars(block)[name]).__name__}, which "
+                    "may change unnoticed"
+                )
+            attributes.append(name)
+        elif inspect.getattr_static(cls, name, _GONE) is not _GONE:
+            steps.append(name)
+    for name in steps:
+        if isinstance(inspect.getattr_static(cls, name), property):
+            raise Left(f"computes its {name} by a property")
+    values = tuple(
+        copy.deepcopy(value) if isinstance(value, (list, dict)) else value
+        for value in (vars(block)[name] for name in attributes)
+    )
+    return Seen(cls, tuple(attributes), values, tuple(steps), _functions(cls, steps), softplus_of)
+
+
+def _is_comparable(value: Any) -> bool:
+    """Whether a value that has changed, also within, differs from a copy of what it was."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_comparable, value))
+    if isinstance(value, dict):
+        return all(map(_is_comparable, value.values()))
+    if value is None or isinstance(value, (numbers.Number, str, torch.dtype, torch.device)):
+        return True
+    return isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, Activation))
+
+
+def reads_more(function: Any) -> bool:
+    """Whether a function among a block's attributes, such as permute_function, may read more than
+    it is given and torch's functions.
+    """
+    if isinstance(function, MethodType):
+        return True
+    if not isinstance(function, FunctionType):
+        return False
+    names = [name for name in function.__code__.co_names if name in function.__globals__]
+    if not all(is_of_torch(function.__globals__[name]) for name in names):
+        return True
+    return bool(function.__closure__ or function.__defaults__ or function.__kwdefaults__)
+
+
+def is_of_torch(value: Any) -> bool:
+    """Whether this is torch, a module of it, or a function or class from there."""
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return (name or "").partition(".")[0] == "torch"
+
+
+def _names_from(cls: Any, start: str) -> list[str]:
+    """Every name in the code of a method, and of the methods of ``cls`` that are among those
+    names.
+    """
+    names, pending = [start], [start]
+    while pending:
+        function = inspect.getattr_static(cls, pending.pop(), None)
+        function = getattr(function, "__func__", function)  # a static method's
+        if isinstance(function, FunctionType):
+            found = [
+                name for name in _names_in(inspect.unwrap(function).__code__) if name not in names
+            ]
+            names += dict.fromkeys(found)
+            pending += [name for name in dict.fromkeys(found) if not hasattr(nn.Module, name)]
+    return names
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a comprehension, a lambda
+            yield from _names_in(constant)
+
+
+def is_number(clamp: Any) -> bool:
+    """Whether the fused block takes this for its clamp; asked as torch.compile can trace it, also
+    with a symbolic number.
+    """
+    return (type(clamp) is float or isinstance(clamp, numbers.Real)) and clamp - clamp == 0

@@ -1,0 +1,185 @@
+"""Stock blocks under test, and how an accelerated one is compared with them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import accelerate, modules, report, restore
+from tests.support.cases import CASES as ALL_CASES
+from tests.support.cases import (
+    Case,
+    Shape,
+    make_block,
+    make_input,
+)
+from tests.support.compare import assert_close
+
+EPS = torch.finfo(torch.float64).eps
+CASES = [case for case in ALL_CASES if case.dialect == "anomalib"]  # the peers know no dialect
+SHAPE = Shape(2, 6, (3, 4))
+HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN = (
+    Case(SHAPE, name)
+    for name in ("cond2-rev", "soft-rev-exp", "hh3-rev-cond", "hh2-soft-sigmoid", "gin-rev-cond")
+)
+kinds = pytest.mark.parametrize(
+    "case",
+    [HARD, SOFT, HOUSEHOLDER, SOFT_HOUSEHOLDER, GIN],
+    ids=["hard", "soft", "hh", "hh-soft", "gin"],
+)
+
+
+def same_block(
+    peer: Callable[[], Any], block: nn.Module, case: Case, dtype: torch.dtype
+) -> nn.Module:
+    """A stock block with this one's parameters, whatever it has become since."""
+    other = make_block(peer(), case)
+    other.load_state_dict(block.state_dict())
+    other.clamp = block.clamp
+    return other.to(dtype)
+
+
+def evaluate(
+    model: nn.Module, x: Tensor, c: list[Tensor], rev: bool, wrap: bool = True
+) -> dict[str, Tensor | None]:
+    """Output, log-determinant, and the gradients of a random linear function of both to everything
+    that takes one.
+
+    ``wrap``: the model is a block, which wants a list and returns a tuple. Else it is one of
+    FrEIA's containers.
+    """
+    x, c = x.detach().clone().requires_grad_(), [t.detach().clone().requires_grad_() for t in c]
+    y, logdet = model([x] if wrap else x, c, rev=rev)
+    y = y[0] if wrap else y
+    generator = torch.Generator().manual_seed(2)
+    dy, dlogdet = (
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, logdet)
+    )
+    model.zero_grad()
+    torch.autograd.backward([y, logdet], [dy, dlogdet])
+    grads = {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
+    grads |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
+    grads = {name: None if t is None else t.clone() for name, t in grads.items()}
+    model.zero_grad()
+    return {"output": y.detach(), "log-det": logdet.detach(), **grads}
+
+
+def assert_results(
+    actual: dict[str, Tensor | None],
+    truth: dict[str, Tensor | None],
+    baseline: dict[str, Tensor | None],
+    gin: float = 0.0,
+    blocks: int = 1,
+) -> None:
+    """The design's criterion in float64: ``truth`` is the stock block, ``baseline`` the stock block
+    in float32.
+
+    Its floor, which is 4 roundings of the largest value, is made that of tests/test_peers.py, 4 +
+    sqrt(terms) roundings, for each block: truth and result sum in two orders here, and the error of
+    one float32 run says too little about either where that has been lucky.
+    """
+    assert actual.keys() == truth.keys()
+    terms = truth["output"].numel()
+    for name, value in truth.items():
+        if value is None:
+            assert actual[name] is None, name
+            continue
+        # the log-determinant of GIN is a sum of log-factors, each up to the clamp, that cancel
+        largest = (
+            gin if gin and name == "log-det" else value.abs().max().item() if value.numel() else 0.0
+        )
+        assert_close(
+            actual[name],
+            value,
+            baseline[name],
+            name,
+            magnitude=blocks * largest * (1 + 0.25 * terms**0.5),
+        )
+
+
+def assert_same_as_stock(block: nn.Module, peer: Callable[[], Any], case: Case) -> None:
+    """Output, log-determinant and gradients of both directions, with the parameters that the block
+    has now.
+    """
+    truth_block, baseline_block = (
+        same_block(peer, block, case, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    x, c = make_input(case)
+    gin = abs(block.clamp) * max(1, x[0].numel()) ** 0.5 if block.GIN else 0.0
+    for rev in (False, True):
+        actual, truth = (evaluate(b, x, c, rev) for b in (block, truth_block))
+        baseline = evaluate(baseline_block, x.float(), [t.float() for t in c], rev)
+        assert_results(actual, truth, baseline, gin)
+        with torch.no_grad():
+            (y,), logdet = block([x], c, rev=rev)
+        assert_results(
+            {"output": y, "log-det": logdet},
+            {k: truth[k] for k in ("output", "log-det")},
+            baseline,
+            gin,
+        )
+
+
+def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> None:
+    x, c = make_input(case)
+    for rev in (False, True):
+        a, e = (evaluate(block, x, c, rev) for block in (actual, expected))
+        assert a.keys() == e.keys()
+        for name, value in e.items():
+            assert value is a[name] is None or torch.equal(a[name], value), name
+
+
+def is_fused(block: Any) -> bool:
+    """Whether a call of a block runs the fused function."""
+    with (
+        mock.patch.object(modules, "evaluate", wraps=modules.evaluate) as fused,
+        torch.no_grad(),
+    ):
+        c = (
+            [torch.zeros(1, block.condition_channels, *block.dims_in[0][1:])]
+            if block.conditional
+            else []
+        )
+        x = torch.zeros(1, *block.dims_in[0]).to(block.global_scale)
+        block([x], [t.to(x) for t in c])
+    return fused.called
+
+
+def assert_left(block: nn.Module, match: str) -> None:
+    """Not touched, with a reason and a warning, and restore finds nothing to do."""
+    cls, attributes = type(block), dict(vars(block))
+    with pytest.warns(
+        UserWarning,
+        match=r"no block of the model runs fused; print\(.*report\(model\)\) says why",
+    ) as caught:
+        accelerate(block)
+    assert len(caught) == 1
+    said = report(block)
+    assert not said.changed
+    (entry,) = said.left
+    assert match in entry.reason, entry.reason
+    assert match in str(said)
+    restore(block)
+    assert type(block) is cls
+    assert vars(block) == attributes
+
+
+def subclass(peer: Callable[[], Any], **methods: Any) -> type:
+    base = peer()
+    base = base.func if isinstance(base, functools.partial) else base
+    return type("Mine", (base,), methods)
+
+
+def overriding(name: str) -> dict[str, Any]:
+    """A method that calls the stock one and adds something."""
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(type(self), self), name)(*args, **kwargs)
+
+    return {name: method}

@@ -1,0 +1,141 @@
+"""anomalib's FastFlow as PyPI ships it, stock against accelerated: time of a train step, size of
+the exported file.
+
+In the environment of the tests with the real models (make ecosystem): ``.venv-ecosystem/bin/python
+-m tests.support.anomalib_flows [time|size]``
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import accelerate
+from tests.support import peers
+
+CHANNELS = {"resnet18": (64, 128, 256), "wide_resnet50_2": (256, 512, 1024)}
+
+
+class Flows(nn.Module):
+    """The flow part of anomalib's FastflowModel: its three chains, on the features of an image of
+    ``size`` pixels.
+    """
+
+    def __init__(self, backbone: str, size: int = 256) -> None:
+        from anomalib.models.image.fastflow.torch_model import create_fast_flow_block
+
+        super().__init__()
+        self.shapes = [
+            (channels, size // scale, size // scale)
+            for channels, scale in zip(CHANNELS[backbone], (4, 8, 16), strict=True)
+        ]
+        self.flows = nn.ModuleList(
+            create_fast_flow_block(shape, conv3x3_only=False, hidden_ratio=1.0, flow_steps=8)
+            for shape in self.shapes
+        )
+
+    def features(self, batch: int) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(batch, *shape) for shape in self.shapes)
+
+    def forward(self, *features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        pairs = [flow(x) for flow, x in zip(self.flows, features, strict=True)]
+        return [z for z, _ in pairs], [logdet for _, logdet in pairs]
+
+
+def stock_and_ours(backbone: str, size: int = 256) -> tuple[Flows, Flows]:
+    torch.manual_seed(0)
+    stock = Flows(backbone, size)
+    ours = copy.deepcopy(stock)
+    accelerate(ours)
+    return stock, ours
+
+
+def train_step(flows: Flows, features: Sequence[Tensor]) -> float:
+    """Forward, anomalib's loss and backward.
+
+    Returns:
+        Seconds of CPU time of this process, which other work on the machine adds little to.
+    """
+    from anomalib.models.image.fastflow.loss import FastflowLoss
+
+    flows.zero_grad(set_to_none=True)
+    start = time.process_time()
+    FastflowLoss()(*flows(*features)).backward()
+    return time.process_time() - start
+
+
+def time_train_steps(backbone: str, batch: int, rounds: int, size: int = 256) -> dict[str, object]:
+    """Train steps of both in turn, on one thread."""
+    torch.set_num_threads(1)
+    models = dict(zip(("stock", "ours"), stock_and_ours(backbone, size), strict=True))
+    features = models["stock"].features(batch)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for k in range(rounds + 1):
+        for name, model in models.items():
+            seconds = train_step(model, features)
+            if k:  # the first warms up
+                times[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = sorted(a / b for a, b in zip(times["stock"], times["ours"], strict=True))
+    return {
+        "backbone": backbone,
+        "batch": batch,
+        "image": size,
+        "rounds": rounds,
+        **{f"{name}_ms": 1e3 * value for name, value in medians.items()},
+        "stock/ours": medians["stock"] / medians["ours"],
+        "worst round": ratios[0],
+        "best round": ratios[-1],
+    }
+
+
+def file_sizes(backbone: str, size: int = 64) -> dict[str, object]:
+    """Megabytes of the ONNX files of both flow parts, and of what in them is no weight of a
+    subnet.
+    """
+    import onnx
+
+    found: dict[str, object] = {"backbone": backbone}
+    for name, model in zip(("stock", "ours"), stock_and_ours(backbone, size), strict=True):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = Path(folder) / "flow.onnx"
+            torch.onnx.export(
+                model.eval(),
+                model.features(1),
+                str(path),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+            total = path.stat().st_size
+            tensors = onnx.load(str(path)).graph.initializer
+            subnets = sum(
+                onnx.numpy_helper.to_array(tensor).nbytes
+                for tensor in tensors
+                if "subnet" in tensor.name
+            )
+        found |= {f"{name}_mb": total / 1e6, f"{name}_without_subnets_mb": (total - subnets) / 1e6}
+    return found | {"ours/stock": found["ours_mb"] / found["stock_mb"]}
+
+
+def main(what: str = "all") -> None:
+    peers.prepare_torchvision()
+    if what in ("all", "time"):
+        for backbone, batch in (("resnet18", 4), ("wide_resnet50_2", 1)):
+            print(json.dumps(time_train_steps(backbone, batch, rounds=10)))
+    if what in ("all", "size"):
+        for backbone in CHANNELS:
+            print(json.dumps(file_sizes(backbone)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

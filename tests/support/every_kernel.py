@@ -1,0 +1,47 @@
+"""Every kernel once on a small, odd shape: forward, backward, inverse and reconstruction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import AllInOneBlock, ReversibleSequence
+
+SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
+
+
+class Subnet(nn.Module):
+    """Its input twice, times a weight: no library's kernels, which the sanitizer would watch as
+    well.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.channels_out, self.weight = channels_out, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * torch.cat((x, x), 1)[:, : self.channels_out]
+
+
+def run(device: str) -> None:
+    """All cases: affine, and GIN."""
+    for shape in SHAPES:
+        for gin in (False, True):
+            run_one(shape, gin, device)
+
+
+def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
+    """A block by itself and in a reversible chain."""
+    batch, *shape = full
+    block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
+    chain = ReversibleSequence(*shape)
+    chain.append(block)
+    # a second block, so that one is reconstructed
+    chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")
+    chain.to(device)
+    x = torch.randn(batch, *shape, device=device, requires_grad=True)
+    for call in (lambda x: block([x]), chain):
+        z, logdet = call(x)
+        (sum(t.square().sum() for t in z) - logdet.sum()).backward()
+    with torch.no_grad():
+        block([x], rev=True)

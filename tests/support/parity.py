@@ -1,0 +1,183 @@
+"""Checks of a block that run on every engine: against the reference, by the design's criterion."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import fastflow_kernels
+import reference
+from tests.support.blocks import Stored, unwrapped
+from tests.support.cases import DEVICE, LAYOUTS, Case, build_block, make_block, make_input
+from tests.support.compare import assert_close
+
+
+def evaluate(
+    block: nn.Module, x: Tensor, c: list[Tensor], rev: bool = False, grad: bool = True
+) -> dict[str, Tensor]:
+    """Output and log-determinant, and the gradients of a random linear function of both to
+    everything that takes one.
+    """
+    x, c = x.detach().requires_grad_(grad), [t.detach().requires_grad_(grad) for t in c]
+    with torch.set_grad_enabled(grad):
+        (y,), logdet = block([x], c, rev=rev)
+    results = {"output": y, "log-det": logdet}
+    if not grad:
+        return results
+    generator = torch.Generator().manual_seed(2)
+    dy, dlogdet = (
+        torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in (y, logdet)
+    )
+    block.zero_grad()
+    # both: also GIN's log-determinant, 0, is part of the graph
+    torch.autograd.backward([y, logdet], [dy, dlogdet])
+    results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
+    return results | {
+        f"grad {name}": p.grad for name, p in block.named_parameters() if p.requires_grad
+    }
+
+
+def compare(
+    case: Case,
+    dtype: torch.dtype,
+    rev: bool,
+    grad: bool,
+    backend: str = "eager",
+    layout: str = "contiguous",
+) -> None:
+    """The criterion over a few draws of weights and inputs: of a handful of numbers one baseline
+    may be exact by luck.
+    """
+    draws = 4 if math.prod(case.shape.full) < 1000 else 1
+    expected = [_expect(case, dtype, rev, layout, seed) for seed in range(draws)]
+    actual = [_results(e, case, backend, rev, grad) for e in expected]
+    for name in actual[0]:
+        assert_close(
+            _stacked([a[name] for a in actual]),
+            _stacked([e.truth[name] for e in expected]),
+            _stacked([e.baseline[name] for e in expected]),
+            f"{case} {name}",
+            magnitude=max(e.terms for e in expected) if name == "log-det" else None,
+        )
+
+
+def _stacked(values: list[Tensor | None]) -> Tensor | None:
+    """Together, or None where there is no gradient (global_scale of GIN)."""
+    return None if values[0] is None else torch.stack(values)
+
+
+@dataclass
+class _Expected:
+    """What is to come of an input.
+
+    Attributes:
+        state: The weights.
+        x, c: The input and the conditions, in the dtype under test.
+        baseline: Of the reference in that dtype, in float32 if it is float64.
+        truth: Of the reference in float64.
+        terms: The magnitude of the log-determinant's terms.
+    """
+
+    state: dict[str, Tensor]
+    x: Tensor
+    c: list[Tensor]
+    baseline: dict[str, Tensor]
+    truth: dict[str, Tensor]
+    terms: float
+
+
+@functools.lru_cache(maxsize=4)  # tests that differ in the engine alone follow one another
+def _expect(case: Case, dtype: torch.dtype, rev: bool, layout: str, seed: int) -> _Expected:
+    stock = make_block(reference.AllInOneBlock, case, dtype, seed, dialect=case.dialect).to(DEVICE)
+    state = {key: value.clone() for key, value in stock.state_dict().items()}
+    x, c = make_input(case, dtype, seed + 1)
+    x, c = LAYOUTS[layout](x.to(DEVICE)), [LAYOUTS[layout](t.to(DEVICE)) for t in c]
+    lower = torch.float32 if dtype is torch.float64 else dtype
+    baseline = evaluate(copy.deepcopy(stock).to(lower), x.to(lower), [t.to(lower) for t in c], rev)
+    truth = evaluate(stock.double(), x.double(), [t.double() for t in c], rev)
+    return _Expected(state, x, c, baseline, truth, _terms(truth, stock))
+
+
+def _results(
+    expected: _Expected, case: Case, backend: str, rev: bool, grad: bool
+) -> dict[str, Tensor]:
+    """What our block makes of it."""
+    block = build_block(fastflow_kernels.AllInOneBlock, case, dialect=case.dialect, backend=backend)
+    block = block.to(DEVICE, expected.x.dtype)
+    block.load_state_dict(expected.state)
+    actual = evaluate(block, expected.x, expected.c, rev, grad)
+    dtype = expected.x.dtype
+    assert not grad or actual.keys() == expected.truth.keys()
+    assert actual["output"].dtype == dtype
+    assert actual["log-det"].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+    # float32 in half precision; judged by what the baseline's dtype allows
+    actual["log-det"] = actual["log-det"].to(dtype)
+    return actual
+
+
+def _terms(truth: dict[str, Tensor], block: nn.Module) -> float:
+    """The log-determinant is a sum that may cancel: the size of its terms, the log-factors' (adding
+    up at random) and the log-scales'.
+    """
+    log_factors = abs(block.clamp) * truth["output"][0].numel() ** 0.5
+    if block.GIN:
+        return log_factors
+    pixels = truth["output"][0, 0].numel()
+    return (
+        log_factors
+        + pixels * block.global_scale_activation(block.global_scale).log().abs().sum().item()
+    )
+
+
+def compare_fresh(activation: str, shape: tuple[int, ...], backend: str) -> None:
+    """The log-determinant of a block as it is built: log(scale) is near 0 and the same in every
+    channel, so that its error adds up.
+    """
+    results = []
+    # where every block is built, for the initial scale to have the same bits in all
+    with torch.device("cpu"):
+        x, a = torch.randn(2, *shape), torch.randn(2, shape[0] // 2 * 2, *shape[1:])
+        options = {"subnet_constructor": lambda *_: Stored(a), "global_affine_type": activation}
+        for dtype in (torch.float32, torch.float64):
+            block = reference.AllInOneBlock([shape], **options).to(dtype)
+            results.append(
+                [unwrapped(block([x.to(dtype)], rev=rev))[1].detach() for rev in (False, True)]
+            )
+        block = fastflow_kernels.AllInOneBlock([shape], **options, backend=backend).to(DEVICE)
+    with torch.no_grad():
+        actual = [unwrapped(block([x.to(DEVICE)], rev=rev))[1] for rev in (False, True)]
+    for mine, baseline, truth in zip(actual, *results, strict=True):
+        assert_close(mine, truth, baseline, f"{activation} {shape}")
+
+
+def check_float16_range(backend: str) -> None:
+    """x2 * exp(s) reaches 3000 * e^5, far beyond float16's 65504, and the sum of s too; y, dx and
+    the log-determinant do not.
+    """
+    shape = (2, 128, 12, 12)
+    a = torch.full(shape, 100.0, dtype=torch.float16, requires_grad=True)
+    block = fastflow_kernels.AllInOneBlock(
+        [shape[1:]],
+        subnet_constructor=lambda *_: Stored(a),
+        affine_clamping=5.0,
+        global_affine_type="EXP",
+        global_affine_init=0.01,
+        backend=backend,
+    ).half()
+    x = (3000.0 * torch.rand(shape)).half().requires_grad_()
+    (y,), logdet = block([x])
+    assert 4000 < y.max() < 5000
+    expected = 64 * 144 * 5.0 + 128 * 144 * block.global_scale.detach().double()[0, 0, 0, 0].item()
+    assert abs(logdet[0].item() - expected) < 1e-5 * 128 * 144 * 5
+    torch.autograd.backward([y, logdet], [torch.ones_like(y), torch.zeros_like(logdet)])
+    assert x.grad.isfinite().all()
+    assert a.grad.isfinite().all()
+    with torch.no_grad():
+        (back,), _ = block([y.detach()], rev=True)
+    # rounding of y and of what came before it, in units of the largest x
+    assert (back - x).abs().max() <= 4 * 3000 * torch.finfo(torch.float16).eps

@@ -1,0 +1,116 @@
+"""The bytes that the Triton kernels move, and the memory checker that counts them.
+
+Run as tests/test_kernels.py says.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import smallest
+from fastflow_kernels.coupling import OutputGrads
+from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
+from tests.support.coupling import inverse as inverse_of
+from tests.support.coupling import make, shape_id
+from tests.support.kernels import (  # noqa: F401  (fixtures)
+    both_kinds,
+    busy,
+    default_device,
+    in_the_interpreter,
+    kernels_run,
+    on_this_machine,
+    without_a_gpu,
+)
+from tests.support.launches import Launch
+from tests.support.modes import sanitize, slow_when_executed
+from tests.support.sanitizer import StrayAccess
+
+pytestmark = on_this_machine
+
+FEW = {"g_ptr", "offset_ptr", "inv_ptr", "perm_ptr", "dlogdet_ptr", "sums_ptr"}
+
+
+def traffic(launches: list[Launch]) -> float:
+    """Bytes moved. What has a value per channel or sample is counted once a launch: a cache serves
+    later reads of these few kilobytes.
+    """
+    return sum(
+        sum(n for name, n in run.loaded.items() if name not in FEW)
+        + sum(n for name, n in run.distinct.items() if name in FEW)
+        + sum(run.stored.values())
+        for run in launches
+    )
+
+
+@without_a_gpu
+@slow_when_executed
+@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+@both_kinds
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 16, 32, 32), torch.float32),
+        ((1, 32, 28, 28), torch.bfloat16),
+        ((128, 512), torch.float32),
+        ((256, 100), torch.bfloat16),
+    ],
+    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
+)
+@pytest.mark.usefixtures("busy")
+def test_coupling_moves_little_more_than_the_minimum(shape, dtype, gin, reverse, record_property):
+    x, a, coupling = make(shape, gin=gin, reverse=reverse, x=dtype)
+    with sanitize() as of_forward:
+        y, _ = engine.forward(x, a, coupling)
+    with sanitize() as of_backward:
+        engine.backward(x, a, OutputGrads(y, torch.randn(shape[0])), coupling, True)
+    with sanitize() as of_inverse:
+        inverse_of(y, a, coupling)
+    # GIN: a_s once more for its mean; backward without x1 and a_t, which only the scale's gradient
+    # needs, but with a_s, x2, dy2 twice
+    extra = 0.5 if gin else 0.0
+    for name, launches, minimum in (
+        ("forward", of_forward, 3.0 + extra),
+        ("backward", of_backward, 5.0 + extra),
+        ("inverse", of_inverse, 3.0 + extra),
+    ):
+        ratio = traffic(launches) / (x.numel() * x.element_size())
+        record_property(name, round(ratio, 3))
+        print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum} N")
+        assert ratio <= 1.05 * minimum, name
+
+
+# --- the memory checker itself --------------------------------------------------------------------
+
+
+@without_a_gpu
+@slow_when_executed
+def test_the_case_for_compute_sanitizer_runs_every_kernel():
+    with sanitize() as launches:
+        smallest.run("cpu")
+    modules = (backward, forward, inverse, sums)
+    defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {run.kernel for run in launches} == defined
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("index", "message"), [(5, "stored twice"), (40, "out of bounds"), (-9, "out of bounds")]
+)
+def test_sanitizer_catches_a_bad_index(index, message):
+    x, a, coupling = make((2, 7, 3))
+    inv = torch.arange(7)
+    inv[0] = index
+    # the interpreter wraps what a kernel raises in its own exception
+    with sanitize(), pytest.raises((StrayAccess, Exception), match=message):
+        engine.forward(x, a, coupling._replace(inv=inv))
+
+
+def test_sanitizer_poisons_fresh_memory():
+    with sanitize():
+        assert torch.empty(3).isnan().all()
+        assert torch.empty_like(torch.zeros(2, dtype=torch.bfloat16)).isnan().all()
+        assert torch.zeros(1).new_empty(2).isnan().all()
+    assert torch.empty.__name__ == "empty"

@@ -1,0 +1,72 @@
+"""Which inputs the kernels take, and how their work is cut. Needs no Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflow_kernels.engines.triton import plan
+
+
+def test_why_unsupported_names_the_reason():
+    x = torch.randn(2, 4, 3, 3)
+    for supported in (x, x[:, :3], x[:1].expand(2, 4, 3, 3)):
+        assert plan.why_unsupported(supported) is None
+    assert "contiguous" in plan.why_unsupported(x.to(memory_format=torch.channels_last))
+    assert "contiguous" in plan.why_unsupported(x[:, :, :, ::2])
+    assert "dtype" in plan.why_unsupported(x.to(torch.complex64))
+    assert "dimensions" in plan.why_unsupported(x.view(-1))
+    assert "32-bit" in plan.why_unsupported(torch.empty(2, 2**16, 2**15, device="meta"))
+    assert "a batch of 2147483648 samples" in plan.why_unsupported(
+        torch.empty(2**31, 2, 2, device="meta")
+    )
+    # rows: a tile holds several
+    assert plan.why_unsupported(torch.empty(2**31, 2, device="meta")) is None
+    one_pixel = torch.empty(2, 4, 1, 1).to(memory_format=torch.channels_last)
+    assert plan.why_unsupported(one_pixel) is None
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize(
+    "rows",
+    [None, plan.FORWARD_ROWS, plan.BACKWARD_ROWS],
+    ids=["planes", "forward rows", "backward rows"],
+)
+@pytest.mark.parametrize("batch", [1, 7, 4096, 100_000])
+def test_plan_covers_everything_once(batch, rows, itemsize):
+    for channels in (1, 2, 33, 512):
+        for pixels in (1,) if rows else (1, 2, 49, 196, 784, 4096, 12_345):
+            for columns in (1, 64):
+                tiles = plan.make_plan(channels, batch, pixels, itemsize, rows, columns)
+                assert covers(tiles.channel_tiles, tiles.block_channels, channels)
+                assert covers(tiles.groups, tiles.tiles_per_program, tiles.column_tiles)
+                if rows:
+                    assert tiles.channel_tiles == 1
+                    assert covers(tiles.column_tiles, tiles.block_columns, batch)
+                else:
+                    assert tiles.column_tiles % batch == 0
+                    assert covers(tiles.column_tiles // batch, tiles.block_columns, pixels)
+                sizes = (tiles.block_channels, tiles.block_columns, tiles.tiles_per_program)
+                for size in (*sizes, tiles.warps):
+                    assert size & (size - 1) == 0
+
+
+def covers(count: int, size: int, whole: int) -> bool:
+    """Whether it takes just so many pieces of a size."""
+    return count * size >= whole > (count - 1) * size
+
+
+def test_alignment_is_the_common_power_of_two():
+    assert plan.alignment(196, 0) == 4
+    assert plan.alignment(4096, 64 * 4096) == 16
+    assert plan.alignment(7, 4096) == 1
+
+
+def test_planning_imports_no_triton():
+    code = "import sys, fastflow_kernels.engines.triton.plan; assert 'triton' not in sys.modules"
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
