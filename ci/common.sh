@@ -4,10 +4,11 @@ make_venv() { # make_venv FOLDER PYTHON: a virtual environment; anew if an earli
     "$1/bin/python" -m pip --version &>/dev/null || "$2" -m venv --clear "$1"
 }
 
-make_venv_upon_ours() { # make_venv_upon_ours FOLDER: anew, with what .venv holds; what is installed
-    # into it goes first
+# make_venv_upon_ours FOLDER: anew, seeing what .venv holds, pip included; what is installed into it
+# goes first
+make_venv_upon_ours() {
     local site
-    .venv/bin/python -m venv --clear "$1"
+    .venv/bin/python -m venv --clear --without-pip "$1"
     site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$site')" >"$(echo "$1"/lib/python*/site-packages)/ours.pth"
 }
