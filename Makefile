@@ -1,13 +1,23 @@
-# make demo   train the anomaly detector of the README with the stock block and with this package, side by side
-# make test   style, tests, kernels without a GPU, and the comparison with FrEIA and anomalib
-# make ecosystem  anomalib, FrEIA, Lightning and exporters as PyPI ships them (an environment of their own)
-# make bench  the benchmarks, e.g. make bench BENCH_ARGS="--workloads fastflow-wrn50 --record", or BENCH_ARGS=main (against that commit); make report
-# make package | docs   the wheel, built and used in an empty environment; the documentation, docs/build/index.html
-# make slow   the tests that `make test` leaves out: more kernels executed, faults planted in them, benchmarks from end to end
-# make oldest | newest | triton-3.6  a part of the tests on the oldest supported versions, on the newest that can be had, and the kernels
-#             with Triton 3.6 (an environment of its own each)
-# make lint | gpu | clean
-# Each does its own set-up: a .venv in this folder with pinned versions. PYTHON=... names the interpreter to make it with.
+# Each command does its own set-up: a .venv in this folder with pinned versions.
+#
+#   make test        style, types, tests, kernels without a GPU, comparison with the real peers
+#   make quick       what finds most faults in a minute
+#   make demo        train the README's anomaly detector, stock and with this package
+#   make lint        style and types only
+#   make slow        what `make test` leaves out: more kernels executed, faults planted in them
+#   make ecosystem   anomalib, FrEIA, Lightning and exporters as PyPI ships them
+#   make oldest      the oldest supported versions; `make newest`: the newest that pip finds
+#   make triton-3.6  the kernels with Triton 3.6
+#   make package     the wheel, built, checked, and used in an empty environment
+#   make docs        the documentation: docs/build/index.html
+#   make bench       the benchmarks; BENCH_ARGS="--workloads fastflow-wrn50 --record",
+#                    or BENCH_ARGS=main to compare with that commit
+#   make report      tables and plots of what was recorded
+#   make gpu         everything on a machine with a GPU, into OUT=out/gpu
+#   make clean
+#
+# PYTHON=... names the interpreter to make .venv with. DEMO_ARGS, SLOW_ARGS, ECOSYSTEM_ARGS,
+# BENCH_ARGS and REPORT_ARGS are handed on; WORKERS=... says how many processes run tests.
 
 PYTHON ?= python3
 DEMO_ARGS ?=
@@ -18,8 +28,12 @@ REPORT_ARGS ?=
 OUT ?= out/gpu
 VENV := .venv/.stamp
 
-.PHONY: demo test slow ecosystem lint bench report package docs oldest newest triton-3.6 gpu clean
+.PHONY: help demo test quick slow ecosystem lint bench report package docs
+.PHONY: oldest newest triton-3.6 gpu clean
 .DEFAULT_GOAL := test
+
+help:
+	@sed -n '/^[^#]/q;/^$$/q;s/^# \{0,1\}//p' Makefile
 
 demo: $(VENV)
 	@.venv/bin/python -m bench.demo $(DEMO_ARGS)
@@ -27,11 +41,14 @@ demo: $(VENV)
 test: $(VENV)
 	@PYTHON=.venv/bin/python ci/test.sh
 
+quick: $(VENV)
+	@PYTHON=.venv/bin/python ci/quick.sh
+
 slow: $(VENV)
 	@PYTHON=.venv/bin/python ci/slow.sh $(SLOW_ARGS)
 
-ecosystem:
-	@PYTHON=$(PYTHON) ci/ecosystem.sh $(ECOSYSTEM_ARGS)
+ecosystem: $(VENV)
+	@ci/ecosystem.sh $(ECOSYSTEM_ARGS)
 
 lint: $(VENV)
 	@PYTHON=.venv/bin/python ci/lint.sh
@@ -48,6 +65,7 @@ package: $(VENV)
 docs: $(VENV)
 	@ci/docs.sh
 
+triton-3.6: $(VENV)
 oldest newest triton-3.6:
 	@PYTHON=$(PYTHON) ci/versions.sh $@
 
@@ -60,5 +78,6 @@ $(VENV): pyproject.toml constraints.txt ci/exporters.txt ci/peers.txt ci/triton.
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks build dist out docs/build docs/generated *.egg-info
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist out docs/build docs/generated *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

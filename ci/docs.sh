@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The documentation: the benchmark report from bench/results, then the site from docs/, the docstrings and README.md. A warning is an error.
-# The pages' examples are run by `make test` (tests/test_docs.py).
+# The documentation: the benchmark report from bench/results, then the site from docs/, the
+# docstrings and README.md. A warning is an error. `make test` runs the pages' examples
+# (tests/test_docs.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 
-"$python" -m pip install -qq --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
+"$python" -m pip install -qq --disable-pip-version-check -c constraints.txt \
+    -r docs/requirements.txt
 rm -rf docs/build docs/generated
 "$python" -m bench report --out docs/generated
 "$python" -m sphinx -W --keep-going -q -b html docs docs/build

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Proves and measures the kernels on a machine with a GPU, with the torch, Triton and pytest it has. No network.
+# Proves and measures the kernels on a machine with a GPU, with the torch, Triton and pytest it has.
+# No network.
 #
 #   ci/gpu.sh OUTDIR                      every part, about 75 minutes at most
 #   ci/gpu.sh OUTDIR first | second       where the GPU's time is limited, see below
-#   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts; without SECONDS a part has the limit of the list
+#   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts, within the list's limits or SECONDS
 #
 #   info         30 s  versions and devices
 #   warm        120 s  compile on all cores what the benchmarks of blocks launch
@@ -20,13 +21,16 @@
 #   block       900 s  the block benchmarks of every other workload
 #   reversible  300 s  chains against depth
 #
-# first: at most 6.5 minutes. Are the kernels right, as far as 90 seconds of tests can tell, and how fast are they?
+# first: at most 6.5 minutes. Are the kernels right, as far as 90 seconds of tests can tell, and how
+# fast are they?
 # second: at most 5.5 minutes. Which constants are best, and what does a changed state reach?
 #
-# OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log, bench.log, sanitize.log, and rows.jsonl, which
-# is written as it is measured. `python -m bench record OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
-# A part that fails or reaches its limit does not stop the others; the exit status is 1 then. Benchmarks begin nothing in the last 15 seconds
-# of their limit, and say what they left out. PYTHON names the interpreter (python3).
+# OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log,
+# bench.log, sanitize.log, and rows.jsonl, which is written as it is measured.
+# `python -m bench record OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
+# A part that fails or reaches its limit does not stop the others; the exit status is 1 then.
+# Benchmarks begin nothing in the last 15 seconds of their limit, and say what they left out.
+# PYTHON names the interpreter (python3).
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; }
@@ -36,8 +40,9 @@ refuse() {
     exit 2
 }
 
-declare -A limits=([info]=30 [warm]=120 [smallest]=60 [tests]=600 [check]=120 [goals]=400 [graphs]=300 [flow]=300 [kernels]=120)
-limits+=([memcheck]=300 [racecheck]=300 [tune]=600 [block]=900 [reversible]=300)
+declare -A limits=([info]=30 [warm]=120 [smallest]=60 [tests]=600 [check]=120 [goals]=400)
+limits+=([graphs]=300 [flow]=300 [kernels]=120 [memcheck]=300 [racecheck]=300 [tune]=600)
+limits+=([block]=900 [reversible]=300)
 
 case "${1:-}" in
 "" | -h | --help)
@@ -49,25 +54,34 @@ esac
 out=$1
 shift
 case "${*:-all}" in
-all) parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block reversible) ;;
-first) parts=(info:10 warm:50 smallest:20 tests:90 goals:85 kernels:25 memcheck:40 flow:35 graphs:30) ;;
-second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 graphs:35 racecheck:35) ;;
+all)
+    parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block)
+    parts+=(reversible)
+    ;;
+first) parts=(info:10 warm:50 smallest:20 tests:90 goals:85 kernels:25 memcheck:40 flow:35 graphs:30)
+    ;;
+second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 graphs:35 racecheck:35)
+    ;;
 *) parts=("$@") ;;
 esac
 for part in "${parts[@]}"; do
-    [ -n "${limits[${part%%:*}]:-}" ] || refuse "no part is called ${part%%:*}; parts: ${!limits[*]}"
+    [ -n "${limits[${part%%:*}]:-}" ] ||
+        refuse "no part is called ${part%%:*}; parts: ${!limits[*]}"
     [[ $part =~ ^[a-z]+(:[0-9]+)?$ ]] || refuse "expected PART:SECONDS, got $part"
 done
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
-"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || refuse "torch finds no GPU ($PYTHON); nothing was run"
+"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
+    refuse "torch finds no GPU ($PYTHON); nothing was run"
 [ ! -e "$out/summary.txt" ] || refuse "$out holds a run already; name a new folder"
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 failed=0
 : >"$out/summary.txt" >"$out/stderr.log"
 
-step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log, both go to the screen
+# step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log,
+# both go to the screen
+step() {
     local name=$1 limit=$2 log=$3 start=$SECONDS rc
     shift 3
     echo "== $name (at most $limit s; $start s of at most $total are gone)"
@@ -87,7 +101,10 @@ bench() { # bench SECONDS OPTIONS...
 
 run() { # run PART SECONDS
     local part=$1 limit=$2 parallel=()
-    local goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
+    local goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular
+    goals+=,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
+    local graphs=anomalib,freia,freia-compiled,anomalib-graphs,freia-graphs,ours-graphs
+    graphs+=,ours-freia-graphs
     case "$part" in
     info) step info "$limit" "$out/summary.txt" "$PYTHON" -m fastflow_kernels info ;;
     warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.warm ;;
@@ -96,31 +113,42 @@ run() { # run PART SECONDS
         # the tests that need no GPU run in `make test`
         "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
         # few processes of Inductor's own, beside those of pytest-xdist
-        step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 "$PYTHON" -m pytest -q --tb=short --durations=15 \
-            -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} \
-            tests/test_gpu.py tests/test_kernels{,_values,_traffic,_blocks}.py tests/test_cli.py tests/test_parity.py
+        step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 \
+            "$PYTHON" -m pytest -q --tb=short --durations=15 -p no:cacheprovider \
+            ${parallel[@]+"${parallel[@]}"} \
+            tests/test_gpu.py tests/test_kernels*.py tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
     goals) bench "$limit" --workloads "$goals" --dtypes float32,bfloat16 ;;
     graphs)
         bench "$limit" --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train \
-            --providers anomalib,freia,freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
+            --providers "$graphs"
         ;;
-    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train --dtypes float32,bfloat16 ;;
-    kernels) step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.kernel_times --out "$out/rows.jsonl" ;;
+    flow)
+        bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train \
+            --dtypes float32,bfloat16
+        ;;
+    kernels)
+        step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.kernel_times \
+            --out "$out/rows.jsonl"
+        ;;
     block) bench "$limit" --workloads all --dtypes float32,bfloat16 ;;
     tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.tune --out "$out/rows.jsonl" ;;
     reversible)
-        step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible --shape 32,256,64,64 --depths 1,4,8 --out "$out/rows.jsonl"
+        step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible \
+            --shape 32,256,64,64 --depths 1,4,8 --out "$out/rows.jsonl"
         ;;
     memcheck | racecheck)
         command -v compute-sanitizer >/dev/null || {
-            echo "$part: SKIPPED, compute-sanitizer is not installed" | tee -a "$out/sanitize.log" "$out/summary.txt"
+            echo "$part: SKIPPED, compute-sanitizer is not installed" |
+                tee -a "$out/sanitize.log" "$out/summary.txt"
             return
         }
-        # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's pool, and no error. Errors of the driver's
-        # own calls do not count: libraries ask for symbols that are not there.
-        step "$part" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$part" \
+        # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's
+        # pool, and no error. Errors of the driver's own calls do not count: libraries ask for
+        # symbols that are not there.
+        step "$part" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$part" \
             --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.gpu.smallest
         ;;
     esac

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The package: source distribution and wheel built and their contents checked, the tests run from the former, the latter installed into
-# an empty environment and used there. Builds in a folder of its own; nothing is published.
+# The package: source distribution and wheel built and their contents checked, the tests run from
+# the former, the latter installed into an empty environment and used there. Builds in a folder of
+# its own; nothing is published.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -8,23 +9,25 @@ python=$root/.venv/bin/python
 started=$SECONDS
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-install=(-m pip install -qq --disable-pip-version-check -c "$root/constraints.txt")
+install=(-m pip install -qq --disable-pip-version-check --no-compile -c "$root/constraints.txt")
 
 echo "== build"
-# From a copy of what git knows or would add: files that it ignores, and an egg-info's list of earlier ones, would end up in the package.
+# From a copy of what git knows or would add: files that it ignores, and an egg-info's list of
+# earlier ones, would end up in the package.
 mkdir "$work/source"
 git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$work/source"
 "$python" -m venv "$work/tools"
 "$work/tools/bin/python" "${install[@]}" -r ci/package.txt setuptools
-NO_COLOR=1 "$work/tools/bin/python" -m build --no-isolation --outdir "$work/dist" "$work/source" &>"$work/build.log" ||
-    { cat "$work/build.log" && exit 1; }
+NO_COLOR=1 "$work/tools/bin/python" -m build --no-isolation --outdir "$work/dist" "$work/source" \
+    &>"$work/build.log" || { cat "$work/build.log" && exit 1; }
 NO_COLOR=1 "$work/tools/bin/python" -m twine check --strict "$work"/dist/*
 "$python" ci/package_contents.py "$work/source" "$work/dist"
 
 echo "== tests, from the source distribution"
 tar -xzf "$work"/dist/*.tar.gz -C "$work"
 cd "$work"/fastflow_kernels-[0-9]*/
-"$python" -m pytest -q -p no:cacheprovider --collect-only | tail -1 # everything that the tests import is there
+# everything that the tests import is there
+"$python" -m pytest -q -p no:cacheprovider --collect-only | tail -1
 "$python" -m pytest -q -p no:cacheprovider tests/test_cli.py tests/test_docs.py
 
 echo "== the wheel, in an empty environment"
@@ -52,6 +55,7 @@ PY
 
 echo "== the wheel, beside FrEIA"
 "$work/venv/bin/python" "${install[@]}" setuptools scipy
-"$work/venv/bin/python" "${install[@]}" --no-deps --no-build-isolation --use-pep517 -r "$root/ci/peers.txt"
+"$work/venv/bin/python" "${install[@]}" --no-deps --no-build-isolation --use-pep517 \
+    -r "$root/ci/peers.txt"
 "$work/venv/bin/python" "$root/ci/package_use.py" freia
 echo "== the package is fine ($((SECONDS - started)) s)"

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The tests that `make test` leaves out: more compiled kernels executed, faults planted in the kernels, benchmarks run from end to end.
+# The tests that `make test` leaves out: more compiled kernels executed, faults planted in the
+# kernels, benchmarks run from end to end. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. ci/common.sh
 
-exec "${PYTHON:-.venv/bin/python}" -m pytest -q --durations=5 -m slow "$@"
+run_tests --durations=5 -m slow "$@"

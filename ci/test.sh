@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that `make test` proves: style, the tests, the Triton kernels without a GPU, and the comparison with the real peers.
+# What `make test` proves: style and types, the tests, the comparison with the real peers, and the
+# Triton kernels without a GPU. All cores work on it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. ci/common.sh
 export PYTHON=${PYTHON:-.venv/bin/python}
 started=$SECONDS
 
 echo "== lint" && ci/lint.sh
-echo "== tests" && "$PYTHON" -m pytest -q --durations=5 -m "not peers and not kernels and not slow"
-echo "== kernels" && ci/kernels.sh
-echo "== peers" && "$PYTHON" -m pytest -q --durations=5 -m "peers and not slow"
+echo "== tests, those of the compiled kernels among them" && run_tests --durations=10 -m "not slow"
+echo "== kernels, interpreted" && ci/kernels.sh interpreted
 echo "== all passed in $((SECONDS - started)) s"

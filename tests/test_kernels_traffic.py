@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import smallest
+from bench.gpu import smallest
 from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
 from tests.support.coupling import inverse as inverse_of
