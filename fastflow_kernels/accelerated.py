@@ -182,7 +182,8 @@ def hold(block: Any, maths: Maths, backend: str) -> None:
     held.index.permutation(block)
     block.__dict__["_fastflow"] = held
     if not isinstance(block, AcceleratedBlock):
-        block.__class__ = _derived(AcceleratedBlock, type(block))
+        cls: Any = type(block)
+        block.__class__ = _derived(AcceleratedBlock, cls)
 
 
 def held_by(block: Any) -> Held:

@@ -193,7 +193,9 @@ class _LinkedBlock(Function):
             for t, want in zip(tensors[: len(wanted)], wanted, strict=True)
         ]
         parameters = leaves[3 + linked.condition_count :]
-        stand_ins = dict(zip(linked.subnet.parameters, parameters, strict=True))
+        stand_ins: dict[Tensor, Tensor] = dict(
+            zip(linked.subnet.parameters, parameters, strict=True)
+        )
         with (
             swapping,
             without_autocast(linked.subnet.device),

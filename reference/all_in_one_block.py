@@ -139,7 +139,9 @@ class AllInOneBlock(InvertibleModule):
         >>> import torch
         >>> from torch import nn
         >>> from reference import AllInOneBlock
-        >>> block = AllInOneBlock([(4, 8, 8)], subnet_constructor=lambda n_in, n_out: nn.Conv2d(n_in, n_out, 3, padding=1))
+        >>> def subnet(channels_in, channels_out):
+        ...     return nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        >>> block = AllInOneBlock([(4, 8, 8)], subnet_constructor=subnet)
         >>> x = torch.randn(2, 4, 8, 8)
         >>> (y,), log_det = block([x])
         >>> (back,), minus_log_det = block([y], rev=True)

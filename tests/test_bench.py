@@ -113,7 +113,7 @@ def test_gradients_past_a_kink_are_judged_by_rms() -> None:
 
 
 class Unable(reference.AllInOneBlock):
-    def forward(self, *_: object, **__: object) -> None:
+    def forward(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("not in this dtype\nmore")
 
 

@@ -1,5 +1,6 @@
-"""The backward on a GPU: the gradients in one pass over memory, which also writes the active half of
-the inverse for chains that keep no activations. Notation: see
+"""The backward on a GPU: the gradients in one pass over memory.
+
+For chains that keep no activations it also writes the active half of the inverse. Notation: see
 :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
