@@ -2,7 +2,8 @@
 FrEIA models.
 """
 
-from fastflow_kernels.modules import AllInOneBlock, InvertibleModule
+from fastflow_kernels.freia import InvertibleModule
+from fastflow_kernels.modules import AllInOneBlock
 from fastflow_kernels.patch import accelerate, restore
 from fastflow_kernels.reporting import Report, report
 from fastflow_kernels.sequence import ReversibleSequence

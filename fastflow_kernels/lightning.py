@@ -12,7 +12,7 @@ from fastflow_kernels.patch import accelerate
 from fastflow_kernels.reporting import report
 
 
-class Accelerate(Callback):
+class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
     """Accelerate the model once training, validation, testing or prediction sets up, before a
     checkpoint is loaded into it.
 

@@ -172,7 +172,7 @@ def _assign(
         holder[name] = tensor
 
 
-def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
+def _autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """A context manager's constructor: autocast as it is now."""
     if not is_autocast(device):
         return nullcontext
@@ -185,6 +185,6 @@ def _autocast(device: torch.device) -> Callable[[], AbstractContextManager]:
     )
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off."""
     return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()

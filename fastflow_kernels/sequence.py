@@ -201,9 +201,8 @@ class ReversibleSequence(Reversible, InvertibleModule):
                     "other containers"
                 )
             expected = self.shapes[0]
-            if tuple(input_dims) != expected and [tuple(shape) for shape in input_dims] != [
-                expected
-            ]:
+            shapes: list[Any] = list(input_dims)
+            if shapes != list(expected) and [tuple(shape) for shape in shapes] != [expected]:
                 raise ValueError(
                     f"expected input_dims {[expected]}, the chain's input, got {input_dims}"
                 )
