@@ -49,7 +49,7 @@ block() { # block KEYWORDS: the tests of the block. SciPy before 1.16 draws no r
         tests/test_checkpoints.py tests/test_compile.py tests/test_distributed.py \
         tests/test_docs.py tests/test_layering.py tests/test_loading.py tests/test_patch*.py \
         tests/test_peers.py tests/test_probe.py tests/test_reference.py tests/test_reversible*.py \
-        tests/test_torch_features.py
+        tests/test_torch_features.py tests/test_torch_private.py
 }
 
 interpreted() {

@@ -1,0 +1,186 @@
+"""What the package asks torch by private names: each of them, so that a version without it shows.
+
+Run with every supported version of torch (ci/versions.sh).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Function, forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastflow_kernels import torch_private
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_nobody_looks_on_in_an_ordinary_call() -> None:
+    assert not torch_private.is_watched()
+    assert not torch_private.is_symbolic()
+    assert not torch_private.is_traced()
+    assert not torch_private.is_recorded()
+    assert not torch_private.is_transformed()
+    assert not torch_private.is_onnx_export()
+    assert not torch_private.has_saved_tensor_hooks()
+    assert not torch_private.is_parametrization_cached()
+    assert not torch_private.needs_plain(torch.zeros(1), nn.Parameter(torch.zeros(1)), None)
+
+
+def test_a_mode_that_looks_on_is_seen_and_can_be_left() -> None:
+    with Watching():
+        assert torch_private.is_watched()
+        assert not torch_private.is_symbolic()
+        with torch_private.unrecorded():
+            assert not torch_private.is_watched()
+        assert torch_private.is_watched()
+
+
+def test_tensors_without_values_are_seen() -> None:
+    with FakeTensorMode():
+        assert torch_private.is_symbolic()
+        assert torch_private.is_recorded()
+        assert torch_private.needs_plain()
+    asked = []
+    make_fx(lambda x: (asked.append(torch_private.is_symbolic()), x + 1)[1])(torch.zeros(1))
+    assert asked == [True]
+
+
+def test_tracing_is_seen_and_can_be_left() -> None:
+    asked = []
+
+    def ask(x: Tensor) -> Tensor:
+        asked.append(torch_private.is_traced())
+        with torch_private.unrecorded():
+            asked.append(torch_private.is_traced())
+        asked.append(torch_private.is_recorded())
+        return x + 1
+
+    torch.jit.trace(ask, torch.zeros(1), check_trace=False)
+    assert asked == [True, False, True]
+
+
+def test_compilation_is_seen() -> None:
+    def ask(x: Tensor) -> Tensor:
+        return x + 1 if torch_private.needs_plain(x) and torch_private.is_traced() else x
+
+    assert torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1.0
+
+
+def test_transforms_are_seen() -> None:
+    asked = []
+
+    def ask(x: Tensor) -> Tensor:
+        asked.append((torch_private.is_transformed(), torch_private.is_wrapped(x)))
+        return x.sum()
+
+    torch.func.vmap(ask)(torch.zeros(2, 3))
+    assert asked == [(True, True)]
+    assert not torch_private.is_wrapped(torch.zeros(1))
+
+
+def test_forward_mode_is_seen() -> None:
+    with forward_ad.dual_level():
+        assert torch_private.needs_plain()
+
+
+def test_a_batch_of_gradients_and_subclasses_are_seen() -> None:
+    asked = []
+
+    class Asking(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            asked.append(torch_private.needs_plain(dy))
+            return dy
+
+    x = torch.zeros(2, requires_grad=True)
+    torch.autograd.grad(Asking.apply(x), x, torch.eye(2), is_grads_batched=True)
+    assert asked == [True]
+    assert torch_private.needs_plain(torch.zeros(1).as_subclass(type("Sub", (Tensor,), {})))
+
+
+def test_hooks_and_caches_of_others_are_seen() -> None:
+    with saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert torch_private.has_saved_tensor_hooks()
+    with parametrize.cached():
+        assert torch_private.is_parametrization_cached()
+    layer = nn.Linear(1, 1)
+    assert not torch_private.has_hooks(layer)
+    assert not torch_private.is_compiled(layer)
+    for register in (
+        layer.register_forward_hook,
+        layer.register_forward_pre_hook,
+        layer.register_full_backward_hook,
+        layer.register_full_backward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert torch_private.has_hooks(layer), register
+        handle.remove()
+    layer.compile(backend="eager")
+    assert torch_private.is_compiled(layer)
+
+
+def test_a_write_in_place_counts_a_version() -> None:
+    x = torch.zeros(2)
+    before = torch_private.version_of(x)
+    x[:1].add_(1.0)
+    assert torch_private.version_of(x) != before
+    with torch.inference_mode():
+        assert torch_private.version_of(torch.zeros(1)) is None
+
+
+def test_holders_of_a_tensor_are_counted() -> None:
+    x = torch.zeros(2)
+    before = torch_private.holders_of(x)
+    also = x
+    assert torch_private.holders_of(x) > before
+    del also
+    assert torch_private.holders_of(x) == before
+    view = x[:1]
+    assert torch_private.holders_of(x) > before
+    del view
+
+
+def test_the_direct_apply_of_a_function() -> None:
+    class Double(Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return 2 * dy
+
+    x = torch.ones(1, requires_grad=True)
+    y = torch_private.direct_apply(Double)(x)
+    y.backward()
+    assert (y.item(), x.grad.item()) == (2.0, 2.0)
+
+
+def test_a_parameter_is_found_as_getattr_finds_it() -> None:
+    layer = nn.Linear(2, 2)
+    assert torch_private.parameter_of(layer, "weight") is layer.weight
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    assert torch.equal(torch_private.parameter_of(layer, "weight"), layer.weight)
+
+
+def test_an_unset_variable_is_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = os.environ.encodekey("FASTFLOW_KERNELS_NOT_THERE")
+    assert torch_private.is_certainly_unset(name)
+    monkeypatch.setenv("FASTFLOW_KERNELS_NOT_THERE", "1")
+    assert not torch_private.is_certainly_unset(name)
