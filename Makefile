@@ -1,7 +1,7 @@
 # make demo   train the anomaly detector of the README with the stock block and with this package, side by side
 # make test   style, tests, kernels without a GPU, and the comparison with FrEIA and anomalib
 # make ecosystem  anomalib, FrEIA, Lightning and exporters as PyPI ships them (an environment of their own)
-# make bench  the benchmarks, e.g. make bench BENCH_ARGS="--workloads fastflow-wrn50 --record" (options: bench/conftest.py); make report
+# make bench  the benchmarks, e.g. make bench BENCH_ARGS="--workloads fastflow-wrn50 --record", or BENCH_ARGS=main (against that commit); make report
 # make package | docs   the wheel, built and used in an empty environment; the documentation, docs/build/index.html
 # make slow   the tests that `make test` leaves out: more kernels executed, faults planted in them, benchmarks from end to end
 # make oldest | newest | triton-3.6  a part of the tests on the oldest supported versions, on the newest that can be had, and the kernels
@@ -22,7 +22,7 @@ VENV := .venv/.stamp
 .DEFAULT_GOAL := test
 
 demo: $(VENV)
-	@PYTHON=.venv/bin/python ci/demo.sh $(DEMO_ARGS)
+	@.venv/bin/python -m bench.demo $(DEMO_ARGS)
 
 test: $(VENV)
 	@PYTHON=.venv/bin/python ci/test.sh
@@ -37,10 +37,10 @@ lint: $(VENV)
 	@PYTHON=.venv/bin/python ci/lint.sh
 
 bench: $(VENV)
-	@PYTHON=.venv/bin/python ci/bench.sh $(BENCH_ARGS)
+	@.venv/bin/python -m bench compare $(BENCH_ARGS)
 
 report: $(VENV)
-	@.venv/bin/python -m bench.report $(REPORT_ARGS)
+	@.venv/bin/python -m bench report $(REPORT_ARGS)
 
 package: $(VENV)
 	@ci/package.sh

@@ -10,16 +10,15 @@ all gradients relative to theirs, of the reversible chain and of the same chain 
 from __future__ import annotations
 
 import argparse
-import copy
 
 import torch
 from torch import Tensor, nn
 
+from bench.demo.training import BATCH, GRADIENT_NORM, LEARNING_RATE, SHAPE, WEIGHT_DECAY, prepare
 from bench.fastflow import conv_subnet, negative_log_likelihood
-from bench.reversible import Plain
-from bench.texture_demo import BATCH, GRADIENT_NORM, LEARNING_RATE, SHAPE, WEIGHT_DECAY, prepare
-from bench.textures import TEXTURES, load_photograph
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
+from tests.support.plain_chain import plain_of
+from tests.support.textures import TEXTURES, load_photograph
 
 
 def trained(depth: int, features: Tensor, steps: int) -> ReversibleSequence:
@@ -46,12 +45,6 @@ def gradients(chain: nn.Module, x: Tensor) -> Tensor:
     chain.zero_grad()
     negative_log_likelihood(*chain(x)).backward()
     return torch.cat([p.grad.double().flatten() for p in chain.parameters() if p.grad is not None])
-
-
-def plain_of(chain: ReversibleSequence) -> Plain:
-    plain = copy.deepcopy(chain)
-    plain.__class__ = Plain
-    return plain
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ loss and anomaly map.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +36,16 @@ class SequenceFlow(nn.Module):
             sample.
         """
         logdet = x.new_zeros(x.shape[0])
-        for block in reversed(self.blocks) if rev else self.blocks:
+        blocks: list[Any] = list(self.blocks)
+        for block in reversed(blocks) if rev else blocks:
             (x,), block_logdet = block([x], list(c) if block.conditional else [], rev=rev)
             logdet = logdet + block_logdet
         return x, logdet
 
     def subnets(self) -> list[nn.Module]:
         """The blocks' subnets, in order."""
-        return [block.subnet for block in self.blocks]
+        blocks: list[Any] = list(self.blocks)
+        return [block.subnet for block in blocks]
 
 
 class ReversibleFlow(SequenceFlow):
@@ -50,7 +53,7 @@ class ReversibleFlow(SequenceFlow):
     dict.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[Any]) -> None:
         super().__init__(blocks)
         chain = ReversibleSequence(*blocks[0].dims_in[0])
         for block in blocks:
@@ -62,7 +65,9 @@ class ReversibleFlow(SequenceFlow):
         self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As the plain chain; without conditions."""
-        return self.chain(x, c, rev)
+        chain: ReversibleSequence = self.__dict__["chain"]
+        z, logdet = chain(x, c, rev)
+        return z, logdet
 
 
 def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, int], nn.Sequential]:
@@ -74,6 +79,18 @@ def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, i
             nn.Conv2d(in_channels, hidden, kernel_size, padding="same"),
             nn.ReLU(),
             nn.Conv2d(hidden, out_channels, kernel_size, padding="same"),
+        )
+
+    return construct
+
+
+def linear_subnet(hidden_ratio: float) -> Callable[[int, int], nn.Sequential]:
+    """A constructor of CFlow's subnet: linear, ReLU, linear."""
+
+    def construct(in_channels: int, out_channels: int) -> nn.Sequential:
+        hidden = int(hidden_ratio * in_channels)
+        return nn.Sequential(
+            nn.Linear(in_channels, hidden), nn.ReLU(), nn.Linear(hidden, out_channels)
         )
 
     return construct

@@ -1,267 +1,243 @@
-"""The goals that result rows can decide, and what was found."""
+"""The goals that result rows can decide: a table, and what was found."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from bench.records import Row
 
 STOCK = ("anomalib", "freia")
+LARGE = {"kind": "block", "workload": "fastflow-", "but": "one image"}
+TRAIN: dict[str, Any] = {"kind": "block", "mode": "train"}
+FLOW = {"kind": "flow", "mode": "train", "provider": "anomalib"}
+DEPTH = {"kind": "depth", "provider": "reversible"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A line of the table.
+
+    Attributes:
+        device: "gpu", "cpu", or "any".
+        text: What is wanted.
+        number: The number to reach.
+        key: The figure of a row that decides.
+        where: Which rows count: values of a row's keys, or several in a tuple. ``workload`` is how
+            the name begins, ``but`` what it does not contain.
+        by: "least" (all rows have to reach it), "most" (all have to stay below it) or "mean"
+            (geometric).
+    """
+
+    device: str
+    text: str
+    number: float
+    key: str
+    where: Mapping[str, Any] = field(default_factory=dict)
+    by: str = "least"
+
+
+GOALS = (
+    *(
+        Wanted(
+            "gpu",
+            f"block alone, fastflow-*, {mode}: share of the copy bandwidth",
+            share,
+            "share",
+            LARGE | {"mode": mode, "provider": "ours"},
+        )
+        for mode, share in (("forward", 0.90), ("inverse", 0.90), ("backward", 0.85))
+    ),
+    *(
+        Wanted(
+            "gpu",
+            f"block alone, fastflow-*, train step on the GPU: times {provider}",
+            ratio,
+            "ratio",
+            LARGE | {"mode": "train", "provider": provider},
+        )
+        for provider, ratio in (("anomalib", 6.0), ("freia", 5.0), ("freia-compiled", 2.0))
+    ),
+    *(
+        Wanted("gpu", f"block alone, {name}, train step as called{text}", number, key, where)
+        for name, workload in (("cflow", "cflow/"), ("tabular", "tabular"))
+        for text, number, key, where in (
+            (
+                ": times the best stock eager",
+                3.0,
+                "ratio_wall",
+                TRAIN | {"workload": workload, "provider": STOCK},
+            ),
+            (
+                ", all in CUDA graphs: times the best stock",
+                1.0,
+                "ratio_wall_alike",
+                TRAIN | {"workload": workload, "provider": ("anomalib-graphs", "freia-graphs")},
+            ),
+        )
+    ),
+    *(
+        Wanted(
+            "gpu",
+            f"whole flow, {name.rstrip('/')}, train step as called: times anomalib",
+            ratio,
+            "ratio_wall",
+            FLOW | {"workload": name},
+        )
+        for name, ratio in (("fastflow-wrn50", 1.5), ("cflow/", 3.0))
+    ),
+    *(
+        Wanted("cpu", text, ratio, key, {"kind": "block", "provider": provider}, "mean")
+        for provider, ratio, key, text in (
+            (
+                "anomalib",
+                4.0,
+                "ratio",
+                "block alone, all workloads and modes: times anomalib, geometric mean",
+            ),
+            (
+                "freia",
+                2.0,
+                "ratio",
+                "block alone, all workloads and modes: times freia, geometric mean",
+            ),
+            ("freia-compiled", 1.4, "ratio_alike", "the same, compiled against compiled freia"),
+        )
+    ),
+    *(
+        Wanted(
+            "cpu",
+            f"block alone, {text}: times anomalib",
+            ratio,
+            "ratio",
+            {"kind": "block", "provider": "anomalib", "workload": workload},
+        )
+        for text, ratio, workload in (
+            ("soft (2048, 512)", 1.1, "soft large batch"),
+            ("Householder 4, 256 channels", 3.0, "Householder 4/1"),
+            ("Householder 4, 512 channels", 5.0, "Householder 4/2"),
+            ("channels-last", 2.0, "channels-last"),
+        )
+    ),
+    *(
+        Wanted(
+            device,
+            f"nowhere slower, {what}{how}: times the best stock eager",
+            1.0,
+            key,
+            {"kind": kind, "provider": STOCK},
+        )
+        for kind, what in (("block", "block alone"), ("flow", "whole flow"))
+        for device, key, how in (("any", "ratio", ""), ("gpu", "ratio_wall", " as called"))
+    ),
+    Wanted(
+        "any",
+        "block alone: bytes kept for backward, share of anomalib's",
+        0.40,
+        "kept_share",
+        TRAIN | {"provider": "ours"},
+        "most",
+    ),
+    *(
+        Wanted("any", f"reversible chain: {text}", number, key, DEPTH, "most")
+        for text, number, key in (
+            ("bytes kept for backward at 32 blocks, times those at 4", 1.2, "kept_growth"),
+            ("time of a train step, times our plain chain's", 1.4, "times_plain"),
+            ("time of a train step, times anomalib's plain chain's", 1.0, "times_anomalib"),
+        )
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal on one device and in one dtype.
+    """A goal and what was found on one device and in one dtype.
 
     Attributes:
-        text: What is wanted.
-        wanted: The number to reach.
+        wanted: The line of the table.
         found: The number found, None if it was not measured.
         where: The row that decides, or how many rows the mean is over.
-        most: The number is an upper limit.
     """
 
-    text: str
-    wanted: float
-    found: float | None
+    wanted: Wanted
+    found: float | None = None
     where: str = ""
-    most: bool = False
 
     @property
     def verdict(self) -> str:
         if self.found is None:
             return "not measured"
-        return (
-            "reached"
-            if (self.found <= self.wanted if self.most else self.found >= self.wanted)
-            else "NOT reached"
-        )
+        if self.wanted.by == "most":
+            is_reached = self.found <= self.wanted.number
+        else:
+            is_reached = self.found >= self.wanted.number
+        return "reached" if is_reached else "NOT reached"
 
 
-def goals(rows: list[Row]) -> list[Goal]:
-    """The goals for the rows of one device and dtype, which are other ones on a GPU than on a
-    CPU.
-    """
-    depths = [row for row in rows if row["kind"] == "depth"]
-    rows = [row for row in rows if "skipped" not in row and row["kind"] in ("block", "flow")]
+def goals(rows: Iterable[Row]) -> list[Goal]:
+    """What the rows of one device and dtype say about the goals of such a device."""
+    rows = [
+        row for row in rows if "skipped" not in row and row["kind"] in ("block", "flow", "depth")
+    ]
     if not rows:
-        return _of_reversible_chains(depths)
-    on_cpu = any(row["device"].startswith("cpu") for row in rows)
-    own = _on_cpu if on_cpu else _on_gpu
+        return []
+    device = "cpu" if rows[0]["device"].startswith("cpu") else "gpu"
+    rows = [_with_shares(row, rows) for row in rows]
+    kinds = {"depth" if row["kind"] == "depth" else "block" for row in rows}
     return [
-        *own(rows),
-        *_everywhere(rows, on_cpu),
-        *(_of_reversible_chains(depths) if depths else []),
+        _found(wanted, rows)
+        for wanted in GOALS
+        if wanted.device in (device, "any")
+        and ("depth" if wanted.where["kind"] == "depth" else "block") in kinds
     ]
 
 
-def _on_gpu(rows: list[Row]) -> list[Goal]:
-    found = []
-    large = _of(rows, kind="block", workload="fastflow-", but="one image")
-    for mode, share in (("forward", 0.90), ("inverse", 0.90), ("backward", 0.85)):
-        text = f"block alone, fastflow-*, {mode}: share of the copy bandwidth"
-        found.append(_worst(text, share, _of(large, mode=mode, provider=("ours",)), "share"))
-    for provider, ratio in (("anomalib", 6.0), ("freia", 5.0), ("freia-compiled", 2.0)):
-        text = f"block alone, fastflow-*, train step on the GPU: times {provider}"
-        found.append(_worst(text, ratio, _of(large, mode="train", provider=(provider,)), "ratio"))
-    for name in ("cflow/", "tabular"):
-        small = _of(rows, kind="block", mode="train", workload=name)
-        found.append(
-            _worst(
-                f"block alone, {name.rstrip('/')}, train step as called: times the best stock "
-                "eager",
-                3.0,
-                _of(small, provider=STOCK),
-                "ratio_wall",
-            )
-        )
-        graphed = _of(small, provider=tuple(f"{stock}-graphs" for stock in STOCK))
-        text = f"block alone, {name.rstrip('/')}, train step as called, all in CUDA graphs: times the best stock"
-        found.append(_worst(text, 1.0, graphed, "ratio_wall_alike"))
-    for name, ratio in (("fastflow-wrn50", 1.5), ("cflow/", 3.0)):
-        whole = _of(rows, kind="flow", mode="train", workload=name, provider=("anomalib",))
-        found.append(
-            _worst(
-                f"whole flow, {name.rstrip('/')}, train step as called: times anomalib",
-                ratio,
-                whole,
-                "ratio_wall",
-            )
-        )
-    return found
+def _with_shares(row: Row, rows: list[Row]) -> Row:
+    """The row and its figures divided by another row's: anomalib's, or a shorter chain's."""
+
+    def share(figure: str, **changes: object) -> float | None:
+        keys = ("kind", "workload", "shape", "mode", "provider", "depth")
+        key = [changes.get(k, row.get(k)) for k in keys]
+        alike = (r[figure] for r in rows if [r.get(k) for k in keys] == key and r.get(figure))
+        whole = next(alike, None)
+        return row[figure] / whole if row.get(figure) and whole else None
+
+    if row["kind"] == "block":
+        return row | {"kept_share": share("kept_bytes", provider="anomalib")}
+    if row["kind"] == "flow":
+        return row
+    if row["depth"] < 4:  # shorter chains have nothing to gain
+        return row | {"times_plain": None}
+    growth = share("kept_bytes", depth=4, workload="depth-4") if row["depth"] == 32 else None
+    times_anomalib = share("times_plain", provider="anomalib")
+    return row | {"kept_growth": growth, "times_anomalib": times_anomalib}
 
 
-def _on_cpu(rows: list[Row]) -> list[Goal]:
-    block = _of(rows, kind="block")
-    return [
-        _mean(
-            "block alone, all workloads and modes: times anomalib, geometric mean",
-            4.0,
-            _of(block, provider=("anomalib",)),
-            "ratio",
-        ),
-        _mean(
-            "block alone, all workloads and modes: times freia, geometric mean",
-            2.0,
-            _of(block, provider=("freia",)),
-            "ratio",
-        ),
-        _mean(
-            "the same, compiled against compiled freia",
-            1.4,
-            _of(block, provider=("freia-compiled",)),
-            "ratio_alike",
-        ),
-        *(
-            _worst(
-                f"block alone, {what}: times anomalib",
-                ratio,
-                _of(block, provider=("anomalib",), **where),
-                "ratio",
-            )
-            for what, ratio, where in (
-                ("soft (2048, 512)", 1.1, {"workload": "soft large batch"}),
-                ("Householder 4, 256 channels", 3.0, {"workload": "Householder 4/1"}),
-                ("Householder 4, 512 channels", 5.0, {"workload": "Householder 4/2"}),
-                ("channels-last", 2.0, {"workload": "channels-last"}),
-            )
-        ),
-    ]
-
-
-def _of_reversible_chains(rows: list[Row]) -> list[Goal]:
-    """Of chains of 4 blocks and more: shorter ones have nothing to gain."""
-    ours = [row for row in _of(rows, provider=("reversible",)) if row["depth"] >= 4]
-    kept = {(tuple(row["shape"]), row["depth"]): row["kept_bytes"] for row in ours}
-    growth = [
-        (kept[shape, 32] / kept[shape, 4], shape)
-        for shape, depth in kept
-        if depth == 32 and (shape, 4) in kept
-    ]
-    most, where = max(growth, default=(None, ()))
-    theirs = {
-        (tuple(row["shape"]), row["depth"]): row["times_plain"]
-        for row in _of(rows, provider=("anomalib",))
-    }
-
-    def share(row: Row) -> float | None:
-        stock = theirs.get((tuple(row["shape"]), row["depth"]))
-        return row["times_plain"] / stock if stock else None
-
-    return [
-        Goal(
-            "reversible chain: bytes kept for backward at 32 blocks, times those at 4",
-            1.2,
-            most,
-            "x".join(map(str, where)),
-            True,
-        ),
-        _decided_by(
-            max,
-            "reversible chain: time of a train step, times our plain chain's",
-            1.4,
-            ours,
-            lambda r: r["times_plain"],
-            True,
-        ),
-        _decided_by(
-            max,
-            "reversible chain: time of a train step, times anomalib's plain chain's",
-            1.0,
-            ours,
-            share,
-            True,
-        ),
-    ]
-
-
-def _everywhere(rows: list[Row], on_cpu: bool) -> list[Goal]:
-    nowhere = "nowhere slower, {}: times the best stock eager"
-    clocks = {"ratio": ""} if on_cpu else {"ratio": "", "ratio_wall": " as called"}
-    return [
-        *(
-            _worst(nowhere.format(f"{what}{how}"), 1.0, _of(rows, kind=kind, provider=STOCK), key)
-            for kind, what in (("block", "block alone"), ("flow", "whole flow"))
-            for key, how in clocks.items()
-        ),
-        _kept(rows),
-    ]
-
-
-def _of(
-    rows: Iterable[Row],
-    *,
-    workload: str = "",
-    but: str | None = None,
-    provider: tuple[str, ...] | None = None,
-    **exact: str,
-) -> list[Row]:
-    return [
-        row
-        for row in rows
-        if row["workload"].startswith(workload)
-        and (but is None or but not in row["workload"])
-        and (provider is None or row["provider"] in provider)
-        and all(row[key] == value for key, value in exact.items())
-    ]
-
-
-def _worst(text: str, wanted: float, rows: list[Row], key: str) -> Goal:
-    return _decided_by(min, text, wanted, rows, lambda row: row.get(key))
-
-
-def _decided_by(
-    choose: Callable,
-    text: str,
-    wanted: float,
-    rows: list[Row],
-    value: Callable[[Row], float | None],
-    most: bool = False,
-) -> Goal:
-    measured = [row for row in rows if value(row) is not None]
-    if not measured:
-        return Goal(text, wanted, None, most=most)
-    row = choose(measured, key=value)
-    against = "" if row["provider"] == "ours" else f", {row['provider']}"
+def _found(wanted: Wanted, rows: list[Row]) -> Goal:
+    chosen = [r for r in rows if _is_meant(r, wanted.where) and r.get(wanted.key) is not None]
+    if not chosen:
+        return Goal(wanted)
+    if wanted.by == "mean":
+        mean = statistics.geometric_mean(row[wanted.key] for row in chosen)
+        return Goal(wanted, mean, f"{len(chosen)} rows")
+    choose: Callable[..., Row] = max if wanted.by == "most" else min
+    row = choose(chosen, key=lambda row: row[wanted.key])
+    against = "" if row["provider"] in ("ours", "reversible") else f", {row['provider']}"
     shape = "x".join(map(str, row["shape"]))
-    return Goal(
-        text,
-        wanted,
-        value(row),
-        f"{row['workload']} {shape}, {row['mode']}{against}; the worst of {len(measured)}",
-        most,
-    )
+    where = f"{row['workload']} {shape}, {row['mode']}{against}; the worst of {len(chosen)}"
+    return Goal(wanted, row[wanted.key], where)
 
 
-def _mean(text: str, wanted: float, rows: list[Row], key: str) -> Goal:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    return (
-        Goal(text, wanted, statistics.geometric_mean(values), f"{len(values)} rows")
-        if values
-        else Goal(text, wanted, None)
-    )
-
-
-def _kept(rows: list[Row]) -> Goal:
-    """Bytes kept for backward by ours, as a share of anomalib's on the same workload."""
-    rows = [row for row in _of(rows, kind="block", mode="train") if row.get("kept_bytes")]
-    theirs = {
-        (row["workload"], tuple(row["shape"])): row["kept_bytes"]
-        for row in rows
-        if row["provider"] == "anomalib"
-    }
-
-    def share(row: Row) -> float | None:
-        stock = theirs.get((row["workload"], tuple(row["shape"])))
-        return row["kept_bytes"] / stock if stock else None
-
-    return _decided_by(
-        max,
-        "block alone: bytes kept for backward, share of anomalib's",
-        0.40,
-        _of(rows, provider=("ours",)),
-        share,
-        True,
-    )
+def _is_meant(row: Row, where: Mapping[str, Any]) -> bool:
+    for key, value in where.items():
+        if key == "workload":
+            is_meant = row[key].startswith(value)
+        elif key == "but":
+            is_meant = value not in row["workload"]
+        else:
+            is_meant = row[key] in value if isinstance(value, tuple) else row[key] == value
+        if not is_meant:
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""Says in words which machine a figure was measured on, so that no figure travels without it."""
+"""How torch is set up for measuring, and in words on which machine a figure was measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+
+def set_up_torch(threads: int) -> None:
+    """Set the CPU threads, and switch TF32 off.
+
+    TF32 would make the stock blocks' products inexact, and so compare two precisions.
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def describe_machine() -> str:

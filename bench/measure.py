@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import Workload
+from bench.choice import Group
 from bench.providers import PROVIDERS, Provider, block_class, why_not
 from bench.records import Row
 from bench.subject import MINIMAL_BYTES, NotHere, Subject, build_model, draw_samples
 from bench.timing import MOST_CALLS, Times, interleaved
+from bench.workloads import WHOLE
 from tests.support.compare import assert_close
 
 # bytes that forward passes may hold at a time while backward is timed
@@ -42,43 +43,40 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What became of one provider in one group: times, or the reason why there are none.
+    """What became of one provider in one group: figures, or the reason why there are none.
 
     Attributes:
         row: The result row; without figures if the provider was skipped.
-        times: For pytest-benchmark; None if skipped or failed.
         failure: Why the provider must not have a row: its results are wrong, or ours did not run.
     """
 
     row: Row
-    times: Times | None = None
     failure: str | None = None
 
 
 class Task:
     """The subjects of one workload and dtype, shared by the modes."""
 
-    def __init__(
-        self,
-        kind: str,
-        workload: Workload,
-        dtype: torch.dtype,
-        names: Sequence[str],
-        settings: Settings,
-    ) -> None:
-        # or the compiled code of other workloads fills the cache, and Dynamo falls back to eager in
-        # silence
+    def __init__(self, group: Group, names: Sequence[str], settings: Settings) -> None:
+        # Otherwise the compiled code of other workloads fills the cache, and Dynamo falls back to
+        # eager in silence.
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 64
-        self.kind, self.workload, self.dtype, self.settings = kind, workload, dtype, settings
-        self.samples = draw_samples(kind, workload, dtype, settings.device)
+        self.kind, self.workload, self.settings = group.kind, group.workload, settings
+        self.dtype: torch.dtype = getattr(torch, group.dtype)
+        self.samples = draw_samples(self.kind, self.workload, self.dtype, settings.device)
         build, _ = block_class(PROVIDERS["ours"])
-        self.weights = build_model(kind, workload, build, "anomalib").to(dtype)
+        self.weights = build_model(self.kind, self.workload, build, "anomalib").to(self.dtype)
         self.subjects: dict[str, Subject] = {}
         self.absent: dict[str, Exception] = {}
         self.truths: dict[tuple[str, str], tuple[dict[str, Tensor | None], ...]] = {}
         for name in names:
             self._add(PROVIDERS[name])
+
+    def is_of(self, group: Group) -> bool:
+        """Whether the group differs in nothing but the mode."""
+        dtype = getattr(torch, group.dtype)
+        return (self.kind, self.workload, self.dtype) == (group.kind, group.workload, dtype)
 
     def _add(self, provider: Provider) -> None:
         try:
@@ -110,7 +108,7 @@ class Task:
                 self._most_calls(mode, fit),
             )
             outcomes |= {
-                name: Outcome(self._row(mode, name) | self._figures(mode, name, times), times[name])
+                name: Outcome(self._row(mode, name) | self._figures(mode, name, times))
                 for name in fit
             }
         return outcomes
@@ -137,7 +135,7 @@ class Task:
         gradients = defaultdict(list)  # of a whole flow, by what they belong to in every block
         for name, value in subject.results(mode).items():
             exact, label = truth[name], f"{subject.provider.name}, {mode}, {name}"
-            if self.kind == "flow" and exact is not None and name.startswith("d"):
+            if self.kind in WHOLE and exact is not None and name.startswith("d"):
                 gradients[re.sub(r"blocks\.\d+", "blocks.*", label)].append(
                     (value, exact, baseline[name])
                 )
@@ -147,11 +145,11 @@ class Task:
             )
             assert_close(value, exact, baseline[name], label, magnitude=magnitude)
         for label, triples in gradients.items():
-            together = (
+            value, exact, baseline_value = (
                 torch.cat([t.flatten().double() for t in tensors])
                 for tensors in zip(*triples, strict=True)
             )
-            assert_close_past_kinks(*together, self.workload.steps, label)
+            assert_close_past_kinks(value, exact, baseline_value, self.workload.steps, label)
 
     def _roundings(self, subject: Subject, name: str) -> float:
         """By how much the criterion's floor grows for one result.
@@ -161,7 +159,7 @@ class Task:
         the number of terms. Measured without this: 2.1 times what is allowed, for the gradient of
         the scale over 4096 rows, of the stock block as of ours.
         """
-        steps = self.workload.steps if self.kind == "flow" else 1
+        steps = self.workload.steps if self.kind in WHOLE else 1
         if subject.provider.execution == "eager" or name in ("output", "dx", "da"):
             return steps
         batch, channels, *_ = self.workload.shape
@@ -238,7 +236,7 @@ class Task:
             "ratio_wall_alike": _ratio(mine, ours_alike, "wall"),
             "copy_gbs": self.settings.copy_bandwidth * 1e-9,
         }
-        if self.kind != "flow":
+        if self.kind not in WHOLE:
             rate = MINIMAL_BYTES[mode] * self.samples[0].x.nbytes / median
             figures |= {"gbs": rate * 1e-9, "share": rate / self.settings.copy_bandwidth}
         if mode == "train" and subject.provider.execution != "graphs":

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 
 pytest.importorskip("triton")
 
@@ -37,13 +35,13 @@ class _Stored(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _mock_gpu() -> Iterator[None]:
-    from bench.mock_driver import mock_gpu
+    from tests.support.mock_driver import mock_gpu
 
     with mock_gpu():
         yield
 
 
-def _block(shape: tuple[int, ...], grad: bool, **options: object) -> tuple[AllInOneBlock, Tensor]:
+def _block(shape: tuple[int, ...], grad: bool, **options: Any) -> tuple[AllInOneBlock, Tensor]:
     a = torch.randn(shape, requires_grad=grad)
     block = AllInOneBlock(
         [shape[1:]], subnet_constructor=lambda *_: _Stored(a), backend="triton", **options
@@ -51,7 +49,7 @@ def _block(shape: tuple[int, ...], grad: bool, **options: object) -> tuple[AllIn
     return block, torch.randn(shape, requires_grad=grad)
 
 
-def _measure(benchmark: Callable, function: Callable[[], object]) -> None:
+def _measure(benchmark: Any, function: Callable[[], object]) -> None:
     for _ in range(50):  # compile, warm caches
         function()
     benchmark.pedantic(function, rounds=60, iterations=200)
@@ -59,9 +57,7 @@ def _measure(benchmark: Callable, function: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
-def test_forward_without_gradients(
-    benchmark: Callable, shape: tuple[int, ...], dialect: str
-) -> None:
+def test_forward_without_gradients(benchmark: Any, shape: tuple[int, ...], dialect: str) -> None:
     block, x = _block(shape, False, dialect=dialect)
     with torch.no_grad():
         _measure(benchmark, lambda: block([x]))
@@ -69,14 +65,14 @@ def test_forward_without_gradients(
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
-def test_forward_with_gradients(benchmark: Callable, shape: tuple[int, ...], dialect: str) -> None:
+def test_forward_with_gradients(benchmark: Any, shape: tuple[int, ...], dialect: str) -> None:
     block, x = _block(shape, True, dialect=dialect)
     _measure(benchmark, lambda: block([x]))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
-def test_train_step(benchmark: Callable, shape: tuple[int, ...], dialect: str) -> None:
+def test_train_step(benchmark: Any, shape: tuple[int, ...], dialect: str) -> None:
     block, x = _block(shape, True, dialect=dialect)
     dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
 
@@ -88,14 +84,14 @@ def test_train_step(benchmark: Callable, shape: tuple[int, ...], dialect: str) -
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_inverse(benchmark: Callable, shape: tuple[int, ...]) -> None:
+def test_inverse(benchmark: Any, shape: tuple[int, ...]) -> None:
     block, x = _block(shape, False)
     with torch.no_grad():
         _measure(benchmark, lambda: block([x], rev=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_autograd_alone(benchmark: Callable, shape: tuple[int, ...]) -> None:
+def test_autograd_alone(benchmark: Any, shape: tuple[int, ...]) -> None:
     """One product and its gradients to four leaves, as many as a block has: the part of a train
     step that is autograd's own.
     """
@@ -124,7 +120,7 @@ class _Nothing(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "train-step"])
-def test_function_alone(benchmark: Callable, backward: bool) -> None:
+def test_function_alone(benchmark: Any, backward: bool) -> None:
     """A Function with a block's inputs and outputs, and the split of x before it: below this no
     block with a Function of its own gets.
     """
@@ -141,27 +137,3 @@ def test_function_alone(benchmark: Callable, backward: bool) -> None:
             torch.autograd.backward([y, logdet], [dy, dlogdet])
 
     _measure(benchmark, step)
-
-
-@pytest.mark.parametrize("straight", [False, True], ids=["dispatcher", "prepared"])
-def test_one_launch(benchmark: Callable, straight: bool) -> None:
-    """One launch of the backward's kernel, by Triton's dispatcher or straight to the binary
-    (engines/triton/launch.py).
-    """
-    from fastflow_kernels.engines.triton import engine
-    from fastflow_kernels.engines.triton.launch import Launch
-
-    x, g, offset, perm = torch.randn(4, 64), torch.randn(64), torch.randn(64), torch.randperm(64)
-    spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", gin=False)
-    coupling = Coupling(g, offset, spec, perm, perm.argsort())
-    launches: list[tuple[object, ...]] = []
-    launch = Launch.__call__
-
-    def keep(self: object, is_aligned: bool, *pointers: object) -> None:
-        launches.append((self, *pointers))
-        launch(self, is_aligned, *pointers)
-
-    with mock.patch.object(Launch, "__call__", keep):
-        engine.backward(x, x, OutputGrads(x, x[:, 0].clone()), coupling, True)
-    prepared, *pointers = launches[0]
-    _measure(benchmark, lambda: prepared(straight, *pointers))

@@ -1,6 +1,4 @@
-"""Plots of result rows: the share of the copy bandwidth, the speedups, and the cost as a shape
-grows.
-"""
+"""Plots of result rows: the speedups, and the cost as a shape or a chain grows."""
 
 from __future__ import annotations
 
@@ -21,21 +19,7 @@ from bench.subject import MODES
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a marker each for those who print
 # in grey.
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-MODE_STYLES = {
-    "forward": (BLUE, "o"),
-    "inverse": (SKY, "s"),
-    "backward": (RED, "^"),
-    "train": (ORANGE, "D"),
-}
+BLACK, SKY, GREEN, BLUE, RED = "#000000", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
 DEPTH_STYLES = {
     "plain": (SKY, "s"),
@@ -56,44 +40,6 @@ def label(row: Row) -> str:
 def _provider_style(name: str) -> tuple[str, str]:
     execution = next(suffix for suffix in ("-compiled", "-graphs", "") if name.endswith(suffix))
     return BASE_COLOURS[name.removesuffix(execution)], EXECUTION_MARKERS[execution]
-
-
-def save_share(rows: list[Row], title: str, path: Path) -> bool:
-    """Per workload and mode ours' share of the copy bandwidth, counting minimal bytes; False if
-    there is nothing to draw.
-    """
-    rows = [
-        row
-        for row in rows
-        if row["kind"] == "block" and row["provider"] == "ours" and "share" in row
-    ]
-    if not rows:
-        return False
-    names = list(dict.fromkeys(map(label, rows)))
-    figure, (axis,) = _panels(1, len(names), width=6.2)
-    axis.set_title("minimal bytes per second / bytes per second of a large copy", fontsize=9)
-    for mode in MODES:
-        colour, marker = MODE_STYLES[mode]
-        drawn = [row for row in rows if row["mode"] == mode]
-        axis.plot(
-            [100 * row["share"] for row in drawn],
-            [names.index(label(row)) for row in drawn],
-            marker,
-            color=colour,
-            label=mode,
-            alpha=0.85,
-        )
-    axis.axvline(100, color=BLACK, linewidth=1)
-    axis.set_xlim(0, max(105, *(100 * row["share"] + 5 for row in rows)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
-    _name_rows(axis, names)
-    _finish(
-        figure,
-        f"Share of the copy bandwidth: ours, block alone\n{title}",
-        axis.get_legend_handles_labels()[0],
-        path,
-    )
-    return True
 
 
 def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -> bool:

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import fastflow_kernels
 import reference
-from bench import peers
-from bench.cases import Workload
+from bench.workloads import Workload
+from tests.support import peers
 
 EXECUTIONS = ("eager", "compiled", "graphs")
 
@@ -59,6 +59,7 @@ PROVIDERS = {
     for execution in EXECUTIONS
     for p in (Provider(b, execution) for b in ("ours", "ours-freia", "anomalib", "freia"))
 }
+EAGER = tuple(p for p in PROVIDERS.values() if p.execution == "eager")
 
 
 class StandIn(reference.AllInOneBlock):
@@ -106,16 +107,11 @@ def why_not(provider: Provider, workload: Workload, on_cpu: bool) -> str | None:
 
 @contextlib.contextmanager
 def rotations_drawn_once() -> Iterator[None]:
-    """Inside, soft permutations of one size are one rotation, drawn once: the stock blocks take
-    minutes to draw a large one.
-    """
+    """Inside, SciPy draws one rotation of each size. Stock blocks take minutes for a large one."""
     with contextlib.ExitStack() as stack:
-        for module in ("fastflow_kernels.modules", "reference.all_in_one_block"):
-            stack.enter_context(mock.patch(f"{module}.random_rotation", _rotation))
         with contextlib.suppress(ImportError):
-            stack.enter_context(
-                mock.patch("scipy.stats.special_ortho_group.rvs", lambda n: _rotation(n).numpy())
-            )
+            draw = "scipy.stats.special_ortho_group.rvs"
+            stack.enter_context(mock.patch(draw, lambda n: _rotation(n).numpy()))
         yield
 
 

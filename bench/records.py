@@ -1,13 +1,9 @@
 """Result rows: where a figure was measured, appended files of one JSON object per line, and the
 newest row of each kind.
-
-python -m bench.records FILE.jsonl ...     append the rows of files that were made elsewhere to
-bench/results/<device>/<kind>.jsonl
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -127,18 +123,3 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     for row in sorted(rows, key=lambda row: row["date"]):
         latest[json.dumps([row[key] for key in IDENTITY])] = row
     return list(latest.values())
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.records",
-        description="Append rows measured elsewhere to bench/results.",
-    )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
-    rows = read(parser.parse_args(arguments).files)
-    append(rows, RESULTS)
-    print(f"{len(rows)} rows appended under {RESULTS}")
-
-
-if __name__ == "__main__":
-    main()

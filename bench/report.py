@@ -1,25 +1,23 @@
-"""Result files as Markdown and plots: goals, every figure, the share of the copy bandwidth, the
-speedups, and the cost as shapes grow.
+"""Result files as Markdown and plots: goals, every figure, speedups, and the cost as shapes grow.
 
-    python -m bench.report [FILE.jsonl or FOLDER ...] [--out DIR]      (default: bench/results, to
-    out/report)
+    python -m bench report [FILE.jsonl or FOLDER ...] [--out DIR]
 
 Of rows that measure the same thing the newest counts.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from bench.cases import WORKLOADS
 from bench.goals import Goal, goals
-from bench.plots import label, save_depth, save_share, save_speedup, save_sweep
+from bench.plots import label, save_depth, save_speedup, save_sweep
 from bench.providers import PROVIDERS
-from bench.records import RESULTS, Row, newest, read
+from bench.records import Row, newest
 from bench.subject import MODES
+from bench.workloads import WORKLOADS
 
 HEADINGS = {
     "block": "Block alone",
@@ -74,7 +72,8 @@ def _setting(row: Row) -> tuple[str, int, str]:
 def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[str]:
     device, threads, dtype = setting
     first = rows[0]
-    title = f"{first['device_name']}{f', {threads} thread' + 's' * (threads > 1) if threads else ''}, {dtype}"
+    on_threads = f", {threads} thread{'s' * (threads > 1)}" if threads else ""
+    title = f"{first['device_name']}{on_threads}, {dtype}"
     name = f"{device}{f'-{threads}-threads' if threads > 1 else ''}-{dtype}"
     parts = [
         f"## {title}",
@@ -86,19 +85,14 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
         *goal_table(goals(rows)),
         "",
     ]
-    plots = {f"share-{name}.png": (save_share, ()), f"sweep-{name}.png": (save_sweep, ())}
-    plots |= {
-        f"speedup-{kind}-{name}.png": (save_speedup, (kind, "ratio")) for kind in ("block", "flow")
-    }
-    if threads == 0:
-        plots |= {
-            f"speedup-{kind}-called-{name}.png": (save_speedup, (kind, "ratio_wall"))
-            for kind in ("block", "flow")
-        }
-    for file in sorted(plots):
-        save, more = plots[file]
-        if save(rows, *more, title, out / file):
-            parts += [f"![{file.removesuffix('.png')}]({file})", ""]
+    ratios = {"": "ratio"} if threads else {"": "ratio", "-called": "ratio_wall"}
+    for kind in ("block", "flow"):
+        for suffix, key in ratios.items():
+            file = f"speedup-{kind}{suffix}-{name}.png"
+            if save_speedup(rows, kind, key, title, out / file):
+                parts += _image(file)
+    if save_sweep(rows, title, out / f"sweep-{name}.png"):
+        parts += _image(f"sweep-{name}.png")
     parts += _depths(rows, title, name, out)
     for kind, heading in HEADINGS.items():
         chosen = [row for row in rows if row["kind"] == kind]
@@ -108,6 +102,10 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
                 parts += [f"### {heading}, as called from Python", "", *called_table(chosen), ""]
             parts += _notes(chosen)
     return parts + _kernels(rows)
+
+
+def _image(file: str) -> list[str]:
+    return [f"![{file.removesuffix('.png')}]({file})", ""]
 
 
 def _kernels(rows: list[Row]) -> list[str]:
@@ -165,8 +163,7 @@ def _depths(rows: list[Row], title: str, name: str, out: Path) -> list[str]:
         parts += [
             f"### Against depth, {shape}",
             "",
-            f"![{file.removesuffix('.png')}]({file})",
-            "",
+            *_image(file),
             *depth_table(found),
             "",
         ]
@@ -223,11 +220,9 @@ def goal_table(found: list[Goal]) -> list[str]:
     """The goals as Markdown: number found / number wanted."""
     lines = ["| goal | found / wanted | | decided by |", "|---|---:|---|---|"]
     for goal in found:
-        number = "–" if goal.found is None else f"{goal.found:.2f}"
-        lines.append(
-            f"| {goal.text} | {number} / {'<= ' if goal.most else ''}{goal.wanted:.2f} | "
-            f"{goal.verdict} | {goal.where} |"
-        )
+        wanted, number = goal.wanted, "–" if goal.found is None else f"{goal.found:.2f}"
+        limit = f"{'<= ' if wanted.by == 'most' else ''}{wanted.number:.2f}"
+        lines.append(f"| {wanted.text} | {number} / {limit} | {goal.verdict} | {goal.where} |")
     return lines
 
 
@@ -308,7 +303,7 @@ def _notes(rows: Iterable[Row]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _grouped(rows: Iterable[Row], key) -> list[tuple]:
+def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
     """Rows by key, keys and rows in the order of their first appearance."""
     rows = list(rows)
     order = {value: i for i, value in enumerate(dict.fromkeys(map(key, rows)))}
@@ -316,33 +311,3 @@ def _grouped(rows: Iterable[Row], key) -> list[tuple]:
         (value, list(group))
         for value, group in groupby(sorted(rows, key=lambda row: order[key(row)]), key=key)
     ]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report",
-        description="Turn result files into a Markdown report with plots.",
-    )
-    parser.add_argument(
-        "results",
-        nargs="*",
-        type=Path,
-        default=[RESULTS],
-        metavar="FILE or FOLDER",
-        help="default: bench/results",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/report"), metavar="DIR", help="default: out/report"
-    )
-    options = parser.parse_args(arguments)
-    rows = read(options.results)
-    if not rows:
-        raise SystemExit(
-            f"no rows in {', '.join(map(str, options.results))}; make bench BENCH_ARGS=--record "
-            "writes some"
-        )
-    print(write_report(rows, options.out).resolve())
-
-
-if __name__ == "__main__":
-    main()

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from bench.cases import Workload
-from bench.fastflow import SequenceFlow, conv_subnet
-from bench.memory import bytes_kept_for_backward
+from bench.fastflow import ReversibleFlow, SequenceFlow, conv_subnet, linear_subnet
 from bench.providers import Provider, block_class, copy_weights, rotations_drawn_once
+from bench.workloads import WHOLE, Workload
+from tests.support.memory import bytes_kept_for_backward
 
 MODES = ("forward", "inverse", "backward", "train")
 # in inputs: what has to be read and written at least
@@ -74,7 +74,7 @@ def draw_samples(
         )
 
     def draw() -> Sample:
-        alone = kind != "flow"  # a whole flow's input is the features, which need no gradient
+        alone = kind not in WHOLE  # a whole flow's input is the features, which need no gradient
         x = random(batch, channels, *spatial).requires_grad_(alone)
         a = random(batch, channels // 2 * 2, *spatial).requires_grad_() if alone else None
         c = [random(batch, width, *spatial) for width in workload.conditions]
@@ -90,6 +90,8 @@ def draw_samples(
 class _Handed(nn.Module):
     """A subnet without cost: it hands over a stored tensor."""
 
+    a: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         # Compiled, a tensor from outside could not be overwritten within a CUDA graph, as stock
         # blocks do with their subnet's output. The copy is fused away by the compiler. Eager calls
@@ -104,12 +106,9 @@ class Alone(nn.Module):
         self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]
     ) -> None:
         super().__init__()
-        _, channels, *_ = workload.shape
+        dims, dims_c = _dims(workload, declared)
         self.handed = _Handed()
-        dims_c = [(width, *declared) for width in workload.conditions]
-        self.block = build(
-            [(channels, *declared)], dims_c, lambda *_: self.handed, **workload.options
-        )
+        self.block = build(dims, dims_c, lambda *_: self.handed, **workload.options)
 
     def forward(self, x: Tensor, a: Tensor, *c: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         self.handed.a = a
@@ -121,23 +120,24 @@ class Chain(nn.Module):
     """A whole flow with its real subnets: ``(x, *conditions) -> (z, logdet)``."""
 
     def __init__(
-        self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]
+        self,
+        build: Callable[..., nn.Module],
+        workload: Workload,
+        declared: tuple[int, ...],
+        flow: type[SequenceFlow] = SequenceFlow,
     ) -> None:
         super().__init__()
-        _, channels, *_ = workload.shape
-        conditional = (
-            workload.steps if workload.conditional_steps is None else workload.conditional_steps
-        )
-        dims_c = [(width, *declared) for width in workload.conditions]
-        self.flow = SequenceFlow(
+        steps, conditional = workload.steps, workload.conditional_steps
+        dims, dims_c = _dims(workload, declared)
+        self.flow = flow(
             [
                 build(
-                    [(channels, *declared)],
-                    dims_c if i < conditional else [],
+                    dims,
+                    dims_c if conditional is None or i < conditional else [],
                     _subnet(workload, i),
                     **workload.options,
                 )
-                for i in range(workload.steps)
+                for i in range(steps)
             ]
         )
 
@@ -145,19 +145,15 @@ class Chain(nn.Module):
         return self.flow(x, c, rev)
 
 
+def _dims(workload: Workload, declared: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+    """A block's dims_in and dims_c."""
+    return [(workload.shape[1], *declared)], [(width, *declared) for width in workload.conditions]
+
+
 def _subnet(workload: Workload, step: int) -> Callable[[int, int], nn.Module]:
-    if workload.subnet == "conv":
-        return conv_subnet(3 if step % 2 == 0 else 1, workload.hidden)
-    if workload.subnet == "conv3":
-        return conv_subnet(3, workload.hidden)
-
-    def linear(features_in: int, features_out: int) -> nn.Module:
-        hidden = int(workload.hidden * features_in)
-        return nn.Sequential(
-            nn.Linear(features_in, hidden), nn.ReLU(), nn.Linear(hidden, features_out)
-        )
-
-    return linear
+    if workload.subnet == "fc":
+        return linear_subnet(workload.hidden)
+    return conv_subnet(1 if workload.subnet == "conv" and step % 2 else 3, workload.hidden)
 
 
 def build_model(
@@ -171,11 +167,15 @@ def build_model(
     )
     torch.manual_seed(0)
     with rotations_drawn_once():
-        model = (Chain if kind == "flow" else Alone)(build, workload, tuple(declared))
+        if kind in WHOLE:
+            flow = ReversibleFlow if kind == "reversible" else SequenceFlow
+            model: nn.Module = Chain(build, workload, tuple(declared), flow)
+        else:
+            model = Alone(build, workload, tuple(declared))
     with torch.no_grad():
         for module in model.modules():
-            if hasattr(module, "global_offset"):
-                module.global_offset.normal_()
+            if isinstance(offset := getattr(module, "global_offset", None), Tensor):
+                offset.normal_()
     return model
 
 
@@ -188,15 +188,18 @@ class Subject:
         workload: Workload,
         provider: Provider,
         samples: list[Sample],
-        like: nn.Module,
+        like: nn.Module | None = None,
     ) -> None:
-        build, self.class_name = block_class(provider)
+        build, _ = block_class(provider)
         self.provider, self.samples, self.next = provider, samples, 0
         self.model = build_model(kind, workload, build, provider.dialect)
-        copy_weights(like, self.model)
+        if like is not None:
+            copy_weights(like, self.model)
         self.model.to(samples[0].x.device, samples[0].x.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.call = {rev: partial(self.model, rev=rev) for rev in (False, True)}
+        self.call: dict[bool, Callable[..., Any]] = {
+            rev: partial(self.model, rev=rev) for rev in (False, True)
+        }
         # eager, whatever follows: a block that cannot run is not worth compiling
         with torch.no_grad():
             self.logdet_dtype = self.model(*self._arguments(samples[0]))[1].dtype
@@ -335,9 +338,9 @@ def _captured(call: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Callab
     with torch.no_grad(), torch.cuda.graph(graph):
         outputs = call(*static)
 
-    def replay(*given: Tensor) -> Any:
-        for mine, theirs in zip(static, given, strict=True):
-            mine.copy_(theirs)
+    def replay(*inputs: Tensor) -> Any:
+        for recorded, new in zip(static, inputs, strict=True):
+            recorded.copy_(new)
         graph.replay()
         return outputs
 

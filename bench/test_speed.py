@@ -1,78 +1,48 @@
-"""The benchmarks, run by pytest-benchmark: one test per workload, mode, dtype and provider.
+"""Time of each block and flow with pytest-benchmark, float32: one test a workload, mode and block.
 
-    make bench BENCH_ARGS="--workloads fastflow-wrn50 --modes train"
+    python -m pytest bench/test_speed.py -k "block and cflow/1 and train"
 
-The providers of a group are timed together, in turn, when its first test runs; each test then hands
-its own samples to pytest-benchmark, whose table and JSON so hold the measured figures. Everything
-else about a figure is in the rows (bench/records.py).
+Use ``python -m bench compare`` for ratios: it checks the results first, and takes turns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
-from bench.cases import Workload
-from bench.run import Run
+from bench.providers import EAGER, why_not
+from bench.subject import MODES, Subject, draw_samples
+from bench.workloads import KINDS, workloads
 
-
-class Replay:
-    """A clock that moves only as it is told."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def feed(self, benchmark: Any, samples: list[float]) -> None:
-        """Let pytest-benchmark time a call that takes as long as each of the samples did."""
-        self.now, remaining = 0.0, iter(samples)
-
-        def advance() -> None:
-            self.now += next(remaining)
-
-        benchmark.pedantic(advance, rounds=len(samples))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDS = 15
+CASES = [
+    pytest.param(kind, workload, mode, id=f"{kind} {workload.name} {mode}")
+    for kind in KINDS
+    for workload in workloads(kind, DEVICE.type == "cpu")
+    if kind != "sweep"
+    for mode in MODES
+]
 
 
-REPLAY = Replay()
+@pytest.mark.parametrize("provider", EAGER, ids=lambda provider: provider.name)
+@pytest.mark.parametrize(("kind", "workload", "mode"), CASES)
+def test_speed(benchmark: Any, kind: str, workload: Any, mode: str, provider: Any) -> None:
+    if reason := why_not(provider, workload, DEVICE.type == "cpu"):
+        pytest.skip(reason)
+    samples = draw_samples(kind, workload, torch.float32, DEVICE)
+    subject = Subject(kind, workload, provider, samples)
+    benchmark.group = f"{kind} {workload.name} {workload.shape} {mode}"
 
+    def setup() -> tuple[Sequence[Callable[[], object]], dict[str, object]]:
+        return subject.ready(mode, 1), {}  # a backward pass needs its forward pass
 
-def report(
-    benchmark: Any, run: Run, kind: str, workload: Workload, mode: str, dtype: str, provider: str
-) -> None:
-    outcome = run.outcome(kind, workload, mode, dtype, provider)
-    if outcome is None:
-        pytest.skip("the budget is spent")
-    if outcome.failure:
-        pytest.fail(outcome.failure, pytrace=False)
-    if outcome.times is None:
-        pytest.skip(outcome.row["skipped"])
-    benchmark.group = f"{kind}: {workload.name} {workload.shape}, {mode}, {dtype}"
-    benchmark.extra_info.update(outcome.row)
-    REPLAY.feed(benchmark, outcome.times.seconds)
+    def run(call: Callable[[], object]) -> None:
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_block(
-    benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str
-) -> None:
-    """One block without its subnet's cost."""
-    report(benchmark, run, "block", workload, mode, dtype, provider)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_flow(
-    benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str
-) -> None:
-    """A whole flow with its real subnets."""
-    report(benchmark, run, "flow", workload, mode, dtype, provider)
-
-
-@pytest.mark.benchmark(timer=REPLAY)
-def test_sweep(
-    benchmark: Any, run: Run, workload: Workload, mode: str, dtype: str, provider: str
-) -> None:
-    """One block as batch, channels and pixels grow."""
-    report(benchmark, run, "sweep", workload, mode, dtype, provider)
+    benchmark.pedantic(run, setup=setup, rounds=ROUNDS, warmup_rounds=3)

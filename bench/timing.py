@@ -9,7 +9,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ class Times:
 
 
 def interleaved(
-    subjects: dict[str, Timeable],
+    subjects: Mapping[str, Timeable],
     mode: str,
     device: torch.device,
     repeats: tuple[int, int],
@@ -70,7 +70,7 @@ def interleaved(
     """
     began = time.perf_counter()
     calls = {
-        name: _calls_in_a_row(subject, mode, device, most_calls)
+        name: calls_in_a_row(subject, mode, device, most_calls, SPAN[device.type])
         for name, subject in subjects.items()
     }
     spent = time.perf_counter() - began
@@ -83,7 +83,7 @@ def interleaved(
         ):
             break
         for name, subject in subjects.items():
-            wall = wall_time(subject.ready(mode, calls[name]), device)
+            wall = time_calls(subject.ready(mode, calls[name]), device)
             times[name].wall.append(wall)
             seconds, hidden = (
                 device_time(subject, mode, calls[name], wall)
@@ -95,27 +95,31 @@ def interleaved(
     return times
 
 
-def _calls_in_a_row(subject: Timeable, mode: str, device: torch.device, most: int) -> int:
-    """As many as fill SPAN, a power of two; the first calls warm up."""
-    wall_time(subject.ready(mode, 1), device)
+def calls_in_a_row(
+    subject: Timeable, mode: str, device: torch.device, most: int, span: float
+) -> int:
+    """As many as fill ``span`` seconds, a power of two; the first calls warm up."""
+    time_calls(subject.ready(mode, 1), device)
     calls = 1
-    while (
-        calls < most and wall_time(subject.ready(mode, calls), device) * calls < SPAN[device.type]
-    ):
+    while calls < most and time_calls(subject.ready(mode, calls), device) * calls < span:
         calls *= 2
     return calls
 
 
-def wall_time(ready: Sequence[Callable[[], Any]], device: torch.device) -> float:
+def time_calls(
+    ready: Sequence[Callable[[], Any]],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds per call, until the device is done, of calls in a row."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with _no_collector():
         wait()
-        begin = time.perf_counter()
+        begin = clock()
         for run in ready:
             run()
         wait()
-        return (time.perf_counter() - begin) / len(ready)
+        return (clock() - begin) / len(ready)
 
 
 def device_time(subject: Timeable, mode: str, calls: int, wall: float) -> tuple[float, bool]:
@@ -135,11 +139,11 @@ def device_time(subject: Timeable, mode: str, calls: int, wall: float) -> tuple[
     # of a subject that waits for the device itself nothing can be hidden
     for patience in (1.5, 3.0):
         if not found[1]:
-            found = _queued(subject.ready(mode, calls), patience * wall * calls)
+            found = queued_time(subject.ready(mode, calls), patience * wall * calls)
     return found
 
 
-def _queued(ready: Sequence[Callable[[], Any]], delay: float) -> tuple[float, bool]:
+def queued_time(ready: Sequence[Callable[[], Any]], delay: float) -> tuple[float, bool]:
     """Seconds per call of calls that are queued while the GPU is busy for ``delay`` seconds, and
     whether it was for long enough.
     """

@@ -7,6 +7,6 @@ python=.venv/bin/python
 
 "$python" -m pip install -qq --disable-pip-version-check -c constraints.txt -r docs/requirements.txt
 rm -rf docs/build docs/generated
-"$python" -m bench.report --out docs/generated
+"$python" -m bench report --out docs/generated
 "$python" -m sphinx -W --keep-going -q -b html docs docs/build
 echo "== docs/build/index.html"

@@ -13,10 +13,10 @@
 #   goals       400 s  the block benchmarks that decide the goals (bench/goals.py)
 #   graphs      300 s  one block compiled, and in CUDA graphs
 #   flow        300 s  whole flows with their subnets
-#   kernels     120 s  what each kernel takes by itself (bench/kernel_times.py)
+#   kernels     120 s  what each kernel takes by itself (bench/gpu/kernel_times.py)
 #   memcheck    300 s  compute-sanitizer over `smallest`: accesses
 #   racecheck   300 s  compute-sanitizer over `smallest`: races
-#   tune        600 s  the kernels with other values of their constants (bench/tune.py)
+#   tune        600 s  the kernels with other values of their constants (bench/gpu/tune.py)
 #   block       900 s  the block benchmarks of every other workload
 #   reversible  300 s  chains against depth
 #
@@ -24,7 +24,7 @@
 # second: at most 5.5 minutes. Which constants are best, and what does a changed state reach?
 #
 # OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log, bench.log, sanitize.log, and rows.jsonl, which
-# is written as it is measured. `python -m bench.records OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
+# is written as it is measured. `python -m bench record OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
 # A part that fails or reaches its limit does not stop the others; the exit status is 1 then. Benchmarks begin nothing in the last 15 seconds
 # of their limit, and say what they left out. PYTHON names the interpreter (python3).
 set -uo pipefail
@@ -81,7 +81,8 @@ step() { # step NAME SECONDS LOG COMMAND...: standard output is appended to the 
 bench() { # bench SECONDS OPTIONS...
     local limit=$1
     shift
-    step "bench $part" "$limit" "$out/bench.log" ci/bench.sh --out "$out/rows.jsonl" --budget $((limit - 15)) "$@"
+    step "bench $part" "$limit" "$out/bench.log" "$PYTHON" -m bench compare --device cuda \
+        --out "$out/rows.jsonl" --budget $((limit - 15)) "$@"
 }
 
 run() { # run PART SECONDS
@@ -89,8 +90,8 @@ run() { # run PART SECONDS
     local goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
     case "$part" in
     info) step info "$limit" "$out/summary.txt" "$PYTHON" -m fastflow_kernels info ;;
-    warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.warm ;;
-    smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.smallest ;;
+    warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.warm ;;
+    smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.smallest ;;
     tests)
         # the tests that need no GPU run in `make test`
         "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
@@ -100,15 +101,15 @@ run() { # run PART SECONDS
             tests/test_gpu.py tests/test_kernels{,_values,_traffic,_blocks}.py tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
-    goals) bench "$limit" --kinds block --workloads "$goals" ;;
+    goals) bench "$limit" --workloads "$goals" --dtypes float32,bfloat16 ;;
     graphs)
-        bench "$limit" --kinds block --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train --dtypes float32 \
+        bench "$limit" --workloads cflow/1,tabular,fastflow-wrn50/1 --modes train \
             --providers anomalib,freia,freia-compiled,anomalib-graphs,freia-graphs,ours-graphs,ours-freia-graphs
         ;;
-    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train ;;
-    kernels) step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.kernel_times --out "$out/rows.jsonl" ;;
-    block) bench "$limit" --kinds block ;;
-    tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.tune --out "$out/rows.jsonl" ;;
+    flow) bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train --dtypes float32,bfloat16 ;;
+    kernels) step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.kernel_times --out "$out/rows.jsonl" ;;
+    block) bench "$limit" --workloads all --dtypes float32,bfloat16 ;;
+    tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.tune --out "$out/rows.jsonl" ;;
     reversible)
         step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible --shape 32,256,64,64 --depths 1,4,8 --out "$out/rows.jsonl"
         ;;
@@ -120,7 +121,7 @@ run() { # run PART SECONDS
         # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's pool, and no error. Errors of the driver's
         # own calls do not count: libraries ask for symbols that are not there.
         step "$part" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$part" \
-            --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.smallest
+            --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.gpu.smallest
         ;;
     esac
 }

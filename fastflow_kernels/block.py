@@ -47,14 +47,15 @@ def plain_forward(call: BlockCall) -> tuple[Tensor, Tensor]:
     x = call.permutation.unpermute(call.x) if call.reverse_permutation else call.x
     x1, x2 = plain.split(x)
     a = coefficients(call, x1)
-    v, log_det = plain.forward(x1, x2, a, _coupling(call))
-    return _like(call.x, call.permutation.permute(v)), log_det
+    v, log_det = plain.forward(x1, x2, a, call.global_scale, call.global_offset, call.spec)
+    y = call.permutation.permute(v)
+    return y if y.dim() < 4 else _like(call.x, y), log_det
 
 
 def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
     """The inverse as ordinary differentiable operations."""
     v = call.permutation.unpermute(call.x)
-    u, scale = plain.invert_affine(v, _coupling(call))
+    u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
     u1, u2 = plain.split(u)
     dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
     a = coefficients(call, u1 if u1.dtype is dtype else u1.to(dtype))
@@ -63,16 +64,12 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
         x = x.to(promoted(v, call.global_scale, a))
     if call.reverse_permutation:
         x = call.permutation.permute(x)
-    return _like(call.x, x), log_det
-
-
-def _coupling(call: BlockCall) -> Coupling:
-    return Coupling(call.global_scale, call.global_offset, call.spec)
+    return x if x.dim() < 4 else _like(call.x, x), log_det
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format of x; vmap knows none."""
-    if x.dim() < 4 or torch_private.is_transformed():
+    if torch_private.is_transformed():
         return y
     return in_layout(y, memory_format(x))
 
@@ -107,7 +104,8 @@ def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Ten
     a = coefficients(call, for_subnet(passive, route))
     if promoted(x, a) is not x.dtype:
         # the subnet widens: rare enough to start over with plain operations
-        u, scale = plain.invert_affine(permutation.unpermute(y), coupling)
+        v = permutation.unpermute(y)
+        u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
         x, log_det = plain.invert_coupling(*plain.split(u), a, scale, call.spec)
         if call.reverse_permutation:
             x = permutation.permute(x)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.layouts import as_rows, from_rows, memory_format
-from fastflow_kernels.predicates import is_autocast, is_small, needs_plain
+from fastflow_kernels.predicates import is_autocast, is_small
+from fastflow_kernels.torch_private import needs_plain
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.channels import take_channels
-from fastflow_kernels.predicates import needs_plain
+from fastflow_kernels.torch_private import needs_plain
 
 
 def fork(x: Tensor, inv: Tensor | None) -> tuple[Tensor, Tensor]:

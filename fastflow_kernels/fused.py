@@ -14,7 +14,7 @@ from fastflow_kernels.coupling import Coupling, OutputGrads
 from fastflow_kernels.dtypes import promoted
 from fastflow_kernels.engines import Engine, plain
 from fastflow_kernels.layouts import Form
-from fastflow_kernels.predicates import needs_plain
+from fastflow_kernels.torch_private import needs_plain
 
 
 class Fused(NamedTuple):
@@ -151,7 +151,7 @@ def _plain_coupling(leaves: list[Tensor], coupling: Coupling) -> tuple[Tensor, T
     if coupling.reverse and perm is not None and inv is not None:
         x = gather_channels(x, inv, perm)
     x1, x2 = plain.split(x)
-    y, log_det = plain.forward(x1, x2, a, Coupling(g, offset, coupling.spec))
+    y, log_det = plain.forward(x1, x2, a, g, offset, coupling.spec)
     if perm is not None and inv is not None:
         y = gather_channels(y, perm, inv)
     elif inner is not None:

@@ -17,10 +17,10 @@ from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec, OutputGrads
 from fastflow_kernels.drift import Checkpoints, Differences, Segment, error_of
 from fastflow_kernels.permutations import HouseholderPermutation, Permutation
-from fastflow_kernels.predicates import is_capturing, needs_plain
+from fastflow_kernels.predicates import is_capturing
 from fastflow_kernels.reconstruct import reconstruct
 from fastflow_kernels.replay import ReplayedSubnet, swapping, without_autocast
-from fastflow_kernels.torch_private import version_of
+from fastflow_kernels.torch_private import needs_plain, version_of
 
 
 class Pass:

@@ -238,14 +238,14 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
     ) -> BlockCall | None:
-        x, c = self._checked_input(x, c)
+        x, c, global_scale = self._checked_input(x, c)
         if not x.is_floating_point() or self.why_not_fused() is not None:
             return None
         return BlockCall(
             x,
             c,
             self._checked_subnet,
-            parameter_of(self, "global_scale"),
+            global_scale,
             parameter_of(self, "global_offset"),
             self._index.permutation(self, rev, x),
             self._spec(),
@@ -257,12 +257,13 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
     def _stock_forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor], Tensor]:
-        y, log_det = self._composed(*self._checked_input(x, c), rev)
+        x, c, _ = self._checked_input(x, c)
+        y, log_det = self._composed(x, c, rev)
         return (y,), log_det
 
     def _checked_input(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
         shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
         c = check_conditions(c, self.dims_c, x)
@@ -271,7 +272,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             raise InputValueError(
                 f"expected the input on {global_scale.device}, where the block is; got {x.device}"
             )
-        return x, c
+        return x, c, global_scale
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The output's shape: the input's.

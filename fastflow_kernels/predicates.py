@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastflow_kernels import torch_private
-
 # Elements up to which "auto" runs plain operations on a CPU: autograd's own nodes cost less than a
 # Python one, and here that is most of the time. Train step of one block on a thread of an AMD EPYC,
 # plain against eager: 321 against 478 us for (100, 2), 417 against 533 us for (64, 256), 507
@@ -25,27 +23,6 @@ def is_small(x: Tensor, cost_factor: int = 1) -> bool:
             product dominates.
     """
     return x.numel() <= cost_factor * SMALL and not x.is_cuda
-
-
-def needs_plain(*tensors: Tensor | None) -> bool:
-    """Whether hand-derived functions must stand aside for differentiable operations.
-
-    So it is while operations are traced, exported, compiled or transformed by torch.func, in
-    forward mode, and for fake tensors and other subclasses.
-
-    Args:
-        tensors: What the functions would be given from outside; None counts for nothing.
-    """
-    if (
-        torch_private.is_recorded()
-        or torch_private.is_transformed()
-        or torch_private.is_forward_mode()
-    ):
-        return True
-    for t in tensors:  # noqa: SIM110 a generator would cost 0.3 us
-        if t is not None and not torch_private.is_ordinary(t):
-            return True
-    return False
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -20,7 +20,8 @@ from fastflow_kernels.drift import Checkpoints, Segment
 from fastflow_kernels.dtypes import promoted
 from fastflow_kernels.link import Link, Pass, identity
 from fastflow_kernels.modules import FusedForward
-from fastflow_kernels.predicates import is_autocast, needs_plain
+from fastflow_kernels.predicates import is_autocast
+from fastflow_kernels.torch_private import needs_plain
 
 
 class Reversible:

@@ -18,7 +18,8 @@ from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import Engine, eager
 from fastflow_kernels.layouts import PIXELS, SAMPLES, Form, as_rows, is_packed, memory_format
 from fastflow_kernels.permutations import IndexPermutation, MatrixPermutation
-from fastflow_kernels.predicates import SMALL, is_autocast, is_small, needs_plain
+from fastflow_kernels.predicates import SMALL, is_autocast, is_small
+from fastflow_kernels.torch_private import needs_plain
 
 
 class Case(NamedTuple):
@@ -117,7 +118,7 @@ def choose_route(call: BlockCall) -> Route:
     if not x.numel():
         return _EMPTY
     with_gradients = torch.is_grad_enabled()
-    if backend == "auto" and is_small(x, _cost_factor(call, with_gradients)):
+    if backend == "auto" and (is_small(x) or (with_gradients and _is_small_for_a_product(call))):
         return _SMALL
     if call.rev and with_gradients:
         if backend == "triton":
@@ -172,15 +173,14 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     )
 
 
-def _cost_factor(call: BlockCall, with_gradients: bool) -> int:
-    """How much larger an input may be and still count as small: a soft permutation's product
-    dominates, fused or not.
+def _is_small_for_a_product(call: BlockCall) -> bool:
+    """Whether plain operations train a soft permutation faster: its product dominates anyway.
 
     A train step takes 1.02 to 1.11 times as long fused, subnet included: (1024, 64), (128, 512),
     (256, 256), (2, 96, 16, 16), (4, 64, 16, 16), one thread of an AMD EPYC. Without gradients
     fused is the faster one.
     """
-    return 4 if with_gradients and isinstance(call.permutation, MatrixPermutation) else 1
+    return isinstance(call.permutation, MatrixPermutation) and is_small(call.x, 4)
 
 
 def _folds_affine(call: BlockCall) -> bool:

@@ -88,7 +88,9 @@ class StockSteps:
         """
         dtype = promoted(x, a)
         wide = accumulator(dtype)
-        y, log_det = plain.couple(cast(x, wide), cast(a, wide), self._spec(), rev)
+        y, log_det = plain.couple(
+            cast(x, wide), cast(a, wide), self._spec(), rev, plain.may_write()
+        )
         return y.to(dtype), log_det
 
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:

@@ -33,7 +33,9 @@ def is_watched() -> bool:
 
 def is_symbolic() -> bool:
     """Whether tensors have no values: FakeTensorMode, make_fx, functionalization."""
-    return is_watched() and any(torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC)
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC
+    )
 
 
 def is_traced() -> bool:
@@ -51,9 +53,31 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def is_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on."""
-    return forward_ad._current_level >= 0
+def needs_plain(*tensors: Tensor | None) -> bool:
+    """Whether hand-derived functions must stand aside for differentiable operations.
+
+    So it is while operations are recorded or transformed by torch.func, in forward mode, and for
+    fake tensors, batches of gradients and other subclasses. Asked several times a call, and
+    therefore in one function.
+
+    Args:
+        tensors: What the functions would be given from outside; None counts for nothing.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_symbolic()
+    ):
+        return True
+    for t in tensors:
+        if t is not None and (
+            (type(t) is not Tensor and type(t) is not nn.Parameter)
+            or torch._C._functorch.is_legacy_batchedtensor(t)  # grad(is_grads_batched=True)
+        ):
+            return True
+    return False
 
 
 def is_onnx_export() -> bool:
@@ -89,13 +113,6 @@ def unrecorded() -> Iterator[None]:
 
 
 # --- what a tensor is -----------------------------------------------------------------------------
-
-
-def is_ordinary(t: Tensor) -> bool:
-    """Whether t is a tensor or parameter itself: no subclass, no wrapper of a batch."""
-    if type(t) is not Tensor and type(t) is not nn.Parameter:
-        return False
-    return not torch._C._functorch.is_legacy_batchedtensor(t)  # grad(is_grads_batched=True)
 
 
 def is_wrapped(t: Tensor) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.peers import freia
+from tests.support.peers import freia
 
 pytestmark = pytest.mark.usefixtures("fused")
 

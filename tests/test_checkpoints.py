@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from bench.peers import anomalib_block, freia, freia_block
 from fastflow_kernels import AllInOneBlock
 from tests.support import blocks
 from tests.support.blocks import contents
@@ -45,7 +44,8 @@ from tests.support.checkpoints import (
     ours,
     results,
 )
-from tests.support.peers import released
+from tests.support.peers import anomalib_block, freia, freia_block
+from tests.support.stock_blocks import released
 
 pytestmark = pytest.mark.usefixtures("fused")
 

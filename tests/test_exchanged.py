@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.peers import anomalib_block, freia_block
 from fastflow_kernels import accelerate, report, restore
 from tests.support.cases import Case, make_block, make_input
 from tests.support.pairs import (
@@ -29,7 +28,8 @@ from tests.support.pairs import (
     state_of,
     with_softplus,
 )
-from tests.support.peers import released
+from tests.support.peers import anomalib_block, freia_block
+from tests.support.stock_blocks import released
 
 pytestmark = pytest.mark.usefixtures("fused")
 

@@ -1,5 +1,5 @@
-"""Blocks and chains on the Triton kernels: the route of a call, its layout, autograd, and the subnet
-between the two halves of the inverse.
+"""Blocks and chains on the Triton kernels: routes, layouts, autograd, and the subnet between the
+two halves of the inverse.
 
 Run as tests/test_kernels.py says.
 """

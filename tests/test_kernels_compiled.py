@@ -22,18 +22,24 @@ pytest.importorskip("triton")
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
-from bench import mock_driver
-from bench.compile_targets import (
+from fastflow_kernels import AllInOneBlock
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines.triton import (
+    backward,
+    engine,
+    forward,
+    inverse,
+    launch,
+)
+from tests.support import mock_driver
+from tests.support.cases import OPTIONS, Case, Shape, make_block
+from tests.support.compile_targets import (
     Code,
     Recorded,
     compile_for,
     launches_of_passes,
     launches_of_reconstruction,
 )
-from fastflow_kernels import AllInOneBlock
-from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
-from fastflow_kernels.engines.triton import backward, engine, forward, inverse, launch
-from tests.support.cases import OPTIONS, Case, Shape, make_block
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import smallest
+
 from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
+from tests.support import every_kernel
 from tests.support.coupling import inverse as inverse_of
 from tests.support.coupling import make, shape_id
 from tests.support.kernels import (  # noqa: F401  (fixtures)
@@ -97,7 +98,7 @@ def test_coupling_moves_little_more_than_the_minimum(
 @slow_when_executed
 def test_the_case_for_compute_sanitizer_runs_every_kernel() -> None:
     with sanitize() as launches:
-        smallest.run("cpu")
+        every_kernel.run("cpu")
     modules = (backward, forward, inverse, sums)
     defined = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {run.kernel for run in launches} == defined

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import fastflow_kernels
-from bench.peers import anomalib_block, freia
 from fastflow_kernels import accelerate, report, restore
 from tests.support.accelerated import (
     CASES,
@@ -42,7 +41,8 @@ from tests.support.cases import (
     make_input,
     make_subnet,
 )
-from tests.support.peers import freia_main_block, peers, released, stock_block
+from tests.support.peers import anomalib_block, freia
+from tests.support.stock_blocks import freia_main_block, peers, released, stock_block
 
 pytestmark = pytest.mark.usefixtures("fused")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.peers import anomalib_block
 from fastflow_kernels import accelerate, report, restore
 from tests.support.accelerated import (
     EPS,
@@ -33,7 +32,8 @@ from tests.support.cases import (
     Case,
     make_input,
 )
-from tests.support.peers import peers, released, stock_block
+from tests.support.peers import anomalib_block
+from tests.support.stock_blocks import peers, released, stock_block
 
 pytestmark = pytest.mark.usefixtures("fused")
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from bench.peers import anomalib_block
 from reference import AllInOneBlock
 from tests.support.cases import (
     CASES,
@@ -21,7 +20,8 @@ from tests.support.cases import (
     make_input,
     make_subnet,
 )
-from tests.support.peers import released, stock_block
+from tests.support.peers import anomalib_block
+from tests.support.stock_blocks import released, stock_block
 
 pytestmark = pytest.mark.peers
 

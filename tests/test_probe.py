@@ -32,7 +32,7 @@ from tests.support.cases import (
     make_input,
     make_subnet,
 )
-from tests.support.peers import peers, released, stock_block
+from tests.support.stock_blocks import peers, released, stock_block
 
 pytestmark = pytest.mark.usefixtures("fused")
 

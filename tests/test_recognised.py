@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from bench.peers import anomalib_block, freia
 from fastflow_kernels import accelerate, report, restore
 from tests.support.cases import DIALECTS, Case, both_dialects, make_block, make_input
 from tests.support.pairs import (
@@ -32,7 +31,8 @@ from tests.support.pairs import (
     setting,
     state_of,
 )
-from tests.support.peers import stock_block
+from tests.support.peers import anomalib_block, freia
+from tests.support.stock_blocks import stock_block
 
 pytestmark = pytest.mark.usefixtures("fused")
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.memory import bytes_kept_for_backward
 from fastflow_kernels import (
     ReversibleSequence,
     link,
@@ -27,11 +26,12 @@ from tests.support.chains import (
     gradients,
     loss_of,
     parameter_gradients,
-    plain_of,
     random_input,
     simple,
 )
 from tests.support.graph import reversible_blocks
+from tests.support.memory import bytes_kept_for_backward
+from tests.support.plain_chain import plain_of
 from tests.support.small_inputs import plain_and_fused
 
 pytestmark = pytest.mark.usefixtures("fused")

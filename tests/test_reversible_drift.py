@@ -18,17 +18,10 @@ from fastflow_kernels import (
     drift,
 )
 from tests.support.cases import Case, Shape, make_block, make_input
-from tests.support.chains import (
-    Narrow,
-    chain_of,
-    gradients,
-    loss_of,
-    plain_of,
-    random_input,
-    simple,
-)
+from tests.support.chains import Narrow, chain_of, gradients, loss_of, random_input, simple
 from tests.support.compare import assert_close
 from tests.support.dispatch_modes import NoFloat64
+from tests.support.plain_chain import plain_of
 
 pytestmark = pytest.mark.usefixtures("fused")
 

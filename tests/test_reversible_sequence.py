@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from bench.peers import anomalib_block, freia
 from fastflow_kernels import (
     AllInOneBlock,
     ReversibleSequence,
@@ -29,12 +28,13 @@ from tests.support.chains import (
     assert_same,
     gradients,
     parameter_gradients,
-    plain_of,
     random_input,
     simple,
 )
 from tests.support.graph import reversible_blocks
-from tests.support.peers import released
+from tests.support.peers import anomalib_block, freia
+from tests.support.plain_chain import plain_of
+from tests.support.stock_blocks import released
 
 pytestmark = pytest.mark.usefixtures("fused")
 

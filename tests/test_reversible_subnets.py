@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.reversible import Plain
 from fastflow_kernels import (
     AllInOneBlock,
     ReversibleSequence,
@@ -22,10 +21,10 @@ from tests.support.chains import (
     gradients,
     loss_of,
     parameter_gradients,
-    plain_of,
     simple,
 )
 from tests.support.graph import reversible_blocks
+from tests.support.plain_chain import Plain, plain_of
 
 pytestmark = pytest.mark.usefixtures("fused")
 

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.memory import bytes_kept_for_backward
-from bench.reversible import Peak
 from fastflow_kernels import (
     AllInOneBlock,
     ReversibleSequence,
@@ -35,10 +33,11 @@ from tests.support.chains import (
     gradients,
     loss_of,
     parameter_gradients,
-    plain_of,
     random_input,
     simple,
 )
+from tests.support.memory import Peak, bytes_kept_for_backward
+from tests.support.plain_chain import plain_of
 
 pytestmark = pytest.mark.usefixtures("fused")
 

@@ -11,23 +11,21 @@ from torch import Tensor
 from fastflow_kernels import torch_private
 
 
-def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """A 0-dimensional tensor on the CPU, kept for later calls.
+def constant(value: Any, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-dimensional tensor on the CPU, kept for later calls.
 
     As an operand it costs 1.5 us less than a Python number, which every call wraps anew. Operands
-    without dimensions may lie on the CPU beside tensors on any device.
+    without dimensions may lie on the CPU beside tensors on any device. A value that is a tensor
+    already, such as a clamp that learns, stays what it is.
     """
+    if type(value) is not float:
+        return value
     return _new(value, dtype) if torch_private.is_watched() else _kept(value, dtype)
 
 
-def constant_like(value: Any, like: Tensor) -> Any:
-    """A constant as above for plain operations; the number itself where operations are recorded.
-
-    A value that is a tensor already, such as a clamp that learns, stays what it is.
-    """
-    if type(value) is not float or torch_private.is_traced():
-        return value
-    return constant(value, like.dtype)
+def operand(value: Any, dtype: torch.dtype) -> Any:
+    """A constant as above; the number itself where operations are traced."""
+    return value if torch_private.is_traced() else constant(value, dtype)
 
 
 def _new(value: float, dtype: torch.dtype) -> Tensor:

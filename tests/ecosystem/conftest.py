@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench import peers
+from tests.support import peers
 
 peers.prepare_torchvision()
 

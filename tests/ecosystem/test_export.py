@@ -23,8 +23,8 @@ from anomalib.models.image.patchflow.torch_model import PatchflowModel
 from anomalib.models.image.uflow.torch_model import UflowModel
 from torch import Tensor, nn
 
-from bench.ecosystem import file_sizes
 from fastflow_kernels import accelerate, report
+from tests.support.anomalib_flows import file_sizes
 
 pytestmark = [
     pytest.mark.usefixtures("fused"),

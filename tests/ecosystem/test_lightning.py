@@ -21,10 +21,10 @@ from anomalib.models.components.flow import AllInOneBlock
 from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 
-from bench import textures
 from fastflow_kernels import backends, lightning
 from fastflow_kernels.engines import eager
 from fastflow_kernels.lightning import Accelerate
+from tests.support import textures
 
 pytestmark = [
     pytest.mark.usefixtures("fused"),

@@ -4,16 +4,15 @@ with.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.reversible import Plain
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
 from tests.support.cases import Case, Shape, make_block, make_subnet
+from tests.support.plain_chain import plain_of
 
 DEPTH = 5
 SHAPE = Shape(2, 6, (3, 5))
@@ -42,12 +41,6 @@ def simple(
     for _ in range(depth):
         chain.append(AllInOneBlock, subnet_constructor=subnet or make_subnet(len(shape) - 1, 3.0))
     return chain.to(dtype)
-
-
-def plain_of(chain: ReversibleSequence) -> ReversibleSequence:
-    other = copy.deepcopy(chain)
-    other.__class__ = Plain
-    return other
 
 
 def loss_of(z: Tensor, log_det: Tensor) -> Tensor:

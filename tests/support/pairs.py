@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.peers import freia_block
 from fastflow_kernels import accelerate, report
 from tests.support.cases import Case, Shape, make_input
-from tests.support.peers import PEERS, each_peer, stock_block
+from tests.support.peers import freia_block
+from tests.support.stock_blocks import PEERS, each_peer, stock_block
 
 EPS = torch.finfo(torch.float64).eps
 SHAPE = Shape(3, 6, (4,))

@@ -1,5 +1,7 @@
 """The inverse on a GPU, in two passes: the passive channels, which the subnet needs, and then the
-active ones. Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
+active ones.
+
+Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
 from functools import lru_cache
@@ -161,6 +163,7 @@ def _prepare_passive(*key: Any) -> Prepared:
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
     """See :class:`~fastflow_kernels.engines.Engine`; x is contiguous."""
     global_scale, offset, _, _, inv, _, _ = coupling
+    y = with_packed_samples(y)
     prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
     # so that it counts its versions: a subnet that writes to its input is noticed
     with torch.inference_mode(False):
@@ -208,7 +211,7 @@ def write_active(
         whether pointers are aligned, GIN's sums and the partial sums.
     """
     global_scale, offset, _, _, inv, _, _ = coupling
-    a = with_packed_samples(a)
+    y, a = with_packed_samples(y), with_packed_samples(a)
     key = key_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
     prepared = _prepare_active(*key)
     is_aligned = aligned(y, x, a, global_scale, offset, inv)

@@ -3,7 +3,7 @@ it is launched.
 
 On small inputs the launches' Python is what a step takes: Triton's own dispatcher binds,
 specializes and looks up some twenty arguments per launch (15.6 us on an AMD EPYC, of which 2.0 are
-left here; `python -m pytest bench/overhead.py -k one_launch`).
+left here).
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 def with_packed_samples(t: Tensor) -> Tensor:
     """The tensor, or a contiguous copy where the values of a sample lie apart."""
-    return t if t.is_contiguous() or is_packed(t) else t.contiguous()
+    return t if is_packed(t) else t.contiguous()
 
 
 def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:

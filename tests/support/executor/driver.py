@@ -24,9 +24,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from bench import mock_driver
 from fastflow_kernels.engines.triton import backward, forward, inverse, plan, sums
 from fastflow_kernels.route import is_interpreted
+from tests.support import mock_driver
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
 from tests.support.executor.values import POISON, Fault, Unsupported

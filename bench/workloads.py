@@ -43,7 +43,7 @@ class Workload:
     def on_cpu(self, kind: str) -> Workload:
         """The same with the batch that a CPU is measured with."""
         batch = self.cpu_batch
-        if kind == "flow" and self.cpu_flow_batch is not None:
+        if kind in WHOLE and self.cpu_flow_batch is not None:
             batch = self.cpu_flow_batch
         return self if batch is None else replace(self, shape=(batch, *self.shape[1:]))
 
@@ -52,14 +52,20 @@ def _stages(name: str, shapes: list[tuple[int, ...]], **common: Any) -> list[Wor
     return [Workload(f"{name}/{i}", shape, **common) for i, shape in enumerate(shapes, 1)]
 
 
-_FASTFLOW = {"subnet": "conv", "hidden": 1.0, "steps": 8, "cpu_batch": 4, "cpu_flow_batch": 1}
-_CFLOW = {"options": {"affine_clamping": 1.9}, "conditions": (128,)}
-_CFLOW_SOFT = {
+_FASTFLOW: dict[str, Any] = {
+    "subnet": "conv",
+    "hidden": 1.0,
+    "steps": 8,
+    "cpu_batch": 4,
+    "cpu_flow_batch": 1,
+}
+_CFLOW: dict[str, Any] = {"options": {"affine_clamping": 1.9}, "conditions": (128,)}
+_CFLOW_SOFT: dict[str, Any] = {
     "options": {"affine_clamping": 1.9, "permute_soft": True},
     "conditions": (128,),
     "steps": 8,
 }
-_MSFLOW = {
+_MSFLOW: dict[str, Any] = {
     "options": {"affine_clamping": 1.9},
     "conditions": (64,),
     "declared": (1, 1),
@@ -155,16 +161,28 @@ def sweep(on_cpu: bool) -> tuple[Workload, ...]:
     )
 
 
-QUICK = {
-    "block": ("fastflow-r18/3", "cflow/1", "tabular"),
-    "flow": ("cflow/1",),
-    "sweep": ("sweep-channels",),
-}
+# One of each kind of input, for a run of a minute or two.
+TYPICAL = (
+    "fastflow-wrn50/3",
+    "cflow/1",
+    "tabular",
+    "tabular soft",
+    "tabular GIN",
+    "fastflow-r18/1 one image",
+    "channels-last/3",
+    "small/sample",
+    "small/image",
+)
+KINDS = ("block", "flow", "reversible", "sweep")
+WHOLE = ("flow", "reversible")  # flows with their subnets, as a plain chain or a reversible one
+DTYPES = ("float32", "bfloat16")
 
 
 def workloads(kind: str, on_cpu: bool) -> list[Workload]:
-    """The workloads of "block", "flow" or "sweep", with the batches of this kind of device."""
+    """The workloads of one of KINDS, with the batches of this kind of device."""
     if kind == "sweep":
         return list(sweep(on_cpu))
-    chosen = [w for w in WORKLOADS if kind == "block" or w.steps]
+    chosen = [w for w in WORKLOADS if w.steps or kind not in WHOLE]
+    if kind == "reversible":
+        chosen = [w for w in chosen if not w.conditions]
     return [w.on_cpu(kind) for w in chosen] if on_cpu else chosen

@@ -8,6 +8,7 @@ pixel is in both.
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +49,8 @@ def load_photograph(name: str) -> np.ndarray:
     path = Path(skimage.__file__).parent / "data" / f"{name}.png"
     if not path.exists():
         raise FileNotFoundError(
-            f"scikit-image {skimage.__version__} ships no {path.name} (looked in {path.parent}); "
-            "install scikit-image 0.26"
+            f"scikit-image {metadata.version('scikit-image')} ships no {path.name} "
+            f"(looked in {path.parent}); install scikit-image 0.26"
         )
     return skimage.io.imread(path).astype(np.float32) / 255
 

@@ -2,7 +2,7 @@
 the exported file.
 
 In the environment of the tests with the real models (make ecosystem): ``.venv-ecosystem/bin/python
--m bench.ecosystem [time|size]``
+-m tests.support.anomalib_flows [time|size]``
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench import peers
 from fastflow_kernels import accelerate
+from tests.support import peers
 
 CHANNELS = {"resnet18": (64, 128, 256), "wide_resnet50_2": (256, 512, 1024)}
 

@@ -1,12 +1,12 @@
 """What each kernel takes by itself on this GPU.
 
-    python -m bench.kernel_times [--only NAME,...] [--out FILE.jsonl]
-    ncu --clock-control none --section SpeedOfLight python -m bench.kernel_times --once     # for a
-    profiler of your own
+    python -m bench.gpu.kernel_times [--only NAME,...] [--out FILE.jsonl]
+    ncu --clock-control none --section SpeedOfLight python -m bench.gpu.kernel_times --once
+
+The second form is for a profiler of your own.
 
 Times are the device's own (CUPTI, through torch.profiler): neither Python nor the launch is in
-them. Inputs take turns, so that none is found in the L2 cache. `python -m bench.compiled` predicts
-the same figures from the compiled code.
+them. Inputs take turns, so that none is found in the L2 cache.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench import records
-from bench.cases import WORKLOADS, Workload
-from bench.passes import PASSES, Passes
+from bench.gpu.passes import Passes
 from bench.records import Row
-from bench.run import DTYPES
 from bench.timing import copy_bandwidth
+from bench.workloads import DTYPES, WORKLOADS, Workload
+from tests.support.kernel_passes import PASSES
 
 CALLS = 20
 DEFAULT = (
@@ -93,7 +93,7 @@ def rows_of(events: Iterable[Any], workload: Workload, mode: str, dtype: str) ->
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.kernel_times",
+        prog="python -m bench.gpu.kernel_times",
         description="What each kernel takes by itself on this GPU.",
     )
     parser.add_argument(
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"--only: unknown workloads {', '.join(unknown)}; known are {', '.join(known)}"
         )
     if not torch.cuda.is_available():
-        raise SystemExit("bench.kernel_times: torch finds no GPU")
+        raise SystemExit("bench.gpu.kernel_times: torch finds no GPU")
     device = torch.device("cuda")
     if options.once:
         for name in names:

@@ -1,12 +1,12 @@
 """Compile kernels on all cores at once, ahead of what launches them from a single process: time on
 a GPU may be short.
 
-    python -m bench.warm
+    python -m bench.gpu.warm
 
-What bench/smallest.py, ``python -m fastflow_kernels check`` and the benchmarks of a block launch:
-546 binaries, for which one process takes 5 minutes (Triton 3.6 for sm_90, AMD EPYC). Triton has the
-C compiler make a launcher as well, for each combination of argument types: 24 for ``check``, 0.7 s
-each. Later processes find all of it in Triton's cache.
+Compiled is what bench/gpu/smallest.py, ``python -m fastflow_kernels check`` and the benchmarks of a
+block launch: 546 binaries, for which one process takes 5 minutes (Triton 3.6 for sm_90, AMD EPYC).
+Triton has the C compiler make a launcher as well, for each combination of argument types: 24 for
+``check``, 0.7 s each. Later processes find all of it in Triton's cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
+from unittest import mock
 
 import torch
 
-from bench import smallest
-from bench.cases import Workload, workloads
-from bench.providers import PROVIDERS, block_class, why_not
-from bench.run import DTYPES
-from bench.subject import Subject, build_model, draw_samples
+from bench.providers import EAGER, PROVIDERS, why_not
+from bench.subject import Subject, draw_samples
+from bench.workloads import DTYPES, Workload, workloads
 from fastflow_kernels import check
+from tests.support import every_kernel
 
 MOST_PROCESSES = 16  # each holds a CUDA context and the tensors of a workload
 Job = tuple[Workload, str, str]
@@ -35,11 +35,7 @@ def jobs() -> list[Job]:
     """The (workload, dtype, provider) that launch kernels of ours, in the order of the
     benchmarks.
     """
-    ours = [
-        provider
-        for provider in PROVIDERS.values()
-        if provider.ours and provider.execution == "eager"
-    ]
+    ours = [provider for provider in EAGER if provider.ours]
     found = workloads("block", on_cpu=False)
     return [
         (w, dtype, p.name)
@@ -54,37 +50,25 @@ def run(job: Job, device: str) -> None:
     """A training step and an inverse, as the benchmarks run them."""
     workload, dtype, name = job
     samples = draw_samples("block", workload, getattr(torch, dtype), torch.device(device))[:1]
-    build, _ = block_class(PROVIDERS["ours"])
-    subject = Subject(
-        "block",
-        workload,
-        PROVIDERS[name],
-        samples,
-        build_model("block", workload, build, "anomalib"),
-    )
+    subject = Subject("block", workload, PROVIDERS[name], samples)
     for mode in ("train", "inverse"):
         subject.results(mode)
 
 
-def run_check(name: str, dtype: str) -> None:
+def run_check(name: str) -> None:
     """What the check launches on one of its shapes."""
-    check._evaluate(
-        check._backend("triton"), check._tensors(check.GPU_SHAPES[name], getattr(torch, dtype))
-    )
+    with mock.patch.object(check, "GPU_SHAPES", {name: check.GPU_SHAPES[name]}):
+        check.check(repeats=1)
 
 
 def todo(device: str) -> dict[str, Callable[[], None]]:
     """What is to be run, by its name."""
-    found = {
-        f"smallest {shape} GIN {gin}": partial(smallest.run_one, shape, gin, device)
-        for shape in smallest.SHAPES
+    found: dict[str, Callable[[], None]] = {
+        f"smallest {shape} GIN {gin}": partial(every_kernel.run_one, shape, gin, device)
+        for shape in every_kernel.SHAPES
         for gin in (False, True)
     }
-    found |= {
-        f"check {name} {dtype}": partial(run_check, name, dtype)
-        for name in check.GPU_SHAPES
-        for dtype in DTYPES
-    }
+    found |= {f"check {name}": partial(run_check, name) for name in check.GPU_SHAPES}
     return found | {
         f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device)
         for job in jobs()
@@ -121,7 +105,7 @@ def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        raise SystemExit("bench.warm: torch finds no GPU")
+        raise SystemExit("bench.gpu.warm: torch finds no GPU")
     if in_parallel(todo("cuda")):
         raise SystemExit(1)
 

@@ -1,11 +1,15 @@
-"""Counts the bytes that a forward pass keeps alive for its backward pass."""
+"""Counts bytes: what a forward pass keeps for its backward pass, and the most alive at a time."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def bytes_kept_for_backward(
@@ -62,6 +66,37 @@ def bytes_kept_for_backward(
         for hook in hooks:
             hook.remove()
     return total
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of all storages that operations allocate, and the most that were alive at a
+    time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {
+            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
+        }
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key)
 
 
 def _address(tensor: Tensor) -> int:

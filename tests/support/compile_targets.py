@@ -3,18 +3,19 @@
 The launchers run on CPU tensors with the launch itself replaced by a recorder, so that what is
 compiled is what a GPU would be given: the same constants, the same specialization of the arguments
 (divisible by 16, equal to 1, None). Needs a process without TRITON_INTERPRET.
-tests/test_kernels_compiled.py holds the kernels to limits with it, ``python -m bench.compiled``
-predicts times.
+tests/test_kernels_compiled.py holds the kernels to limits with it, ``python -m bench.gpu.compiled``
+prints the figures.
 """
 
 from __future__ import annotations
 
-import collections
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
-from fastflow_kernels.engines.triton import engine
+from tests.support.kernel_passes import Inputs, run_pass
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -73,7 +74,6 @@ class Code:
             in registers.
         loads, stores: How many global accesses there are of each width in bits.
         shared: Bytes of shared memory of a program.
-        cubin: The binary, for NVIDIA targets.
     """
 
     kernel: str
@@ -83,14 +83,13 @@ class Code:
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
     shared: int = 0
-    cubin: bytes = field(default=b"", repr=False)
 
 
 def launches_of(call: Callable[[], object]) -> list[Recorded]:
     """What ``call`` would launch."""
     found = []
 
-    def record(self, *args, grid, warmup, **kwargs):
+    def record(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
         found.append(Recorded(self, args, kwargs, grid))
 
     with mock.patch.object(JITFunction, "run", record):
@@ -101,49 +100,35 @@ def launches_of(call: Callable[[], object]) -> list[Recorded]:
 def launches_of_passes(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, reverse: bool = False
 ) -> dict[str, list[Recorded]]:
-    """What the launchers launch for an input of this shape: forward, backward with the parameters'
-    gradients, inverse.
-    """
-    x, a, coupling, log_det = _operands(shape, dtype, dtype, spec)
-    coupling, grads = coupling._replace(reverse=reverse), OutputGrads(x, log_det)
+    """What the launchers launch for an input of this shape, by pass."""
+    inputs = _empty(shape, dtype, dtype, spec)
+    inputs = inputs._replace(coupling=inputs.coupling._replace(reverse=reverse))
     return {
-        "forward": launches_of(lambda: engine.forward(x, a, coupling)),
-        "backward": launches_of(lambda: engine.backward(x, a, grads, coupling, True)),
-        "inverse": launches_of(
-            lambda: engine.invert_active(x, engine.invert_passive(x, coupling), a, coupling)
-        ),
+        name: launches_of(partial(run_pass, name, inputs))
+        for name in ("forward", "backward", "inverse")
     }
 
 
 def launches_of_reconstruction(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
 ) -> list[Recorded]:
-    """What a reversible chain's backward launches for an input of this shape, the parameters'
-    gradients included.
+    """What a reversible chain's backward launches for an input of this shape.
 
-    ``dtype`` is the subnet's; the chain itself is in float32 where that is a half precision.
+    ``dtype`` is the subnet's. The chain is in float32 where that is a half precision.
     """
-    y, a, coupling, log_det = _operands(
-        shape, torch.promote_types(dtype, torch.float32), dtype, spec
-    )
-    grads = OutputGrads(y, log_det)
-
-    def call() -> object:
-        x = engine.invert_passive(y, coupling)
-        return engine.invert_and_backward(y, x, a, grads, coupling, True)
-
-    return launches_of(call)
+    inputs = _empty(shape, torch.promote_types(dtype, torch.float32), dtype, spec)
+    return launches_of(partial(run_pass, "reversible", inputs))
 
 
-def _operands(
-    shape: tuple[int, ...], dtype: torch.dtype, a_dtype: torch.dtype, spec: CouplingSpec
-) -> tuple[torch.Tensor, torch.Tensor, Coupling, torch.Tensor]:
-    """x, a, a coupling and a gradient of the log-determinant, of any values."""
+def _empty(
+    shape: tuple[int, ...], dtype: torch.dtype, dtype_a: torch.dtype, spec: CouplingSpec
+) -> Inputs:
     batch, channels, *spatial = shape
     x = torch.empty(shape, dtype=dtype)
-    a = torch.empty(batch, channels // 2 * 2, *spatial, dtype=a_dtype)
+    a = torch.empty(batch, channels // 2 * 2, *spatial, dtype=dtype_a)
     g, perm = torch.zeros(channels, dtype=dtype), torch.arange(channels)
-    return x, a, Coupling(g, g, spec, perm, perm), torch.zeros(batch)
+    grads = OutputGrads(x, torch.zeros(batch))
+    return Inputs(x, a, grads, Coupling(g, g, spec, perm, perm))
 
 
 def compile_for(target: str, launch: Recorded) -> Code:
@@ -171,14 +156,15 @@ def compile_for(target: str, launch: Recorded) -> Code:
     return read(kernel.__name__, compiled)
 
 
-def _read_nvidia(name: str, compiled) -> Code:
-    loads, stores = collections.Counter(), collections.Counter()
+def _read_nvidia(name: str, compiled: Any) -> Code:
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
     for kind, vector, bits in re.findall(
         r"\b(ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfus](\d+)", compiled.asm["ptx"]
     ):
         (loads if kind == "ld" else stores)[int(vector or 1) * int(bits)] += 1
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-    found = {key: int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    found = {key: _number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL")}
     metadata, spills = compiled.metadata, found["STACK"] + found["LOCAL"]
     return Code(
         name,
@@ -188,15 +174,7 @@ def _read_nvidia(name: str, compiled) -> Code:
         dict(loads),
         dict(stores),
         metadata.shared,
-        compiled.asm["cubin"],
     )
-
-
-def sass_of(code: Code) -> str:
-    """The machine instructions of a kernel compiled for an NVIDIA target, as cuobjdump prints
-    them.
-    """
-    return _cuobjdump(code.cubin, "-sass")
 
 
 def _cuobjdump(cubin: bytes, what: str) -> str:
@@ -208,19 +186,26 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
         ).stdout
 
 
-def _read_amd(name: str, compiled) -> Code:
+def _read_amd(name: str, compiled: Any) -> Code:
     asm = compiled.asm["amdgcn"]
     bits = {"byte": 8, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
-    loads, stores = collections.Counter(), collections.Counter()
+    loads: Counter[int] = Counter()
+    stores: Counter[int] = Counter()
     for kind, width in re.findall(
         r"\b(?:global|buffer)_(load|store)_(?:[us]|d16_)?(?:hi_)?(byte|short|dword(?:x\d)?)", asm
     ):
         (loads if kind == "load" else stores)[bits[width]] += 1
     keys = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    count = {key: int(re.search(rf"\.{key}:\s*(\d+)", asm)[1]) for key in keys}
+    count = {key: _number(rf"\.{key}:\s*(\d+)", asm) for key in keys}
     spills = (
         count["vgpr_spill_count"] + count["sgpr_spill_count"] + count["private_segment_fixed_size"]
     )
     return Code(
         name, compiled.metadata.num_warps, count["vgpr_count"], spills, dict(loads), dict(stores)
     )
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match, f"{pattern} is not in what the compiler says"
+    return int(match[1])

@@ -1,6 +1,4 @@
-"""Every kernel once on a small, odd shape, forward, backward, inverse and undone: what
-compute-sanitizer watches (ci/gpu.sh).
-"""
+"""Every kernel once on a small, odd shape: forward, backward, inverse and reconstruction."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
     block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
     chain = ReversibleSequence(*shape)
     chain.append(block)
-    # one that has to be undone
+    # a second block, so that one is reconstructed
     chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")
     chain.to(device)
     x = torch.randn(batch, *shape, device=device, requires_grad=True)
@@ -47,15 +45,3 @@ def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
         (sum(t.square().sum() for t in z) - logdet.sum()).backward()
     with torch.no_grad():
         block([x], rev=True)
-
-
-def main() -> None:
-    if not torch.cuda.is_available():
-        raise SystemExit("bench.smallest: torch finds no GPU")
-    run("cuda")
-    torch.cuda.synchronize()
-    print("every kernel ran")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,9 @@ from matplotlib.figure import SubFigure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from bench.textures import Example
+from tests.support.textures import Example
 
+HEADLINE = "FastFlow trained twice from the same weights on the same batches: stock and ours"
 COLUMNS = ("image", "true defect", "heat map\nstock", "heat map\nours")
 
 
@@ -35,7 +36,7 @@ def save_picture(
         kinds: The kinds of defect, in the order of the rows.
     """
     figure = plt.figure(figsize=(17, 7.6), dpi=110, facecolor="white")
-    blocks = figure.subfigures(1, len(textures), wspace=0.0)
+    blocks = figure.subfigures(1, len(textures), wspace=0.0, squeeze=False)[0]
     figure.subplots_adjust(top=0.8)
     scale = _common_scale(textures)
     for block, texture in zip(blocks, textures, strict=True):
@@ -48,7 +49,7 @@ def save_picture(
         pad=4,
     )
     bar.tick_params(labelsize=8)
-    figure.text(0.5, 0.965, _headline(), ha="center", va="center", fontsize=14, weight="bold")
+    figure.text(0.5, 0.965, HEADLINE, ha="center", va="center", fontsize=14, weight="bold")
     figure.text(0.5, 0.928, _key_numbers(numbers), ha="center", va="center", fontsize=11)
     figure.text(
         0.5,
@@ -105,10 +106,6 @@ def _common_scale(textures: Sequence[tuple]) -> tuple[float, float]:
     """
     scores = [1 + heat_map for _, _, stock, ours in textures for heat_map in (stock, ours)]
     return min(s.min().item() for s in scores), max(s.max().item() for s in scores)
-
-
-def _headline() -> str:
-    return "FastFlow trained twice from the same weights on the same batches: stock block and fastflow_kernels"
 
 
 def _key_numbers(numbers: dict) -> str:

@@ -1,7 +1,7 @@
 """The kernels with other values of the constants that cut their work: the questions of TUNING.md
 that a GPU can answer by itself.
 
-    python -m bench.tune [--only rows,tile] [--out FILE.jsonl]
+    python -m bench.gpu.tune [--only rows,tile] [--out FILE.jsonl]
 
 All variants are compiled first, on all cores. Then the settings of a question are timed in turn on
 one workload, as the benchmarks are (bench/timing.py): the device's own time, inputs that have left
@@ -27,12 +27,12 @@ from unittest import mock
 
 import torch
 
-from bench import records, warm
-from bench.cases import Workload, workloads
-from bench.passes import Passes
+from bench import records
+from bench.gpu import warm
+from bench.gpu.passes import Passes
 from bench.records import Row
-from bench.run import DTYPES
 from bench.timing import copy_bandwidth, interleaved
+from bench.workloads import DTYPES, Workload, workloads
 from fastflow_kernels.engines.triton import plan
 
 REPEATS = (5, 9)
@@ -57,7 +57,7 @@ class Question(NamedTuple):
     passes: tuple[str, ...]
 
 
-def _tried(module: str, constant: str, *values: Any) -> tuple[tuple[Setting, ...], ...]:
+def tried(module: str, constant: str, *values: Any) -> tuple[tuple[Setting, ...], ...]:
     return tuple(((module, constant, value),) for value in values)
 
 
@@ -65,7 +65,7 @@ def _rows(kind: str) -> tuple[tuple[Setting, ...], ...]:
     """Cuts of the rows, the present one first."""
     now = getattr(plan, kind)
     other = [plan.RowTiles(values, busy) for values in (4, 2, 1) for busy in (256, 512, 1024)]
-    return _tried("plan", kind, now, *(cut for cut in other if cut != now))
+    return tried("plan", kind, now, *(cut for cut in other if cut != now))
 
 
 _PLANES = ("fastflow-wrn50/1", "fastflow-wrn50/3", "fastflow-r18/1")
@@ -76,26 +76,26 @@ QUESTIONS = (
     Question("forward-rows", _rows("FORWARD_ROWS"), _ROWS, ("forward", "inverse")),
     Question(
         "tile",
-        _tried("plan", "TILE_BYTES", 4096, 2048, 8192),
+        tried("plan", "TILE_BYTES", 4096, 2048, 8192),
         _PLANES,
         ("forward", "backward", "inverse", "reversible"),
     ),
     Question(
         "columns",
-        _tried("plan", "COLUMNS_WITH_SUMS", 64, 32, 128),
+        tried("plan", "COLUMNS_WITH_SUMS", 64, 32, 128),
         ("fastflow-wrn50/1", "fastflow-wrn50/3"),
         ("backward",),
     ),
     Question(
         "sums",
-        _tried("plan", "SUMS_BLOCK_GROUPS", 256, 64, 128, 512),
+        tried("plan", "SUMS_BLOCK_GROUPS", 256, 64, 128, 512),
         ("fastflow-cait", "fastflow-r18/3", "tabular"),
         ("backward",),
     ),
 )
 
 
-def _module(name: str) -> ModuleType:
+def module_of(name: str) -> ModuleType:
     from fastflow_kernels.engines.triton import backward, forward, inverse
 
     return {"plan": plan, "backward": backward, "forward": forward, "inverse": inverse}[name]
@@ -114,7 +114,7 @@ def _set(setting: tuple[Setting, ...]) -> Iterator[None]:
     """The constants with these values, and launches prepared anew."""
     with contextlib.ExitStack() as stack:
         for module, constant, value in setting:
-            stack.enter_context(mock.patch.object(_module(module), constant, value))
+            stack.enter_context(mock.patch.object(module_of(module), constant, value))
         _forget()
         yield
 
@@ -122,7 +122,7 @@ def _set(setting: tuple[Setting, ...]) -> Iterator[None]:
 def _forget() -> None:
     """Let launches be prepared anew."""
     for module in ("plan", "backward", "forward", "inverse"):
-        for function in vars(_module(module)).values():
+        for function in vars(module_of(module)).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
 
@@ -233,7 +233,7 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tune",
+        prog="python -m bench.gpu.tune",
         description="Time the kernels with other values of their constants.",
     )
     parser.add_argument(
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(only) - {question.name for question in QUESTIONS}:
         parser.error(f"--only: unknown questions {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
-        raise SystemExit("bench.tune: torch finds no GPU")
+        raise SystemExit("bench.gpu.tune: torch finds no GPU")
     device, started, rows = torch.device("cuda"), time.perf_counter(), []
     todo = jobs(only)
     broken = warm.in_parallel({name_of(job): partial(compile_variant, job, "cuda") for job in todo})

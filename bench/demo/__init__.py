@@ -1,0 +1,1 @@
+"""The texture demo: ``python -m bench.demo``."""

@@ -1,0 +1,1 @@
+"""What prepares, measures and inspects a run on a GPU (ci/gpu.sh)."""

@@ -1,0 +1,136 @@
+"""What prepares, measures and inspects a run on a GPU, as far as that can be seen without one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import warm
+from bench.workloads import Workload, workloads
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = Workload("small", (3, 6, 4, 4), {"affine_clamping": 1.9}, (2,))
+
+
+def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = warm.jobs()
+    assert len(todo) == len(set(map(repr, todo)))
+    assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads(
+        "block", False
+    )
+    assert {name for _, _, name in todo} == {"ours", "ours-freia"}
+    calls = warm.todo("cuda")
+    assert len(calls) == len(todo) + 2 * len(warm.every_kernel.SHAPES) + len(warm.check.GPU_SHAPES)
+    assert all(map(pickle.dumps, calls.values()))  # for other processes
+    modes = []
+    monkeypatch.setattr(
+        warm.Subject,
+        "results",
+        lambda self, mode: modes.append((self.provider.name, self.samples[0].x.dtype, mode)),
+    )
+    warm.run((SMALL, "bfloat16", "ours-freia"), "cpu")
+    assert modes == [("ours-freia", torch.bfloat16, mode) for mode in ("train", "inverse")]
+
+
+def gpu_run(
+    *arguments: str, python: str | Path = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "ci/gpu.sh", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": str(python)},
+    )
+
+
+# Says that there is a GPU, collects tests instead of running them, and runs modules up to where
+# they miss the GPU.
+REHEARSING = """#!/usr/bin/env bash
+case "$*" in
+*is_available*) ;;
+-c*) exit 1 ;;
+"-m pytest "*) exec {python} "$@" --collect-only ;;
+*) {python} "$@" 2>&1 | grep -E "torch finds no GPU|^torch " ;;
+esac
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["first", "second"])
+def test_a_gpu_run_rehearsed(mode: str, tmp_path: Path) -> None:
+    """Every step up to where it needs a GPU: options are known, tests and workloads exist. And the
+    clock.
+    """
+    python = tmp_path / "python"
+    python.write_text(REHEARSING.format(python=sys.executable))
+    python.chmod(0o755)
+    done = gpu_run(str(tmp_path / "out"), mode, python=python)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = re.findall(
+        r"^== .* \(at most (\d+) s; \d+ s of at most (\d+) are gone\)$", done.stdout, re.M
+    )
+    skipped = (
+        []
+        if shutil.which("compute-sanitizer")
+        else re.findall(r"^\w+check: SKIPPED", done.stdout, re.M)
+    )
+    (total,) = {int(total) for _, total in steps}
+    assert (
+        sum(int(limit) for limit, _ in steps)
+        <= total
+        <= sum(int(limit) for limit, _ in steps) + 40 * len(skipped)
+    )
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert summary.count("exit 0") == len(steps)
+    collected = re.findall(r"^(\d+)(?:/\d+)? tests collected", done.stdout, re.M)
+    assert len(collected) == 1
+    assert int(collected[0]) > 0
+
+
+def test_a_gpu_run_explains_itself() -> None:
+    """The list of parts in its help, with the limits that hold."""
+    asked, unasked = gpu_run("--help"), gpu_run()
+    assert (asked.returncode, unasked.returncode) == (0, 2)
+    assert asked.stdout == unasked.stdout
+    limits = dict(re.findall(r"\[(\w+)\]=(\d+)", (ROOT / "ci/gpu.sh").read_text()))
+    assert dict(re.findall(r"^  (\w+) +(\d+) s  ", asked.stdout, re.M)) == limits
+    assert sum(map(int, limits.values())) <= 75 * 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tests:90", "everything"], "no part is called everything; parts: "),
+        (["goals:soon"], "expected PART:SECONDS, got goals:soon"),
+        pytest.param(
+            ["smallest"],
+            "torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_a_gpu_run_refuses_before_any_work(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = gpu_run(str(tmp_path / "out"), *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "minutes"), [("first", 6.5), ("second", 5.5)])
+def test_first_and_second_end_in_time(mode: str, minutes: float) -> None:
+    """The limits of all steps together; a part of benchmarks ends 15 seconds before its own."""
+    (line,) = (
+        line
+        for line in (ROOT / "ci/gpu.sh").read_text().splitlines()
+        if line.startswith(f"{mode}) parts=")
+    )
+    assert sum(map(int, re.findall(r":(\d+)", line))) <= 60 * minutes
