@@ -67,10 +67,11 @@ def callees(module: str, name: str) -> tuple[set[tuple[str, str]], set[str], set
     arguments = [*function.args.args, *function.args.kwonlyargs]
     engines = {a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "Engine"}
     local = {a.arg for a in arguments}
-    for node in ast.walk(function):
+    body = [node for statement in function.body for node in ast.walk(statement)]
+    for node in body:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             local.add(node.id)
-    for node in ast.walk(function):
+    for node in body:
         if not isinstance(node, ast.Call):
             continue
         called = node.func
