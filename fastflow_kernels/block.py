@@ -1,6 +1,7 @@
 """A block, from its checked call to its result: the way of x in a straight line.
 
-:func:`~fastflow_kernels.route.choose_route` decides once; what follows asks nothing again.
+:func:`~fastflow_kernels.route.choose_route` decides; what follows runs by its route. One thing it
+cannot know: an inverse starts over in plain operations where a subnet widens the dtype.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 def _forward(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
     part = call.permutation.fused_part()
     coupling = engine_coupling(call, route, part)
-    x = _before(call, route)
+    x = _coupling_input(call, route)
     passive, x = fork(x, coupling.inv if coupling.reverse else None)
     a = coefficients(call, for_subnet(passive, route))
     fused = Fused(coupling, part.inner, part.outer, route.form, engine)
@@ -92,10 +93,11 @@ def _forward(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Ten
 
 def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
     form, permutation = route.form, call.permutation
-    part = index_part(call)
+    part = inverse_part(call)
     coupling = engine_coupling(call, route, part)
     y = call.x.contiguous() if route.is_copied else call.x
     if route.folds_affine:
+        # Both are u: the engine does not read v where x can hold u.
         x = v = _unpermuted_affine(call, coupling)
     else:
         v = y if part.perm is not None else permutation.unpermute(y)
@@ -129,7 +131,7 @@ def engine_coupling(call: BlockCall, route: Route, part: FusedPart) -> Coupling:
     )
 
 
-def index_part(call: BlockCall) -> FusedPart:
+def inverse_part(call: BlockCall) -> FusedPart:
     """The part of the permutation that an inverse takes along: an index."""
     permutation = call.permutation
     return permutation.fused_part() if isinstance(permutation, IndexPermutation) else FusedPart()
@@ -142,11 +144,11 @@ def for_subnet(passive: Tensor, route: Route) -> Tensor:
     """
     if not route.is_copied or route.layout is torch.contiguous_format:
         return passive
-    # contiguous() would leave a single channel of a single sample as it is
+    # contiguous() returns a tensor itself where both layouts fit it, as with a single channel
     return passive.clone(memory_format=route.layout)
 
 
-def _before(call: BlockCall, route: Route) -> Tensor:
+def _coupling_input(call: BlockCall, route: Route) -> Tensor:
     """x as the coupling reads it."""
     x = call.x.contiguous() if route.is_copied else call.x
     if not route.permutes_first:

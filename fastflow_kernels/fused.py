@@ -1,4 +1,4 @@
-"""The fused coupling as an autograd node: it keeps x, the coefficients and the parameters."""
+"""The fused coupling as an autograd node: it keeps x, the coefficients, parameters and index."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def fused_coupling(x: Tensor, a: Tensor, fused: Fused) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():  # autograd would make no node
         return _evaluate(x, a, fused)
     coupling = fused.coupling
+    # the scale of GIN is 1, whatever the parameter is
     g = coupling.global_scale.detach() if coupling.spec.gin else coupling.global_scale
     y, log_det = _apply_coupling(x, a, g, coupling.global_offset, fused.inner, fused.outer, fused)
     return y, log_det
@@ -92,15 +93,15 @@ class _Coupling(Function):
             sources = (x, a, g, offset, inner, outer)
             return *_plain_backward(ctx, sources, OutputGrads(dy, dlog_det), coupling), None
         form, engine = ctx.form, ctx.engine
-        du, x_taken, a_taken = form.take(dy), form.take(x), form.take(a)
+        dv, x_taken, a_taken = form.take(dy), form.take(x), form.take(a)
         dinner = douter = None
         if inner is not None:
             v, _ = engine.forward(x_taken, a_taken, coupling)  # again rather than kept
-            du, dinner, douter = reflect_backward(du, v, inner, outer)
+            dv, dinner, douter = reflect_backward(dv, v, inner, outer)
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
         want_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dx, da, dg, doffset = engine.backward(
-            x_taken, a_taken, OutputGrads(du, dlog_det), coupling, want_params
+            x_taken, a_taken, OutputGrads(dv, dlog_det), coupling, want_params
         )
         return form.give(dx, x), form.give(da, x), dg, doffset, dinner, douter, None
 
@@ -115,8 +116,7 @@ def _plain_backward(
     wanted = ctx.needs_input_grad[: len(sources)]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # views, to differentiate by the coupling's own use of x and not by the subnet's, which led
-        # to a
+        # Views: x also reaches a through the subnet, and that gradient is not this node's to give.
         leaves = [
             t if not want else t.view_as(t) if create_graph else t.detach().requires_grad_()
             for t, want in zip(sources, wanted, strict=True)

@@ -1,4 +1,4 @@
-"""The one decision about a call: by which path it is evaluated, and why."""
+"""Chooses the path of a checked call, and says why."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import Engine, eager
-from fastflow_kernels.layouts import PIXELS, SAMPLES, Form, as_rows, is_packed, memory_format
+from fastflow_kernels.engines.triton.plan import why_unsupported
+from fastflow_kernels.layouts import PIXELS, SAMPLES, Form, is_packed, memory_format
 from fastflow_kernels.permutations import IndexPermutation, MatrixPermutation
 from fastflow_kernels.predicates import SMALL, is_autocast, is_small
 from fastflow_kernels.torch_private import needs_plain
+
+# How much larger an input may be and still count as small where gradients are taken and a soft
+# permutation's product dominates. A train step takes 1.02 to 1.11 times as long fused, subnet
+# included: (1024, 64), (128, 512), (256, 256), (2, 96, 16, 16), (4, 64, 16, 16), one thread of an
+# AMD EPYC. Without gradients fused is the faster one.
+PRODUCT_COST = 4
 
 
 class Case(NamedTuple):
@@ -29,8 +36,9 @@ class Case(NamedTuple):
     runs: str
 
 
-# What runs where, in the order in which it is decided: the first case that holds counts. `info`
-# prints these tables, and README.md holds them (tests/test_docs.py).
+# What runs where, in the order in which it is decided: the first case that holds counts. The first
+# is decided by the block, whose steps they are (`why_not_fused`). `info` prints these tables, and
+# README.md holds them (tests/test_docs.py).
 STOCK_STEPS = Case(
     "a step overridden or exchanged; a clamp that is a tensor; integer input",
     "the stock block's steps, one by one, in plain operations",
@@ -41,7 +49,7 @@ RECORDED = Case(
 )
 EMPTY = Case("an empty batch", "plain operations")
 SMALL_INPUT = Case(
-    f"up to {SMALL} elements on a CPU; in training with a soft permutation {4 * SMALL}",
+    f"up to {SMALL} elements on a CPU; in training with a soft permutation {PRODUCT_COST * SMALL}",
     "plain operations, which cost less than a Python autograd node",
 )
 INVERSE_WITH_GRADIENTS = Case("an inverse while gradients are enabled", "plain operations")
@@ -105,7 +113,7 @@ _INVERSE_WITH_GRADIENTS = Route(INVERSE_WITH_GRADIENTS)
 
 
 def choose_route(call: BlockCall) -> Route:
-    """Decide how a call is evaluated; nothing is computed.
+    """Decide how a call is evaluated; no tensor is computed.
 
     Raises:
         RuntimeError: The backend is "triton" and cannot be honoured; the message says why.
@@ -146,41 +154,33 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     engine: Engine = eager
     as_pixels = is_channels_last
     if wants_triton(x, backend, call.spec):
-        as_pixels = is_channels_last and not call.spec.gin  # whose mean runs over all pixels
-        reason = why_not_triton(as_rows(x) if as_pixels else x)
+        # GIN's mean runs over all pixels of a sample
+        pixels_for_triton = is_channels_last and not call.spec.gin
+        reason = why_not_triton(x, pixels_for_triton)
         if reason is None:
-            engine = triton_engine()
+            engine, as_pixels = triton_engine(), pixels_for_triton
         elif backend == "triton":
             raise _not_triton(reason)
-        else:
-            as_pixels = is_channels_last
-    is_copied = engine is not eager and not as_pixels and not is_packed(x)
-    reads_index = permutes_first = False
-    if call.reverse_permutation:
-        # The eager engine would gather piece by piece what one index_select takes at once (0.3 ns
-        # an element at rank 0, 0.1 on planes), and the passive half, for the subnet, once more.
-        reads_index = engine is not eager and isinstance(call.permutation, IndexPermutation)
-        permutes_first = not reads_index
+    is_triton = engine is not eager
+    is_copied = is_triton and not as_pixels and not is_packed(x)
+    # The eager engine would gather piece by piece what one index_select takes at once (0.3 ns an
+    # element at rank 0, 0.1 on planes), and the passive half, for the subnet, once more.
+    is_index = isinstance(call.permutation, IndexPermutation)
+    reads_index = call.reverse_permutation and is_triton and is_index
     return Route(
         PIXEL_ROWS if as_pixels else COPIED if is_copied else FUSED,
         engine,
         layout,
         PIXELS if as_pixels else SAMPLES,
-        is_copied,
-        reads_index,
-        permutes_first,
-        call.rev and engine is eager and _folds_affine(call),
+        is_copied=is_copied,
+        reads_index=reads_index,
+        permutes_first=call.reverse_permutation and not reads_index,
+        folds_affine=call.rev and not is_triton and _folds_affine(call),
     )
 
 
 def _is_small_for_a_product(call: BlockCall) -> bool:
-    """Whether plain operations train a soft permutation faster: its product dominates anyway.
-
-    A train step takes 1.02 to 1.11 times as long fused, subnet included: (1024, 64), (128, 512),
-    (256, 256), (2, 96, 16, 16), (4, 64, 16, 16), one thread of an AMD EPYC. Without gradients
-    fused is the faster one.
-    """
-    return isinstance(call.permutation, MatrixPermutation) and is_small(call.x, 4)
+    return isinstance(call.permutation, MatrixPermutation) and is_small(call.x, PRODUCT_COST)
 
 
 def _folds_affine(call: BlockCall) -> bool:
@@ -215,7 +215,7 @@ _clamps: set[tuple[float, float]] = set()
 
 
 def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
-    """Whether the Triton engine is wanted for x."""
+    """Whether the Triton engine is wanted for x; on a GPU this counts the clamp."""
     if backend == "triton":
         return True
     if backend == "eager" or not x.is_cuda:
@@ -232,7 +232,7 @@ def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
 
 @cache
 def _warn_of_annealing() -> None:
-    """Once."""
+    """Warn once in a process."""
     warnings.warn(
         f"a kernel is compiled for every clamp, and {MOST_CLAMPS} have been: blocks with yet "
         "another one run the eager functions. Change the clamp in steps, or ask for "
@@ -269,15 +269,17 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def why_not_triton(x: Tensor) -> str | None:
+def why_not_triton(x: Tensor, as_pixels: bool = False) -> str | None:
     """Why the Triton kernels do not take this input, in words, or None if they do.
 
     Args:
         x: The block's input, (B, C, *S).
+        as_pixels: Whether its pixels are given as rows, (B * P, C).
     """
     if not x.is_cuda and not is_interpreted():
         return f"the input is on {x.device}, and Triton runs on a GPU"
-    return triton_missing() or triton_engine().why_unsupported(x)
+    shape = (x.numel() // x.shape[1], x.shape[1]) if as_pixels else x.shape
+    return triton_missing() or why_unsupported(shape, x.dtype)
 
 
 def _not_triton(reason: str) -> RuntimeError:

@@ -126,7 +126,7 @@ def test_both_engines_have_the_functions_of_the_protocol() -> None:
     engines: list[ModuleType] = [eager]
     if importlib.util.find_spec("triton") is not None:
         engines.append(importlib.import_module("fastflow_kernels.engines.triton.engine"))
-    assert len(ENGINE) == 6
+    assert len(ENGINE) == 5
     for name in ENGINE:
         expected = [p for p in inspect.signature(getattr(Engine, name)).parameters if p != "self"]
         for engine in engines:

@@ -23,9 +23,6 @@ class Engine(Protocol):
     one sample (``coupling.rows_per_sample``).
     """
 
-    def why_unsupported(self, x: Tensor) -> str | None:
-        """Why the engine does not take x, in words; None if it does."""
-
     def forward(self, x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
         """Return y and the log-determinant."""
 

@@ -22,11 +22,6 @@ from fastflow_kernels.engines.constants import constant
 from fastflow_kernels.engines.plain import activated, split_at
 from fastflow_kernels.engines.soft_clamp import SoftClamp
 
-
-def why_unsupported(x: Tensor) -> None:
-    """None: every input is supported."""
-
-
 # --- forward --------------------------------------------------------------------------------------
 
 
@@ -63,9 +58,8 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
             v.add_(offset)
         elif pixels == 1:
             v1.copy_(x1)
-            # with a constant per row of pixels this is three times slower than two passes
             torch.addcmul(offset, v, scale, out=v)
-        else:
+        else:  # where addcmul is three times slower than two passes
             scale1, scale2 = split_at(scale, channels - active, active)
             torch.mul(x1, scale1, out=v1)
             v2.mul_(scale2)
@@ -98,9 +92,10 @@ def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
 
 
 def _summed(total: Tensor | None, s: Tensor, clamp: SoftClamp) -> Tensor:
-    """The sum of s per sample, added to the total. For GIN it is zero.
+    """The sums of s per sample until now.
 
-    It is NaN for GIN where a coefficient was NaN, because then every s of the sample is.
+    For GIN zero, or NaN where a coefficient was, because then every s of the sample is; there a
+    sample is one chunk.
     """
     if clamp.spec.gin:
         return s[:, :1, :1].sum((1, 2)).mul_(0.0)
@@ -144,11 +139,12 @@ def _backward(
     wide = accumulator(promoted(x, a, coupling.global_scale))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    step = _BackwardStep(coupling, SoftClamp.of(coupling, x), wide, want_params, is_inverting)
+    clamp = SoftClamp.of(coupling, x)
     x, a, dy = flat(x), flat(a), flat(grads.y)
-    step.chunk = chunk_sizes(x, wide, _together(coupling))
+    samples, pairs = chunk_sizes(x, wide, _together(coupling))
+    step = _BackwardStep(coupling, clamp, wide, want_params, is_inverting, (samples, pairs))
     direct = [] if coupling.spec.gin else step.direct_gradient(grads.log_det)
-    for chunk in chunks_of(0, step.chunk[0], x, a, dy, flat(dx), flat(da), *direct):
+    for chunk in chunks_of(0, samples, x, a, dy, flat(dx), flat(da), *direct):
         step(*chunk)
     pixels = coupling.rows_per_sample * x.shape[2]
     return CouplingGrads(dx, da, *step.parameter_gradients(grads.log_det, pixels))
@@ -169,7 +165,7 @@ class _BackwardStep:
     dtype: torch.dtype
     want_params: bool
     is_inverting: bool
-    chunk: tuple[int, int] = (1, 1)
+    chunk: tuple[int, int]
     offset_sum: Tensor | None = None
     product_sum: Tensor | None = None
 
@@ -178,12 +174,12 @@ class _BackwardStep:
         self.want_scale = self.want_params and self.scale is not None
 
     def direct_gradient(self, dlog_det: Tensor | None) -> list[Tensor]:
-        """What every s of a row gets from the log-determinant, times the slope's factor."""
+        """What every s of a row gets from the log-determinant, times the slope factor."""
         if dlog_det is None:
             return []
         if self.coupling.rows_per_sample > 1:
             dlog_det = dlog_det.repeat_interleave(self.coupling.rows_per_sample)
-        return [cast(dlog_det, self.dtype).mul(self.clamp.slope).view(-1, 1, 1)]
+        return [cast(dlog_det, self.dtype).mul(self.clamp.slope_factor).view(-1, 1, 1)]
 
     def __call__(
         self, x: Tensor, a: Tensor, dy: Tensor, dx: Tensor, da: Tensor, *direct: Tensor
@@ -234,7 +230,7 @@ class _BackwardStep:
 
     def _finish_slope(self, ds: Tensor, slope: Tensor, *direct: Tensor) -> None:
         """From the gradient of s to that of a_s, in place."""
-        factor = self.clamp.slope
+        factor = self.clamp.slope_factor
         if self.coupling.spec.gin:
             self.clamp.subtract_mean_(ds).mul_(constant(factor, self.dtype))
         elif direct:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels import torch_private
-from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling import ACTIVATIONS, CouplingSpec
 from fastflow_kernels.dtypes import accumulator, cast, promoted
 from fastflow_kernels.engines.constants import constant, operand
 
@@ -38,7 +38,9 @@ def activated(g: Tensor, activation: str) -> Tensor:
         return torch.sigmoid(g - operand(2.0, g.dtype)) * operand(10.0, g.dtype)
     if activation == "SOFTPLUS":
         return torch.nn.functional.softplus(g, beta=0.5) * operand(0.1, g.dtype)
-    return torch.exp(g)
+    if activation == "EXP":
+        return torch.exp(g)
+    raise ValueError(f"expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,20 +74,20 @@ def forward(
     """
     dtype = promoted(x1, a, g)
     wide = accumulator(dtype)
-    is_free = may_write()
-    u2, sum_s = couple(cast(x2, wide), cast(a, wide), spec, False, is_free)
+    in_place = may_write()
+    u2, sum_s = couple(cast(x2, wide), cast(a, wide), spec, False, in_place)
     u = torch.cat((cast(x1, wide), u2), 1)
     offset = _channelwise(offset, u)
     if spec.gin:
         return cast(u + offset, dtype), sum_s
     scale = activated(_channelwise(g, u), spec.activation)
-    if not is_free:
+    if not in_place:
         v = u * scale + offset  # not addcmul: its backward takes one more pass over u
     elif u.dim() == 2:
         v = torch.addcmul(offset, u, scale)
     else:
         v = u.mul_(scale).add_(offset)
-    return cast(v, dtype), _add(sum_s, scale.log().sum(), _pixels(u), is_free)
+    return cast(v, dtype), _add(sum_s, scale.log().sum(), _pixels(u), in_place)
 
 
 def may_write() -> bool:
@@ -119,16 +121,16 @@ def invert_coupling(
         scale: What :func:`invert_affine` returned.
         spec: The constants.
     """
-    wide, is_free = accumulator(promoted(u1, a)), may_write()
-    x2, sum_s = couple(cast(u2, wide), cast(a, wide), spec, True, is_free)
+    wide, in_place = accumulator(promoted(u1, a)), may_write()
+    x2, sum_s = couple(cast(u2, wide), cast(a, wide), spec, True, in_place)
     x = torch.cat((cast(u1, wide), x2), 1)
     if scale is None:
         return x, sum_s
-    return x, _add(sum_s, scale.log().sum(), -_pixels(x), is_free)
+    return x, _add(sum_s, scale.log().sum(), -_pixels(x), in_place)
 
 
 def couple(
-    x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, is_free: bool
+    x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """The coupling of the active half, or its inverse.
 
@@ -137,7 +139,7 @@ def couple(
         a: The subnet's output, (B, 2*C2, *S).
         spec: The constants; here the clamp may be a tensor.
         rev: Compute the inverse.
-        is_free: What :func:`may_write` says.
+        in_place: What :func:`may_write` says: fresh results are written to.
 
     Returns:
         x2 * exp(s) + 0.1 * a_t and the sum of s per sample; in reverse (x2 - 0.1 * a_t) * exp(-s)
@@ -145,7 +147,7 @@ def couple(
     """
     a_s, a_t = split_at(a, x2.shape[1], x2.shape[1])
     clamp = -spec.clamp if rev else spec.clamp
-    if is_free:
+    if in_place:
         s = (a_s * constant(spec.tanh_scale, a.dtype)).tanh_().mul_(constant(clamp, a.dtype))
     else:
         s = torch.tanh(a_s * operand(spec.tanh_scale, a.dtype)) * operand(clamp, a.dtype)
@@ -153,10 +155,10 @@ def couple(
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
         s = s - mean
-        sum_s = 0.0 * mean.flatten()  # exact, and part of the graph as the stock block's is
+        sum_s = 0.0 * mean.flatten()  # zero, or NaN where s is; keeps the stock block's graph
     else:
         sum_s = s.sum(dims)
-    if is_free:
+    if in_place:
         if rev:
             return torch.sub(x2, a_t, alpha=0.1).mul_(s.exp_()), sum_s
         return (x2 * s.exp_()).add_(a_t, alpha=0.1), sum_s
@@ -175,11 +177,11 @@ def _pixels(x: Tensor) -> int:
     return 1 if x.dim() == 2 else math.prod(x.shape[2:])
 
 
-def _add(x: Tensor, y: Tensor, factor: float, is_free: bool = False) -> Tensor:
+def _add(x: Tensor, y: Tensor, factor: float, in_place: bool = False) -> Tensor:
     """x + factor * y, in one operation unless torch.func.linearize may look on.
 
     That crashes on ``alpha`` in torch 2.13.
     """
-    if is_free or torch.compiler.is_compiling() or not torch_private.is_watched():
+    if in_place or torch.compiler.is_compiling() or not torch_private.is_watched():
         return torch.add(x, y, alpha=factor)
     return x + factor * y

@@ -72,8 +72,8 @@ class SoftClamp(NamedTuple):
         return _LN2 if self.is_fast else 1.0
 
     @property
-    def slope(self) -> float:
-        """The factor that :meth:`times_slope_` leaves out: d s / d a_s = slope * its factor."""
+    def slope_factor(self) -> float:
+        """What :meth:`times_slope_` leaves out of d s / d a_s."""
         return (4.0 if self.is_fast else 1.0) * self.spec.clamp * self.spec.tanh_scale
 
     def log_factors(self, a_s: Tensor, sign: float, out: Tensor, scratch: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class SoftClamp(NamedTuple):
         self.exp_(exp)
 
     def times_slope_(self, ds: Tensor, slope: Tensor) -> None:
-        """Multiply ds by d s / d a_s, but for the factor :attr:`slope`, in place."""
+        """Multiply ds by d s / d a_s, but for :attr:`slope_factor`, in place."""
         # 1 - tanh**2, which is 4 * sigma * (1 - sigma)
         backward = _sigmoid_backward if self.is_fast else _tanh_backward
         # allow_mutation_on_saved_tensors() expects that results are called "out"

@@ -3,7 +3,6 @@
 from fastflow_kernels.engines.triton.backward import backward, invert_and_backward
 from fastflow_kernels.engines.triton.forward import forward
 from fastflow_kernels.engines.triton.inverse import invert_active, invert_passive
-from fastflow_kernels.engines.triton.plan import why_unsupported
 
 __all__ = [
     "backward",
@@ -11,5 +10,4 @@ __all__ = [
     "invert_active",
     "invert_and_backward",
     "invert_passive",
-    "why_unsupported",
 ]

@@ -1,8 +1,8 @@
 """The forward on a GPU: one pass over memory for coupling, global affine and permutation.
 
-Notation of all kernels, as in :class:`~fastflow_kernels.coupling.CouplingSpec`: x (B, C, *S), C1 =
-C - C//2 passive and C2 = C//2 active channels, a (B, 2*C2, *S) the halves (a_s, a_t), P = prod(S),
-y[:, j] = v[:, perm[j]], inv = argsort(perm).
+Notation of all kernels, beside that of coupling.py: x (B, C, *S), C1 = C - C//2 passive and C2 =
+C//2 active channels, a (B, 2*C2, *S) the halves (a_s, a_t), P = prod(S), y[:, j] = v[:, perm[j]],
+inv = argsort(perm).
 
 Every kernel walks channel pairs (c, C1 + c) and finds the permuted channel of each through ``inv``,
 except the forward on rows: there scattered stores of single values would be slow, and values are
@@ -56,7 +56,7 @@ def _coupling_fwd_kernel(
     """y[:, inv] = u * scale + offset, u = cat(x1, x2 * exp(s) + 0.1 * a_t), s = clamp *
     tanh(tanh_scale * a_s).
 
-    With REVERSE x1, x2 are those of x[:, inv]: then a channel of y depends on that channel of x.
+    With REVERSE x1, x2 are those of x[:, inv]: channel j of y is computed from channel j of x.
 
     Program: one tile of channel pairs by pixels of one sample. P and the strides come divided by
     ALIGN.
@@ -195,10 +195,10 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     global_scale, offset, _, perm, inv, _, _ = coupling
     a = with_packed_samples(a)
     prepared = _prepare(*key_of(x, coupling, (x.dtype, a.dtype), (x.stride(0), a.stride(0))))
-    channels = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
-    is_aligned = aligned(x, a, global_scale, offset, channels)
+    channel_index = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
+    is_aligned = aligned(x, a, global_scale, offset, channel_index)
     y = empty_of(x, prepared.dtype)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
     partials = empty_partials(prepared, x.device)
-    prepared.launch(is_aligned, x, a, global_scale, offset, channels, sums, y, partials)
+    prepared.launch(is_aligned, x, a, global_scale, offset, channel_index, sums, y, partials)
     return y, log_det_of(prepared, is_aligned, x, global_scale, sums, partials)

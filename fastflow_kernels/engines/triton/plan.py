@@ -24,11 +24,12 @@ binary of its own, with single values. Narrower accesses move the same bytes. Th
 lie together (:func:`~fastflow_kernels.layouts.is_packed`); samples may lie apart.
 """
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SAMPLE = 2**31 - 1  # elements of a sample, and samples with pixels: both are counted in 32 bits
@@ -65,9 +66,9 @@ class RowTiles(NamedTuple):
     busy: int
 
 
-# Measured on an H200, `python -m bench.tune --only rows,forward-rows` (bench/TUNING.md). Channel
-# constants live in registers, and in the backward pass sums do too. There a quarter of the values
-# in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
+# Measured on an H200, `python -m bench.gpu.tune --only rows,forward-rows` (bench/TUNING.md).
+# Channel constants live in registers, and in the backward pass sums do too. There a quarter of the
+# values in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
 FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
 BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
 
@@ -100,24 +101,24 @@ class Plan(NamedTuple):
         return self.channel_tiles * self.groups
 
 
-def why_unsupported(x: Tensor) -> str | None:
-    """Why the kernels do not take x, in words; None if they do.
+def why_unsupported(shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why the kernels do not take a tensor, in words; None if they do.
 
-    The layout is no reason: whoever calls makes x contiguous unless its samples are packed.
+    The layout is no reason: whoever calls makes a tensor contiguous unless its samples are packed.
 
     Args:
-        x: (B, C, *S), the block's input or output.
+        shape: (B, C, *S), of the block's input or output.
+        dtype: Its dtype.
     """
-    if x.dtype not in DTYPES:
-        return f"dtype {x.dtype} has no kernel"
-    if x.dim() < 2:
-        return f"{x.dim()} dimensions; at least (batch, channels) are needed"
-    if x.numel() <= MAX_SAMPLE:
-        return None
-    if x.numel() // x.shape[0] > MAX_SAMPLE:
-        return f"a sample of {x.numel() // x.shape[0]} elements; offsets inside a sample are 32-bit"
-    if x.shape[0] > MAX_SAMPLE and x.shape[2:].numel() > 1:
-        return f"a batch of {x.shape[0]} samples with pixels; tiles are counted in 32 bits"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} has no kernel"
+    if len(shape) < 2:
+        return f"{len(shape)} dimensions; at least (batch, channels) are needed"
+    sample = math.prod(shape[1:])
+    if sample > MAX_SAMPLE:
+        return f"a sample of {sample} elements; offsets inside a sample are 32-bit"
+    if shape[0] > MAX_SAMPLE and math.prod(shape[2:]) > 1:
+        return f"a batch of {shape[0]} samples with pixels; tiles are counted in 32 bits"
     return None
 
 
