@@ -12,12 +12,12 @@ from torch import Tensor
 from fastflow_kernels import torch_private
 from fastflow_kernels.call import BlockCall, coefficients
 from fastflow_kernels.coupling import Coupling
-from fastflow_kernels.dtypes import promoted
+from fastflow_kernels.dtypes import cast, promoted
 from fastflow_kernels.engines import Engine, plain
 from fastflow_kernels.fork import fork, passive_half
 from fastflow_kernels.fused import Fused, fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format
-from fastflow_kernels.permutations import FusedPart, IndexPermutation, MatrixPermutation
+from fastflow_kernels.permutations import FusedPart, MatrixPermutation
 from fastflow_kernels.route import Route, choose_route
 
 
@@ -57,15 +57,21 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
     """The inverse as ordinary differentiable operations."""
     v = call.permutation.unpermute(call.x)
     u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
-    u1, u2 = plain.split(u)
+    u1, _ = plain.split(u)
     dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
-    a = coefficients(call, u1 if u1.dtype is dtype else u1.to(dtype))
-    x, log_det = plain.invert_coupling(u1, u2, a, scale, call.spec)
+    a = coefficients(call, cast(u1, dtype))
+    x, log_det = _finish_inverse(call, u, scale, a)
     if a.dtype is not dtype or x.dtype is not dtype:
-        x = x.to(promoted(v, call.global_scale, a))
-    if call.reverse_permutation:
-        x = call.permutation.permute(x)
+        x = cast(x, promoted(v, call.global_scale, a))
     return x if x.dim() < 4 else _like(call.x, x), log_det
+
+
+def _finish_inverse(
+    call: BlockCall, u: Tensor, scale: Tensor | None, a: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What follows the subnet."""
+    x, log_det = plain.invert_coupling(*plain.split(u), a, scale, call.spec)
+    return (call.permutation.permute(x) if call.reverse_permutation else x), log_det
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
@@ -82,18 +88,18 @@ def _forward(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Ten
     part = call.permutation.fused_part()
     coupling = engine_coupling(call, route, part)
     x = _coupling_input(call, route)
-    passive, x = fork(x, coupling.inv if coupling.reverse else None)
+    passive, x = fork(x, coupling.inv if coupling.reverse else None, route.with_gradients)
     a = coefficients(call, for_subnet(passive, route))
     fused = Fused(coupling, part.inner, part.outer, route.form, engine)
-    y, log_det = fused_coupling(x, a, fused)
-    if part.rest is not None:
-        y = part.rest.permute(y)
+    y, log_det = fused_coupling(x, a, fused, route.with_gradients)
+    if part.after is not None:
+        y = part.after.permute(y)
     return in_layout(y, route.layout), log_det
 
 
 def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
     form, permutation = route.form, call.permutation
-    part = inverse_part(call)
+    part = permutation.inverse_part()
     coupling = engine_coupling(call, route, part)
     y = call.x.contiguous() if route.is_copied else call.x
     if route.folds_affine:
@@ -108,9 +114,7 @@ def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Ten
         # the subnet widens: rare enough to start over with plain operations
         v = permutation.unpermute(y)
         u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
-        x, log_det = plain.invert_coupling(*plain.split(u), a, scale, call.spec)
-        if call.reverse_permutation:
-            x = permutation.permute(x)
+        x, log_det = _finish_inverse(call, u, scale, a)
         return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(form.take(v), form.take(x), form.take(a), coupling)
     if route.permutes_first:
@@ -131,12 +135,6 @@ def engine_coupling(call: BlockCall, route: Route, part: FusedPart) -> Coupling:
     )
 
 
-def inverse_part(call: BlockCall) -> FusedPart:
-    """The part of the permutation that an inverse takes along: an index."""
-    permutation = call.permutation
-    return permutation.fused_part() if isinstance(permutation, IndexPermutation) else FusedPart()
-
-
 def for_subnet(passive: Tensor, route: Route) -> Tensor:
     """The passive half in the layout of the block's input, of which the engine has a copy.
 
@@ -153,8 +151,8 @@ def _coupling_input(call: BlockCall, route: Route) -> Tensor:
     x = call.x.contiguous() if route.is_copied else call.x
     if not route.permutes_first:
         return x
-    # in the layout of x, which is not the result's where x is a contiguous copy
-    return in_layout(call.permutation.unpermute(x), memory_format(x))
+    x = call.permutation.unpermute(x)
+    return x.contiguous() if route.is_copied else in_layout(x, route.layout)
 
 
 def _unpermuted_affine(call: BlockCall, coupling: Coupling) -> Tensor:

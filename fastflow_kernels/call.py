@@ -112,7 +112,7 @@ def check_conditions(
             f"expected the conditions as a list of tensors, got {type(c).__name__}"
         )
     if len(c) != len(dims_c):
-        dims_c = _as_given(c, dims_c)
+        dims_c = _split_otherwise(c, dims_c)
     batch, _, *spatial = x.shape
     for k, condition in enumerate(c):
         _check_dense(condition, "condition", k)
@@ -120,9 +120,9 @@ def check_conditions(
         if condition.shape != expected:
             if (
                 condition.shape[1:2] != expected[1:2]
-                and (given := _as_given(c, dims_c)) is not dims_c
+                and (split := _split_otherwise(c, dims_c)) is not dims_c
             ):
-                return check_conditions(c, given, x)
+                return check_conditions(c, split, x)
             raise InputValueError(
                 f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}"
             )
@@ -133,13 +133,17 @@ def check_conditions(
     return c
 
 
-def _as_given(c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    """The shapes of conditions that are split in another way than declared, if together they have
-    as many channels.
+def _split_otherwise(
+    c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]
+) -> Sequence[Sequence[int]]:
+    """The shapes of conditions that are split in another way than declared.
+
+    Together they must have as many channels.
     """
-    given = [tuple(t.shape[1:]) for t in c if isinstance(t, Tensor) and t.dim() > 1]
-    if len(given) == len(c) and sum(shape[0] for shape in given) == sum(dims[0] for dims in dims_c):
-        return given
+    shapes = [tuple(t.shape[1:]) for t in c if isinstance(t, Tensor) and t.dim() > 1]
+    channels = sum(shape[0] for shape in shapes)
+    if len(shapes) == len(c) and channels == sum(dims[0] for dims in dims_c):
+        return shapes
     if len(c) != len(dims_c):
         raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
     return dims_c

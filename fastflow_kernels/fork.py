@@ -14,14 +14,15 @@ from fastflow_kernels.channels import take_channels
 from fastflow_kernels.torch_private import needs_plain
 
 
-def fork(x: Tensor, inv: Tensor | None) -> tuple[Tensor, Tensor]:
+def fork(x: Tensor, inv: Tensor | None, with_gradients: bool) -> tuple[Tensor, Tensor]:
     """The passive half for the subnet, (B, C1, *S), and x for the coupling.
 
     Args:
         x: (B, C, *S).
         inv: The index through which the coupling reads x, or None.
+        with_gradients: Whether gradients are enabled.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
+    if with_gradients and x.requires_grad:
         passive, x = _apply_fork(x, inv)
         return passive, x
     return passive_half(x, inv), x

@@ -34,18 +34,21 @@ class Fused(NamedTuple):
     engine: Engine
 
 
-def fused_coupling(x: Tensor, a: Tensor, fused: Fused) -> tuple[Tensor, Tensor]:
+def fused_coupling(
+    x: Tensor, a: Tensor, fused: Fused, with_gradients: bool
+) -> tuple[Tensor, Tensor]:
     """The coupling, the global affine and what is fused of the permutation.
 
     Args:
         x: (B, C, *S).
         a: (B, 2*C2, *S), the subnet's output.
         fused: All else.
+        with_gradients: Whether gradients are enabled.
 
     Returns:
         y (B, C, *S) and the log-determinant (B,) in nats.
     """
-    if not torch.is_grad_enabled():  # autograd would make no node
+    if not with_gradients:  # autograd would make no node
         return _evaluate(x, a, fused)
     coupling = fused.coupling
     # the scale of GIN is 1, whatever the parameter is
@@ -92,7 +95,8 @@ class _Coupling(Function):
         if torch.is_grad_enabled() or needs_plain(dy, dlog_det):
             sources = (x, a, g, offset, inner, outer)
             return *_plain_backward(ctx, sources, OutputGrads(dy, dlog_det), coupling), None
-        form, engine = ctx.form, ctx.engine
+        form: Form = ctx.form
+        engine: Engine = ctx.engine
         dv, x_taken, a_taken = form.take(dy), form.take(x), form.take(a)
         dinner = douter = None
         if inner is not None:

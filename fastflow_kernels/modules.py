@@ -12,7 +12,6 @@ from fastflow_kernels import backends, options
 from fastflow_kernels.block import evaluate
 from fastflow_kernels.call import BlockCall, check_conditions, single_input, starts_in_place
 from fastflow_kernels.checkpoints import HeldPermutation, inverse_of, read_permutations
-from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.freia import InvertibleModule
 from fastflow_kernels.index_cache import IndexCache
@@ -285,18 +284,12 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         """
         return input_dims
 
-    def _spec(self) -> CouplingSpec:
-        return CouplingSpec.of(self.clamp, self.dialect, self.global_affine_type, self.GIN)
-
     def _holds_index(self) -> bool:
         """Whether ``w_perm`` is an int64 index.
 
         Otherwise it is a float matrix, as in the stock block of that dialect.
         """
         return self.dialect == "freia" and not self.permute_soft and not self.householder
-
-    def _checked_subnet(self, x: Tensor) -> Tensor:
-        return self.subnet(x.clone() if self._subnet_starts_in_place else x)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -24,14 +24,14 @@ class FusedPart(NamedTuple):
     Attributes:
         perm, inv: An index and its inverse, or None.
         inner, outer: Factors (K, C) for :func:`~fastflow_kernels.channels.reflect`, or None.
-        rest: What is left to permute by, or None.
+        after: What is left to permute by, or None.
     """
 
     perm: Tensor | None = None
     inv: Tensor | None = None
     inner: Tensor | None = None
     outer: Tensor | None = None
-    rest: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
+    after: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
 
 
 class IndexPermutation(NamedTuple):
@@ -46,6 +46,10 @@ class IndexPermutation(NamedTuple):
     inv: Tensor
 
     def fused_part(self) -> FusedPart:
+        return FusedPart(self.perm, self.inv)
+
+    def inverse_part(self) -> FusedPart:
+        """What of it an inverse takes along: the index."""
         return FusedPart(self.perm, self.inv)
 
     def permute(self, v: Tensor) -> Tensor:
@@ -75,7 +79,10 @@ class MatrixPermutation(NamedTuple):
     w_inv: Tensor
 
     def fused_part(self) -> FusedPart:
-        return FusedPart(rest=self)
+        return FusedPart(after=self)
+
+    def inverse_part(self) -> FusedPart:
+        return FusedPart()
 
     def permute(self, v: Tensor) -> Tensor:
         return multiply_channels(v, self.w)
@@ -114,11 +121,14 @@ class HouseholderPermutation(NamedTuple):
     base: IndexPermutation | MatrixPermutation
     vectors: Tensor
 
+    def inverse_part(self) -> FusedPart:
+        return FusedPart()
+
     def fused_part(self) -> FusedPart:
         if self.is_dense():
-            return FusedPart(rest=self)
+            return FusedPart(after=self)
         inner, outer = self.factors()
-        return FusedPart(inner=inner, outer=outer, rest=self.base)
+        return FusedPart(inner=inner, outer=outer, after=self.base)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """T V and V, both (K, C), in full precision also under autocast."""

@@ -15,9 +15,10 @@ from fastflow_kernels.coupling import DIALECTS, CouplingSpec
 from fastflow_kernels.foreign_activation import activation_of, known_activation
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.seen import ACTIVATION, Seen, is_number, look, reads_more
+from fastflow_kernels.steps import STEPS
 from fastflow_kernels.stock import Left, shallow_copy, stock_class
 
-_STEPS = ("forward", "_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
+_STEPS = ("forward", *STEPS)
 
 
 class Maths(NamedTuple):
@@ -113,10 +114,10 @@ class _Fixed(nn.Module):
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
-        self.a, self.given = a, a
+        self.a, self.received = a, a
 
     def forward(self, x: Tensor) -> Tensor:
-        self.given = x.clone()
+        self.received = x.clone()
         return self.a.clone()  # the stock block writes to what it gets
 
 
@@ -165,7 +166,7 @@ class _Probe:
                 backend="eager",
             )
             for rev in (False, True):
-                ours.append((*evaluate(call._replace(rev=rev)), subnet.given))
+                ours.append((*evaluate(call._replace(rev=rev)), subnet.received))
             if all(
                 _are_alike(of_stock, of_ours)
                 for pair in zip(answers, ours, strict=True)
@@ -216,7 +217,7 @@ class _Probe:
         answers: list[tuple[Tensor, ...]] = []
         for rev in (False, True):
             (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
-            answers.append((y, logdet, subnet.given))
+            answers.append((y, logdet, subnet.received))
         return x, c, a, answers
 
 

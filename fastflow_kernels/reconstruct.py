@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels.backends import requested
-from fastflow_kernels.block import engine_coupling, for_subnet, inverse_part
+from fastflow_kernels.block import engine_coupling, for_subnet
 from fastflow_kernels.call import BlockCall, coefficients
 from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.engines import eager
@@ -55,7 +55,7 @@ def reconstruct(
     """
     route = choose_engine(call, requested(call.backend))
     engine, form, permutation = route.engine or eager, route.form, call.permutation
-    part = inverse_part(call)
+    part = permutation.inverse_part()
     coupling = engine_coupling(call, route._replace(reads_index=False), part)
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
     if not isinstance(permutation, IndexPermutation):

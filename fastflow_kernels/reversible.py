@@ -89,14 +89,14 @@ class Reversible:
             if link is not None and x[0].is_floating_point() and is_autocast(x[0].device):
                 # the chain's state stays in the parameters' dtype
                 x = (x[0].to(promoted(x[0], module.global_scale)),)
-            given = x
+            x_in = x[0]
             arguments: dict[str, Any] = (
                 {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "link": link}
             )
             if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]
             x, j = module(x, **arguments)
-            if link is not None and link.seen != (identity(given[0]), identity(x[0])):
+            if link is not None and link.seen != (identity(x_in), identity(x[0])):
                 raise RuntimeError(
                     f"a hook exchanged the input or the output of block {i}, which a reversible "
                     "chain cannot reconstruct"

@@ -30,7 +30,7 @@ PRODUCT_COST = 4
 
 
 class Case(NamedTuple):
-    """A kind of call, and what runs then."""
+    """A kind of call, and what runs then, in words."""
 
     call: str
     runs: str
@@ -96,6 +96,8 @@ class Route(NamedTuple):
             the index.
         permutes_first: The permutation is inverted ahead of the coupling by a pass of its own.
         folds_affine: The inverse of scale, offset and permutation is one product with a bias.
+        with_gradients: Whether gradients are enabled.
+        why_not_triton: Why the Triton engine, which was wanted, does not compute it.
     """
 
     case: Case
@@ -106,6 +108,8 @@ class Route(NamedTuple):
     reads_index: bool = False
     permutes_first: bool = False
     folds_affine: bool = False
+    with_gradients: bool = False
+    why_not_triton: str | None = None
 
 
 _RECORDED, _EMPTY, _SMALL = Route(RECORDED), Route(EMPTY), Route(SMALL_INPUT)
@@ -152,7 +156,7 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     layout = memory_format(x)
     is_channels_last = layout is not torch.contiguous_format
     engine: Engine = eager
-    as_pixels = is_channels_last
+    as_pixels, reason = is_channels_last, None
     if wants_triton(x, backend, call.spec):
         # GIN's mean runs over all pixels of a sample
         pixels_for_triton = is_channels_last and not call.spec.gin
@@ -176,6 +180,8 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
         reads_index=reads_index,
         permutes_first=call.reverse_permutation and not reads_index,
         folds_affine=call.rev and not is_triton and _folds_affine(call),
+        with_gradients=torch.is_grad_enabled(),
+        why_not_triton=reason,
     )
 
 

@@ -265,7 +265,7 @@ def _log_slope(scale: Tensor, activation: str) -> Tensor | float:
     if activation == "SOFTPLUS":  # 0.1 * sigmoid(g / 2) / scale, by way of the scale
         scale = scale.clamp_min(1e-30)
         return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)
-    return 1.0
+    return 1.0  # of exp(g)
 
 
 def _accumulated(total: Tensor | None, part: Tensor) -> Tensor:
