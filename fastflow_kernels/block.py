@@ -60,17 +60,18 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
     u1, _ = plain.split(u)
     dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
     a = coefficients(call, cast(u1, dtype))
-    x, log_det = _finish_inverse(call, u, scale, a)
-    if a.dtype is not dtype or x.dtype is not dtype:
-        x = cast(x, promoted(v, call.global_scale, a))
+    if a.dtype is not dtype:
+        dtype = torch.promote_types(dtype, a.dtype)
+    x, log_det = _finish_inverse(call, u, scale, a, dtype)
     return x if x.dim() < 4 else _like(call.x, x), log_det
 
 
 def _finish_inverse(
-    call: BlockCall, u: Tensor, scale: Tensor | None, a: Tensor
+    call: BlockCall, u: Tensor, scale: Tensor | None, a: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What follows the subnet."""
+    """What follows the subnet; x is in the given dtype."""
     x, log_det = plain.invert_coupling(*plain.split(u), a, scale, call.spec)
+    x = cast(x, dtype)
     return (call.permutation.permute(x) if call.reverse_permutation else x), log_det
 
 
@@ -114,7 +115,7 @@ def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Ten
         # the subnet widens: rare enough to start over with plain operations
         v = permutation.unpermute(y)
         u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
-        x, log_det = _finish_inverse(call, u, scale, a)
+        x, log_det = _finish_inverse(call, u, scale, a, promoted(x, a))
         return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(form.take(v), form.take(x), form.take(a), coupling)
     if route.permutes_first:

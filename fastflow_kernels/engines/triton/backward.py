@@ -108,8 +108,8 @@ def _coupling_bwd_kernel(
         dx_sample_ptr = dx_ptr + b * C * P
         da_tile_ptr = da_ptr + b * (2 * C2) * P + offs
 
-        # Loads and stores stand in the order of two former kernels, because the compilers' registers
-        # depend on it: bench/TUNING.md, log of changes.
+        # The order of loads and stores decides how many registers the compilers take:
+        # bench/TUNING.md, log of changes.
         a_s = load(a_tile_ptr, mask_active, ACC_DTYPE)
         if INVERT:
             a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
