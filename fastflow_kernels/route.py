@@ -23,7 +23,7 @@ from fastflow_kernels.predicates import SMALL, is_autocast, is_small
 from fastflow_kernels.torch_private import needs_plain
 
 # How much larger an input may be and still count as small where gradients are taken and a soft
-# permutation's product dominates. A train step takes 1.02 to 1.11 times as long fused, subnet
+# permutation's product dominates. A train step takes 1.03 to 1.10 times as long fused, subnet
 # included: (1024, 64), (128, 512), (256, 256), (2, 96, 16, 16), (4, 64, 16, 16), one thread of an
 # AMD EPYC. Without gradients fused is the faster one.
 PRODUCT_COST = 4
@@ -192,10 +192,10 @@ def _is_small_for_a_product(call: BlockCall) -> bool:
 def _folds_affine(call: BlockCall) -> bool:
     """Whether u = (w^-1 y - offset) / scale is one product with a bias.
 
-    Saves two passes: the inverse takes 0.91 to 0.95 of the time at (4096, 64), (4096, 512) and (8,
-    256, 32, 32), one thread of an AMD EPYC, block alone. The matrix must be the smaller one, and
-    the product must have the result's dtype: not so under autocast, in half precision, or where
-    global_scale is wider.
+    Saves two passes. Without it an inverse takes 1.04 to 1.08 times as long, subnet included, at
+    (4096, 64), (32, 64, 32, 32), (8, 256, 32, 32) and (8, 64, 64, 64), and as long at (256, 512):
+    one thread of an AMD EPYC. The matrix must be the smaller one, and the product must have the
+    result's dtype: not so under autocast, in half precision, or where global_scale is wider.
     """
     permutation, y = call.permutation, call.x
     if not isinstance(permutation, MatrixPermutation):
