@@ -13,12 +13,12 @@ from fastflow_kernels import torch_private
 from fastflow_kernels.call import BlockCall, coefficients
 from fastflow_kernels.coupling import Coupling
 from fastflow_kernels.dtypes import cast, promoted
-from fastflow_kernels.engines import Engine, plain
+from fastflow_kernels.engines import plain
 from fastflow_kernels.fork import fork, passive_half
-from fastflow_kernels.fused import Fused, fused_coupling
+from fastflow_kernels.fused import fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format
 from fastflow_kernels.permutations import FusedPart, MatrixPermutation
-from fastflow_kernels.route import Route, choose_route
+from fastflow_kernels.route import Route, choose_route, engine_of
 
 
 def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
     route = choose_route(call)
     if route.engine is None:
         return plain_inverse(call) if call.rev else plain_forward(call)
-    return _inverse(call, route, route.engine) if call.rev else _forward(call, route, route.engine)
+    return _inverse(call, route) if call.rev else _forward(call, route)
 
 
 # --- plain operations -----------------------------------------------------------------------------
@@ -85,21 +85,20 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 # --- an engine ------------------------------------------------------------------------------------
 
 
-def _forward(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
+def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     part = call.permutation.fused_part()
     coupling = engine_coupling(call, route, part)
     x = _coupling_input(call, route)
     passive, x = fork(x, coupling.inv if coupling.reverse else None, route.with_gradients)
     a = coefficients(call, for_subnet(passive, route))
-    fused = Fused(coupling, part.inner, part.outer, route.form, engine)
-    y, log_det = fused_coupling(x, a, fused, route.with_gradients)
+    y, log_det = fused_coupling(x, a, coupling, part, route)
     if part.after is not None:
         y = part.after.permute(y)
     return in_layout(y, route.layout), log_det
 
 
-def _inverse(call: BlockCall, route: Route, engine: Engine) -> tuple[Tensor, Tensor]:
-    form, permutation = route.form, call.permutation
+def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
+    engine, form, permutation = engine_of(route), route.form, call.permutation
     part = permutation.inverse_part()
     coupling = engine_coupling(call, route, part)
     y = call.x.contiguous() if route.is_copied else call.x

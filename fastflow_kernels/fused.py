@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,56 +12,49 @@ from fastflow_kernels import torch_private
 from fastflow_kernels.channels import gather_channels, reflect, reflect_backward
 from fastflow_kernels.coupling import Coupling, OutputGrads
 from fastflow_kernels.dtypes import promoted
-from fastflow_kernels.engines import Engine, plain
-from fastflow_kernels.layouts import Form
+from fastflow_kernels.engines import plain
+from fastflow_kernels.permutations import FusedPart
+from fastflow_kernels.route import Route, engine_of
 from fastflow_kernels.torch_private import needs_plain
 
 
-class Fused(NamedTuple):
-    """What the fused coupling is told beside x and the coefficients.
-
-    Attributes:
-        coupling: What the engine is given.
-        inner, outer: Factors of the reflections that follow the coupling, or None.
-        form: In which form the engine is given the tensors.
-        engine: Computes the coupling.
-    """
-
-    coupling: Coupling
-    inner: Tensor | None
-    outer: Tensor | None
-    form: Form
-    engine: Engine
-
-
 def fused_coupling(
-    x: Tensor, a: Tensor, fused: Fused, with_gradients: bool
+    x: Tensor, a: Tensor, coupling: Coupling, part: FusedPart, route: Route
 ) -> tuple[Tensor, Tensor]:
     """The coupling, the global affine and what is fused of the permutation.
 
     Args:
         x: (B, C, *S).
         a: (B, 2*C2, *S), the subnet's output.
-        fused: All else.
-        with_gradients: Whether gradients are enabled.
+        coupling: What the engine is given beside them.
+        part: Its reflections follow the coupling; its index is the coupling's.
+        route: The call's.
 
     Returns:
         y (B, C, *S) and the log-determinant (B,) in nats.
     """
-    if not with_gradients:  # autograd would make no node
-        return _evaluate(x, a, fused)
-    coupling = fused.coupling
+    if not route.with_gradients:  # autograd would make no node
+        return _evaluate(x, a, coupling, part.inner, part.outer, route)
     # the scale of GIN is 1, whatever the parameter is
     g = coupling.global_scale.detach() if coupling.spec.gin else coupling.global_scale
-    y, log_det = _apply_coupling(x, a, g, coupling.global_offset, fused.inner, fused.outer, fused)
+    y, log_det = _apply_coupling(
+        x, a, g, coupling.global_offset, part.inner, part.outer, coupling, route
+    )
     return y, log_det
 
 
-def _evaluate(x: Tensor, a: Tensor, fused: Fused) -> tuple[Tensor, Tensor]:
-    form = fused.form
-    v, log_det = fused.engine.forward(form.take(x), form.take(a), fused.coupling)
-    if fused.inner is not None and fused.outer is not None:
-        v = reflect(v, fused.inner, fused.outer)
+def _evaluate(
+    x: Tensor,
+    a: Tensor,
+    coupling: Coupling,
+    inner: Tensor | None,
+    outer: Tensor | None,
+    route: Route,
+) -> tuple[Tensor, Tensor]:
+    engine, form = engine_of(route), route.form
+    v, log_det = engine.forward(form.take(x), form.take(a), coupling)
+    if inner is not None and outer is not None:
+        v = reflect(v, inner, outer)
     return form.give(v, x), form.per_sample(log_det, x)
 
 
@@ -75,15 +68,15 @@ class _Coupling(Function):
         offset: Tensor,
         inner: Tensor | None,
         outer: Tensor | None,
-        fused: Fused,
+        coupling: Coupling,
+        route: Route,
     ) -> tuple[Tensor, Tensor]:
-        coupling = fused.coupling
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, a, g, offset, inner, outer, coupling.perm, coupling.inv)
         # no tensor: those are to be saved, so that hooks see them and changes are noticed
         ctx.constants = coupling.spec, coupling.reverse, coupling.rows_per_sample
-        ctx.form, ctx.engine = fused.form, fused.engine
-        return _evaluate(x, a, fused)
+        ctx.route = route
+        return _evaluate(x, a, coupling, inner, outer, route)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlog_det: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -94,9 +87,10 @@ class _Coupling(Function):
             dy = torch.zeros(x.shape, dtype=promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or needs_plain(dy, dlog_det):
             sources = (x, a, g, offset, inner, outer)
-            return *_plain_backward(ctx, sources, OutputGrads(dy, dlog_det), coupling), None
-        form: Form = ctx.form
-        engine: Engine = ctx.engine
+            gradients = _plain_backward(ctx, sources, OutputGrads(dy, dlog_det), coupling)
+            return *gradients, None, None
+        route: Route = ctx.route
+        engine, form = engine_of(route), route.form
         dv, x_taken, a_taken = form.take(dy), form.take(x), form.take(a)
         dinner = douter = None
         if inner is not None:
@@ -107,7 +101,7 @@ class _Coupling(Function):
         dx, da, dg, doffset = engine.backward(
             x_taken, a_taken, OutputGrads(dv, dlog_det), coupling, want_params
         )
-        return form.give(dx, x), form.give(da, x), dg, doffset, dinner, douter, None
+        return form.give(dx, x), form.give(da, x), dg, doffset, dinner, douter, None, None
 
 
 _apply_coupling = torch_private.direct_apply(_Coupling)

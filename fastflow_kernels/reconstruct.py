@@ -11,7 +11,6 @@ from fastflow_kernels.backends import requested
 from fastflow_kernels.block import engine_coupling, for_subnet
 from fastflow_kernels.call import BlockCall, coefficients
 from fastflow_kernels.coupling import OutputGrads
-from fastflow_kernels.engines import eager
 from fastflow_kernels.layouts import in_layout
 from fastflow_kernels.permutations import (
     HouseholderPermutation,
@@ -19,7 +18,7 @@ from fastflow_kernels.permutations import (
     MatrixPermutation,
     Permutation,
 )
-from fastflow_kernels.route import choose_engine
+from fastflow_kernels.route import choose_engine, engine_of
 
 
 class Reconstructed(NamedTuple):
@@ -54,7 +53,7 @@ def reconstruct(
         want_params: Whether those of global_scale and global_offset are.
     """
     route = choose_engine(call, requested(call.backend))
-    engine, form, permutation = route.engine or eager, route.form, call.permutation
+    engine, form, permutation = engine_of(route), route.form, call.permutation
     part = permutation.inverse_part()
     coupling = engine_coupling(call, route._replace(reads_index=False), part)
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y

@@ -114,6 +114,8 @@ def why_unsupported(shape: Sequence[int], dtype: torch.dtype) -> str | None:
         return f"dtype {dtype} has no kernel"
     if len(shape) < 2:
         return f"{len(shape)} dimensions; at least (batch, channels) are needed"
+    if math.prod(shape) <= MAX_SAMPLE:
+        return None
     sample = math.prod(shape[1:])
     if sample > MAX_SAMPLE:
         return f"a sample of {sample} elements; offsets inside a sample are 32-bit"
