@@ -42,4 +42,7 @@ def default_backend() -> str:
 
 def requested(backend: str) -> str:
     """The backend that is meant: for "auto" what the environment says."""
-    return default_backend() if backend == "auto" else validated(backend)
+    if backend != "auto":
+        return validated(backend)
+    # asked in every call, and therefore here too
+    return "auto" if torch_private.is_certainly_unset(_variable) else default_backend()

@@ -57,20 +57,25 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
     """The inverse as ordinary differentiable operations."""
     v = call.permutation.unpermute(call.x)
     u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
-    u1, _ = plain.split(u)
+    u1, u2 = plain.split(u)
     dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
     a = coefficients(call, cast(u1, dtype))
     if a.dtype is not dtype:
         dtype = torch.promote_types(dtype, a.dtype)
-    x, log_det = _finish_inverse(call, u, scale, a, dtype)
+    x, log_det = _finish_inverse(call, u1, u2, scale, a, dtype)
     return x if x.dim() < 4 else _like(call.x, x), log_det
 
 
 def _finish_inverse(
-    call: BlockCall, u: Tensor, scale: Tensor | None, a: Tensor, dtype: torch.dtype
+    call: BlockCall,
+    u1: Tensor,
+    u2: Tensor,
+    scale: Tensor | None,
+    a: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """What follows the subnet; x is in the given dtype."""
-    x, log_det = plain.invert_coupling(*plain.split(u), a, scale, call.spec)
+    x, log_det = plain.invert_coupling(u1, u2, a, scale, call.spec)
     x = cast(x, dtype)
     return (call.permutation.permute(x) if call.reverse_permutation else x), log_det
 
@@ -114,7 +119,7 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
         # the subnet widens: rare enough to start over with plain operations
         v = permutation.unpermute(y)
         u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
-        x, log_det = _finish_inverse(call, u, scale, a, promoted(x, a))
+        x, log_det = _finish_inverse(call, *plain.split(u), scale, a, promoted(x, a))
         return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(form.take(v), form.take(x), form.take(a), coupling)
     if route.permutes_first:

@@ -48,11 +48,11 @@ RECORDED = Case(
     "torch.compile, export, tracing, torch.func, forward mode, fake tensors",
     "plain operations; a graph derives the index from its weights",
 )
-EMPTY = Case("an empty batch", "plain operations")
 SMALL_INPUT = Case(
     f"up to {SMALL} elements on a CPU; in training with a soft permutation {PRODUCT_COST * SMALL}",
     "plain operations, which cost less than a Python autograd node",
 )
+EMPTY = Case("an empty batch", "plain operations")
 INVERSE_WITH_GRADIENTS = Case("an inverse while gradients are enabled", "plain operations")
 PIXEL_ROWS = Case(
     "channels-last input", "fused, pixel by pixel; output, inverse and gradients stay channels-last"
@@ -68,8 +68,8 @@ FUSED = Case(
 WHAT_RUNS_WHERE = (
     STOCK_STEPS,
     RECORDED,
-    EMPTY,
     SMALL_INPUT,
+    EMPTY,
     INVERSE_WITH_GRADIENTS,
     COPIED,
     PIXEL_ROWS,
@@ -128,11 +128,11 @@ def choose_route(call: BlockCall) -> Route:
         if backend == "triton":
             raise _not_triton("the call is being traced, transformed or compiled")
         return _RECORDED
-    if not x.numel():
-        return _EMPTY
     with_gradients = torch.is_grad_enabled()
     if backend == "auto" and (is_small(x) or (with_gradients and _is_small_for_a_product(call))):
         return _SMALL
+    if not x.numel():
+        return _EMPTY
     if call.rev and with_gradients:
         if backend == "triton":
             raise RuntimeError(
