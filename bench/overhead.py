@@ -14,23 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow_kernels import AllInOneBlock
+from tests.support.blocks import Stored
 
 pytest.importorskip("triton")
 
 # small, for autograd's own additions do run, on the CPU
 SHAPES = {"rows": (4, 64), "planes": (1, 16, 4, 4)}
-
-
-class _Stored(nn.Module):
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = a
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +36,7 @@ def _mock_gpu() -> Iterator[None]:
 def _block(shape: tuple[int, ...], grad: bool, **options: Any) -> tuple[AllInOneBlock, Tensor]:
     a = torch.randn(shape, requires_grad=grad)
     block = AllInOneBlock(
-        [shape[1:]], subnet_constructor=lambda *_: _Stored(a), backend="triton", **options
+        [shape[1:]], subnet_constructor=lambda *_: Stored(a), backend="triton", **options
     )
     return block, torch.randn(shape, requires_grad=grad)
 
@@ -90,8 +82,7 @@ def test_inverse(benchmark: Any, shape: tuple[int, ...]) -> None:
         _measure(benchmark, lambda: block([x], rev=True))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_autograd_alone(benchmark: Any, shape: tuple[int, ...]) -> None:
+def test_autograd_alone(benchmark: Any) -> None:
     """One product and its gradients to four leaves, as many as a block has: the part of a train
     step that is autograd's own.
     """

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report
+from fastflow_kernels.steps import STEPS
 from tests.support.blocks import Stored, permutation_of
 from tests.support.cases import (
     CASES,
@@ -273,9 +274,6 @@ def test_autocast_keeps_the_log_determinant_in_float32() -> None:
         (back,), minus = block([y], rev=True)
     assert minus.dtype == torch.float32
     torch.testing.assert_close(back, x.detach(), rtol=0, atol=0.05)
-
-
-STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -26,14 +26,13 @@ from tests.support.accelerated import (
     assert_left,
     assert_results,
     assert_same_as_stock,
-    evaluate,
     is_fused,
     kinds,
     overriding,
     same_block,
     subclass,
 )
-from tests.support.blocks import unwrapped
+from tests.support.blocks import evaluate, unwrapped
 from tests.support.cases import (
     Case,
     Shape,

@@ -23,11 +23,10 @@ from tests.support.accelerated import (
     assert_equal_results,
     assert_results,
     assert_same_as_stock,
-    evaluate,
     kinds,
     same_block,
 )
-from tests.support.blocks import through_a_file, unwrapped
+from tests.support.blocks import evaluate, through_a_file, unwrapped
 from tests.support.cases import (
     Case,
     make_input,

@@ -1,7 +1,11 @@
-"""The way of x from ``AllInOneBlock.forward`` to a launcher can be read from the sources.
+"""The way of x from a block's call to a launcher can be read from the sources.
 
-Every call on it names a function, a class, or a method of a typed value: nothing is called through
-a variable that a reader, an editor or a type checker would lose.
+Forward, backward, inverse and reversible chains are walked. Every call on the way names a function,
+a class or a method. Nothing is called through a variable, in which a reader, an editor or a type
+checker would lose it.
+
+A method of an engine is walked in both engines. Methods of other values are not walked, except
+``self``'s; their types say where they are. Decorators are not followed.
 """
 
 from __future__ import annotations
@@ -18,107 +22,132 @@ import pytest
 
 from fastflow_kernels.engines import Engine, eager
 
+Place = tuple[str, str]  # module, and function or Class.method
+PREFIX = "fastflow_kernels."
 PACKAGE = Path(__file__).resolve().parent.parent / "fastflow_kernels"
 ENGINE = [name for name in vars(Engine) if not name.startswith("_")]
+ENGINES = ("engines.eager", "engines.triton.engine")
+# Fields of ``Prepared``: calling one is calling a Launch.
+LAUNCHES = {"launch", "finish", "gin_sums"}
+LAUNCHER = ("engines.triton.launch", "Launch.__call__")
 # What is the user's: a subnet is called by the name that the block's call gives it.
 USERS = {"subnet"}
+STARTS = [
+    ("modules", "FusedForward.forward"),
+    ("fused", "_Coupling.backward"),
+    ("link", "Link.evaluate"),
+    ("link", "_LinkedBlock.backward"),
+    ("reconstruct", "reconstruct"),
+]
 
 
 class Source:
     """A file of the package: its functions and methods, and what its imports stand for."""
 
     def __init__(self, module: str) -> None:
-        path = PACKAGE / (module.replace(".", "/") + ".py")
-        tree = ast.parse(path.read_text())
+        tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
         self.functions: dict[str, ast.FunctionDef] = {}
         self.classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-        for node in ast.walk(tree):
+        # NAME = direct_apply(FUNCTION): the forward of an autograd Function
+        self.applied: dict[str, str] = {}
+        self.imported: dict[str, str] = {}
+        for node in tree.body:
             if isinstance(node, ast.FunctionDef):
                 self.functions[node.name] = node
-        # NAME = direct_apply(FUNCTION): the forward of an autograd Function
-        self.applied = {
-            node.targets[0].id
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and "direct_apply" in ast.unparse(node.value)
-        }
-        self.imported: dict[str, str] = {}
+            elif isinstance(node, ast.ClassDef):
+                methods = (n for n in node.body if isinstance(n, ast.FunctionDef))
+                self.functions |= {f"{node.name}.{n.name}": n for n in methods}
+            elif isinstance(node, ast.Assign) and "direct_apply" in ast.unparse(node.value):
+                function = ast.unparse(node.value).split("(")[1].rstrip(")")
+                self.applied[ast.unparse(node.targets[0])] = f"{function}.forward"
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastflow"):
+            if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     self.imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-
-    def is_module(self, name: str) -> bool:
-        dotted = self.imported.get(name, "").removeprefix("fastflow_kernels.")
-        return bool(dotted) and (PACKAGE / (dotted.replace(".", "/") + ".py")).exists()
 
 
 source = cache(Source)
 
 
-def callees(module: str, name: str) -> tuple[set[tuple[str, str]], set[str], set[str]]:
-    """What a function calls: functions of the package, methods of an engine, and variables."""
-    here = source(module)
-    function = here.functions[name]
-    known: set[tuple[str, str]] = set()
-    of_engine: set[str] = set()
-    variables: set[str] = set()
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    engines = {a.arg for a in arguments if a.annotation and ast.unparse(a.annotation) == "Engine"}
-    local = {a.arg for a in arguments}
+def callees(module: str, name: str) -> tuple[set[Place], set[str]]:
+    """What a function calls: places in the package, and what cannot be followed."""
+    function = source(module).functions[name]
     body = [node for statement in function.body for node in ast.walk(statement)]
-    for node in body:
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            local.add(node.id)
-    for node in body:
-        if not isinstance(node, ast.Call):
-            continue
-        called = node.func
-        if isinstance(called, ast.Name):
-            if called.id in local:
-                variables |= {called.id} - USERS
-            elif called.id in here.imported and not here.is_module(called.id):
-                where, _, what = here.imported[called.id].rpartition(".")
-                known.add((where.removeprefix("fastflow_kernels."), what))
-            elif called.id in here.functions:
-                known.add((module, called.id))
-            elif called.id in here.applied:
-                known.add((module, "forward"))
-            elif called.id not in here.classes and not hasattr(builtins, called.id):
-                variables.add(called.id)
-        elif isinstance(called, ast.Attribute) and ast.unparse(called.value).endswith(".engine"):
-            of_engine.add(called.attr)
-        elif isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
-            owner = called.value.id
-            if owner in engines:
-                of_engine.add(called.attr)
-            elif here.is_module(owner):
-                known.add((here.imported[owner].removeprefix("fastflow_kernels."), called.attr))
-            elif owner == "self" and called.attr in here.functions:
-                known.add((module, called.attr))
-    return known, of_engine, variables
+    local = {n.arg for n in (*ast.walk(function.args), *body) if isinstance(n, ast.arg)}
+    local |= {n.id for n in body if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    known: set[Place] = set()
+    lost: set[str] = set()
+    for called in (node.func for node in body if isinstance(node, ast.Call)):
+        places: list[Place] | None = None
+        if isinstance(called, ast.Name) and called.id not in local - USERS:
+            places = named(module, called.id)
+        elif isinstance(called, ast.Attribute):
+            places = method_of(module, ast.unparse(called.value), called.attr)
+        if places is None:
+            lost.add(ast.unparse(called))
+        else:
+            known.update(places)
+    return known, lost
+
+
+def named(module: str, name: str) -> list[Place] | None:
+    """What a name of a module stands for; None if that is not a function or a class."""
+    here = source(module)
+    if name in here.functions:
+        return [(module, name)]
+    if name in here.applied:
+        return [(module, here.applied[name])]
+    if name in here.imported:
+        origin, _, name = here.imported[name].rpartition(".")
+        is_ours = origin.startswith(PREFIX)
+        return named(origin.removeprefix(PREFIX), name) if is_ours else []
+    return [] if name in here.classes | USERS or hasattr(builtins, name) else None
+
+
+def method_of(module: str, owner: str, name: str) -> list[Place] | None:
+    """What ``owner.name`` calls; nothing where that is a method of another value."""
+    here = source(module)
+    imported = here.imported.get(owner, "").removeprefix(PREFIX)
+    if imported and (PACKAGE / (imported.replace(".", "/") + ".py")).exists():
+        return named(imported, name)
+    if owner == "self":
+        return [(module, place) for place in here.functions if place.endswith(f".{name}")]
+    if owner.split(".")[-1] == "engine" and name in ENGINE:
+        return [place for engine in ENGINES for place in named(engine, name) or ()]
+    if owner in here.classes and name == "apply":
+        return [(module, f"{owner}.forward")]
+    if name in LAUNCHES:
+        return [LAUNCHER]
+    return None if name in callable_fields() - USERS else []
+
+
+@cache
+def callable_fields() -> set[str]:
+    """The fields of the package's values that hold a function."""
+    trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+    classes = [n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)]
+    fields = [n for cls in classes for n in cls.body if isinstance(n, ast.AnnAssign)]
+    return {ast.unparse(n.target) for n in fields if "Callable" in ast.unparse(n.annotation)}
 
 
 def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
-    reached: set[tuple[str, str]] = set()
-    engine_methods: set[str] = set()
-    pending = [("modules", "forward")]
+    reached: set[Place] = set()
+    pending = list(STARTS)
     while pending:
         place = pending.pop()
-        module, name = place
-        if place in reached or not (PACKAGE / (module.replace(".", "/") + ".py")).exists():
+        if place in reached:
             continue
         reached.add(place)
-        if name not in source(module).functions:  # a class, which holds values
+        if place == LAUNCHER:  # from here on it is Triton's
             continue
-        known, of_engine, variables = callees(module, name)
-        assert not variables, f"{module}.{name} calls what {sorted(variables)} stand for"
-        engine_methods |= of_engine
+        known, lost = callees(*place)
+        assert not lost, f"{'.'.join(place)} calls {sorted(lost)}"
         pending += known
-    assert ("engines.plain", "forward") in reached
-    assert ("engines.plain", "invert_coupling") in reached
-    assert {"forward", "invert_passive", "invert_active"} <= engine_methods
+    assert LAUNCHER in reached
+    assert LAUNCHER[1] in source(LAUNCHER[0]).functions
+    assert {("engines.plain", "forward"), ("engines.plain", "invert_coupling")} <= reached
+    assert {("engines.eager", name) for name in ENGINE} <= reached
+    assert {place for name in ENGINE for place in named(ENGINES[1], name) or ()} <= reached
 
 
 def test_both_engines_have_the_functions_of_the_protocol() -> None:
@@ -137,14 +166,28 @@ def test_the_walk_notices_what_it_looks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
-    (tmp_path / "engines").mkdir()
-    (tmp_path / "engines" / "plain.py").touch()
+    (tmp_path / "seen_by_walk.py").write_text("def forward(x): ...\n")
     (tmp_path / "lost.py").write_text(
-        "from fastflow_kernels.engines import plain\n"
-        "def forward(x, run, engine: Engine):\n"
-        "    direction = plain.forward if x else run\n"
-        "    return direction(run(x), engine.forward(x), plain.forward(x))\n"
+        "from fastflow_kernels import seen_by_walk\n"
+        "from fastflow_kernels.seen_by_walk import forward as imported\n"
+        "TABLE = [imported]\n"
+        "alias = TABLE[0]\n"
+        "def forward(x, run, prepared):\n"
+        "    direction = seen_by_walk.forward if x else run\n"
+        "    local = lambda y: y\n"
+        "    x.add_(1).clone(), prepared.launch(x), seen_by_walk.forward(x), imported(x), len(x)\n"
+        "    direction(x), run(x), local(x), alias(x), x.action(x)\n"
+        "    TABLE[0](x), getattr(x, 'run')(x), (lambda y: y)(x)\n"
+        "class Value:\n"
+        "    action: Callable[[], None]\n"
     )
-    known, of_engine, variables = callees("lost", "forward")
-    assert known == {("engines.plain", "forward")}
-    assert (of_engine, variables) == ({"forward"}, {"direction", "run"})
+    callable_fields.cache_clear()
+    try:
+        known, lost = callees("lost", "forward")
+    finally:
+        callable_fields.cache_clear()
+    assert known == {LAUNCHER, ("seen_by_walk", "forward")}
+    assert lost == {
+        "direction", "run", "local", "alias", "x.action",
+        "TABLE[0]", "getattr(x, 'run')", "lambda y: y",
+    }  # fmt: skip

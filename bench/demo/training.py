@@ -23,7 +23,7 @@ from bench.fastflow import (
 )
 from tests.support.memory import bytes_kept_for_backward
 from tests.support.peers import anomalib_block
-from tests.support.textures import CROP, TEXTURES, Example, test_examples, training_crops
+from tests.support.textures import CROP, TEXTURES, Example, held_out_examples, training_crops
 
 FLOW_STEPS = 8
 SHAPE = (CHANNELS, CROP // STRIDE, CROP // STRIDE)
@@ -97,7 +97,7 @@ def prepare(
         [filter_bank(batch) for batch in training_crops(photographs[name], crops, rng).split(16)]
     )
     mean, std = train.mean(dim=(0, 2, 3)), train.std(dim=(0, 2, 3))
-    examples = test_examples(name, photographs, per_kind, rng)
+    examples = held_out_examples(name, photographs, per_kind, rng)
     test = filter_bank(torch.from_numpy(np.stack([e.image for e in examples])))
     return Task(name, standardise(train, mean, std), standardise(test, mean, std), examples)
 

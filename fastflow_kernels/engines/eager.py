@@ -145,7 +145,7 @@ def _backward(
     step = _BackwardStep(coupling, clamp, wide, want_params, is_inverting, (samples, pairs))
     direct = [] if coupling.spec.gin else step.direct_gradient(grads.log_det)
     for chunk in chunks_of(0, samples, x, a, dy, flat(dx), flat(da), *direct):
-        step(*chunk)
+        step.run(*chunk)
     pixels = coupling.rows_per_sample * x.shape[2]
     return CouplingGrads(dx, da, *step.parameter_gradients(grads.log_det, pixels))
 
@@ -181,7 +181,7 @@ class _BackwardStep:
             dlog_det = dlog_det.repeat_interleave(self.coupling.rows_per_sample)
         return [cast(dlog_det, self.dtype).mul(self.clamp.slope_factor).view(-1, 1, 1)]
 
-    def __call__(
+    def run(
         self, x: Tensor, a: Tensor, dy: Tensor, dx: Tensor, da: Tensor, *direct: Tensor
     ) -> None:
         x, a = cast(x, self.dtype), cast(a, self.dtype)

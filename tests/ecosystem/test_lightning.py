@@ -78,7 +78,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     for k, crop in enumerate(textures.training_crops(photographs["brick"], 8, rng)):
         save("train", k, crop.numpy())
-    for k, example in enumerate(textures.test_examples("brick", photographs, 2, rng)):
+    for k, example in enumerate(textures.held_out_examples("brick", photographs, 2, rng)):
         save("good" if example.kind == "clean" else "bad", k, example.image)
         if example.kind != "clean":
             save("mask", k, example.mask.astype(float))

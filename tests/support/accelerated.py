@@ -9,9 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastflow_kernels import accelerate, modules, report, restore
+from tests.support.blocks import Results, evaluate
 from tests.support.cases import CASES as ALL_CASES
 from tests.support.cases import (
     Case,
@@ -45,35 +46,10 @@ def same_block(
     return other.to(dtype)
 
 
-def evaluate(
-    model: nn.Module, x: Tensor, c: list[Tensor], rev: bool, wrap: bool = True
-) -> dict[str, Tensor | None]:
-    """Output, log-determinant, and the gradients of a random linear function of both to everything
-    that takes one.
-
-    ``wrap``: the model is a block, which wants a list and returns a tuple. Else it is one of
-    FrEIA's containers.
-    """
-    x, c = x.detach().clone().requires_grad_(), [t.detach().clone().requires_grad_() for t in c]
-    y, logdet = model([x] if wrap else x, c, rev=rev)
-    y = y[0] if wrap else y
-    generator = torch.Generator().manual_seed(2)
-    dy, dlogdet = (
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in (y, logdet)
-    )
-    model.zero_grad()
-    torch.autograd.backward([y, logdet], [dy, dlogdet])
-    grads = {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
-    grads |= {f"grad {name}": p.grad for name, p in model.named_parameters()}
-    grads = {name: None if t is None else t.clone() for name, t in grads.items()}
-    model.zero_grad()
-    return {"output": y.detach(), "log-det": logdet.detach(), **grads}
-
-
 def assert_results(
-    actual: dict[str, Tensor | None],
-    truth: dict[str, Tensor | None],
-    baseline: dict[str, Tensor | None],
+    actual: Results,
+    truth: Results,
+    baseline: Results,
     gin: float = 0.0,
     blocks: int = 1,
 ) -> None:

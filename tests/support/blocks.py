@@ -64,6 +64,47 @@ def unwrapped(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     return y, log_det
 
 
+Results = dict[str, Tensor | None]
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    c: list[Tensor],
+    rev: bool = False,
+    grad: bool = True,
+    wrap: bool = True,
+) -> Results:
+    """Output, log-determinant, and the gradients of a random linear function of both.
+
+    Args:
+        model: A block, which takes a list and returns a tuple; or one of FrEIA's containers.
+        x, c: Its input and conditions.
+        rev: Evaluate the inverse.
+        grad: Whether gradients are taken, to everything that takes one; None where there is none.
+        wrap: Whether the model is a block.
+    """
+    x, c = x.detach().requires_grad_(grad), [t.detach().requires_grad_(grad) for t in c]
+    with torch.set_grad_enabled(grad):
+        result = model([x] if wrap else x, c, rev=rev)
+    y, log_det = unwrapped(result) if wrap else result
+    results: Results = {"output": y.detach(), "log-det": log_det.detach()}
+    if not grad:
+        return results
+    generator = torch.Generator().manual_seed(2)
+    dy, dlog_det = (
+        torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t)
+        for t in (y, log_det)
+    )
+    model.zero_grad()
+    # both: also GIN's log-determinant, 0, is part of the graph
+    torch.autograd.backward([y, log_det], [dy, dlog_det])
+    results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
+    results |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return results
+
+
 def through_a_file(module: nn.Module) -> nn.Module:
     """The module, saved as a whole and loaded."""
     file = io.BytesIO()

@@ -12,34 +12,9 @@ from torch import Tensor, nn
 
 import fastflow_kernels
 import reference
-from tests.support.blocks import Stored, unwrapped
+from tests.support.blocks import Results, Stored, evaluate, unwrapped
 from tests.support.cases import DEVICE, LAYOUTS, Case, build_block, make_block, make_input
 from tests.support.compare import assert_close
-
-
-def evaluate(
-    block: nn.Module, x: Tensor, c: list[Tensor], rev: bool = False, grad: bool = True
-) -> dict[str, Tensor]:
-    """Output and log-determinant, and the gradients of a random linear function of both to
-    everything that takes one.
-    """
-    x, c = x.detach().requires_grad_(grad), [t.detach().requires_grad_(grad) for t in c]
-    with torch.set_grad_enabled(grad):
-        (y,), logdet = block([x], c, rev=rev)
-    results = {"output": y, "log-det": logdet}
-    if not grad:
-        return results
-    generator = torch.Generator().manual_seed(2)
-    dy, dlogdet = (
-        torch.randn(t.shape, generator=generator, device="cpu").to(t) for t in (y, logdet)
-    )
-    block.zero_grad()
-    # both: also GIN's log-determinant, 0, is part of the graph
-    torch.autograd.backward([y, logdet], [dy, dlogdet])
-    results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
-    return results | {
-        f"grad {name}": p.grad for name, p in block.named_parameters() if p.requires_grad
-    }
 
 
 def compare(
@@ -83,11 +58,11 @@ class _Expected:
         terms: The magnitude of the log-determinant's terms.
     """
 
-    state: dict[str, Tensor]
+    state: Results
     x: Tensor
     c: list[Tensor]
-    baseline: dict[str, Tensor]
-    truth: dict[str, Tensor]
+    baseline: Results
+    truth: Results
     terms: float
 
 
@@ -103,9 +78,7 @@ def _expect(case: Case, dtype: torch.dtype, rev: bool, layout: str, seed: int) -
     return _Expected(state, x, c, baseline, truth, _terms(truth, stock))
 
 
-def _results(
-    expected: _Expected, case: Case, backend: str, rev: bool, grad: bool
-) -> dict[str, Tensor]:
+def _results(expected: _Expected, case: Case, backend: str, rev: bool, grad: bool) -> Results:
     """What our block makes of it."""
     block = build_block(fastflow_kernels.AllInOneBlock, case, dialect=case.dialect, backend=backend)
     block = block.to(DEVICE, expected.x.dtype)
@@ -120,7 +93,7 @@ def _results(
     return actual
 
 
-def _terms(truth: dict[str, Tensor], block: nn.Module) -> float:
+def _terms(truth: Results, block: nn.Module) -> float:
     """The log-determinant is a sum that may cancel: the size of its terms, the log-factors' (adding
     up at random) and the log-scales'.
     """

@@ -70,7 +70,7 @@ def training_crops(photograph: np.ndarray, count: int, rng: np.random.Generator)
     return torch.from_numpy(np.stack(crops))
 
 
-def test_examples(
+def held_out_examples(
     name: str, photographs: dict[str, np.ndarray], per_kind: int, rng: np.random.Generator
 ) -> list[Example]:
     """Cut held-out crops of a photograph and paint the defects: ``per_kind`` examples of each of
