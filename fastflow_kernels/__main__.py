@@ -64,7 +64,7 @@ def _info() -> int:
     print("\n".join(_columns(lines)))
     print("\nwhat runs where: the first line that holds counts")
     print("\n".join(f"  {line}" for line in _columns(route.WHAT_RUNS_WHERE)))
-    print("\nand of the permutation, where the coupling is fused")
+    print("\nwhere the coupling is fused, a permutation is")
     print("\n".join(f"  {line}" for line in _columns(route.PERMUTATIONS)))
     return 1 if unknown else 0
 

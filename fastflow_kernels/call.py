@@ -94,7 +94,7 @@ def check_conditions(
     """Check a block's conditions before any work and return them.
 
     Args:
-        c: A list of tensors (B, C_k, *S), or None for none; of any dtype, for they are joined to x,
+        c: A list of tensors (B, C_k, *S), or None; of any dtype, because they are joined to x,
             and promoted (labels, masks). As in the stock blocks, they may be split in another way
             than declared, and where none is declared they are ignored.
         dims_c: The declared shapes, of which the first number counts: C_k.

@@ -283,9 +283,8 @@ def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, fl
     fused, plain = _step(run, tensors), _step(_plain, tensors)
     _seconds(fused), _seconds(plain)
     pairs = [(_seconds(fused), _seconds(plain)) for _ in range(repeats)]
-    return statistics.median(mine for mine, _ in pairs), statistics.median(
-        other / mine for mine, other in pairs
-    )
+    seconds = statistics.median(of_fused for of_fused, _ in pairs)
+    return seconds, statistics.median(of_plain / of_fused for of_fused, of_plain in pairs)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -52,7 +52,7 @@ def read_permutations(
     if len(read) == 2 and not _are_inverse(*read.values()):
         warnings.warn(
             f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm: the block's inverse will "
-            "not undo it",
+            "not invert it",
             stacklevel=3,
         )
     if held.warns_of_index and any(w.dim() == 1 for w in stored.values()):

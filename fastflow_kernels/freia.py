@@ -42,18 +42,18 @@ _adopted: dict[type, type] = {}
 
 def _adopt(module: ModuleType) -> None:
     cls, name = _wanted[module.__name__]
-    theirs, before = getattr(module, name, None), _adopted.get(cls)
-    if not isinstance(theirs, type) or theirs is before or issubclass(cls, theirs):
+    other, before = getattr(module, name, None), _adopted.get(cls)
+    if not isinstance(other, type) or other is before or issubclass(cls, other):
         return
     bases = tuple(base for base in cls.__bases__ if base is not before)
-    # in place of a base that the other one derives from, else after ours
-    replaced = tuple(base for base in bases if not issubclass(theirs, base))
+    # in place of a base that the other one derives from, otherwise after ours
+    remaining = tuple(base for base in bases if not issubclass(other, base))
     try:
-        cls.__bases__ = (*replaced, theirs)
+        cls.__bases__ = (*remaining, other)
     except TypeError:
         # a class of the same name that has nothing to do with modules, or does not fit ours
         return
-    _adopted[cls] = theirs
+    _adopted[cls] = other
 
 
 class _Finder(MetaPathFinder):

@@ -167,9 +167,9 @@ class _Probe:
             for rev in (False, True):
                 ours.append((*evaluate(call._replace(rev=rev)), subnet.given))
             if all(
-                _alike(theirs, mine)
+                _are_alike(of_stock, of_ours)
                 for pair in zip(answers, ours, strict=True)
-                for theirs, mine in zip(*pair, strict=True)
+                for of_stock, of_ours in zip(*pair, strict=True)
             ):
                 matching.append(dialect)
         return matching
@@ -231,9 +231,9 @@ def _widest(parameter: Tensor) -> torch.dtype:
     return torch.float64
 
 
-def _alike(theirs: Tensor, ours: Tensor) -> bool:
+def _are_alike(stock: Tensor, ours: Tensor) -> bool:
     # far above rounding, far below what tells two formulas apart
-    tolerance = 1e-9 if theirs.dtype is torch.float64 else 1e-3
-    return theirs.shape == ours.shape and bool(
-        (theirs - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0)
+    tolerance = 1e-9 if stock.dtype is torch.float64 else 1e-3
+    return stock.shape == ours.shape and bool(
+        (stock - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0)
     )

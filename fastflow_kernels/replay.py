@@ -109,14 +109,14 @@ class ReplayedSubnet:
         accumulates what the block's node returns, and only then.
         """
         now = [(m, m.training) for m, _ in self.training]
-        mine: list[tuple[dict[str, Any], str, Tensor]] = [
+        replacements: list[tuple[dict[str, Any], str, Tensor]] = [
             (holder, name, stand_ins[p]) for holder, name, p in self.places
         ]
-        # a copy, for a run changes it
-        mine += [(holder, name, value.clone()) for holder, name, value in self.changed]
-        outside = [(holder, name, holder.get(name)) for holder, name, _ in mine]
+        # a copy, because a run changes it
+        replacements += [(holder, name, value.clone()) for holder, name, value in self.changed]
+        outside = [(holder, name, holder.get(name)) for holder, name, _ in replacements]
         try:
-            _assign(self.training, mine)
+            _assign(self.training, replacements)
             yield
         finally:
             _assign(now, outside)

@@ -29,49 +29,49 @@ class Case(NamedTuple):
     runs: str
 
 
-# What runs where, in the order in which it is decided: the first case that holds counts.
+# What runs where, in the order in which it is decided: the first case that holds counts. `info`
+# prints these tables, and README.md holds them (tests/test_docs.py).
 STOCK_STEPS = Case(
-    "a step overridden, a clamp that is a tensor, integer input",
+    "a step overridden or exchanged; a clamp that is a tensor; integer input",
     "the stock block's steps, one by one, in plain operations",
 )
 RECORDED = Case(
-    "compiled, exported, traced; torch.func, forward mode, fake tensors", "plain operations"
+    "torch.compile, export, tracing, torch.func, forward mode, fake tensors",
+    "plain operations; a graph derives the index from its weights",
 )
-EMPTY = Case("an empty input", "plain operations")
+EMPTY = Case("an empty batch", "plain operations")
 SMALL_INPUT = Case(
-    f"at most {SMALL} elements on a CPU (with gradients and a soft permutation, 4 times as many)",
-    "plain operations",
+    f"up to {SMALL} elements on a CPU; in training with a soft permutation {4 * SMALL}",
+    "plain operations, which cost less than a Python autograd node",
 )
 INVERSE_WITH_GRADIENTS = Case("an inverse while gradients are enabled", "plain operations")
 PIXEL_ROWS = Case(
-    "a channels-last input (with GIN on a GPU: see below)",
-    "Triton on a GPU, eager elsewhere, pixel by pixel; the result is channels-last",
+    "channels-last input", "fused, pixel by pixel; output, inverse and gradients stay channels-last"
 )
 COPIED = Case(
-    "other strides on a GPU, or channels-last with GIN",
-    "Triton on a contiguous copy; the result has the input's memory format",
+    "on a GPU, other strides within a sample, and channels-last with GIN",
+    "fused, on a contiguous copy",
 )
-FUSED = Case("everything else", "Triton on a GPU, eager elsewhere")
+FUSED = Case(
+    "everything else: any activation, GIN, conditions, rank 0 to 3, four dtypes",
+    "fused: Triton on a GPU, eager elsewhere",
+)
 WHAT_RUNS_WHERE = (
     STOCK_STEPS,
     RECORDED,
     EMPTY,
     SMALL_INPUT,
     INVERSE_WITH_GRADIENTS,
-    PIXEL_ROWS,
     COPIED,
+    PIXEL_ROWS,
     FUSED,
 )
-# What of the permutation runs where, once the coupling is fused.
+# What becomes of the permutation where the coupling is fused.
 PERMUTATIONS = (
-    Case("hard permutation", "inside the coupling"),
-    Case(
-        "reverse_permutation", "hard, on a GPU: inside the coupling; otherwise a gather before it"
-    ),
-    Case("soft permutation", "a matrix product after the coupling"),
-    Case(
-        "Householder reflections", "two thin products in the coupling's node; a dense one for many"
-    ),
+    Case("hard", "an index inside the coupling"),
+    Case("soft", "one matrix product after it; a CPU's inverse folds scale and offset into it"),
+    Case("Householder", "two thin products (compact WY form); one dense if many, 2K >= C"),
+    Case("reverse_permutation", "hard, on a GPU: read through the index; otherwise a pass before"),
 )
 
 

@@ -15,9 +15,9 @@ class ReversibleSequence(Reversible, InvertibleModule):
     """A chain of invertible modules whose training memory does not grow with its depth.
 
     A drop-in for FrEIA's SequenceINN: same methods, attributes and state dict, and where FrEIA is
-    imported an instance of it. The backward pass starts from the chain's output and undoes one
-    block at a time. Only :class:`AllInOneBlock` is undone; other modules in between are kept as
-    they are, with what they keep.
+    imported an instance of it. The backward pass starts from the chain's output and reconstructs
+    one input at a time. It does so for :class:`AllInOneBlock` only; other modules in between keep
+    what they keep anyway.
 
     The reconstruction loses digits. Where its input is alive anyway, at the start of the chain and
     wherever an activation is kept, it is compared, relative to its norm: an error above 8e-6 (1e-10
@@ -34,8 +34,8 @@ class ReversibleSequence(Reversible, InvertibleModule):
         force_tuple_output: Return the result in a tuple, as other invertible modules do.
         checkpoint_every: Blocks between two activations that are kept. None: as many as the
             measured error allows, at first all.
-        debug: Keep every activation and compare it; see :meth:`drift_report`. For a look, for it
-            takes the memory that is saved otherwise.
+        debug: Keep every activation and compare it; see :meth:`drift_report`. It takes the memory
+            that is saved otherwise.
 
     Attributes:
         drift: Of the last backward pass, by block: the error of its reconstructed input relative to

@@ -114,12 +114,13 @@ class StockSteps:
         return self._permuted(x * scale + self.global_offset, rev=False), log_scale
 
     def _pre_permute(self, x: Tensor, rev: bool = False) -> Tensor:
-        """The permutation undone before the coupling, or redone after its inverse; only used with
-        ``reverse_permutation``.
+        """The inverse permutation ahead of the coupling, or the permutation after its inverse.
+
+        Only used with ``reverse_permutation``.
 
         Args:
             x: (B, C, *S).
-            rev: Redo it.
+            rev: The permutation, after the inverse.
         """
         return self._permuted(x, rev=not rev)
 

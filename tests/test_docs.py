@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from fastflow_kernels import route
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = sorted(
@@ -96,3 +98,10 @@ def test_a_wrong_example_is_noticed() -> None:
         run("```pycon\n>>> 1 + 1\n3\n```\n", "page")
     with pytest.raises(ZeroDivisionError):
         run("```python\n1 / 0\n```\n", "page")
+
+
+def test_readme_says_what_runs_where() -> None:
+    """The tables of route.py, by which calls are decided, word by word."""
+    page = (ROOT / "README.md").read_text()
+    for cases in (route.WHAT_RUNS_WHERE, route.PERMUTATIONS):
+        assert "\n".join(f"| {case.call} | {case.runs} |" for case in cases) in page

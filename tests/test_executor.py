@@ -232,10 +232,8 @@ def test_matrices_in_shared_memory(trans):
 def test_half_precision_is_rounded_to_nearest(kind, dtype):
     x = torch.randn(64) * torch.logspace(-8, 8, 64)
     body = (
-        "ld.global.b32 %r2, [%rd4];\n"
-        f"cvt.rn.{kind}.f32 %h1, %r2;\n"
-        f"cvt.f32.{kind} %r3, %h1;\n"
-        "st.global.b32 [%rd5], %r3;"
+        f"ld.global.b32 %r2, [%rd4];\ncvt.rn.{kind}.f32 %h1, %r2;\n"
+        f"cvt.f32.{kind} %r3, %h1;\nst.global.b32 [%rd5], %r3;"
     )
     assert torch.equal(execute(body, x), x.to(dtype).float())
 
@@ -247,18 +245,15 @@ def test_float64_is_rounded_to_bfloat16_once():
     x = torch.full((32,), 1 + 2.0**-8 + 2.0**-40, dtype=torch.float64)
     x[1::2] *= -1
     body = (
-        "ld.global.b64 %rd6, [%rd4];\n"
-        "cvt.rn.bf16.f64 %h1, %rd6;\n"
-        "cvt.f64.bf16 %rd7, %h1;\n"
-        "st.global.b64 [%rd5], %rd7;"
+        "ld.global.b64 %rd6, [%rd4];\ncvt.rn.bf16.f64 %h1, %rd6;\n"
+        "cvt.f64.bf16 %rd7, %h1;\nst.global.b64 [%rd5], %rd7;"
     )
     assert execute(body, x).abs().tolist() == [1 + 2.0**-7] * 32
 
 
 def test_a_pair_keeps_its_halves_apart():
     body = (
-        "ld.global.b32 %r2, [%rd4];\n"
-        "cvt.rn.bf16x2.f32 %r4, %r2, 0f3F800000;\n"
+        "ld.global.b32 %r2, [%rd4];\ncvt.rn.bf16x2.f32 %r4, %r2, 0f3F800000;\n"
         "mov.b32 {%h1, %h2}, %r4;\n"
     )
     low, high = (
@@ -365,8 +360,7 @@ def test_an_access_between_the_elements_of_a_view():
 
 def test_a_guarded_access_is_left_alone():
     body = (
-        "setp.lt.u32 %p1, %r1, 16;\n"
-        "@%p1 ld.global.b32 %r2, [%rd4];\n"
+        "setp.lt.u32 %p1, %r1, 16;\n@%p1 ld.global.b32 %r2, [%rd4];\n"
         "@%p1 st.global.b32 [%rd5], %r2;"
     )
     x = torch.randn(32)
@@ -403,9 +397,7 @@ def test_a_thread_that_loads_what_another_stores():
 
 STORE_SHARED = "shl.b32 %r4, %r1, 2;\nst.shared.b32 [%r4], %r1;\n"
 LOAD_NEXT_WARP = (
-    "add.s32 %r5, %r4, 128;\n"
-    "and.b32 %r5, %r5, 255;\n"
-    "ld.shared.b32 %r3, [%r5];\n"
+    "add.s32 %r5, %r4, 128;\nand.b32 %r5, %r5, 255;\nld.shared.b32 %r3, [%r5];\n"
     "st.global.b32 [%rd5], %r3;"
 )
 
@@ -445,13 +437,8 @@ def test_shared_memory_beyond_its_size():
 
 def test_threads_that_have_ended_are_not_waited_for():
     body = (
-        "setp.lt.u32 %p1, %r1, 32;\n"
-        "@!%p1 bra $wait;\n"
-        "mov.b32 %r2, 0;\n"
-        "ret;\n"
-        "$wait:\n"
-        "bar.sync 0;\n"
-        "st.global.b32 [%rd5], %r1;"
+        "setp.lt.u32 %p1, %r1, 32;\n@!%p1 bra $wait;\nmov.b32 %r2, 0;\nret;\n$wait:\n"
+        "bar.sync 0;\nst.global.b32 [%rd5], %r1;"
     )
     assert execute(body, torch.zeros(64, dtype=torch.int32))[32:].tolist() == list(range(32, 64))
 
@@ -474,14 +461,8 @@ def test_threads_of_a_warp_that_store_different_values_to_one_address():
 
 def test_a_barrier_that_some_threads_never_reach():
     body = (
-        "setp.lt.u32 %p1, %r1, 32;\n"
-        "@%p1 bra $spin;\n"
-        "bar.sync 0;\n"
-        "bra.uni $end;\n"
-        "$spin:\n"
-        "bar.sync 0;\n"
-        "bar.sync 0;\n"
-        "$end:"
+        "setp.lt.u32 %p1, %r1, 32;\n@%p1 bra $spin;\nbar.sync 0;\nbra.uni $end;\n$spin:\n"
+        "bar.sync 0;\nbar.sync 0;\n$end:"
     )
     with fault("different barriers|never reach"):
         execute(body, torch.zeros(64))

@@ -118,8 +118,12 @@ LARGE = pytest.mark.parametrize(
 
 @pytest.fixture
 def _first_and_last_programs() -> Iterator[None]:
-    """Enough of them for all channels of a column."""
-    with mock.patch.object(EXECUTOR, "ctas", lambda count: [*range(8), *range(count - 8, count)]):
+    """Enough of them for all channels of a column; none that add up what the others leave."""
+
+    def ends(count: int) -> list[int]:
+        return [*range(8), *range(count - 8, count)] if count > 16 else []
+
+    with mock.patch.object(EXECUTOR, "ctas", ends):
         yield
 
 

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+
 from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
 from tests.support import every_kernel

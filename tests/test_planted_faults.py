@@ -127,7 +127,7 @@ FAULTS = {
         EXECUTED,
     ),
     "a stride in 32 bits": Planted(
-        (FORWARD, BACKWARD, SUMS), "b * stride_xb * ALIGN", "b * (stride_xb * ALIGN)", "far_apart"
+        (FORWARD, BACKWARD), "b * stride_xb * ALIGN", "b * (stride_xb * ALIGN)", "far_apart"
     ),
     "a partial sum that is not stored": Planted(
         (FORWARD,),

@@ -53,7 +53,12 @@ def test_tensors_without_values_are_seen() -> None:
         assert torch_private.is_recorded()
         assert torch_private.needs_plain()
     asked = []
-    make_fx(lambda x: (asked.append(torch_private.is_symbolic()), x + 1)[1])(torch.zeros(1))
+
+    def ask(x: Tensor) -> Tensor:
+        asked.append(torch_private.is_symbolic())
+        return x + 1
+
+    make_fx(ask)(torch.zeros(1))
     assert asked == [True]
 
 

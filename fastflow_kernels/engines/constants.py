@@ -33,5 +33,6 @@ def _new(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-# A coupling needs about ten. Bounded, because a clamp may change in every step.
-_kept = lru_cache(maxsize=128)(_new)
+@lru_cache(maxsize=128)  # a coupling needs about ten; bounded, because a clamp may always change
+def _kept(value: float, dtype: torch.dtype) -> Tensor:
+    return _new(value, dtype)

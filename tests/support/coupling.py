@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels.coupling import Coupling, CouplingGrads, CouplingSpec, OutputGrads
-from fastflow_kernels.engines import Engine
+from fastflow_kernels.dtypes import promoted
+from fastflow_kernels.engines import Engine, plain
 from fastflow_kernels.engines.triton import engine as kernels
-from reference.all_in_one_block import SCALE_ACTIVATIONS
 from tests.support.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 
@@ -19,51 +19,39 @@ from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 # this share of a value.
 TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 
-# --- plain PyTorch, which computes in the dtype of its operands -----------------------------------
+# --- the plain operations, which compute in float64 or float32 and rounds once -------------------
 
 
-def plain_scale(coupling: Coupling) -> Tensor:
-    g, spec = coupling.global_scale, coupling.spec
-    return torch.ones_like(g) if spec.gin else SCALE_ACTIVATIONS[spec.activation](g)
+def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    g, offset, spec = coupling[:3]
+    x = x[:, coupling.inv] if coupling.reverse else x
+    v, log_det = plain.forward(*plain.split(x), a, g, offset, spec)
+    return v[:, coupling.perm], log_det
 
 
-def plain_s(a: Tensor, spec: CouplingSpec) -> Tensor:
-    s = spec.clamp * torch.tanh(spec.tanh_scale * a[:, : a.shape[1] // 2])
-    return s - s.mean(tuple(range(1, s.dim())), keepdim=True) if spec.gin and s.numel() else s
+def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    g, offset, spec = coupling[:3]
+    u, scale = plain.invert_affine(y[:, coupling.inv], g, offset, spec)
+    x, log_det = plain.invert_coupling(*plain.split(u), a, scale, spec)
+    x = x.to(promoted(y, g, a))
+    return x[:, coupling.perm] if coupling.reverse else x, log_det
 
 
 def plain_log_det(x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
-    if coupling.spec.gin:
-        return a.new_zeros(x.shape[0])
-    log_scale = x[0, 0].numel() * plain_scale(coupling).log().sum()
-    return plain_s(a, coupling.spec).flatten(1).sum(1) + log_scale
+    return plain_forward(x, a, coupling)[1]
 
 
 def size_of_log_det_terms(x: Tensor, a: Tensor, coupling: Coupling) -> float:
     """The log-determinant is a sum that cancels: its floor is that of the terms."""
-    log_scale = x[0, 0].numel() * plain_scale(coupling).log().abs().sum()
-    s = plain_s(a, coupling.spec).nan_to_num()
-    return (s.flatten(1).abs().sum(1).max() + log_scale).item()
-
-
-def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    c2 = a.shape[1] // 2
-    c1 = x.shape[1] - c2
-    scale, offset = channelwise(coupling, x)
-    x = x[:, coupling.inv] if coupling.reverse else x
-    s = plain_s(a, coupling.spec)
-    u = torch.cat((x[:, :c1], x[:, c1:] * s.exp() + 0.1 * a[:, c2:]), 1)
-    return (u * scale + offset)[:, coupling.perm], plain_log_det(x, a, coupling)
-
-
-def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    c2 = a.shape[1] // 2
-    c1 = y.shape[1] - c2
-    scale, offset = channelwise(coupling, y)
-    s = plain_s(a, coupling.spec)
-    u = (y[:, coupling.inv] - offset) / scale
-    x = torch.cat((u[:, :c1], (u[:, c1:] - 0.1 * a[:, c2:]) * (-s).exp()), 1)
-    return x[:, coupling.perm] if coupling.reverse else x, -plain_log_det(y, a, coupling)
+    g, _, spec = coupling[:3]
+    a = a.nan_to_num().abs()  # s has the sign of its coefficient
+    x2 = a[:, : a.shape[1] // 2]
+    _, sum_s = plain.couple(x2, a, spec._replace(clamp=abs(spec.clamp), gin=False), False, False)
+    terms = sum_s.max().item()
+    if not spec.gin:
+        log_scale = plain.activated(g, spec.activation).log().abs().sum()
+        terms += x[0, 0].numel() * log_scale.item()
+    return terms
 
 
 def plain_gradients(
@@ -88,12 +76,6 @@ def plain_gradients(
     if grads.log_det is not None and log_det.requires_grad:
         outputs, seeds = [y, log_det], [*seeds, grads.log_det.to(log_det.dtype)]
     return torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
-
-
-def channelwise(coupling: Coupling, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset as (1, C, 1, ...)."""
-    view = (1, -1) + (1,) * (like.dim() - 2)
-    return plain_scale(coupling).view(view), coupling.global_offset.view(view)
 
 
 def cast(dtype: torch.dtype | None, *values: Any) -> list[Any]:
@@ -246,12 +228,12 @@ def check_gradients(
     x, a, coupling = inputs
     sources = (x, a, coupling.global_scale, coupling.global_offset)
     names = actual._fields
-    for name, t, true, plain, source in zip(names, actual, truth, baseline, sources, strict=True):
+    for name, t, true, base, source in zip(names, actual, truth, baseline, sources, strict=True):
         if name == "global_scale" and coupling.spec.gin:
             assert t is None
         else:
             assert (t.dtype, t.shape, t.is_contiguous()) == (source.dtype, source.shape, True), name
-            close(t, true, plain, f"gradient of {name}{of}")
+            close(t, true, base, f"gradient of {name}{of}")
 
 
 def check_inverse(

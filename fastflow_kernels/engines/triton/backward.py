@@ -1,7 +1,7 @@
-"""The backward on a GPU: the gradients in one pass over memory.
+"""The backward on a GPU: the gradients in one pass over memory. For chains that keep no activations
+the same pass writes the active half of the inverse.
 
-For chains that keep no activations it also writes the active half of the inverse. Notation: see
-:mod:`~fastflow_kernels.engines.triton.forward`.
+Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
 from functools import lru_cache

@@ -1,5 +1,7 @@
 """The inverse on a GPU, in two passes: the passive channels, which the subnet needs, and then the
-active ones. Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
+active ones.
+
+Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
 from functools import lru_cache
