@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.support.anomalib_flows import time_train_steps
 
 
-@pytest.mark.plain  # as users get it
 def test_a_train_step_of_fastflows_flow_part_is_faster_than_stock() -> None:
     """On one thread, with the real subnets, in turn with the stock model: 1.13 to 1.24 times as
     fast on an AMD EPYC.
