@@ -20,7 +20,7 @@ from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FusedForward
 from fastflow_kernels.probe import Maths
-from fastflow_kernels.reversible import Reversible, is_reversible
+from fastflow_kernels.reversible import OWN_ATTRIBUTES, Reversible, is_reversible
 from fastflow_kernels.seen import Activation, Seen, is_number
 from fastflow_kernels.stock import SEQUENCE
 
@@ -46,9 +46,9 @@ else:
 class AcceleratedBlock(FusedForward, _Stock):
     """What the class of an accelerated block adds to its own."""
 
-    prefix = "Accelerated"
-    own_attributes = ("_fastflow",)
-    stock_type: Any
+    _fastflow_prefix = "Accelerated"
+    _fastflow_attributes: tuple[str, ...] = ("_fastflow",)
+    _fastflow_stock: Any
 
     _fastflow: Held
 
@@ -64,7 +64,7 @@ class AcceleratedBlock(FusedForward, _Stock):
     global_offset: Tensor
     subnet: nn.Module
 
-    def why_not_fused(self) -> str | None:
+    def _why_not_fused(self) -> str | None:
         changed = self._changed()
         return changed and f"its {changed} is another one than when it was accelerated"
 
@@ -94,7 +94,7 @@ class AcceleratedBlock(FusedForward, _Stock):
             self.subnet,
             self.global_scale if scale is None else scale,
             self.global_offset if offset is None else offset,
-            held.index.permutation(self, rev, x),
+            held.index.permutation(self, rev, x if held.backend == "auto" else None),
             CouplingSpec.of(self.clamp, held.dialect, held.activation, self.GIN),
             rev,
             self.reverse_pre_permute,
@@ -105,7 +105,7 @@ class AcceleratedBlock(FusedForward, _Stock):
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor], Tensor]:
         conditions = () if c is None else (c,)
-        result: tuple[tuple[Tensor], Tensor] = self.stock_type.forward(
+        result: tuple[tuple[Tensor], Tensor] = self._fastflow_stock.forward(
             self, x, *conditions, rev=rev, jac=jac
         )
         return result
@@ -141,7 +141,7 @@ class AcceleratedBlock(FusedForward, _Stock):
         if stand_ins:
             seen = held.seen.with_values(**stand_ins)
             state |= {**stand_ins, "_fastflow": replace(held, seen=seen)}
-        return _new, (AcceleratedBlock, self.stock_type), state
+        return _new, (AcceleratedBlock, self._fastflow_stock), state
 
 
 def _take_channels(x: Tensor, index: Tensor) -> Tensor:
@@ -152,8 +152,9 @@ def _take_channels(x: Tensor, index: Tensor) -> Tensor:
 class AcceleratedChain(Reversible):
     """What the class of a SequenceINN that was made reversible adds to its own."""
 
-    prefix = "Reversible"
-    stock_type: Any
+    _fastflow_prefix = "Reversible"
+    _fastflow_attributes = OWN_ATTRIBUTES
+    _fastflow_stock: Any
 
     def __getitem__(self, item: int | slice) -> Any:
         """As the stock class has it; the chain of a slice is reversible, too."""
@@ -166,7 +167,7 @@ class AcceleratedChain(Reversible):
         return part
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _new, (AcceleratedChain, self.stock_type), self.__dict__.copy()
+        return _new, (AcceleratedChain, self._fastflow_stock), self.__dict__.copy()
 
 
 # --- exchanging a class ---------------------------------------------------------------------------
@@ -227,16 +228,22 @@ def reversible_in_words(chain: Any) -> str:
     return f"{count} of its {len(chain.module_list)} modules are reconstructed in the backward pass"
 
 
+def stock_class(part: Any) -> Any:
+    """The class of a block or chain, or the one that it had before accelerate."""
+    is_changed = isinstance(part, AcceleratedBlock | AcceleratedChain)
+    return part._fastflow_stock if is_changed else type(part)
+
+
 def can_be_restored(part: Any) -> bool:
     """Whether the class of a changed block or chain is the one that accelerate gave it."""
-    return type(part) is _derived(_addition(part), part.stock_type)
+    return type(part) is _derived(_addition(part), part._fastflow_stock)
 
 
 def give_back_class(part: Any) -> None:
     """Give a changed block or chain its own class back."""
-    for attribute in _addition(part).own_attributes:
+    for attribute in _addition(part)._fastflow_attributes:
         part.__dict__.pop(attribute, None)
-    part.__class__ = part.stock_type
+    part.__class__ = part._fastflow_stock
 
 
 def _addition(part: Any) -> Any:
@@ -247,8 +254,8 @@ def _addition(part: Any) -> Any:
 @cache
 def _derived(addition: Any, cls: Any) -> Any:
     """The subclass of a stock class that has what ``addition`` adds."""
-    attributes = {"__module__": __name__, "__doc__": cls.__doc__, "stock_type": cls}
-    return type(f"{addition.prefix}{cls.__name__}", (addition, cls), attributes)
+    attributes = {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls}
+    return type(f"{addition._fastflow_prefix}{cls.__name__}", (addition, cls), attributes)
 
 
 def _new(addition: type, cls: type) -> nn.Module:

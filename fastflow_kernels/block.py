@@ -17,7 +17,7 @@ from fastflow_kernels.engines import plain
 from fastflow_kernels.fork import fork, passive_half
 from fastflow_kernels.fused import fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format
-from fastflow_kernels.permutations import FusedPart, MatrixPermutation
+from fastflow_kernels.permutations import MatrixPermutation
 from fastflow_kernels.route import Route, choose_route, engine_of
 
 
@@ -91,11 +91,12 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
-    part = call.permutation.fused_part()
-    coupling = engine_coupling(call, route, part)
+    coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
     passive, x = fork(x, coupling.inv if coupling.reverse else None, route.with_gradients)
-    a = coefficients(call, for_subnet(passive, route))
+    a = route.form.packed(coefficients(call, for_subnet(passive, route)), route.layout)
+    # after the subnet, because gradients come in the reverse order
+    part = call.permutation.fused_part()
     y, log_det = fused_coupling(x, a, coupling, part, route)
     if part.after is not None:
         y = part.after.permute(y)
@@ -104,14 +105,13 @@ def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
 
 def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     engine, form, permutation = engine_of(route), route.form, call.permutation
-    part = permutation.inverse_part()
-    coupling = engine_coupling(call, route, part)
+    coupling = engine_coupling(call, route)
     y = call.x.contiguous() if route.is_copied else call.x
     if route.folds_affine:
         # Both are u: the engine does not read v where x can hold u.
         x = v = _unpermuted_affine(call, coupling)
     else:
-        v = y if part.perm is not None else permutation.unpermute(y)
+        v = y if coupling.perm is not None else permutation.unpermute(y)
         x = form.give(engine.invert_passive(form.take(v), coupling), v)
     passive = passive_half(x, coupling.inv if coupling.reverse else None)
     a = coefficients(call, for_subnet(passive, route))
@@ -122,19 +122,21 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
         x, log_det = _finish_inverse(call, *plain.split(u), scale, a, promoted(x, a))
         return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(form.take(v), form.take(x), form.take(a), coupling)
+    del v, a, passive  # freed ahead of the permutation
     if route.permutes_first:
         x = permutation.permute(x)
     return in_layout(x, route.layout), form.per_sample(log_det, call.x)
 
 
-def engine_coupling(call: BlockCall, route: Route, part: FusedPart) -> Coupling:
+def engine_coupling(call: BlockCall, route: Route) -> Coupling:
     """What the engine is given beside x and the coefficients."""
+    perm, inv = call.permutation.index_pair()
     return Coupling(
         call.global_scale.contiguous(),  # a parametrization may expand them
         call.global_offset.contiguous(),
         call.spec,
-        part.perm,
-        part.inv,
+        perm,
+        inv,
         route.reads_index,
         route.form.rows_per_sample(call.x),
     )

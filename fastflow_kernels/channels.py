@@ -70,8 +70,8 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
     Returns:
         (B, C, *S).
     """
-    if not w.is_floating_point():
-        w = w.to(x.dtype)
+    if w.dtype is not x.dtype:
+        w = _matching(w, x)
     if (
         not (x.requires_grad and torch.is_grad_enabled())
         or w.requires_grad
@@ -80,6 +80,14 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
     ):
         return product(x, w)
     return _Multiply.apply(x, w)
+
+
+def _matching(w: Tensor, x: Tensor) -> Tensor:
+    """w in the dtype of x where that is wider; autocast chooses dtypes itself."""
+    if not w.is_floating_point():
+        return w.to(x.dtype)
+    is_wider = torch.promote_types(w.dtype, x.dtype) is x.dtype
+    return w.to(x.dtype) if is_wider and not is_autocast(x.device) else w
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ class HeldPermutation(NamedTuple):
     """In which form a block holds its permutation.
 
     Attributes:
+        owner: The block's class, for messages.
         names: Of its parameters in the state dict: ("w_perm", "w_perm_inv"), or ("w_0",).
         shape: (C, C), or (C, C, 1, ...) with as many ones as there are spatial dimensions.
         dtype: Of a matrix.
@@ -24,6 +25,7 @@ class HeldPermutation(NamedTuple):
         warns_of_index: Whether a stored index tells that another clamp formula was meant.
     """
 
+    owner: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -80,11 +82,13 @@ def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
             or not torch.equal(w.sort().values, torch.arange(channels, device=w.device))
         ):
             shape = tuple(w.shape)
-            raise _refused(f"{key} of shape {shape} is not a permutation of {channels} channels")
+            raise _refused(
+                held, f"{key} of shape {shape} is not a permutation of {channels} channels"
+            )
         return w.long() if held.is_index else one_hot(w.long(), held.dtype).view(held.shape)
     if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
         expected = f"({channels},) or ({channels}, {channels})"
-        raise _refused(f"{key} has shape {tuple(w.shape)}, expected {expected}")
+        raise _refused(held, f"{key} has shape {tuple(w.shape)}, expected {expected}")
     if not w.is_floating_point():
         w = w.to(held.dtype)  # copy_ would convert it, too
     matrix = w.reshape(channels, channels)
@@ -92,6 +96,7 @@ def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
     if held.is_index:
         if index is None:
             raise _refused(
+                held,
                 f"{key} is not a permutation matrix",
                 ". For a rotation build the block with permute_soft=True.",
             )
@@ -113,9 +118,10 @@ def _warn_unless_rotation(key: str, matrix: Tensor) -> None:
         )
 
 
-def _refused(reason: str, advice: str = "") -> RuntimeError:
+def _refused(held: HeldPermutation, reason: str, advice: str = "") -> RuntimeError:
     return RuntimeError(
-        f"cannot load the permutation: {reason}; nothing was loaded into this block{advice}"
+        f"Error in loading state_dict for {held.owner}: {reason}; nothing was loaded into this "
+        f"block{advice}"
     )
 
 

@@ -69,6 +69,9 @@ class Form(Protocol):
     def per_sample(self, log_det: Tensor, like: Tensor) -> Tensor:
         """The engine's log-determinant per sample, (B,)."""
 
+    def packed(self, t: Tensor, layout: torch.memory_format) -> Tensor:
+        """A tensor, or a copy that :meth:`take` needs not copy; ``layout`` is that of a result."""
+
     def rows_per_sample(self, x: Tensor) -> int:
         """How many samples of the engine's make one of the block's."""
 
@@ -85,6 +88,9 @@ class _Samples:
     def per_sample(self, log_det: Tensor, like: Tensor) -> Tensor:
         return log_det
 
+    def packed(self, t: Tensor, layout: torch.memory_format) -> Tensor:
+        return t if is_packed(t) else t.contiguous()
+
     def rows_per_sample(self, x: Tensor) -> int:
         return 1
 
@@ -100,6 +106,9 @@ class _Pixels:
 
     def per_sample(self, log_det: Tensor, like: Tensor) -> Tensor:
         return log_det.view(like.shape[0], -1).sum(1)
+
+    def packed(self, t: Tensor, layout: torch.memory_format) -> Tensor:
+        return t.contiguous(memory_format=layout)
 
     def rows_per_sample(self, x: Tensor) -> int:
         return x.shape[2:].numel()

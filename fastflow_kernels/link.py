@@ -43,7 +43,7 @@ class Link:
     """One block's place in a pass: evaluates it without keeping its input or output.
 
     Attributes:
-        subnet: The block's.
+        block: The block; its subnet is read when it runs.
         place: The block's, in the chain.
         segment: The part of the chain that it belongs to.
         previous: The link of the block before it, unless that keeps its activations.
@@ -55,12 +55,12 @@ class Link:
     def __init__(
         self,
         chain_pass: Pass,
-        subnet: nn.Module,
+        block: Any,
         place: int,
         segment: Segment,
         previous: Link | None,
     ) -> None:
-        self.chain_pass, self.subnet = chain_pass, subnet
+        self.chain_pass, self.block = chain_pass, block
         self.place, self.segment, self.previous = place, segment, previous
         self.output: Tensor | None = None
         self.seen: tuple[Any, Any] | None = None
@@ -75,7 +75,7 @@ class Link:
 
     def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
         """As :func:`fastflow_kernels.block.evaluate`."""
-        replayed = ReplayedSubnet(self.subnet, call.subnet, call.x.device)
+        replayed = ReplayedSubnet(self.block.subnet, call.subnet, call.x.device)
         for p in replayed.parameters:
             if type(p) is not Tensor and type(p) is not nn.Parameter:
                 raise TypeError(

@@ -62,17 +62,8 @@ class FusedForward:
         y, log_det = evaluate(call) if link is None else link.evaluate(call)
         return (y,), log_det
 
-    def why_not_fused(self) -> str | None:
-        """Why every call runs the stock block's steps, in words; None if calls run fused."""
+    def _why_not_fused(self) -> str | None:
         raise NotImplementedError
-
-    def takes_link(self) -> bool:
-        """Whether ``forward`` is the one above and evaluates fused calls by its ``link``."""
-        return (
-            type(self).forward is _FUSED_FORWARD
-            and "forward" not in self.__dict__
-            and self.why_not_fused() is None
-        )
 
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
@@ -88,6 +79,20 @@ class FusedForward:
 
 
 _FUSED_FORWARD = FusedForward.forward  # as written here, whatever the class is given later
+
+
+def why_not_fused(block: FusedForward) -> str | None:
+    """Why every call of a block runs the stock block's steps, in words; None if calls run fused."""
+    return block._why_not_fused()
+
+
+def takes_link(block: FusedForward) -> bool:
+    """Whether a block's ``forward`` is the one above and evaluates fused calls by its ``link``."""
+    return (
+        type(block).forward is _FUSED_FORWARD
+        and "forward" not in block.__dict__
+        and why_not_fused(block) is None
+    )
 
 
 class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
@@ -237,8 +242,15 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
     ) -> BlockCall | None:
-        x, c, global_scale = self._checked_input(x, c)
-        if not x.is_floating_point() or self.why_not_fused() is not None:
+        shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
+        x = single_input(x, self.in_channels, self.input_rank, shape)
+        c = check_conditions(c, self.dims_c, x)
+        global_scale = parameter_of(self, "global_scale")
+        if x.device != global_scale.device:
+            raise InputValueError(
+                f"expected the input on {global_scale.device}, where the block is; got {x.device}"
+            )
+        if not x.is_floating_point() or self._why_not_fused() is not None:
             return None
         return BlockCall(
             x,
@@ -246,7 +258,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             self._checked_subnet,
             global_scale,
             parameter_of(self, "global_offset"),
-            self._index.permutation(self, rev, x),
+            self._index.permutation(self, rev, x if self.backend == "auto" else None),
             self._spec(),
             rev,
             self.reverse_pre_permute,
@@ -256,22 +268,8 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
     def _stock_forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor], Tensor]:
-        x, c, _ = self._checked_input(x, c)
-        y, log_det = self._composed(x, c, rev)
+        y, log_det = self._composed(x[0], check_conditions(c, self.dims_c, x[0]), rev)
         return (y,), log_det
-
-    def _checked_input(
-        self, x: Sequence[Tensor], c: Sequence[Tensor] | None
-    ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
-        shape = tuple(self.dims_in[0]) if self.dialect == "freia" else None
-        x = single_input(x, self.in_channels, self.input_rank, shape)
-        c = check_conditions(c, self.dims_c, x)
-        global_scale = parameter_of(self, "global_scale")
-        if x.device != global_scale.device:
-            raise InputValueError(
-                f"expected the input on {global_scale.device}, where the block is; got {x.device}"
-            )
-        return x, c, global_scale
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The output's shape: the input's.
@@ -297,9 +295,10 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         names = ("w_0",) if self.householder else ("w_perm", "w_perm_inv")
         ones = () if self.householder else (1,) * self.input_rank
         held = HeldPermutation(
+            type(self).__name__,
             names,
             (self.in_channels, self.in_channels, *ones),
-            self.global_scale.dtype,
+            getattr(self, names[0]).dtype,
             self._holds_index(),
             self.dialect == "anomalib" and bool(self.clamp != 1),
         )

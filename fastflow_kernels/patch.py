@@ -14,7 +14,7 @@ from torch import nn
 
 from fastflow_kernels import accelerated, backends, probe
 from fastflow_kernels.accelerated import AcceleratedBlock, AcceleratedChain
-from fastflow_kernels.modules import AllInOneBlock, FusedForward
+from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.reporting import modules_of
 from fastflow_kernels.reversible import Reversible
 from fastflow_kernels.stock import Left, is_named
@@ -69,7 +69,7 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
         for chain in parts:
             accelerated.make_reversible(chain)
     missing = []
-    if not any(isinstance(part, FusedForward) and part.why_not_fused() is None for part in parts):
+    if not any(isinstance(part, FusedForward) and why_not_fused(part) is None for part in parts):
         missing.append("no block of the model runs fused")
     if reversible and not any(isinstance(part, Reversible) for part in parts):
         missing.append(
@@ -126,9 +126,9 @@ def _accelerate_block(block: Any, backend: str) -> None:
     cls: Any = type(block)
     if isinstance(block, AcceleratedBlock):
         accelerated.set_backend(block, backend)
-        if block.why_not_fused() is None:
+        if why_not_fused(block) is None:
             return
-        cls = block.stock_type
+        cls = accelerated.stock_class(block)
     try:
         maths = probe.identify(block, cls)
     except Left:

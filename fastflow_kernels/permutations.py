@@ -19,19 +19,19 @@ from fastflow_kernels.predicates import is_autocast
 
 
 class FusedPart(NamedTuple):
-    """What of a permutation the fused coupling applies itself; the rest comes after it.
+    """What of a permutation, beside an index, the fused coupling applies itself.
 
     Attributes:
-        perm, inv: An index and its inverse, or None.
         inner, outer: Factors (K, C) for :func:`~fastflow_kernels.channels.reflect`, or None.
-        after: What is left to permute by, or None.
+        after: What is left to permute by, after the coupling, or None.
     """
 
-    perm: Tensor | None = None
-    inv: Tensor | None = None
     inner: Tensor | None = None
     outer: Tensor | None = None
     after: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
+
+
+_NOTHING = FusedPart()
 
 
 class IndexPermutation(NamedTuple):
@@ -45,12 +45,12 @@ class IndexPermutation(NamedTuple):
     perm: Tensor
     inv: Tensor
 
-    def fused_part(self) -> FusedPart:
-        return FusedPart(self.perm, self.inv)
+    def index_pair(self) -> tuple[Tensor, Tensor]:
+        """The index and its inverse, which an engine applies."""
+        return self.perm, self.inv
 
-    def inverse_part(self) -> FusedPart:
-        """What of it an inverse takes along: the index."""
-        return FusedPart(self.perm, self.inv)
+    def fused_part(self) -> FusedPart:
+        return _NOTHING
 
     def permute(self, v: Tensor) -> Tensor:
         return gather_channels(v, self.perm, self.inv)
@@ -78,11 +78,11 @@ class MatrixPermutation(NamedTuple):
     w: Tensor
     w_inv: Tensor
 
+    def index_pair(self) -> tuple[None, None]:
+        return None, None
+
     def fused_part(self) -> FusedPart:
         return FusedPart(after=self)
-
-    def inverse_part(self) -> FusedPart:
-        return FusedPart()
 
     def permute(self, v: Tensor) -> Tensor:
         return multiply_channels(v, self.w)
@@ -121,14 +121,14 @@ class HouseholderPermutation(NamedTuple):
     base: IndexPermutation | MatrixPermutation
     vectors: Tensor
 
-    def inverse_part(self) -> FusedPart:
-        return FusedPart()
+    def index_pair(self) -> tuple[None, None]:
+        return None, None
 
     def fused_part(self) -> FusedPart:
         if self.is_dense():
             return FusedPart(after=self)
         inner, outer = self.factors()
-        return FusedPart(inner=inner, outer=outer, after=self.base)
+        return FusedPart(inner, outer, self.base)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """T V and V, both (K, C), in full precision also under autocast."""

@@ -54,8 +54,7 @@ def reconstruct(
     """
     route = choose_engine(call, requested(call.backend))
     engine, form, permutation = engine_of(route), route.form, call.permutation
-    part = permutation.inverse_part()
-    coupling = engine_coupling(call, route._replace(reads_index=False), part)
+    coupling = engine_coupling(call, route._replace(reads_index=False))
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
     if not isinstance(permutation, IndexPermutation):
         v = _preimage(permutation, v, False)
@@ -82,7 +81,8 @@ def reconstruct(
         coupling,
         want_params,
     )
-    dx, da = form.give(dx, v), form.give(da, v)
+    del v, dv, v_taken, dv_taken  # freed ahead of the subnet's backward
+    dx, da = form.give(dx, x), form.give(da, x)
     if a.requires_grad:
         torch.autograd.backward(a, da)
     if passive.grad is not None:

@@ -14,9 +14,10 @@ from fastflow_kernels.accelerated import (
     held_by,
     make_reversible,
     reversible_in_words,
+    stock_class,
 )
 from fastflow_kernels.index_cache import IndexCache
-from fastflow_kernels.modules import AllInOneBlock, FusedForward
+from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.permutations import IndexPermutation
 from fastflow_kernels.reversible import Reversible
 from fastflow_kernels.stock import SEQUENCE, Left, is_named, shallow_copy
@@ -112,10 +113,10 @@ def report(model: nn.Module) -> Report:
 
 
 def _entry_of_block(name: str, block: Any) -> Entry | None:
-    kind = _kind(type(block))
+    kind = _kind(block)
     is_changed = isinstance(block, AcceleratedBlock)
     if isinstance(block, FusedForward):
-        if (reason := block.why_not_fused()) is not None:
+        if (reason := why_not_fused(block)) is not None:
             return Entry(name, kind, "stock maths", is_changed, reason)
         state = "accelerated" if is_changed else "fused"
         return Entry(name, kind, state, is_changed, _in_words_of_fused(block))
@@ -130,7 +131,7 @@ def _entry_of_block(name: str, block: Any) -> Entry | None:
 
 
 def _entry_of_chain(name: str, chain: Any) -> Entry | None:
-    kind = _kind(type(chain))
+    kind = _kind(chain)
     if isinstance(chain, Reversible):
         is_changed = isinstance(chain, AcceleratedChain)
         return Entry(name, kind, "reversible", is_changed, reversible_in_words(chain))
@@ -168,8 +169,8 @@ def _in_words(block: Any, dialect: str, activation: str) -> str:
     return f"dialect {dialect!r}, {activation}, {permutation}"
 
 
-def _kind(cls: type) -> str:
-    cls = getattr(cls, "stock_type", cls)
+def _kind(part: Any) -> str:
+    cls = stock_class(part)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

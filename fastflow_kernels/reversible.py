@@ -7,6 +7,7 @@ hooks, distributed training and frozen parameters see an ordinary graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
@@ -19,9 +20,12 @@ from fastflow_kernels import torch_private
 from fastflow_kernels.drift import Checkpoints, Segment
 from fastflow_kernels.dtypes import promoted
 from fastflow_kernels.link import Link, Pass, identity
-from fastflow_kernels.modules import FusedForward
+from fastflow_kernels.modules import FusedForward, takes_link
 from fastflow_kernels.predicates import is_autocast
 from fastflow_kernels.torch_private import needs_plain
+
+# what a reversible chain holds beside the attributes of FrEIA's SequenceINN
+OWN_ATTRIBUTES = ("_checkpoints", "debug", "drift")
 
 
 class Reversible:
@@ -35,7 +39,6 @@ class Reversible:
     debug: bool = False
     drift: Mapping[int, float] = MappingProxyType({})
     _checkpoints: Checkpoints | None = None
-    own_attributes = ("_checkpoints", "debug", "drift")  # beside those of FrEIA's SequenceINN
 
     @property
     def checkpoint_every(self) -> int | None:
@@ -50,9 +53,9 @@ class Reversible:
             raise TypeError(f"expected checkpoint_every as an integer or None, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"expected checkpoint_every of 1 or more, got {value}")
-        if self._checkpoints is None:
-            self._checkpoints = Checkpoints()
-        self._checkpoints.every = value
+        # a new one, because a shallow copy of the chain shares the former
+        measured = math.inf if self._checkpoints is None else self._checkpoints.measured
+        self._checkpoints = Checkpoints(value, measured)
 
     def forward(
         self,
@@ -154,7 +157,7 @@ class Reversible:
                 if segment is None or i - segment.first >= spacing:
                     segment = Segment(i, i)
                 segment.last = i
-                links[i] = Link(chain_pass, module.subnet, i, segment, previous)
+                links[i] = Link(chain_pass, module, i, segment, previous)
         return links
 
 
@@ -183,7 +186,7 @@ def is_reversible(module: nn.Module) -> bool:
     if not issubclass(type(module), FusedForward):
         return False
     block: Any = module
-    if not block.takes_link() or torch_private.is_compiled(block) or not _runs_twice(block.subnet):
+    if not takes_link(block) or torch_private.is_compiled(block) or not _runs_twice(block.subnet):
         return False
     return not any(
         getattr(getattr(block, name, None), "requires_grad", False)

@@ -129,7 +129,7 @@ class StockSteps:
         w = self._permutation().matrix(self.global_scale.dtype)
         return w.view(*w.shape, *[1] * self.input_rank)
 
-    def why_not_fused(self) -> str | None:
+    def _why_not_fused(self) -> str | None:
         """Why the block's steps run one by one, in words; None if it runs fused."""
         cls = type(self)
         for name, own in _OWN.items():
