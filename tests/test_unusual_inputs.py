@@ -247,7 +247,7 @@ def test_what_is_not_finite_stays_where_it_is(
     bad = x.clone()
     pixel = (0,) * len(shape.spatial)
     # a channel of the active half: where the inverse looks for it, and where the permutation that
-    # is undone first puts it
+    # is inverted first puts it
     channel = shape.channels - 1
     if rev or block.reverse_pre_permute:
         index = permutation_of(block)
