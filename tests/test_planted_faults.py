@@ -94,8 +94,8 @@ FAULTS = {
     ),
     "a pointer whose alignment is not asked for": Planted(
         (FORWARD,),
-        "aligned(x, a, global_scale, offset, channels)",
-        "aligned(x, a, global_scale, channels)",
+        "aligned(x, a, global_scale, offset, channel_index)",
+        "aligned(x, a, global_scale, channel_index)",
         "",
         KEYS,
     ),
