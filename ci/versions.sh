@@ -66,7 +66,7 @@ inspected() { # inspected KEYWORDS. gfx942: old versions ask for a linker of ROC
 
 executed() { # executed ARGUMENTS... Triton before 3.6 launches otherwise than the executor expects
     echo "== the kernels, executed"
-    run_tests -m "not slow" tests/test_executor.py tests/test_launch_keys.py \
+    run_tests -m "not slow" tests/test_executor*.py tests/test_launch_keys.py \
         tests/test_kernels.py tests/test_kernels_[bvt]*.py "$@"
 }
 

@@ -90,7 +90,7 @@ def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
         expected = f"({channels},) or ({channels}, {channels})"
         raise _refused(held, f"{key} has shape {tuple(w.shape)}, expected {expected}")
     if not w.is_floating_point():
-        w = w.to(held.dtype)  # copy_ would convert it, too
+        w = w.float() if held.is_index else w.to(held.dtype)  # copy_ would convert it, too
     matrix = w.reshape(channels, channels)
     index = hard_index(matrix)
     if held.is_index:

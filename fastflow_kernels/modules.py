@@ -126,7 +126,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             stock blocks ask NumPy.
         learned_householder_permutation: Number of learned Householder reflections (Tomczak &
             Welling 2016) beside the permutation.
-        reverse_permutation: Undo the permutation before the coupling (Putzky & Welling 2019).
+        reverse_permutation: Invert the permutation before the coupling (Putzky & Welling 2019).
         dialect: ``"anomalib"`` or ``"freia"``: the clamp formula, the state dict's layout of
             ``w_perm``, the shape check.
         backend: ``"auto"``, ``"eager"`` or ``"triton"``; "auto" follows FASTFLOW_KERNELS_BACKEND

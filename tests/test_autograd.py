@@ -111,8 +111,8 @@ def test_block_keeps_x_and_a_and_nothing_else_of_their_size(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = block([x])
-    # x, or its gathered copy where the permutation is undone first; and, per channel, an index and
-    # a few numbers for each reflection
+    # x, or its gathered copy where the permutation is inverted first; and, per channel, an index
+    # and a few numbers for each reflection
     reflections = options.get("learned_householder_permutation", 0)
     assert sum(kept.values()) <= x.nbytes + (64 + 64 * reflections) * shape[1], kept
     assert outputs[0][0].grad_fn is not None

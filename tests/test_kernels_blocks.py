@@ -297,7 +297,7 @@ def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> Non
     "options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}], ids=str
 )
 def test_channels_last_gin_with_reverse_permutation_on_the_triton_backend(options: dict) -> None:
-    """The contiguous copy that the kernels need stays one when the permutation is undone ahead of
+    """The contiguous copy that the kernels need stays one when the permutation is inverted ahead of
     them.
     """
     torch.manual_seed(0)

@@ -94,8 +94,8 @@ FAULTS = {
     ),
     "a pointer whose alignment is not asked for": Planted(
         (FORWARD,),
-        "aligned(x, a, global_scale, offset, channels)",
-        "aligned(x, a, global_scale, channels)",
+        "aligned(x, a, global_scale, offset, channel_index)",
+        "aligned(x, a, global_scale, channel_index)",
         "",
         KEYS,
     ),
@@ -195,10 +195,10 @@ FAULTS = {
     "an inverse that reads x for y": Planted(
         (BACKWARD,), "y_ptr + b * C * P + offs_y2", "x_ptr + b * C * P + offs_y2", PLANES
     ),
-    "a copy for the kernels that is undone": Planted(
+    "a copy for the kernels that is taken back": Planted(
         ("block.py",),
-        "in_layout(call.permutation.unpermute(x), memory_format(x))",
-        "in_layout(call.permutation.unpermute(x), route.layout)",
+        "return x.contiguous() if route.is_copied else in_layout(x, route.layout)",
+        "return in_layout(x, route.layout)",
         "channels_last_gin",
         BLOCKS,
     ),

@@ -51,7 +51,7 @@ def test_any_block_equals_the_reference(
 
 @search
 @given(cases, st.booleans())
-def test_inverse_undoes_any_block(case: Case, rev: bool) -> None:
+def test_inverse_gives_back_any_input(case: Case, rev: bool) -> None:
     block = make_block(AllInOneBlock, case, dialect=case.dialect)
     x, c = make_input(case)
     with torch.no_grad():

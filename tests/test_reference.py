@@ -290,7 +290,7 @@ def test_orthogonal_matrix_in_a_hard_block_is_applied() -> None:
     [{}, {"permute_soft": True}, {"learned_householder_permutation": 3}],
     ids=["hard", "soft", "hh3"],
 )
-def test_reverse_permutation_undoes_the_permutation_first(options: dict, dialect: str) -> None:
+def test_reverse_permutation_inverts_the_permutation_first(options: dict, dialect: str) -> None:
     """With a coupling and an affine that do nothing, first W^-1 and then W are left."""
     zero = make_subnet(0, gain=0.0)
     block = AllInOneBlock(

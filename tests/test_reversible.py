@@ -113,7 +113,7 @@ def nearest_rotation(w: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "name", ["soft", "soft-rev-exp", "gin-soft", "hh2-soft-sigmoid", "hh2-soft-rev"]
 )
-def test_rotations_made_in_float32_are_undone_as_those_made_in_float64(
+def test_rotations_made_in_float32_are_inverted_like_those_in_float64(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both errors are float64's rounding, which the blocks amplify alike; by luck of signs one may
@@ -214,20 +214,20 @@ def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None
     x = torch.randn(8, 16, 12, 12)
     z, log_det = chain(x)
     assert [ref() is not None for ref in born] == [False] * 7 + [True]
-    undone: list[weakref.ref] = []
+    reconstructed: list[weakref.ref] = []
     reconstruct = link.reconstruct
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        alive = sum(ref() is not None for ref in undone)
+        alive = sum(ref() is not None for ref in reconstructed)
         # what the blocks behind have reconstructed: this block's output, and while it is handed on,
         # another
         assert alive <= 2, alive
         found = reconstruct(*args, **kwargs)
-        undone.append(weakref.ref(found.x.untyped_storage()))
+        reconstructed.append(weakref.ref(found.x.untyped_storage()))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(link, "reconstruct", noted)
         loss_of(z, log_det).backward()
-    assert len(undone) == 8
-    assert not any(ref() is not None for ref in undone)
+    assert len(reconstructed) == 8
+    assert not any(ref() is not None for ref in reconstructed)

@@ -84,7 +84,7 @@ def test_norms_do_not_leave_their_range(dtype: torch.dtype) -> None:
 
 
 def test_an_inverse_that_is_no_number_is_noticed() -> None:
-    """A scale that has underflowed to 0 cannot be undone; the forward pass is finite all the
+    """A scale that has underflowed to 0 cannot be inverted; the forward pass is finite all the
     same.
     """
     chain = ReversibleSequence(6)

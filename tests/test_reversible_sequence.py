@@ -104,7 +104,9 @@ def test_mixed_chains_with_modules_of_freia() -> None:
 
 
 @released
-def test_accelerate_makes_freias_chains_reversible_and_restore_undoes_it(peer: Callable) -> None:
+def test_accelerate_makes_freias_chains_reversible_and_restore_puts_them_back(
+    peer: Callable,
+) -> None:
     chain = freia().framework.SequenceINN(6, 4, 4)
     for i in range(DEPTH):
         chain.append(

@@ -333,7 +333,7 @@ def test_grad_scaler_steps_and_skips_as_with_a_plain_chain() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_is_undone_where_the_user_says_so(dtype: torch.dtype) -> None:
+def test_half_precision_is_reconstructed_where_the_user_says_so(dtype: torch.dtype) -> None:
     """What it loses in a few blocks is a warning, or nothing, as the dtype has it: bfloat16 is off
     by 2e-3, float16 by 2e-4.
     """

@@ -145,16 +145,16 @@ def _built(model: Model) -> nn.Module:
 
 
 def _train_step(
-    model: nn.Module, step: Step, images: Tensor, undone: int = 0
+    model: nn.Module, step: Step, images: Tensor, reversible_count: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
     """What one training step gives, and the gradients, with the batch-norm statistics that it
     leaves behind.
 
-    ``undone``: how many blocks must have a reversible chain's node in the graph.
+    ``reversible_count``: how many blocks must have a reversible chain's node in the graph.
     """
     model.train()
     results = step(model, images)
-    assert reversible_blocks(results["loss"]) == undone
+    assert reversible_blocks(results["loss"]) == reversible_count
     results["loss"].backward()
     gradients = {f"{key}.grad": p.grad for key, p in model.named_parameters()}
     return {key: t.detach() for key, t in results.items()}, gradients | dict(model.named_buffers())
@@ -195,10 +195,10 @@ def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
     truth, true_gradients = _train_step(exact, model.step, images.double())
     _, moved_gradients = _train_step(moved, model.step, images.double())
     baseline, rough_gradients = _train_step(stock, model.step, images)
-    undone = model.blocks if reversible else 0
-    for key, actual in _train_step(ours, model.step, images, undone)[0].items():
+    reversible_count = model.blocks if reversible else 0
+    for key, actual in _train_step(ours, model.step, images, reversible_count)[0].items():
         assert_close(actual, truth[key].double(), baseline[key], f"float32 {key}")
-    results, gradients = _train_step(exact_ours, model.step, images.double(), undone)
+    results, gradients = _train_step(exact_ours, model.step, images.double(), reversible_count)
     for key, actual in results.items():
         if actual.dtype is torch.float64:  # anomalib adds FastFlow's loss up in float32
             assert_close(actual, truth[key], baseline[key], f"float64 {key}")
