@@ -32,10 +32,10 @@ napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 100
 nitpicky = True
 nitpick_ignore_regex = [
-    # what ReversibleSequence shares with chains made so by accelerate
-    ("py:class", r"fastflow_kernels\.reversible\.Reversible"),
+    # what blocks and chains share with those that accelerate has changed
+    ("py:class", r"fastflow_kernels\.(reversible\.Reversible|steps\.\w+|modules\.FusedForward)"),
     ("py:class", r"(torch|collections|nn|typing)\..*|Tensor|Path|optional"),
-    ("py:.*", r"FrEIA\..*|(fastflow_kernels\.)?(eager|permutations\._|functional\._).*"),
+    ("py:.*", r"FrEIA\..*|(fastflow_kernels\.)?(block|call|coupling|engines)\..*"),
 ]
 
 html_theme = "furo"
