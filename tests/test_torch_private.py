@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow_kernels import torch_private
 
-
 # torch 2.7 does not say whether hooks for saved tensors are set: then they are taken to be
 CAN_TELL_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
