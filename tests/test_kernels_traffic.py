@@ -24,6 +24,7 @@ from tests.support.kernels import (  # noqa: F401  (fixtures)
     default_device,
     in_the_interpreter,
     kernels_run,
+    not_interpreted,
     on_this_machine,
     without_a_gpu,
 )
@@ -57,8 +58,8 @@ def traffic(launches: list[Launch]) -> float:
     [
         ((2, 16, 32, 32), torch.float32),
         ((1, 32, 28, 28), torch.bfloat16),
-        ((128, 512), torch.float32),
-        ((256, 100), torch.bfloat16),
+        pytest.param((128, 512), torch.float32, marks=not_interpreted),
+        pytest.param((256, 100), torch.bfloat16, marks=not_interpreted),
     ],
     ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
 )
