@@ -202,33 +202,36 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
         # the order of draws is the stock block's: permutation, reflections, subnet
         self._index = IndexCache()
-        index = None if permute_soft else torch.randperm(channels)
+        self._draw_permutation()
+        self._make_subnet(subnet_constructor)
+
+    def _draw_permutation(self) -> None:
+        channels, ones = self.in_channels, (1,) * self.input_rank
+        index = None if self.permute_soft else torch.randperm(channels)
         if index is not None and self._holds_index():
             self.w_perm = nn.Parameter(index, requires_grad=False)
             self.w_perm_inv = nn.Parameter(torch.argsort(index), requires_grad=False)
+            return
+        if index is None:
+            w = random_rotation(channels)
         else:
-            w = (
-                random_rotation(channels)
-                if index is None
-                else one_hot(index, self.global_scale.dtype)
-            )
-            if self.householder:
-                self.vk_householder = nn.Parameter(0.2 * torch.randn(self.householder, channels))
-                self.w_0 = nn.Parameter(w, requires_grad=False)
-                self.w_perm = self.w_perm_inv = None
-            else:
-                self.w_perm = nn.Parameter(w.view(channels, channels, *ones), requires_grad=False)
-                # of one channel, too, contiguous() would be the same memory
-                inverse = w.T.clone(memory_format=torch.contiguous_format)
-                self.w_perm_inv = nn.Parameter(
-                    inverse.view(channels, channels, *ones), requires_grad=False
-                )
-            # now, for the first forward may be a compiled one, which cannot look
-            self._index.permutation(self)
-        drawn = torch.get_rng_state() if permute_soft else None
-        self.subnet = subnet_constructor(
-            self.splits[0] + self.condition_channels, 2 * self.splits[1]
-        )
+            w = one_hot(index, self.global_scale.dtype)
+        if self.householder:
+            self.vk_householder = nn.Parameter(0.2 * torch.randn(self.householder, channels))
+            self.w_0 = nn.Parameter(w, requires_grad=False)
+            self.w_perm = self.w_perm_inv = None
+        else:
+            shape = channels, channels, *ones
+            self.w_perm = nn.Parameter(w.view(shape), requires_grad=False)
+            # of one channel, too, contiguous() would be the same memory
+            inverse = w.T.clone(memory_format=torch.contiguous_format)
+            self.w_perm_inv = nn.Parameter(inverse.view(shape), requires_grad=False)
+        # now, for the first forward may be a compiled one, which cannot look
+        self._index.permutation(self)
+
+    def _make_subnet(self, constructor: Callable[[int, int], nn.Module]) -> None:
+        drawn = torch.get_rng_state() if self.permute_soft else None
+        self.subnet = constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
         if drawn is not None and torch.equal(drawn, torch.get_rng_state()):
             # The subnet drew no random numbers: advance the generator, so that the next block gets
             # another rotation.
