@@ -16,9 +16,9 @@ from fastflow_kernels.dtypes import cast, promoted
 from fastflow_kernels.engines import plain
 from fastflow_kernels.fork import fork, passive_half
 from fastflow_kernels.fused import fused_coupling
-from fastflow_kernels.layouts import in_layout, memory_format
+from fastflow_kernels.layouts import in_layout, memory_format, packed
 from fastflow_kernels.permutations import MatrixPermutation
-from fastflow_kernels.route import Route, choose_route, engine_of
+from fastflow_kernels.route import Route, choose_route
 
 
 def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,8 @@ def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
     passive, x = fork(x, coupling.inv if coupling.reverse else None, route.with_gradients)
-    a = route.form.packed(coefficients(call, for_subnet(passive, route)), route.layout)
+    a = coefficients(call, for_subnet(passive, route))
+    a = packed(a, torch.contiguous_format if route.is_copied else route.layout)
     # after the subnet, because gradients come in the reverse order
     part = call.permutation.fused_part()
     y, log_det = fused_coupling(x, a, coupling, part, route)
@@ -104,7 +105,8 @@ def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
-    engine, form, permutation = engine_of(route), route.form, call.permutation
+    engine, permutation = route.engine, call.permutation
+    assert engine is not None
     coupling = engine_coupling(call, route)
     y = call.x.contiguous() if route.is_copied else call.x
     if route.folds_affine:
@@ -112,7 +114,7 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
         x = v = _unpermuted_affine(call, coupling)
     else:
         v = y if coupling.perm is not None else permutation.unpermute(y)
-        x = form.give(engine.invert_passive(form.take(v), coupling), v)
+        x = engine.invert_passive(v, coupling)
     passive = passive_half(x, coupling.inv if coupling.reverse else None)
     a = coefficients(call, for_subnet(passive, route))
     if promoted(x, a) is not x.dtype:
@@ -121,11 +123,11 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
         u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
         x, log_det = _finish_inverse(call, *plain.split(u), scale, a, promoted(x, a))
         return in_layout(x, route.layout), log_det
-    log_det = engine.invert_active(form.take(v), form.take(x), form.take(a), coupling)
+    log_det = engine.invert_active(v, x, a, coupling)
     del v, a, passive  # freed ahead of the permutation
     if route.permutes_first:
         x = permutation.permute(x)
-    return in_layout(x, route.layout), form.per_sample(log_det, call.x)
+    return in_layout(x, route.layout), log_det
 
 
 def engine_coupling(call: BlockCall, route: Route) -> Coupling:
@@ -138,7 +140,6 @@ def engine_coupling(call: BlockCall, route: Route) -> Coupling:
         perm,
         inv,
         route.reads_index,
-        route.form.rows_per_sample(call.x),
     )
 
 

@@ -12,9 +12,9 @@ from fastflow_kernels import torch_private
 from fastflow_kernels.channels import gather_channels, reflect, reflect_backward
 from fastflow_kernels.coupling import Coupling, OutputGrads
 from fastflow_kernels.dtypes import promoted
-from fastflow_kernels.engines import plain
+from fastflow_kernels.engines import Engine, plain
 from fastflow_kernels.permutations import FusedPart
-from fastflow_kernels.route import Route, engine_of
+from fastflow_kernels.route import Route
 from fastflow_kernels.torch_private import needs_plain
 
 
@@ -51,11 +51,11 @@ def _evaluate(
     outer: Tensor | None,
     route: Route,
 ) -> tuple[Tensor, Tensor]:
-    engine, form = engine_of(route), route.form
-    v, log_det = engine.forward(form.take(x), form.take(a), coupling)
+    assert route.engine is not None
+    v, log_det = route.engine.forward(x, a, coupling)
     if inner is not None and outer is not None:
         v = reflect(v, inner, outer)
-    return form.give(v, x), form.per_sample(log_det, x)
+    return v, log_det
 
 
 class _Coupling(Function):
@@ -74,34 +74,32 @@ class _Coupling(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, a, g, offset, inner, outer, coupling.perm, coupling.inv)
         # no tensor: those are to be saved, so that hooks see them and changes are noticed
-        ctx.constants = coupling.spec, coupling.reverse, coupling.rows_per_sample
-        ctx.route = route
+        ctx.constants = coupling.spec, coupling.reverse
+        ctx.engine = route.engine
         return _evaluate(x, a, coupling, inner, outer, route)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlog_det: Tensor | None) -> tuple[Tensor | None, ...]:
         x, a, g, offset, inner, outer, perm, inv = ctx.saved_tensors
-        spec, reverse, rows_per_sample = ctx.constants
-        coupling = Coupling(g, offset, spec, perm, inv, reverse, rows_per_sample)
+        spec, reverse = ctx.constants
+        coupling = Coupling(g, offset, spec, perm, inv, reverse)
         if dy is None:
             dy = torch.zeros(x.shape, dtype=promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or needs_plain(dy, dlog_det):
             sources = (x, a, g, offset, inner, outer)
             gradients = _plain_backward(ctx, sources, OutputGrads(dy, dlog_det), coupling)
             return *gradients, None, None
-        route: Route = ctx.route
-        engine, form = engine_of(route), route.form
-        dv, x_taken, a_taken = form.take(dy), form.take(x), form.take(a)
+        engine: Engine = ctx.engine
         dinner = douter = None
         if inner is not None:
-            v, _ = engine.forward(x_taken, a_taken, coupling)  # again rather than kept
-            dv, dinner, douter = reflect_backward(dv, v, inner, outer)
+            v, _ = engine.forward(x, a, coupling)  # again rather than kept
+            dy, dinner, douter = reflect_backward(dy, v, inner, outer)
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
         want_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dx, da, dg, doffset = engine.backward(
-            x_taken, a_taken, OutputGrads(dv, dlog_det), coupling, want_params
+            x, a, OutputGrads(dy, dlog_det), coupling, want_params
         )
-        return form.give(dx, x), form.give(da, x), dg, doffset, dinner, douter, None, None
+        return dx, da, dg, doffset, dinner, douter, None, None
 
 
 _apply_coupling = torch_private.direct_apply(_Coupling)

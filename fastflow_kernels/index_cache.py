@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from fastflow_kernels.permutations import (
     Permutation,
     one_hot,
 )
-from fastflow_kernels.torch_private import parameter_of
+from fastflow_kernels.torch_private import parameter_of, state_of
 
 
 class IndexCache:
@@ -77,14 +76,17 @@ class IndexCache:
             self._cached = None
             return _in_graph(w, w_inv, False)
         # otherwise the cache would keep what a mode has made
-        with torch_private.unrecorded() if torch_private.is_watched() else nullcontext():
+        if torch_private.is_watched():
+            with torch_private.unrecorded():
+                cached = self._current(w, w_inv, uses_w, uses_inverse)
+        else:
             cached = self._current(w, w_inv, uses_w, uses_inverse)
         return _as_matrices(w, w_inv) if cached.index is None else cached.index
 
     def _current(
         self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool
     ) -> _Cached:
-        cached, key = self._cached, (_state_of(w), _state_of(w_inv))
+        cached, key = self._cached, (state_of(w), state_of(w_inv))
         if (
             cached is None
             or cached.key != key
@@ -160,7 +162,7 @@ class _Cached:
 
     def is_current(self) -> bool:
         """Whether the matrices that were read are still what they were."""
-        return self.key == tuple(map(_state_of, self.seen)) and self.holds(*self.seen)
+        return self.key == tuple(map(state_of, self.seen)) and self.holds(*self.seen)
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
         """Whether the values are still the same; asked on the CPU only. None is not looked at."""
@@ -208,11 +210,6 @@ def _is_fixed(w: Tensor) -> bool:
     if w.requires_grad or w.is_meta or (type(w) is not Tensor and type(w) is not nn.Parameter):
         return False
     return not torch_private.is_wrapped(w)
-
-
-def _state_of(t: Tensor | None) -> tuple[Any, ...] | None:
-    """What changes when a tensor is another one, lies elsewhere, or is written to."""
-    return None if t is None else (id(t), t.data_ptr(), torch_private.version_of(t))
 
 
 def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:

@@ -1,8 +1,6 @@
-"""Memory layouts: which one a tensor has, and in which form an engine is given it."""
+"""Memory layouts: which one a tensor has, and how it gets another."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +37,13 @@ def is_packed(t: Tensor) -> bool:
     return True
 
 
+def packed(t: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """The tensor, or a copy in this layout where the values of a sample lie apart."""
+    if layout is not torch.contiguous_format:
+        return t.contiguous(memory_format=layout)
+    return t if is_packed(t) else t.contiguous()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """(B, C, *S) -> (B * P, C), contiguous; a view where x is channels-last."""
     # one sample of another layout would be a transposed view
@@ -55,64 +60,3 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
     return torch.empty(0, dtype=rows.dtype, device=rows.device).set_(
         rows.untyped_storage(), rows.storage_offset(), view.shape, view.stride()
     )
-
-
-class Form(Protocol):
-    """In which form an engine is given the tensors of a block, (B, C, *S)."""
-
-    def take(self, t: Tensor) -> Tensor:
-        """A tensor as the engine takes it."""
-
-    def give(self, t: Tensor, like: Tensor) -> Tensor:
-        """A result of the engine in the block's form; ``like`` has the batch and spatial size."""
-
-    def per_sample(self, log_det: Tensor, like: Tensor) -> Tensor:
-        """The engine's log-determinant per sample, (B,)."""
-
-    def packed(self, t: Tensor, layout: torch.memory_format) -> Tensor:
-        """A tensor, or a copy that :meth:`take` needs not copy; ``layout`` is that of a result."""
-
-    def rows_per_sample(self, x: Tensor) -> int:
-        """How many samples of the engine's make one of the block's."""
-
-
-class _Samples:
-    """As they are."""
-
-    def take(self, t: Tensor) -> Tensor:
-        return t
-
-    def give(self, t: Tensor, like: Tensor) -> Tensor:
-        return t
-
-    def per_sample(self, log_det: Tensor, like: Tensor) -> Tensor:
-        return log_det
-
-    def packed(self, t: Tensor, layout: torch.memory_format) -> Tensor:
-        return t if is_packed(t) else t.contiguous()
-
-    def rows_per_sample(self, x: Tensor) -> int:
-        return 1
-
-
-class _Pixels:
-    """Every pixel of a channels-last tensor is a row, which the engine takes for a sample."""
-
-    def take(self, t: Tensor) -> Tensor:
-        return as_rows(t)
-
-    def give(self, t: Tensor, like: Tensor) -> Tensor:
-        return from_rows(t, like)
-
-    def per_sample(self, log_det: Tensor, like: Tensor) -> Tensor:
-        return log_det.view(like.shape[0], -1).sum(1)
-
-    def packed(self, t: Tensor, layout: torch.memory_format) -> Tensor:
-        return t.contiguous(memory_format=layout)
-
-    def rows_per_sample(self, x: Tensor) -> int:
-        return x.shape[2:].numel()
-
-
-SAMPLES: Form = _Samples()
-PIXELS: Form = _Pixels()

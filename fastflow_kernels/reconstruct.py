@@ -18,7 +18,7 @@ from fastflow_kernels.permutations import (
     MatrixPermutation,
     Permutation,
 )
-from fastflow_kernels.route import choose_engine, engine_of
+from fastflow_kernels.route import choose_engine
 
 
 class Reconstructed(NamedTuple):
@@ -53,15 +53,14 @@ def reconstruct(
         want_params: Whether those of global_scale and global_offset are.
     """
     route = choose_engine(call, requested(call.backend))
-    engine, form, permutation = engine_of(route), route.form, call.permutation
+    engine, permutation = route.engine, call.permutation
+    assert engine is not None
     coupling = engine_coupling(call, route._replace(reads_index=False))
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
     if not isinstance(permutation, IndexPermutation):
         v = _preimage(permutation, v, False)
         dv = _pulled_back(permutation, v, dv, False)
-    v_taken, dv_taken = form.take(v), form.take(dv)
-    x_taken = engine.invert_passive(v_taken, coupling)
-    x = form.give(x_taken, v)
+    x = engine.invert_passive(v, coupling)
     # reflections ahead of the coupling learn from the gradient of its input
     want_dx = want_x or (
         call.reverse_permutation
@@ -74,15 +73,14 @@ def reconstruct(
         passive = x.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(want_dx)
         a = coefficients(call, for_subnet(passive, route))
     dx, da, dg, doffset = engine.invert_and_backward(
-        v_taken,
-        x_taken,
-        form.take(a.detach()),
-        OutputGrads(dv_taken, grads.log_det),
+        v,
+        x,
+        a.detach(),
+        OutputGrads(dv, grads.log_det),
         coupling,
         want_params,
     )
-    del v, dv, v_taken, dv_taken  # freed ahead of the subnet's backward
-    dx, da = form.give(dx, x), form.give(da, x)
+    del v, dv  # freed ahead of the subnet's backward
     if a.requires_grad:
         torch.autograd.backward(a, da)
     if passive.grad is not None:

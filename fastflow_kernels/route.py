@@ -17,8 +17,9 @@ from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import Engine, eager
+from fastflow_kernels.engines.pixels import ByPixels
 from fastflow_kernels.engines.triton.plan import why_unsupported
-from fastflow_kernels.layouts import PIXELS, SAMPLES, Form, is_packed, memory_format
+from fastflow_kernels.layouts import is_packed, memory_format
 from fastflow_kernels.permutations import IndexPermutation, MatrixPermutation
 from fastflow_kernels.predicates import SMALL, is_autocast, is_small
 from fastflow_kernels.torch_private import needs_plain
@@ -91,7 +92,6 @@ class Route(NamedTuple):
         case: Why, and what runs.
         engine: Computes the coupling; None for plain operations.
         layout: Memory format of the result.
-        form: In which form the engine is given the tensors.
         is_copied: The engine is given a contiguous copy of the input.
         reads_index: The engine inverts the permutation ahead of the coupling, by reading x through
             the index.
@@ -104,7 +104,6 @@ class Route(NamedTuple):
     case: Case
     engine: Engine | None = None
     layout: torch.memory_format = torch.contiguous_format
-    form: Form = SAMPLES
     is_copied: bool = False
     reads_index: bool = False
     permutes_first: bool = False
@@ -143,12 +142,6 @@ def choose_route(call: BlockCall) -> Route:
     return choose_engine(call, backend)
 
 
-def engine_of(route: Route) -> Engine:
-    """The engine of a route that has one."""
-    assert route.engine is not None
-    return route.engine
-
-
 def choose_engine(call: BlockCall, backend: str) -> Route:
     """The route of a call that plain operations do not take.
 
@@ -181,11 +174,12 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     permutes_first = call.reverse_permutation and not reads_index
     folds_affine = call.rev and not is_triton and _folds_affine(call)
     with_gradients = torch.is_grad_enabled()
-    form = PIXELS if as_pixels else SAMPLES
-    case = PIXEL_ROWS if as_pixels else COPIED if is_copied else FUSED
+    case = COPIED if is_copied else FUSED
+    if as_pixels:
+        case, engine = PIXEL_ROWS, ByPixels(engine)
     # by position: by name it takes 0.3 us more
     return Route(
-        case, engine, layout, form, is_copied, reads_index, permutes_first, folds_affine,
+        case, engine, layout, is_copied, reads_index, permutes_first, folds_affine,
         with_gradients, reason,
     )  # fmt: skip
 

@@ -115,14 +115,18 @@ def unrecorded() -> Iterator[None]:
 # --- what a tensor is -----------------------------------------------------------------------------
 
 
-def is_wrapped(t: Tensor) -> bool:
-    """Whether t is a wrapper of torch.func, which may stand for many values."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+# Whether a tensor is a wrapper of torch.func, which may stand for many values.
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def version_of(t: Tensor) -> int | None:
     """How often t was written to in place; None if nobody counts (in inference mode)."""
     return None if t.is_inference() else t._version
+
+
+def state_of(t: Tensor | None) -> tuple[int, int, int | None] | None:
+    """What changes when a tensor is another one, lies elsewhere, or is written to."""
+    return None if t is None else (id(t), t.data_ptr(), None if t.is_inference() else t._version)
 
 
 def holders_of(t: Tensor) -> tuple[int, int, int]:

@@ -25,11 +25,11 @@ from fastflow_kernels.engines.triton.launch import (
     key_of,
     on_its_device,
     values_of,
-    with_packed_samples,
 )
 from fastflow_kernels.engines.triton.math import exp_of_factor, product, tanh_of_factor
 from fastflow_kernels.engines.triton.sums import prepare_gin_sums, prepare_params
 from fastflow_kernels.engines.triton.tiles import columns, index, inverse_scale, load, scale, total
+from fastflow_kernels.layouts import packed
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def _backward(
 ) -> CouplingGrads:
     """The gradients; with y the active channels of x are written too."""
     global_scale, global_offset, spec, _, inv, _, rows_per_sample = coupling
-    a, dy = with_packed_samples(a), grads.y.contiguous()
+    a, dy = packed(a), grads.y.contiguous()
     log_det = None if spec.gin else grads.log_det
     log_det_of_rows = log_det
     if log_det is not None and rows_per_sample > 1:

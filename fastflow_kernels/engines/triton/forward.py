@@ -31,7 +31,6 @@ from fastflow_kernels.engines.triton.launch import (
     key_of,
     on_its_device,
     values_of,
-    with_packed_samples,
 )
 from fastflow_kernels.engines.triton.math import exp_of_factor, tanh_of_factor
 from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, prepare_log_det
@@ -43,6 +42,7 @@ from fastflow_kernels.engines.triton.tiles import (
     scale,
     total,
 )
+from fastflow_kernels.layouts import packed
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def _prepare(*key: Any) -> Prepared:
 def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     """See :class:`~fastflow_kernels.engines.Engine`; y is contiguous."""
     global_scale, offset, _, perm, inv, _, _ = coupling
-    a = with_packed_samples(a)
+    a = packed(a)
     prepared = _prepare(*key_of(x, coupling, (x.dtype, a.dtype), (x.stride(0), a.stride(0))))
     channel_index = perm if prepared.launch.kernel is _coupling_rows_fwd_kernel else inv
     is_aligned = aligned(x, a, global_scale, offset, channel_index)

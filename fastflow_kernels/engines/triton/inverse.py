@@ -24,7 +24,6 @@ from fastflow_kernels.engines.triton.launch import (
     key_of,
     on_its_device,
     values_of,
-    with_packed_samples,
 )
 from fastflow_kernels.engines.triton.math import exp_of_factor, tanh_of_factor
 from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, prepare_log_det
@@ -37,6 +36,7 @@ from fastflow_kernels.engines.triton.tiles import (
     scale,
     total,
 )
+from fastflow_kernels.layouts import packed
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def _prepare_passive(*key: Any) -> Prepared:
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
     """See :class:`~fastflow_kernels.engines.Engine`; x is contiguous."""
     global_scale, offset, _, _, inv, _, _ = coupling
-    y = with_packed_samples(y)
+    y = packed(y)
     prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
     # so that it counts its versions: a subnet that writes to its input is noticed
     with torch.inference_mode(False):
@@ -211,7 +211,7 @@ def write_active(
         whether pointers are aligned, GIN's sums and the partial sums.
     """
     global_scale, offset, _, _, inv, _, _ = coupling
-    y, a = with_packed_samples(y), with_packed_samples(a)
+    y, a = packed(y), packed(a)
     key = key_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
     prepared = _prepare_active(*key)
     is_aligned = aligned(y, x, a, global_scale, offset, inv)

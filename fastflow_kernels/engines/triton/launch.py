@@ -28,7 +28,6 @@ from fastflow_kernels.engines.triton.plan import (
     is_cut_by_rows,
     make_plan,
 )
-from fastflow_kernels.layouts import is_packed
 
 ACC_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
@@ -274,11 +273,6 @@ def aligned(*tensors: Tensor | None) -> bool:
         if t is not None:
             merged |= t.data_ptr()
     return not merged & 15
-
-
-def with_packed_samples(t: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where the values of a sample lie apart."""
-    return t if is_packed(t) else t.contiguous()
 
 
 def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:
