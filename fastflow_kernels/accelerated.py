@@ -118,8 +118,7 @@ class AcceleratedBlock(FusedForward, _Stock):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self._changed() is None:
-            # now, because the next forward may be a compiled one, which cannot look
-            self._fastflow.index.permutation(self)
+            self._fastflow.index.refresh(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """As torch has it, without what no copy takes: FrEIA's lambdas, and the product of
@@ -179,8 +178,7 @@ def hold(block: Any, maths: Maths, backend: str) -> None:
     if block.householder:
         block.w_perm = block.w_perm_inv = None
     held = Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
-    # now, because the first forward may be a compiled one, which cannot look
-    held.index.permutation(block)
+    held.index.refresh(block)
     block.__dict__["_fastflow"] = held
     if not isinstance(block, AcceleratedBlock):
         cls: Any = type(block)
@@ -228,8 +226,8 @@ def reversible_in_words(chain: Any) -> str:
     return f"{count} of its {len(chain.module_list)} modules are reconstructed in the backward pass"
 
 
-def stock_class(part: Any) -> Any:
-    """The class of a block or chain, or the one that it had before accelerate."""
+def class_before(part: Any) -> Any:
+    """The class that a block or chain had before accelerate; else its own."""
     is_changed = isinstance(part, AcceleratedBlock | AcceleratedChain)
     return part._fastflow_stock if is_changed else type(part)
 

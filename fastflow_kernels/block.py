@@ -93,14 +93,14 @@ def _like(x: Tensor, y: Tensor) -> Tensor:
 def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
-    passive, x = fork(x, coupling.inv if coupling.reverse else None, route.with_gradients)
+    passive, x = fork(x, coupling.inv if coupling.unpermutes_input else None, route.with_gradients)
     a = coefficients(call, for_subnet(passive, route))
     a = packed(a, torch.contiguous_format if route.is_copied else route.layout)
     # after the subnet, because gradients come in the reverse order
-    part = call.permutation.fused_part()
-    y, log_det = fused_coupling(x, a, coupling, part, route)
-    if part.after is not None:
-        y = part.after.permute(y)
+    after = call.permutation.after_coupling()
+    y, log_det = fused_coupling(x, a, coupling, after, route)
+    if after.rest is not None:
+        y = after.rest.permute(y)
     return in_layout(y, route.layout), log_det
 
 
@@ -115,7 +115,7 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     else:
         v = y if coupling.perm is not None else permutation.unpermute(y)
         x = engine.invert_passive(v, coupling)
-    passive = passive_half(x, coupling.inv if coupling.reverse else None)
+    passive = passive_half(x, coupling.inv if coupling.unpermutes_input else None)
     a = coefficients(call, for_subnet(passive, route))
     if promoted(x, a) is not x.dtype:
         # the subnet widens: rare enough to start over with plain operations
@@ -125,7 +125,7 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
         return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(v, x, a, coupling)
     del v, a, passive  # freed ahead of the permutation
-    if route.permutes_first:
+    if route.unpermutes_apart:
         x = permutation.permute(x)
     return in_layout(x, route.layout), log_det
 
@@ -139,7 +139,7 @@ def engine_coupling(call: BlockCall, route: Route) -> Coupling:
         call.spec,
         perm,
         inv,
-        route.reads_index,
+        route.unpermutes_inside,
     )
 
 
@@ -157,7 +157,7 @@ def for_subnet(passive: Tensor, route: Route) -> Tensor:
 def _coupling_input(call: BlockCall, route: Route) -> Tensor:
     """x as the coupling reads it."""
     x = call.x.contiguous() if route.is_copied else call.x
-    if not route.permutes_first:
+    if not route.unpermutes_apart:
         return x
     x = call.permutation.unpermute(x)
     return x.contiguous() if route.is_copied else in_layout(x, route.layout)

@@ -109,7 +109,12 @@ class _Multiply(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (w,) = ctx.saved_tensors
-        return multiply_channels(dy, w.flatten(1).T.to(dy.dtype)).to(ctx.dtype), None
+        return multiply_backward(dy, w).to(ctx.dtype), None
+
+
+def multiply_backward(dy: Tensor, w: Tensor) -> Tensor:
+    """The gradient of x from that of multiply_channels(x, w)."""
+    return multiply_channels(dy, w.flatten(1).T.to(dy.dtype))
 
 
 def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class Coupling(NamedTuple):
         spec: The constants.
         perm: int64 (C,): y[:, j] = v[:, perm[j]]; None for the identity.
         inv: argsort(perm), or None.
-        reverse: The permutation is inverted ahead of the coupling: the engine then reads x through
-            ``inv`` too, and writes its gradient, or the inverse, so. Triton only.
+        unpermutes_input: The permutation is inverted ahead of the coupling: the engine then reads x
+            through ``inv`` too, and writes its gradient, or the inverse, so. Triton only.
         rows_per_sample: Rows of x that belong to one sample: the pixels of a channels-last image
             that the engine is given as rows. GIN's mean and the gradient of the log-determinant
             are per sample.
@@ -70,7 +70,7 @@ class Coupling(NamedTuple):
     spec: CouplingSpec
     perm: Tensor | None = None
     inv: Tensor | None = None
-    reverse: bool = False
+    unpermutes_input: bool = False
     rows_per_sample: int = 1
 
 

@@ -13,13 +13,13 @@ from fastflow_kernels.channels import gather_channels, reflect, reflect_backward
 from fastflow_kernels.coupling import Coupling, OutputGrads
 from fastflow_kernels.dtypes import promoted
 from fastflow_kernels.engines import Engine, plain
-from fastflow_kernels.permutations import FusedPart
+from fastflow_kernels.permutations import AfterCoupling
 from fastflow_kernels.route import Route
 from fastflow_kernels.torch_private import needs_plain
 
 
 def fused_coupling(
-    x: Tensor, a: Tensor, coupling: Coupling, part: FusedPart, route: Route
+    x: Tensor, a: Tensor, coupling: Coupling, after: AfterCoupling, route: Route
 ) -> tuple[Tensor, Tensor]:
     """The coupling, the global affine and what is fused of the permutation.
 
@@ -27,23 +27,23 @@ def fused_coupling(
         x: (B, C, *S).
         a: (B, 2*C2, *S), the subnet's output.
         coupling: What the engine is given beside them.
-        part: Its reflections follow the coupling; its index is the coupling's.
+        after: Its reflections are computed, too; what is left then is not.
         route: The call's.
 
     Returns:
         y (B, C, *S) and the log-determinant (B,) in nats.
     """
     if not route.with_gradients:  # autograd would make no node
-        return _evaluate(x, a, coupling, part.inner, part.outer, route)
+        return _couple_and_reflect(x, a, coupling, after.inner, after.outer, route)
     # the scale of GIN is 1, whatever the parameter is
     g = coupling.global_scale.detach() if coupling.spec.gin else coupling.global_scale
     y, log_det = _apply_coupling(
-        x, a, g, coupling.global_offset, part.inner, part.outer, coupling, route
+        x, a, g, coupling.global_offset, after.inner, after.outer, coupling, route
     )
     return y, log_det
 
 
-def _evaluate(
+def _couple_and_reflect(
     x: Tensor,
     a: Tensor,
     coupling: Coupling,
@@ -74,15 +74,15 @@ class _Coupling(Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, a, g, offset, inner, outer, coupling.perm, coupling.inv)
         # no tensor: those are to be saved, so that hooks see them and changes are noticed
-        ctx.constants = coupling.spec, coupling.reverse
+        ctx.constants = coupling.spec, coupling.unpermutes_input
         ctx.engine = route.engine
-        return _evaluate(x, a, coupling, inner, outer, route)
+        return _couple_and_reflect(x, a, coupling, inner, outer, route)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dlog_det: Tensor | None) -> tuple[Tensor | None, ...]:
         x, a, g, offset, inner, outer, perm, inv = ctx.saved_tensors
-        spec, reverse = ctx.constants
-        coupling = Coupling(g, offset, spec, perm, inv, reverse)
+        spec, unpermutes_input = ctx.constants
+        coupling = Coupling(g, offset, spec, perm, inv, unpermutes_input)
         if dy is None:
             dy = torch.zeros(x.shape, dtype=promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or needs_plain(dy, dlog_det):
@@ -144,7 +144,7 @@ def _plain_coupling(leaves: list[Tensor], coupling: Coupling) -> tuple[Tensor, T
     """What :func:`fused_coupling` returns, by plain operations."""
     x, a, g, offset, inner, outer = leaves
     perm, inv = coupling.perm, coupling.inv
-    if coupling.reverse and perm is not None and inv is not None:
+    if coupling.unpermutes_input and perm is not None and inv is not None:
         x = gather_channels(x, inv, perm)
     x1, x2 = plain.split(x)
     y, log_det = plain.forward(x1, x2, a, g, offset, coupling.spec)

@@ -45,6 +45,10 @@ class IndexCache:
     def __getstate__(self) -> dict[str, Any]:
         return {"hard": self.hard, "_cached": None}  # copies read their own matrices
 
+    def refresh(self, block: Any) -> None:
+        """Look at a block's matrices now: its next call may be a compiled one, which cannot."""
+        self.permutation(block)
+
     def permutation(self, block: Any, rev: bool = False, x: Tensor | None = None) -> Permutation:
         """The permutation of a block with the stock block's attributes, for one direction: an index
         wherever its matrix is one.
@@ -107,24 +111,16 @@ class IndexCache:
         if torch.compiler.is_dynamo_compiling():
             return None if self._cached is None else self._cached.index
         with torch_private.unrecorded():
+            cached = self._cached
             if _are_fixed(w, w_inv):
-                cached: _Cached | None = self._current(w, w_inv, True, True)
-            else:
-                # what the exporter has put in the weights' place has no values; those that were
-                # read have
-                cached = (
-                    self._cached if self._cached is not None and self._cached.is_current() else None
-                )
-            numbers = (
-                None
-                if cached is None or cached.index is None
-                else [t.tolist() for t in cached.index]
-            )
-        return (
-            None
-            if numbers is None
-            else IndexPermutation(*(torch.tensor(n, device=w.device) for n in numbers))
-        )
+                cached = self._current(w, w_inv, True, True)
+            elif cached is not None and not cached.is_current():
+                # what the exporter has put in the weights' place has no values; what was read has
+                cached = None
+            if cached is None or cached.index is None:
+                return None
+            numbers = [t.tolist() for t in cached.index]
+        return IndexPermutation(*(torch.tensor(n, device=w.device) for n in numbers))
 
 
 # Multiplications up to which a product costs less than looking whether an index is current and

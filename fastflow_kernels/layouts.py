@@ -19,7 +19,10 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x, which is contiguous or channels-last already, in the given layout."""
+    """x in the given layout, where x is channels-last or contiguous already.
+
+    For the contiguous layout that is x as it is: whoever calls has made it so.
+    """
     if layout is torch.contiguous_format:
         return x
     return x.contiguous(memory_format=layout)

@@ -226,8 +226,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             # of one channel, too, contiguous() would be the same memory
             inverse = w.T.clone(memory_format=torch.contiguous_format)
             self.w_perm_inv = nn.Parameter(inverse.view(shape), requires_grad=False)
-        # now, for the first forward may be a compiled one, which cannot look
-        self._index.permutation(self)
+        self._index.refresh(self)
 
     def _make_subnet(self, constructor: Callable[[int, int], nn.Module]) -> None:
         drawn = torch.get_rng_state() if self.permute_soft else None
@@ -258,7 +257,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         return BlockCall(
             x,
             c,
-            self._checked_subnet,
+            self._run_subnet,
             global_scale,
             parameter_of(self, "global_offset"),
             self._index.permutation(self, rev, x if self.backend == "auto" else None),
@@ -316,7 +315,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
                 loaded, missing = missing, loaded
             with torch.no_grad():
                 missing.copy_(inverse_of(loaded))
-        self._index.permutation(self)
+        self._index.refresh(self)
 
     def extra_repr(self) -> str:
         kind = "soft" if self.permute_soft else "hard"

@@ -122,6 +122,7 @@ def initial_global_scale(activation: str, init: float, dialect: str) -> float:
             2.0 * (start + math.log(-math.expm1(-start))),
         )
     else:
+        assert activation == "EXP"
         rounded, exact = _tensor(init, dtype).log(), math.log(init)
     g = rounded.item()
     # out of that precision's range, or rounded to 0 on the way

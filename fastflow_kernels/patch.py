@@ -128,7 +128,7 @@ def _accelerate_block(block: Any, backend: str) -> None:
         accelerated.set_backend(block, backend)
         if why_not_fused(block) is None:
             return
-        cls = accelerated.stock_class(block)
+        cls = accelerated.class_before(block)
     try:
         maths = probe.identify(block, cls)
     except Left:

@@ -14,24 +14,31 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels import torch_private
-from fastflow_kernels.channels import gather_channels, multiply_channels, product, reflect
+from fastflow_kernels.channels import (
+    gather_channels,
+    multiply_backward,
+    multiply_channels,
+    product,
+    reflect,
+)
 from fastflow_kernels.predicates import is_autocast
 
 
-class FusedPart(NamedTuple):
-    """What of a permutation, beside an index, the fused coupling applies itself.
+class AfterCoupling(NamedTuple):
+    """What of a permutation comes after a coupling that applies its index.
 
     Attributes:
-        inner, outer: Factors (K, C) for :func:`~fastflow_kernels.channels.reflect`, or None.
-        after: What is left to permute by, after the coupling, or None.
+        inner, outer: Factors (K, C) of :func:`~fastflow_kernels.channels.reflect`, which comes
+            first and belongs to the coupling's autograd node; None without reflections.
+        rest: What is permuted by then; None if nothing is left.
     """
 
     inner: Tensor | None = None
     outer: Tensor | None = None
-    after: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
+    rest: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
 
 
-_NOTHING = FusedPart()
+_NOTHING = AfterCoupling()
 
 
 class IndexPermutation(NamedTuple):
@@ -49,7 +56,7 @@ class IndexPermutation(NamedTuple):
         """The index and its inverse, which an engine applies."""
         return self.perm, self.inv
 
-    def fused_part(self) -> FusedPart:
+    def after_coupling(self) -> AfterCoupling:
         return _NOTHING
 
     def permute(self, v: Tensor) -> Tensor:
@@ -81,8 +88,8 @@ class MatrixPermutation(NamedTuple):
     def index_pair(self) -> tuple[None, None]:
         return None, None
 
-    def fused_part(self) -> FusedPart:
-        return FusedPart(after=self)
+    def after_coupling(self) -> AfterCoupling:
+        return AfterCoupling(rest=self)
 
     def permute(self, v: Tensor) -> Tensor:
         return multiply_channels(v, self.w)
@@ -92,8 +99,7 @@ class MatrixPermutation(NamedTuple):
 
     def permute_backward(self, dy: Tensor, rev: bool) -> Tensor:
         """The gradient of v from that of permute(v); if ``rev``, of y from that of unpermute(y)."""
-        w = self.w_inv if rev else self.w
-        return multiply_channels(dy, w.flatten(1).T.to(dy.dtype))
+        return multiply_backward(dy, self.w_inv if rev else self.w)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.w.flatten(1).to(dtype)
@@ -124,11 +130,11 @@ class HouseholderPermutation(NamedTuple):
     def index_pair(self) -> tuple[None, None]:
         return None, None
 
-    def fused_part(self) -> FusedPart:
+    def after_coupling(self) -> AfterCoupling:
         if self.is_dense():
-            return FusedPart(after=self)
+            return AfterCoupling(rest=self)
         inner, outer = self.factors()
-        return FusedPart(inner, outer, self.base)
+        return AfterCoupling(inner, outer, self.base)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """T V and V, both (K, C), in full precision also under autocast."""

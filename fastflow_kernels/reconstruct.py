@@ -55,7 +55,7 @@ def reconstruct(
     route = choose_engine(call, requested(call.backend))
     engine, permutation = route.engine, call.permutation
     assert engine is not None
-    coupling = engine_coupling(call, route._replace(reads_index=False))
+    coupling = engine_coupling(call, route._replace(unpermutes_inside=False))
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
     if not isinstance(permutation, IndexPermutation):
         v = _preimage(permutation, v, False)

@@ -11,10 +11,10 @@ from fastflow_kernels import probe, torch_private
 from fastflow_kernels.accelerated import (
     AcceleratedBlock,
     AcceleratedChain,
+    class_before,
     held_by,
     make_reversible,
     reversible_in_words,
-    stock_class,
 )
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
@@ -170,7 +170,7 @@ def _in_words(block: Any, dialect: str, activation: str) -> str:
 
 
 def _kind(part: Any) -> str:
-    cls = stock_class(part)
+    cls = class_before(part)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

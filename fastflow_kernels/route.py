@@ -93,9 +93,9 @@ class Route(NamedTuple):
         engine: Computes the coupling; None for plain operations.
         layout: Memory format of the result.
         is_copied: The engine is given a contiguous copy of the input.
-        reads_index: The engine inverts the permutation ahead of the coupling, by reading x through
-            the index.
-        permutes_first: The permutation is inverted ahead of the coupling by a pass of its own.
+        unpermutes_inside: With ``reverse_permutation`` the engine inverts the permutation, by
+            reading x through the index.
+        unpermutes_apart: A pass of its own does, ahead of the coupling; it follows the inverse.
         folds_affine: The inverse of scale, offset and permutation is one product with a bias.
         with_gradients: Whether gradients are enabled.
         why_not_triton: Why the Triton engine, which was wanted, does not compute it.
@@ -105,8 +105,8 @@ class Route(NamedTuple):
     engine: Engine | None = None
     layout: torch.memory_format = torch.contiguous_format
     is_copied: bool = False
-    reads_index: bool = False
-    permutes_first: bool = False
+    unpermutes_inside: bool = False
+    unpermutes_apart: bool = False
     folds_affine: bool = False
     with_gradients: bool = False
     why_not_triton: str | None = None
@@ -155,31 +155,30 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     x = call.x
     layout = memory_format(x)
     is_channels_last = layout is not torch.contiguous_format
-    engine: Engine = eager
-    as_pixels, reason = is_channels_last, None
-    if wants_triton(x, backend, call.spec):
-        # GIN's mean runs over all pixels of a sample
-        pixels_for_triton = is_channels_last and not call.spec.gin
-        reason = why_not_triton(x, pixels_for_triton)
-        if reason is None:
-            engine, as_pixels = triton_engine(), pixels_for_triton
-        elif backend == "triton":
-            raise _not_triton(reason)
-    is_triton = engine is not eager
+    # GIN's mean runs over all pixels of a sample, and a kernel's rows know nothing of each other
+    pixels_suit_triton = is_channels_last and not call.spec.gin
+    is_triton, reason = wants_triton(x, backend, call.spec), None
+    if is_triton:
+        reason = why_not_triton(x, pixels_suit_triton)
+        is_triton = reason is None
+    if reason is not None and backend == "triton":
+        raise _not_triton(reason)
+    as_pixels = pixels_suit_triton if is_triton else is_channels_last
     is_copied = is_triton and not as_pixels and not is_packed(x)
     # The eager engine would gather piece by piece what one index_select takes at once (0.3 ns an
     # element at rank 0, 0.1 on planes), and the passive half, for the subnet, once more.
     is_index = isinstance(call.permutation, IndexPermutation)
-    reads_index = call.reverse_permutation and is_triton and is_index
-    permutes_first = call.reverse_permutation and not reads_index
+    unpermutes_inside = call.reverse_permutation and is_triton and is_index
+    unpermutes_apart = call.reverse_permutation and not unpermutes_inside
     folds_affine = call.rev and not is_triton and _folds_affine(call)
     with_gradients = torch.is_grad_enabled()
+    engine = triton_engine() if is_triton else eager
     case = COPIED if is_copied else FUSED
     if as_pixels:
         case, engine = PIXEL_ROWS, ByPixels(engine)
     # by position: by name it takes 0.3 us more
     return Route(
-        case, engine, layout, is_copied, reads_index, permutes_first, folds_affine,
+        case, engine, layout, is_copied, unpermutes_inside, unpermutes_apart, folds_affine,
         with_gradients, reason,
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ class StockSteps:
     def _permutation(self) -> Permutation:
         return self._index.permutation(self)
 
-    def _checked_subnet(self, x: Tensor) -> Tensor:
+    def _run_subnet(self, x: Tensor) -> Tensor:
         return self.subnet(x.clone() if self._subnet_starts_in_place else x)
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class StockSteps:
             x = self._pre_permute(x, rev=False)
         x1, x2 = x.split(self.splits, 1)
         x2, logdet = self._affine(
-            x2, self._checked_subnet(torch.cat((x1, *c), 1) if c else x1), rev=rev
+            x2, self._run_subnet(torch.cat((x1, *c), 1) if c else x1), rev=rev
         )
         x = torch.cat((x1, x2), 1)
         if not rev:

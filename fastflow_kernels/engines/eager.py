@@ -185,12 +185,11 @@ class _BackwardStep:
         self, x: Tensor, a: Tensor, dy: Tensor, dx: Tensor, da: Tensor, *direct: Tensor
     ) -> None:
         x, a = cast(x, self.dtype), cast(a, self.dtype)
-        du = _gathered(dy, self.coupling.inv, dx, self.dtype)
+        dv = _gathered(dy, self.coupling.inv, dx, self.dtype)
         da_wide = da if da.dtype is self.dtype else torch.empty_like(a)
         if self.want_params:
-            self.offset_sum = _accumulated(self.offset_sum, du.sum((0, 2)))
-        if self.scale is not None:
-            du.mul_(self.scale)
+            self.offset_sum = _accumulated(self.offset_sum, dv.sum((0, 2)))
+        du = dv if self.scale is None else dv.mul_(self.scale)
         active = x.shape[1] // 2
         passive = x.shape[1] - active
         x1, x2 = split_at(x, passive, active)
@@ -265,7 +264,8 @@ def _log_slope(scale: Tensor, activation: str) -> Tensor | float:
     if activation == "SOFTPLUS":  # 0.1 * sigmoid(g / 2) / scale, by way of the scale
         scale = scale.clamp_min(1e-30)
         return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)
-    return 1.0  # of exp(g)
+    assert activation == "EXP"
+    return 1.0
 
 
 def _accumulated(total: Tensor | None, part: Tensor) -> Tensor:

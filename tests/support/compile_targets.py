@@ -102,7 +102,7 @@ def launches_of_passes(
 ) -> dict[str, list[Recorded]]:
     """What the launchers launch for an input of this shape, by pass."""
     inputs = _empty(shape, dtype, dtype, spec)
-    inputs = inputs._replace(coupling=inputs.coupling._replace(reverse=reverse))
+    inputs = inputs._replace(coupling=inputs.coupling._replace(unpermutes_input=reverse))
     return {
         name: launches_of(partial(run_pass, name, inputs))
         for name in ("forward", "backward", "inverse")

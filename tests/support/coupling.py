@@ -24,7 +24,7 @@ TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 
 def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     g, offset, spec = coupling[:3]
-    x = x[:, coupling.inv] if coupling.reverse else x
+    x = x[:, coupling.inv] if coupling.unpermutes_input else x
     v, log_det = plain.forward(*plain.split(x), a, g, offset, spec)
     return v[:, coupling.perm], log_det
 
@@ -34,7 +34,7 @@ def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Ten
     u, scale = plain.invert_affine(y[:, coupling.inv], g, offset, spec)
     x, log_det = plain.invert_coupling(*plain.split(u), a, scale, spec)
     x = x.to(promoted(y, g, a))
-    return x[:, coupling.perm] if coupling.reverse else x, log_det
+    return x[:, coupling.perm] if coupling.unpermutes_input else x, log_det
 
 
 def plain_log_det(x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
@@ -158,7 +158,7 @@ def check_everything(
     Args:
         x, a, coupling: As for the engine.
         grads: Of the forward's results; drawn if left out.
-        engine: Whose functions are checked; the eager one knows no ``coupling.reverse``.
+        engine: Whose functions are checked; the eager one knows no ``coupling.unpermutes_input``.
     """
     inputs = (x, a, coupling.global_scale, coupling.global_offset)
     before = [t.clone() for t in inputs]
@@ -258,7 +258,7 @@ def inverse(
     """x and the log-determinant, in the two steps of an engine."""
     x = engine.invert_passive(y, coupling)
     assert x.is_contiguous()
-    passive = x[:, coupling.inv] if coupling.reverse else x
+    passive = x[:, coupling.inv] if coupling.unpermutes_input else x
     assert not passive[:, : x.shape[1] - x.shape[1] // 2].isnan().any() or y.isnan().any()
     return x, engine.invert_active(y, x, a, coupling)
 

@@ -38,7 +38,7 @@ def _coupling_bwd_kernel(
     dx_ptr, da_ptr, part_ptr,
     B, P, stride_xb, stride_ab, stride_l,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    REVERSE: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    UNPERMUTES: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def _coupling_bwd_kernel(
         clamp * tanh_scale * (1 - tanh**2)
 
     and per channel the sums of dv (for offset) and dv * u (for scale). GIN: no dlogdet; du2 * x2 *
-    exp(s) less its mean per sample. With REVERSE x1, x2 are those of x[:, inv], and dx lies as x
+    exp(s) less its mean per sample. With UNPERMUTES x1, x2 are those of x[:, inv], and dx lies as x
     does. With INVERT, which GIN does not take, x2 is not read but written: u2 = (y[:, inv[C1:]] -
     offset) / scale, x2 * exp(s) = u2 - 0.1 * a_t.
 
@@ -97,8 +97,8 @@ def _coupling_bwd_kernel(
         offs = c[:, None] * P + p
         offs_y1 = j1 * P + p
         offs_y2 = j2 * P + p
-        offs_x1 = offs_y1 if REVERSE else offs
-        offs_x2 = offs_y2 if REVERSE else C1 * P + offs
+        offs_x1 = offs_y1 if UNPERMUTES else offs
+        offs_x2 = offs_y2 if UNPERMUTES else C1 * P + offs
         dy_sample_ptr = dy_ptr + b * C * P
         if INVERT:
             x_sample_ptr = x_ptr + b * C * P
@@ -224,12 +224,12 @@ def _backward(
     want_params: bool,
 ) -> CouplingGrads:
     """The gradients; with y the active channels of x are written too."""
-    global_scale, global_offset, spec, _, inv, _, rows_per_sample = coupling
+    g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     a, dy = packed(a), grads.y.contiguous()
-    log_det = None if spec.gin else grads.log_det
+    log_det = None if coupling.spec.gin else grads.log_det
     log_det_of_rows = log_det
-    if log_det is not None and rows_per_sample > 1:
-        log_det_of_rows = log_det.repeat_interleave(rows_per_sample)
+    if log_det is not None and coupling.rows_per_sample > 1:
+        log_det_of_rows = log_det.repeat_interleave(coupling.rows_per_sample)
     prepared = _prepare(
         *key_of(
             x,
@@ -240,18 +240,18 @@ def _backward(
             want_params,
         )
     )
-    is_aligned = aligned(y, x, a, dy, log_det, log_det_of_rows, global_scale, global_offset, inv)
+    is_aligned = aligned(y, x, a, dy, log_det, log_det_of_rows, g, offset, inv)
     dx, da = empty_of(x, x.dtype), empty_of(a, a.dtype)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, dy, x, inv)
     partials = empty_partials(prepared, x.device)
-    offset = None if y is None else global_offset
+    offset_of_u = None if y is None else offset
     prepared.launch(
-        is_aligned, y, dy, log_det_of_rows, x, a, global_scale, offset, inv, sums,
+        is_aligned, y, dy, log_det_of_rows, x, a, g, offset_of_u, inv, sums,
         dx, da, partials,
     )  # fmt: skip
     if prepared.finish is None:
         return CouplingGrads(dx, da, None, None)
-    dg = None if spec.gin else torch.empty_like(global_scale)
-    doffset = torch.empty_like(global_offset)
-    prepared.finish(is_aligned, partials, log_det, global_scale, dg, doffset)
+    dg = None if coupling.spec.gin else torch.empty_like(g)
+    doffset = torch.empty_like(offset)
+    prepared.finish(is_aligned, partials, log_det, g, dg, doffset)
     return CouplingGrads(dx, da, dg, doffset)

@@ -43,11 +43,11 @@ from fastflow_kernels.layouts import packed
 def _coupling_inv_passive_kernel(
     y_ptr, g_ptr, offset_ptr, inv_ptr, x_ptr,
     B, P, stride_yb,
-    C: tl.constexpr, ACTIVATION: tl.constexpr, REVERSE: tl.constexpr, ALIGN: tl.constexpr,
+    C: tl.constexpr, ACTIVATION: tl.constexpr, UNPERMUTES: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with REVERSE in the channels inv[:C1] of x.
+    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with UNPERMUTES in the channels inv[:C1] of x.
 
     Program: one tile of passive channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
     the stride come divided by ALIGN.
@@ -71,7 +71,7 @@ def _coupling_inv_passive_kernel(
         b, p, mask_columns = columns(group * TILES_PER_PROGRAM + i, B, P, BLOCK_COLUMNS, ROWS)
         mask_passive = is_passive[:, None] & mask_columns
         offs_y = j * P + p
-        offs_x = offs_y if REVERSE else c[:, None] * P + p
+        offs_x = offs_y if UNPERMUTES else c[:, None] * P + p
         y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_passive, ACC_DTYPE)
         tl.store(x_ptr + b * C * P + offs_x, (y - offset) * factor * boost, mask=mask_passive)
 
@@ -81,12 +81,12 @@ def _coupling_inv_active_kernel(
     y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr,
     B, P, stride_yb, stride_ab,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    REVERSE: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    UNPERMUTES: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward;
-    with REVERSE in the channels inv[C1:] of x.
+    with UNPERMUTES in the channels inv[C1:] of x.
 
     Program: one tile of active channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
     the strides come divided by ALIGN.
@@ -113,7 +113,7 @@ def _coupling_inv_active_kernel(
     factor, boost = inverse_scale(scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None])
     offset = load(offset_ptr + C1 + c, is_active, ACC_DTYPE)[:, None]
     if ROWS and logdet_ptr is not None:
-        # one more passive channel than active ones where C is odd: the last
+        # channels 0 to C2 - 1, then C2 to C - 1: as many as are passive, also where C is odd
         log_scale = log_scale_sum(g_ptr, c, is_active, ACTIVATION, ACC_DTYPE) + log_scale_sum(
             g_ptr, C2 + c, c < C1, ACTIVATION, ACC_DTYPE
         )
@@ -126,7 +126,7 @@ def _coupling_inv_active_kernel(
         a_s = load(a_tile_ptr, mask_active, ACC_DTYPE)
         a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
         offs_y = j * P + p
-        offs_x = offs_y if REVERSE else C1 * P + offs
+        offs_x = offs_y if UNPERMUTES else C1 * P + offs
         y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_active, ACC_DTYPE)
         # Keeps the loads together: ptxas 12.8 would put half of them off until the others were
         # used, 36.6 us for a minimum of 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).
@@ -162,14 +162,14 @@ def _prepare_passive(*key: Any) -> Prepared:
 @on_its_device
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
     """See :class:`~fastflow_kernels.engines.Engine`; x is contiguous."""
-    global_scale, offset, _, _, inv, _, _ = coupling
+    g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     y = packed(y)
     prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
     # so that it counts its versions: a subnet that writes to its input is noticed
     with torch.inference_mode(False):
         x = empty_of(y, prepared.dtype)
-    is_aligned = aligned(y, global_scale, offset, inv)
-    prepared.launch(is_aligned, y, global_scale, offset, inv, x)
+    is_aligned = aligned(y, g, offset, inv)
+    prepared.launch(is_aligned, y, g, offset, inv, x)
     return x
 
 
@@ -210,12 +210,12 @@ def write_active(
         What :func:`~fastflow_kernels.engines.triton.sums.log_det_of` takes: what was prepared,
         whether pointers are aligned, GIN's sums and the partial sums.
     """
-    global_scale, offset, _, _, inv, _, _ = coupling
+    g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     y, a = packed(y), packed(a)
     key = key_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
     prepared = _prepare_active(*key)
-    is_aligned = aligned(y, x, a, global_scale, offset, inv)
+    is_aligned = aligned(y, x, a, g, offset, inv)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
     partials = empty_partials(prepared, x.device)
-    prepared.launch(is_aligned, y, a, global_scale, offset, inv, sums, x, partials)
+    prepared.launch(is_aligned, y, a, g, offset, inv, sums, x, partials)
     return prepared, is_aligned, sums, partials

@@ -45,7 +45,7 @@ class Operands(NamedTuple):
         strides: Between samples, of the tensors whose samples may lie apart.
         grad_dtypes: Of the gradients that the pass takes; None for one that is not given.
         parameter_dtypes: Of global_scale and global_offset.
-        spec, reverse, rows_per_sample: The coupling's.
+        spec, unpermutes_input, rows_per_sample: The coupling's.
         has_index: Whether there is a permutation.
         want_params: Whether the gradients of global_scale and global_offset are wanted.
         device: The number of the GPU.
@@ -57,7 +57,7 @@ class Operands(NamedTuple):
     grad_dtypes: tuple[torch.dtype | None, ...]
     parameter_dtypes: tuple[torch.dtype, torch.dtype]
     spec: CouplingSpec
-    reverse: bool
+    unpermutes_input: bool
     rows_per_sample: int
     has_index: bool
     want_params: bool
@@ -128,17 +128,16 @@ def key_of(
         x: The pass's x or y, (B, C, *S).
         coupling, dtypes, strides, grad_dtypes, want_params: See the class.
     """
-    global_scale, global_offset, spec, perm, _, reverse, rows_per_sample = coupling
     return (
         x.shape,
         dtypes,
         strides,
         grad_dtypes,
-        (global_scale.dtype, global_offset.dtype),
-        spec,
-        reverse,
-        rows_per_sample,
-        perm is not None,
+        (coupling.global_scale.dtype, coupling.global_offset.dtype),
+        coupling.spec,
+        coupling.unpermutes_input,
+        coupling.rows_per_sample,
+        coupling.perm is not None,
         want_params,
         x.get_device(),
     )
@@ -164,7 +163,7 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
         "CLAMP": operands.spec.clamp,
         "TANH_SCALE": operands.spec.tanh_scale,
         "ACTIVATION": operands.activation,
-        "REVERSE": operands.reverse,
+        "UNPERMUTES": operands.unpermutes_input,
         "ALIGN": align,
         "ROWS": plan.is_rows,
         "BLOCK_CHANNELS": plan.block_channels,

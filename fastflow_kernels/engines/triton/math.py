@@ -193,6 +193,7 @@ def scale_of(g, ACTIVATION: tl.constexpr):
             h > 20.0, 0.1 * g, 0.2 * (tl.maximum(h, 0.0) + log1p_of_unit(exp(-tl.abs(h))))
         )
     else:
+        tl.static_assert(ACTIVATION == "EXP")
         return exp(g)
 
 
@@ -214,6 +215,7 @@ def log_scale_of(g, ACTIVATION: tl.constexpr):
         log = -log_of_double(0.1 + 0.1 * exp_to_double(near))
         return tl.where(x >= 80.0, LN10 - x.to(tl.float32), tl.where(x == x, log, g))
     else:
+        tl.static_assert(ACTIVATION == "SOFTPLUS")
         h = 0.5 * g
         low = log1p_of_unit(exp(-tl.abs(h)))
         log = log_of_double(0.2 * (tl.maximum(h, 0.0).to(tl.float64) + low.to(tl.float64)))
@@ -229,4 +231,5 @@ def scale_slope(g, scale, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "SOFTPLUS":
         return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))
     else:
+        tl.static_assert(ACTIVATION == "EXP")
         return scale
