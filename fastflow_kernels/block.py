@@ -59,11 +59,18 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
     u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
     u1, u2 = plain.split(u)
     dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
-    a = coefficients(call, cast(u1, dtype))
+    a = coefficients(call, _narrowed(u1, dtype))
     if a.dtype is not dtype:
         dtype = torch.promote_types(dtype, a.dtype)
     x, log_det = _finish_inverse(call, u1, u2, scale, a, dtype)
     return x if x.dim() < 4 else _like(call.x, x), log_det
+
+
+def _narrowed(u1: Tensor, dtype: torch.dtype) -> Tensor:
+    if u1.dtype is dtype or torch_private.is_recorded():
+        return cast(u1, dtype)
+    with torch_private.versions_counted():
+        return u1.to(dtype)
 
 
 def _finish_inverse(
@@ -151,7 +158,8 @@ def for_subnet(passive: Tensor, route: Route) -> Tensor:
     if not route.is_copied or route.layout is torch.contiguous_format:
         return passive
     # contiguous() returns a tensor itself where both layouts fit it, as with a single channel
-    return passive.clone(memory_format=route.layout)
+    with torch_private.versions_counted():
+        return passive.clone(memory_format=route.layout)
 
 
 def _coupling_input(call: BlockCall, route: Route) -> Tensor:
@@ -169,7 +177,6 @@ def _unpermuted_affine(call: BlockCall, coupling: Coupling) -> Tensor:
     scale = None
     if not call.spec.gin:
         scale = plain.activated(coupling.global_scale, call.spec.activation)
-    # so that it counts its versions: a subnet that writes to its input is noticed
-    with torch.inference_mode(False), torch.no_grad():
+    with torch_private.versions_counted():
         u = call.permutation.unpermute_affine(call.x, scale, coupling.global_offset)
-    return u.contiguous(memory_format=memory_format(call.x))
+        return u.contiguous(memory_format=memory_format(call.x))

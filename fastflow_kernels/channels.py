@@ -152,6 +152,9 @@ def reflect_backward(
     dz: Tensor, v: Tensor, inner: Tensor, outer: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`reflect` to v, inner and outer, all in the dtype of its result."""
+    if memory_format(v) is not torch.contiguous_format:
+        dv, dinner, douter = reflect_backward(as_rows(dz), as_rows(v), inner, outer)
+        return from_rows(dv, v), dinner, douter
     v, inner, outer = (t.detach().to(dz.dtype) for t in (v, inner, outer))  # detached: see reflect
     if v.dim() == 2:
         dq = dz @ outer.T

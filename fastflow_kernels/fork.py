@@ -31,7 +31,10 @@ def fork(x: Tensor, inv: Tensor | None, with_gradients: bool) -> tuple[Tensor, T
 def passive_half(x: Tensor, inv: Tensor | None) -> Tensor:
     """The first channels of x as a view; or those that ``inv`` names first, in the layout of x."""
     passive = x.shape[1] - x.shape[1] // 2
-    return x.narrow(1, 0, passive) if inv is None else take_channels(x, inv[:passive])
+    if inv is None:
+        return x.narrow(1, 0, passive)
+    with torch_private.versions_counted():
+        return take_channels(x, inv[:passive])
 
 
 class _Fork(Function):

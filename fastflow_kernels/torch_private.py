@@ -124,6 +124,20 @@ def version_of(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
+@contextmanager
+def versions_counted() -> Iterator[None]:
+    """Within: new tensors count their versions, in inference mode too, whose own ones do not.
+
+    What a subnet is given is made so where it is no view of the block's input: a subnet that writes
+    to it is noticed.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
 def state_of(t: Tensor | None) -> tuple[int, int, int | None] | None:
     """What changes when a tensor is another one, lies elsewhere, or is written to."""
     return None if t is None else (id(t), t.data_ptr(), None if t.is_inference() else t._version)

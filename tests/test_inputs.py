@@ -25,6 +25,7 @@ from tests.support.cases import (
     with_and_without_grad,
 )
 from tests.support.compare import assert_close
+from tests.support.small_inputs import plain_and_fused
 
 pytestmark = pytest.mark.usefixtures("fused")
 
@@ -452,6 +453,17 @@ def test_subnet_that_starts_in_place(rev: bool, mode: str) -> None:
         assert torch.equal(x, given)
         assert torch.equal(y, expected)
         assert torch.equal(logdet, expected_logdet)
+
+
+@plain_and_fused
+def test_subnet_that_writes_to_a_rounded_copy(small: int) -> None:
+    """An inverse in half precision gives the subnet one; nothing of it would reach the result."""
+    block = AllInOneBlock(
+        [(6, 5)],
+        subnet_constructor=function_subnet(lambda x: x.relu_().mul(2.0)[:, :1].expand(-1, 6, -1)),
+    ).bfloat16()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="changed its input in place"):
+        block([torch.randn(2, 6, 5, dtype=torch.bfloat16)], rev=True)
 
 
 @both_directions

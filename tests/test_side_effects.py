@@ -105,6 +105,21 @@ def test_the_backward_of_a_chain_needs_the_same_whatever_the_permutation(
     assert peak(options) <= peak({}) + 1.6
 
 
+@each_permutation
+def test_the_backward_needs_the_same_whatever_the_layout(options: dict[str, Any]) -> None:
+    """In inputs; a copy in another layout would be 1 more. What is allowed is 0.1, for the
+    log-determinants of single pixels.
+    """
+
+    def peak(layout: torch.memory_format) -> float:
+        block = AllInOneBlock([(64, 32, 32)], subnet_constructor=Twice, **options)
+        x = torch.randn(4, 64, 32, 32).contiguous(memory_format=layout).requires_grad_()
+        (y,), log_det = block([x])
+        return peak_of((y.square().sum() - log_det.sum()).backward) / x.nbytes
+
+    assert peak(torch.channels_last) <= peak(torch.contiguous_format) + 0.1
+
+
 class Twice(nn.Module):
     """Needs one tensor of its output's size in its backward pass."""
 

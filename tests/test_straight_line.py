@@ -4,7 +4,7 @@ Forward, backward, inverse and reversible chains are walked. Every call on the w
 a class or a method. Nothing is called through a variable, in which a reader, an editor or a type
 checker would lose it.
 
-A method of an engine is walked in both engines. Methods of other values are not walked, except
+A method of an engine is walked in every engine. Methods of other values are not walked, except
 ``self``'s; their types say where they are. Decorators are not followed.
 """
 
@@ -21,12 +21,14 @@ from types import ModuleType
 import pytest
 
 from fastflow_kernels.engines import Engine, eager
+from fastflow_kernels.engines.pixels import ByPixels
 
 Place = tuple[str, str]  # module, and function or Class.method
 PREFIX = "fastflow_kernels."
 PACKAGE = Path(__file__).resolve().parent.parent / "fastflow_kernels"
 ENGINE = [name for name in vars(Engine) if not name.startswith("_")]
 ENGINES = ("engines.eager", "engines.triton.engine")
+PIXELS = ("engines.pixels", "ByPixels")  # an engine around one of them
 # Fields of ``Prepared``: calling one is calling a Launch.
 LAUNCHES = {"launch", "finish", "gin_sums"}
 LAUNCHER = ("engines.triton.launch", "Launch.__call__")
@@ -112,8 +114,9 @@ def method_of(module: str, owner: str, name: str) -> list[Place] | None:
         return named(imported, name)
     if owner == "self":
         return [(module, place) for place in here.functions if place.endswith(f".{name}")]
-    if owner.split(".")[-1] == "engine" and name in ENGINE:
-        return [place for engine in ENGINES for place in named(engine, name) or ()]
+    if owner.split(".")[-1] in ("engine", "_engine") and name in ENGINE:
+        places = [place for engine in ENGINES for place in named(engine, name) or ()]
+        return [*places, (PIXELS[0], f"{PIXELS[1]}.{name}")]
     if owner in here.classes and name == "apply":
         return [(module, f"{owner}.forward")]
     if name in LAUNCHES:
@@ -147,12 +150,13 @@ def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
     assert LAUNCHER[1] in source(LAUNCHER[0]).functions
     assert {("engines.plain", "forward"), ("engines.plain", "invert_coupling")} <= reached
     assert {("engines.eager", name) for name in ENGINE} <= reached
+    assert {(PIXELS[0], f"{PIXELS[1]}.{name}") for name in ENGINE} <= reached
     assert {place for name in ENGINE for place in named(ENGINES[1], name) or ()} <= reached
 
 
-def test_both_engines_have_the_functions_of_the_protocol() -> None:
+def test_the_engines_have_the_functions_of_the_protocol() -> None:
     """With its arguments; mypy compares their types."""
-    engines: list[ModuleType] = [eager]
+    engines: list[ModuleType | Engine] = [eager, ByPixels(eager)]
     if importlib.util.find_spec("triton") is not None:
         engines.append(importlib.import_module("fastflow_kernels.engines.triton.engine"))
     assert len(ENGINE) == 5

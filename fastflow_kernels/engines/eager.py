@@ -21,6 +21,7 @@ from fastflow_kernels.engines.chunks import chunk_sizes, chunks_of, flat, resize
 from fastflow_kernels.engines.constants import constant
 from fastflow_kernels.engines.plain import activated, split_at
 from fastflow_kernels.engines.soft_clamp import SoftClamp
+from fastflow_kernels.torch_private import versions_counted
 
 # --- forward --------------------------------------------------------------------------------------
 
@@ -286,8 +287,7 @@ def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, dtype: torch.dtype) -
 
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
     """First half of the inverse; in float32 and float64 the active channels of x hold u."""
-    # so that it counts its versions: a subnet that writes to its input is noticed
-    with torch.inference_mode(False):
+    with versions_counted():
         x = torch.empty(y.shape, dtype=promoted(y, coupling.global_scale), device=y.device)
     wide = accumulator(x.dtype)
     scale, offset = _global_affine(coupling, wide)

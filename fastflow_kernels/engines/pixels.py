@@ -7,12 +7,14 @@ from torch import Tensor
 from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
 from fastflow_kernels.engines import Engine
 from fastflow_kernels.layouts import as_rows, from_rows
+from fastflow_kernels.torch_private import versions_counted
 
 
 class ByPixels:
     """See :class:`~fastflow_kernels.engines.Engine`; x, y and a are channels-last (B, C, *S).
 
-    The engine behind it works on rows (B * P, C), which are views of them.
+    The engine behind it works on rows (B * P, C): views, and copies of what is not channels-last or
+    has gaps between its samples.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -31,11 +33,13 @@ class ByPixels:
         return _grads_of_pixels(of_rows, x)
 
     def invert_passive(self, y: Tensor, coupling: Coupling) -> Tensor:
-        return from_rows(self._engine.invert_passive(as_rows(y), _of_rows(coupling, y)), y)
+        x = self._engine.invert_passive(as_rows(y), _of_rows(coupling, y))
+        with versions_counted():
+            return from_rows(x, y)
 
     def invert_active(self, y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
         log_det = self._engine.invert_active(
-            as_rows(y), as_rows(x), as_rows(a), _of_rows(coupling, x)
+            as_rows(y), _rows_to_write(x), as_rows(a), _of_rows(coupling, x)
         )
         return _per_sample(log_det, x)
 
@@ -50,13 +54,20 @@ class ByPixels:
     ) -> CouplingGrads:
         of_rows = self._engine.invert_and_backward(
             as_rows(y),
-            as_rows(x),
+            _rows_to_write(x),
             as_rows(a),
             _grads_of_rows(grads),
             _of_rows(coupling, x),
             want_params,
         )
         return _grads_of_pixels(of_rows, x)
+
+
+def _rows_to_write(x: Tensor) -> Tensor:
+    """The rows of what :meth:`ByPixels.invert_passive` returned; what is written there is in x."""
+    rows = as_rows(x)
+    assert rows.data_ptr() == x.data_ptr()
+    return rows
 
 
 def _of_rows(coupling: Coupling, x: Tensor) -> Coupling:

@@ -7,7 +7,6 @@ Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,6 +36,7 @@ from fastflow_kernels.engines.triton.tiles import (
     total,
 )
 from fastflow_kernels.layouts import packed
+from fastflow_kernels.torch_private import versions_counted
 
 
 @triton.jit
@@ -165,8 +165,7 @@ def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
     g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     y = packed(y)
     prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
-    # so that it counts its versions: a subnet that writes to its input is noticed
-    with torch.inference_mode(False):
+    with versions_counted():
         x = empty_of(y, prepared.dtype)
     is_aligned = aligned(y, g, offset, inv)
     prepared.launch(is_aligned, y, g, offset, inv, x)
