@@ -30,7 +30,8 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
         float64 output and float32 otherwise.
 
     Raises:
-        RuntimeError: Backend "triton" cannot be honoured, or the subnet writes to its input.
+        RuntimeError: Backend "triton" cannot be honoured, or the subnet writes to its input (see
+            :func:`~fastflow_kernels.call.coefficients`).
         InputTypeError, InputValueError: The subnet returns another shape, or no floating-point
             tensor.
     """
@@ -67,10 +68,11 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
 
 
 def _narrowed(u1: Tensor, dtype: torch.dtype) -> Tensor:
-    if u1.dtype is dtype or torch_private.is_recorded():
+    """u1 in the dtype of the result, which may make it a copy that only the subnet reads."""
+    if torch_private.is_recorded():  # a graph counts no versions
         return cast(u1, dtype)
     with torch_private.versions_counted():
-        return u1.to(dtype)
+        return cast(u1, dtype)
 
 
 def _finish_inverse(

@@ -186,7 +186,8 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
     Raises:
         InputTypeError, InputValueError: The subnet returns another shape, or no floating-point
             tensor.
-        RuntimeError: The subnet writes to its input.
+        RuntimeError: The subnet writes to its input. In inference mode only writes to a copy of x
+            count: those to x itself have the effect that they have in the stock block.
     """
     subnet, conditions, x = call.subnet, call.conditions, call.x
     version = None

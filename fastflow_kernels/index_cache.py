@@ -111,11 +111,12 @@ class IndexCache:
         if torch.compiler.is_dynamo_compiling():
             return None if self._cached is None else self._cached.index
         with torch_private.unrecorded():
+            # The exporter may have put tensors without values in the weights' place: then what was
+            # read before counts, if it is current.
             cached = self._cached
             if _are_fixed(w, w_inv):
                 cached = self._current(w, w_inv, True, True)
             elif cached is not None and not cached.is_current():
-                # what the exporter has put in the weights' place has no values; what was read has
                 cached = None
             if cached is None or cached.index is None:
                 return None

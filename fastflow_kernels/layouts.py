@@ -21,7 +21,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
     """x in the given layout, where x is channels-last or contiguous already.
 
-    For the contiguous layout that is x as it is: whoever calls has made it so.
+    The contiguous layout asks for nothing: x is returned as it is.
     """
     if layout is torch.contiguous_format:
         return x

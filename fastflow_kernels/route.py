@@ -95,10 +95,10 @@ class Route(NamedTuple):
         is_copied: The engine is given a contiguous copy of the input.
         unpermutes_inside: With ``reverse_permutation`` the engine inverts the permutation, by
             reading x through the index.
-        unpermutes_apart: A pass of its own does, ahead of the coupling; it follows the inverse.
+        unpermutes_apart: A pass of its own does, ahead of the coupling; in the inverse the
+            opposite one comes last.
         folds_affine: The inverse of scale, offset and permutation is one product with a bias.
         with_gradients: Whether gradients are enabled.
-        why_not_triton: Why the Triton engine, which was wanted, does not compute it.
     """
 
     case: Case
@@ -109,7 +109,6 @@ class Route(NamedTuple):
     unpermutes_apart: bool = False
     folds_affine: bool = False
     with_gradients: bool = False
-    why_not_triton: str | None = None
 
 
 _RECORDED, _EMPTY, _SMALL = Route(RECORDED), Route(EMPTY), Route(SMALL_INPUT)
@@ -157,12 +156,11 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     is_channels_last = layout is not torch.contiguous_format
     # GIN's mean runs over all pixels of a sample, and a kernel's rows know nothing of each other
     pixels_suit_triton = is_channels_last and not call.spec.gin
-    is_triton, reason = wants_triton(x, backend, call.spec), None
-    if is_triton:
-        reason = why_not_triton(x, pixels_suit_triton)
-        is_triton = reason is None
+    is_wanted = wants_triton(x, backend, call.spec)
+    reason = why_not_triton(x, pixels_suit_triton) if is_wanted else None
     if reason is not None and backend == "triton":
         raise _not_triton(reason)
+    is_triton = is_wanted and reason is None
     as_pixels = pixels_suit_triton if is_triton else is_channels_last
     is_copied = is_triton and not as_pixels and not is_packed(x)
     # The eager engine would gather piece by piece what one index_select takes at once (0.3 ns an
@@ -172,14 +170,14 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     unpermutes_apart = call.reverse_permutation and not unpermutes_inside
     folds_affine = call.rev and not is_triton and _folds_affine(call)
     with_gradients = torch.is_grad_enabled()
-    engine = triton_engine() if is_triton else eager
+    engine: Engine = triton_engine() if is_triton else eager
     case = COPIED if is_copied else FUSED
     if as_pixels:
         case, engine = PIXEL_ROWS, ByPixels(engine)
     # by position: by name it takes 0.3 us more
     return Route(
         case, engine, layout, is_copied, unpermutes_inside, unpermutes_apart, folds_affine,
-        with_gradients, reason,
+        with_gradients,
     )  # fmt: skip
 
 

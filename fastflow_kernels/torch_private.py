@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -124,17 +124,18 @@ def version_of(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
 
 
-@contextmanager
-def versions_counted() -> Iterator[None]:
+def versions_counted() -> AbstractContextManager[None]:
     """Within: new tensors count their versions, in inference mode too, whose own ones do not.
 
-    What a subnet is given is made so where it is no view of the block's input: a subnet that writes
-    to it is noticed.
+    For what a subnet is given and the coupling does not read: a write to it would be lost, and the
+    result another one than the stock block's, so that it has to be noticed.
     """
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
+    return _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, OutputGrads
 from fastflow_kernels.engines.triton import engine, plan, tiles
@@ -93,7 +94,7 @@ def test_coupling_gin_parity_of_many_tiles(shape: tuple[int, ...]) -> None:
 def test_reverse_permutation(shape: tuple[int, ...], gin: bool) -> None:
     """x read, and its gradient and the inverse written, through the index as well."""
     torch.manual_seed(7)
-    check_everything(*make(shape, gin=gin, reverse=True))
+    check_everything(*make(shape, gin=gin, unpermutes_input=True))
 
 
 @not_interpreted
@@ -276,6 +277,20 @@ def test_coupling_without_a_permutation(shape: tuple[int, ...]) -> None:
         results.append([*forward, *backward, *inverse(x, a, of)])
     for with_index, without in zip(*results, strict=True):
         assert torch.equal(with_index, without)
+
+
+@shapes((2, 7, 4, 5), (5, 7))
+def test_an_unknown_activation_is_none_of_the_known_ones(shape: tuple[int, ...]) -> None:
+    x, a, coupling = make(shape)
+    unknown = coupling._replace(spec=coupling.spec._replace(activation="TANH"))
+    grads = OutputGrads(torch.randn(shape), torch.randn(shape[0]))
+    refused = pytest.raises((triton.CompilationError, InterpreterError))
+    with refused:
+        engine.forward(x, a, unknown)
+    with refused:
+        engine.backward(x, a, grads, unknown, True)
+    with refused:
+        engine.invert_passive(x, unknown)
 
 
 @pytest.mark.parametrize(("samples", "stride"), [(2, 0), (2, 3), (1, 2)])

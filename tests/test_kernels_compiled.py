@@ -68,11 +68,11 @@ def spec_of(gin: bool = False) -> CouplingSpec:
 
 
 def launches(
-    shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False, reverse: bool = False
+    shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False, unpermutes_input: bool = False
 ) -> list[Recorded]:
     """All launches of a training step, plain and reversible, and of an inverse."""
-    passes = launches_of_passes(shape, dtype, spec_of(gin), reverse)
-    if not reverse:  # a reversible chain permutes by itself
+    passes = launches_of_passes(shape, dtype, spec_of(gin), unpermutes_input)
+    if not unpermutes_input:  # a reversible chain permutes by itself
         passes |= {"reconstruction": launches_of_reconstruction(shape, dtype, spec_of(gin))}
     return [run for runs in passes.values() for run in runs]
 
@@ -151,10 +151,12 @@ def test_gin_kernels_compile_lean(shape: tuple[int, ...]) -> None:
 def test_kernels_compile_lean_with_reverse_permutation(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    codes = compiled("sm_90", shape, dtype, reverse=True)
+    codes = compiled("sm_90", shape, dtype, unpermutes_input=True)
     assert_lean(codes)
     without = launches_of_passes(shape, DTYPES[dtype], spec_of())
-    assert len(launches(shape, DTYPES[dtype], reverse=True)) == sum(map(len, without.values()))
+    assert len(launches(shape, DTYPES[dtype], unpermutes_input=True)) == sum(
+        map(len, without.values())
+    )
     if shape is PLANES:
         assert_wide(codes)
 

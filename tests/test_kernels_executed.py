@@ -71,12 +71,14 @@ class Large:
     of their own.
     """
 
-    def __init__(self, shape: tuple[int, ...], reverse: bool = False, gin: bool = False) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], unpermutes_input: bool = False, gin: bool = False
+    ) -> None:
         batch, channels, *spatial = shape
         self.shape, self.is_rows = shape, not spatial
         ends = (2 * EDGE, channels) if self.is_rows else (2, channels, EDGE)
         self.x, self.a, self.coupling = make(
-            ends, x=torch.float16, g=torch.float32, reverse=reverse, gin=gin
+            ends, x=torch.float16, g=torch.float32, unpermutes_input=unpermutes_input, gin=gin
         )
         log_det = torch.randn(ends[0])
         self.grads = OutputGrads(torch.randn(ends, dtype=torch.float16), log_det)
@@ -106,7 +108,7 @@ class Large:
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "reverse"])
-def reverse(request: pytest.FixtureRequest) -> bool:
+def unpermutes_input(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
@@ -129,8 +131,8 @@ def _first_and_last_programs() -> Iterator[None]:
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
-def test_forward_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -> None:
-    large = Large(shape, reverse)
+def test_forward_beyond_32_bit_offsets(shape: tuple[int, ...], unpermutes_input: bool) -> None:
+    large = Large(shape, unpermutes_input)
     y, _ = engine.forward(large.far_x, large.far_a, large.coupling)
     inputs = (large.x, large.a, large.coupling)
     truth = plain_forward(*cast(torch.float64, *inputs))[0]
@@ -139,8 +141,8 @@ def test_forward_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) ->
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
-def test_backward_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -> None:
-    large = Large(shape, reverse)
+def test_backward_beyond_32_bit_offsets(shape: tuple[int, ...], unpermutes_input: bool) -> None:
+    large = Large(shape, unpermutes_input)
     dx, da, *_ = engine.backward(large.far_x, large.far_a, large.far_grads, large.coupling, False)
     inputs = (large.x, large.a, large.coupling, large.grads)
     truth, baseline = plain_gradients(*inputs, torch.float64), plain_gradients(*inputs)
@@ -150,8 +152,8 @@ def test_backward_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -
 
 @LARGE
 @pytest.mark.usefixtures("_first_and_last_programs")
-def test_inverse_beyond_32_bit_offsets(shape: tuple[int, ...], reverse: bool) -> None:
-    large = Large(shape, reverse)
+def test_inverse_beyond_32_bit_offsets(shape: tuple[int, ...], unpermutes_input: bool) -> None:
+    large = Large(shape, unpermutes_input)
     far_x, far_a, coupling = large.far_x, large.far_a, large.coupling
     x = engine.invert_passive(far_x, coupling)
     engine.invert_active(far_x, x, far_a, coupling)

@@ -51,7 +51,7 @@ def traffic(launches: list[Launch]) -> float:
 
 @without_a_gpu
 @slow_when_executed
-@pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
+@pytest.mark.parametrize("unpermutes_input", [False, True], ids=["", "reverse"])
 @both_kinds
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -68,10 +68,10 @@ def test_coupling_moves_little_more_than_the_minimum(
     shape: tuple[int, ...],
     dtype: torch.dtype,
     gin: bool,
-    reverse: bool,
+    unpermutes_input: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
-    x, a, coupling = make(shape, gin=gin, reverse=reverse, x=dtype)
+    x, a, coupling = make(shape, gin=gin, unpermutes_input=unpermutes_input, x=dtype)
     with sanitize() as of_forward:
         y, _ = engine.forward(x, a, coupling)
     with sanitize() as of_backward:

@@ -70,7 +70,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "dialect": DIALECTS,
     "activation": ACTIVATIONS,
     "gin": (False, False, True),
-    "reverse": (False, True),
+    "unpermutes input": (False, True),
     "want params": (False, True),
 }
 
@@ -124,7 +124,7 @@ def coupling_of(of: dict[str, Any], channels: int) -> Coupling:
         for name in ("perm", "inv")
     )
     spec = CouplingSpec.of(of["clamp"], of["dialect"], of["activation"], of["gin"])
-    return Coupling(g, offset, spec, perm, inv, of["reverse"])
+    return Coupling(g, offset, spec, perm, inv, of["unpermutes input"])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -16,13 +16,11 @@ from typing import NamedTuple
 
 import pytest
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="runs compiled kernels"
-    ),
-]
 pytest.importorskip("triton")
+
+runs_compiled_kernels = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"), reason="runs compiled kernels"
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARD, BACKWARD, INVERSE, LAUNCH, MATH, SUMS, TILES = (
@@ -94,8 +92,8 @@ FAULTS = {
     ),
     "a pointer whose alignment is not asked for": Planted(
         (FORWARD,),
-        "aligned(x, a, global_scale, offset, channel_index)",
-        "aligned(x, a, global_scale, channel_index)",
+        "aligned(x, a, g, offset, channel_index)",
+        "aligned(x, a, g, channel_index)",
         "",
         KEYS,
     ),
@@ -108,13 +106,13 @@ FAULTS = {
     ),
     "a launch kept whatever the parameters' dtype": Planted(
         (LAUNCH,),
-        "(global_scale.dtype, global_offset.dtype)",
-        "(global_scale.dtype, global_scale.dtype)",
+        "(coupling.global_scale.dtype, coupling.global_offset.dtype)",
+        "(coupling.global_scale.dtype, coupling.global_scale.dtype)",
         "",
         KEYS,
     ),
     "a launch kept whether or not there is an index": Planted(
-        (LAUNCH,), "        perm is not None,\n", "        True,\n", "", KEYS
+        (LAUNCH,), "        coupling.perm is not None,\n", "        True,\n", "", KEYS
     ),
     "a sample's offset in 32 bits": Planted(
         (TILES,), "b = (tile // tiles).to(tl.int64)", "b = tile // tiles", "planes", EXECUTED
@@ -258,12 +256,19 @@ def text_of(root: Path, file: str) -> str:
 
 def changed(text: str, fault: Planted, place: int) -> str:
     parts = text.split(fault.before)
-    assert len(parts) > 1, f"{fault.before!r} is in none of {fault.files}, or not in all"
     return (
         fault.before.join(parts[: place + 1]) + fault.after + fault.before.join(parts[place + 1 :])
     )
 
 
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_what_a_fault_changes_is_there(fault: Planted) -> None:
+    for file in fault.files:
+        assert fault.before in text_of(ROOT, file), f"{fault.before!r} is not in {file}"
+
+
+@pytest.mark.slow
+@runs_compiled_kernels
 @pytest.mark.parametrize(("name", "file", "place"), places())
 def test_a_planted_fault_is_noticed(copy: Path, name: str, file: str, place: int) -> None:
     fault, text = FAULTS[name], text_of(copy, file)
@@ -280,6 +285,8 @@ def test_a_planted_fault_is_noticed(copy: Path, name: str, file: str, place: int
         )
 
 
+@pytest.mark.slow
+@runs_compiled_kernels
 @pytest.mark.parametrize(
     "tests", sorted({(fault.test_file, fault.tests) for fault in FAULTS.values()})
 )

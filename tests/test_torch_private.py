@@ -192,3 +192,17 @@ def test_an_unset_variable_is_certain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch_private.is_certainly_unset(name)
     monkeypatch.setenv("FASTFLOW_KERNELS_NOT_THERE", "1")
     assert not torch_private.is_certainly_unset(name)
+
+
+def test_versions_are_counted_in_inference_mode_where_they_are_asked_for() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    with torch.inference_mode():
+        with torch_private.versions_counted():
+            made = x + 1
+            assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled()
+        made.add_(1)
+        assert torch_private.version_of(made) == 1
+        assert torch_private.version_of(x + 1) is None
+    with torch_private.versions_counted():  # and nothing else changes
+        assert (x + 1).requires_grad

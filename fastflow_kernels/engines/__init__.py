@@ -1,4 +1,4 @@
-"""The engines: who computes a coupling. Each is a module with the functions of :class:`Engine`.
+"""The engines: who computes a coupling. Two are modules with the functions of :class:`Engine`.
 
 :mod:`~fastflow_kernels.engines.plain` is not one: it has the formula as differentiable operations,
 which autograd, ``torch.func``, ``torch.compile`` and exports see through. Read it first.
@@ -14,8 +14,8 @@ from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
 
 
 class Engine(Protocol):
-    """A coupling with its permutation, hand-derived: ``engines.eager`` and
-    ``engines.triton.engine``.
+    """A coupling with its permutation, hand-derived: the modules ``engines.eager`` and
+    ``engines.triton.engine``, and :class:`~fastflow_kernels.engines.pixels.ByPixels` around one.
 
     Shapes: x, y (B, C, *S) and a (B, 2*C2, *S), C2 = C // 2, in any floating dtype. A result has
     the promoted dtype of its operands. Log-determinants are in nats, (B,), in float64 where x or a
@@ -48,7 +48,7 @@ class Engine(Protocol):
 
         Args:
             y: As given to :meth:`invert_passive`.
-            x: What that returned.
+            x: What that returned, or all of u where an inverse was folded into a product.
             a: The subnet's output for the passive channels of x.
             coupling: As given to the forward.
         """

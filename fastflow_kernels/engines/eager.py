@@ -190,7 +190,7 @@ class _BackwardStep:
         da_wide = da if da.dtype is self.dtype else torch.empty_like(a)
         if self.want_params:
             self.offset_sum = _accumulated(self.offset_sum, dv.sum((0, 2)))
-        du = dv if self.scale is None else dv.mul_(self.scale)
+        du = dv if self.scale is None else dv.mul_(self.scale)  # dv is not read again
         active = x.shape[1] // 2
         passive = x.shape[1] - active
         x1, x2 = split_at(x, passive, active)

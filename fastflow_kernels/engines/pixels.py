@@ -64,7 +64,9 @@ class ByPixels:
 
 
 def _rows_to_write(x: Tensor) -> Tensor:
-    """The rows of what :meth:`ByPixels.invert_passive` returned; what is written there is in x."""
+    """The rows of an x that :meth:`ByPixels.invert_passive` or the block has made channels-last:
+    what is written to them is written to x.
+    """
     rows = as_rows(x)
     assert rows.data_ptr() == x.data_ptr()
     return rows

@@ -98,11 +98,11 @@ def launches_of(call: Callable[[], object]) -> list[Recorded]:
 
 
 def launches_of_passes(
-    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, reverse: bool = False
+    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, unpermutes_input: bool = False
 ) -> dict[str, list[Recorded]]:
     """What the launchers launch for an input of this shape, by pass."""
     inputs = _empty(shape, dtype, dtype, spec)
-    inputs = inputs._replace(coupling=inputs.coupling._replace(unpermutes_input=reverse))
+    inputs = inputs._replace(coupling=inputs.coupling._replace(unpermutes_input=unpermutes_input))
     return {
         name: launches_of(partial(run_pass, name, inputs))
         for name in ("forward", "backward", "inverse")

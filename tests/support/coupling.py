@@ -101,7 +101,7 @@ def make(
     dialect: str = "anomalib",
     gin: bool = False,
     clamp: float = 1.9,
-    reverse: bool = False,
+    unpermutes_input: bool = False,
     x: torch.dtype = torch.float32,
     a: torch.dtype | None = None,
     g: torch.dtype | None = None,
@@ -117,7 +117,7 @@ def make(
         CouplingSpec.of(clamp, dialect, activation, gin),
         perm,
         perm.argsort(),
-        reverse,
+        unpermutes_input,
     )
     return values, coefficients, coupling
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fastflow_kernels
 import reference
 from tests.support.blocks import Results, Stored, evaluate, unwrapped
-from tests.support.cases import DEVICE, LAYOUTS, Case, build_block, make_block, make_input
+from tests.support.cases import DEVICE, LAYOUTS, Case, Shape, build_block, make_block, make_input
 from tests.support.compare import assert_close
 
 
@@ -154,3 +154,34 @@ def check_float16_range(backend: str) -> None:
         (back,), _ = block([y.detach()], rev=True)
     # rounding of y and of what came before it, in units of the largest x
     assert (back - x).abs().max() <= 4 * 3000 * torch.finfo(torch.float16).eps
+
+
+class _Doubling(nn.Module):
+    """Writes to its input, further in than one can see from outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x.mul_(2), x), 1)
+
+
+def notices_write(
+    name: str, rev: bool, layout: str, dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> bool:
+    """Whether a block raises an error for a subnet that writes to its input. Otherwise the result
+    has to be the stock block's, which takes what the subnet has made of x1 for x1.
+    """
+    case = Case(Shape(2, 8, (3, 5)), name)
+    block = make_block(fastflow_kernels.AllInOneBlock, case, dtype, backend=backend)
+    stock = make_block(reference.AllInOneBlock, case, torch.float64)
+    stock.load_state_dict(block.state_dict())
+    block.subnet = stock.subnet = _Doubling()
+    x = LAYOUTS[layout](make_input(case, dtype)[0])
+    try:
+        results = unwrapped(block([x.clone()], rev=rev))
+    except RuntimeError as error:
+        if "the subnet changed its input in place" not in str(error):
+            raise
+        return True
+    tolerance = 0.02 if dtype.itemsize == 2 else 1e-5  # for a factor of 2
+    for result, expected in zip(results, unwrapped(stock([x.double()], rev=rev)), strict=True):
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
+    return False

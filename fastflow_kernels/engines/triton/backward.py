@@ -38,7 +38,7 @@ def _coupling_bwd_kernel(
     dx_ptr, da_ptr, part_ptr,
     B, P, stride_xb, stride_ab, stride_l,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    UNPERMUTES: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    UNPERMUTES_INPUT: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -48,9 +48,9 @@ def _coupling_bwd_kernel(
         clamp * tanh_scale * (1 - tanh**2)
 
     and per channel the sums of dv (for offset) and dv * u (for scale). GIN: no dlogdet; du2 * x2 *
-    exp(s) less its mean per sample. With UNPERMUTES x1, x2 are those of x[:, inv], and dx lies as x
-    does. With INVERT, which GIN does not take, x2 is not read but written: u2 = (y[:, inv[C1:]] -
-    offset) / scale, x2 * exp(s) = u2 - 0.1 * a_t.
+    exp(s) less its mean per sample. With UNPERMUTES_INPUT x1, x2 are those of x[:, inv], and dx
+    lies as x does. With INVERT, which GIN does not take, x2 is not read but written: u2 = (y[:,
+    inv[C1:]] - offset) / scale, x2 * exp(s) = u2 - 0.1 * a_t.
 
     Program: one tile of channel pairs, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and the
     strides of x and a come divided by ALIGN.
@@ -97,8 +97,8 @@ def _coupling_bwd_kernel(
         offs = c[:, None] * P + p
         offs_y1 = j1 * P + p
         offs_y2 = j2 * P + p
-        offs_x1 = offs_y1 if UNPERMUTES else offs
-        offs_x2 = offs_y2 if UNPERMUTES else C1 * P + offs
+        offs_x1 = offs_y1 if UNPERMUTES_INPUT else offs
+        offs_x2 = offs_y2 if UNPERMUTES_INPUT else C1 * P + offs
         dy_sample_ptr = dy_ptr + b * C * P
         if INVERT:
             x_sample_ptr = x_ptr + b * C * P

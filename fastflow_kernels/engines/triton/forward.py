@@ -50,13 +50,14 @@ def _coupling_fwd_kernel(
     x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr,
     B, P, stride_xb, stride_ab,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    UNPERMUTES: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """y[:, inv] = u * scale + offset, u = cat(x1, x2 * exp(s) + 0.1 * a_t), s = clamp *
     tanh(tanh_scale * a_s).
 
-    With UNPERMUTES x1, x2 are those of x[:, inv]: channel j of y is computed from channel j of x.
+    With UNPERMUTES_INPUT x1, x2 are those of x[:, inv]: channel j of y is computed from channel j
+    of x.
 
     Program: one tile of channel pairs by pixels of one sample. P and the strides come divided by
     ALIGN.
@@ -89,8 +90,8 @@ def _coupling_fwd_kernel(
 
     a_s = load(a_ptr + offs, mask_active, ACC_DTYPE)
     a_t = load(a_ptr + C2 * P + offs, mask_active, ACC_DTYPE)
-    x2 = load(x_ptr + (offs_y2 if UNPERMUTES else C1 * P + offs), mask_active, ACC_DTYPE)
-    x1 = load(x_ptr + (offs_y1 if UNPERMUTES else offs), mask_passive, ACC_DTYPE)
+    x2 = load(x_ptr + (offs_y2 if UNPERMUTES_INPUT else C1 * P + offs), mask_active, ACC_DTYPE)
+    x1 = load(x_ptr + (offs_y1 if UNPERMUTES_INPUT else offs), mask_passive, ACC_DTYPE)
     y1 = (
         x1 * scale(g_ptr, c, is_passive, ACTIVATION, ACC_DTYPE)[:, None]
         + load(offset_ptr + c, is_passive, ACC_DTYPE)[:, None]
@@ -115,7 +116,7 @@ def _coupling_rows_fwd_kernel(
     x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr,
     B, stride_xb, stride_ab,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    UNPERMUTES: tl.constexpr, ALIGN: tl.constexpr,
+    UNPERMUTES_INPUT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -150,7 +151,7 @@ def _coupling_rows_fwd_kernel(
         offs_a = b * stride_ab * ALIGN + (c[:, None] - C1)
         a_s = load(a_ptr + offs_a, mask_active, ACC_DTYPE)
         a_t = load(a_ptr + offs_a + C2, mask_active, ACC_DTYPE)
-        offs_x = b * stride_xb * ALIGN + (j if UNPERMUTES else c)[:, None]
+        offs_x = b * stride_xb * ALIGN + (j if UNPERMUTES_INPUT else c)[:, None]
         x = load(x_ptr + offs_x, mask, ACC_DTYPE)
         t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
         s = CLAMP * t  # 0 for passive channels, so that u = x there
@@ -176,7 +177,7 @@ def _prepare(*key: Any) -> Prepared:
         launch = Launch(_coupling_rows_fwd_kernel, tiles.programs, tiles.warps, values)
         partials = (operands.batch,) if is_affine else None
         return Prepared(dtype, acc_dtype, launch, gin_sums, partials)
-    # a program of this kernel takes one tile: there is no loop that more columns would be for
+    # for one column at least: this kernel has no loop over tiles
     tiles = plan.make_plan(
         operands.passive_channels, operands.batch, pixels, dtype.itemsize, rows=None
     )

@@ -43,11 +43,12 @@ from fastflow_kernels.torch_private import versions_counted
 def _coupling_inv_passive_kernel(
     y_ptr, g_ptr, offset_ptr, inv_ptr, x_ptr,
     B, P, stride_yb,
-    C: tl.constexpr, ACTIVATION: tl.constexpr, UNPERMUTES: tl.constexpr, ALIGN: tl.constexpr,
+    C: tl.constexpr, ACTIVATION: tl.constexpr, UNPERMUTES_INPUT: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with UNPERMUTES in the channels inv[:C1] of x.
+    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with UNPERMUTES_INPUT in the channels
+    inv[:C1] of x.
 
     Program: one tile of passive channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
     the stride come divided by ALIGN.
@@ -71,7 +72,7 @@ def _coupling_inv_passive_kernel(
         b, p, mask_columns = columns(group * TILES_PER_PROGRAM + i, B, P, BLOCK_COLUMNS, ROWS)
         mask_passive = is_passive[:, None] & mask_columns
         offs_y = j * P + p
-        offs_x = offs_y if UNPERMUTES else c[:, None] * P + p
+        offs_x = offs_y if UNPERMUTES_INPUT else c[:, None] * P + p
         y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_passive, ACC_DTYPE)
         tl.store(x_ptr + b * C * P + offs_x, (y - offset) * factor * boost, mask=mask_passive)
 
@@ -81,12 +82,12 @@ def _coupling_inv_active_kernel(
     y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr,
     B, P, stride_yb, stride_ab,
     C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    UNPERMUTES: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward;
-    with UNPERMUTES in the channels inv[C1:] of x.
+    with UNPERMUTES_INPUT in the channels inv[C1:] of x.
 
     Program: one tile of active channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
     the strides come divided by ALIGN.
@@ -126,7 +127,7 @@ def _coupling_inv_active_kernel(
         a_s = load(a_tile_ptr, mask_active, ACC_DTYPE)
         a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
         offs_y = j * P + p
-        offs_x = offs_y if UNPERMUTES else C1 * P + offs
+        offs_x = offs_y if UNPERMUTES_INPUT else C1 * P + offs
         y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_active, ACC_DTYPE)
         # Keeps the loads together: ptxas 12.8 would put half of them off until the others were
         # used, 36.6 us for a minimum of 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).

@@ -163,7 +163,7 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
         "CLAMP": operands.spec.clamp,
         "TANH_SCALE": operands.spec.tanh_scale,
         "ACTIVATION": operands.activation,
-        "UNPERMUTES": operands.unpermutes_input,
+        "UNPERMUTES_INPUT": operands.unpermutes_input,
         "ALIGN": align,
         "ROWS": plan.is_rows,
         "BLOCK_CHANNELS": plan.block_channels,

@@ -33,12 +33,12 @@ from fastflow_kernels.engines.triton.tiles import index, load
 def _gin_sums_kernel(
     a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr,
     B, P, stride_ab, stride_xb,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, UNPERMUTES: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, UNPERMUTES_INPUT: tl.constexpr,
     PARTS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 *
-    exp(t), where dv = dy[:, inv], and x2 is of x[:, inv] with UNPERMUTES.
+    exp(t), where dv = dy[:, inv], and x2 is of x[:, inv] with UNPERMUTES_INPUT.
 
     Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come
     divided by ALIGN.
@@ -72,7 +72,7 @@ def _gin_sums_kernel(
         sum_t += t
         if dy_ptr is not None:
             offs_y = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
-            offs_x = offs_y if UNPERMUTES else C1 * P + offs
+            offs_x = offs_y if UNPERMUTES_INPUT else C1 * P + offs
             sum_h += (
                 load(dy_ptr + offs_y, mask, ACC_DTYPE)
                 * load(x_ptr + offs_x, mask, ACC_DTYPE)
