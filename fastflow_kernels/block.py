@@ -69,10 +69,10 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
 
 def _narrowed(u1: Tensor, dtype: torch.dtype) -> Tensor:
     """u1 in the dtype of the result, which may make it a copy that only the subnet reads."""
-    if torch_private.is_recorded():  # a graph counts no versions
+    if u1.dtype is dtype or torch_private.is_recorded():  # a graph counts no versions
         return cast(u1, dtype)
     with torch_private.versions_counted():
-        return cast(u1, dtype)
+        return u1.to(dtype)
 
 
 def _finish_inverse(
