@@ -42,18 +42,18 @@ _adopted: dict[type, type] = {}
 
 def _adopt(module: ModuleType) -> None:
     cls, name = _wanted[module.__name__]
-    other, before = getattr(module, name, None), _adopted.get(cls)
-    if not isinstance(other, type) or other is before or issubclass(cls, other):
+    foreign, before = getattr(module, name, None), _adopted.get(cls)
+    if not isinstance(foreign, type) or foreign is before or issubclass(cls, foreign):
         return
     bases = tuple(base for base in cls.__bases__ if base is not before)
-    # in place of a base that the other one derives from, otherwise after ours
-    remaining = tuple(base for base in bases if not issubclass(other, base))
+    # in place of a base that the foreign class derives from, otherwise after ours
+    remaining = tuple(base for base in bases if not issubclass(foreign, base))
     try:
-        cls.__bases__ = (*remaining, other)
+        cls.__bases__ = (*remaining, foreign)
     except TypeError:
         # a class of the same name that has nothing to do with modules, or does not fit ours
         return
-    _adopted[cls] = other
+    _adopted[cls] = foreign
 
 
 class _Finder(MetaPathFinder):

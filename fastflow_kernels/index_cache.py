@@ -228,12 +228,11 @@ def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
         if index is None:
             return _Cached(key, (w, w_inv), None, None)
         places = each * perm.numel() + perm, perm * perm.numel() + each
-        found = [_ones(t, at) for t, at in zip((w, w_inv), places, strict=True) if t is not None]
-        ones = [of for of in found if of is not None]
-        hard = len(ones) == len(found)
-        return _Cached(
-            key, (w, w_inv), index if hard else None, (ones[0], ones[-1]) if hard else None
-        )
+        ones = _ones(w, places[0])
+        ones_of_inverse = ones if w_inv is None else _ones(w_inv, places[1])
+        if ones is None or ones_of_inverse is None:
+            return _Cached(key, (w, w_inv), None, None)
+        return _Cached(key, (w, w_inv), index, (ones, ones_of_inverse))
 
 
 def _ones(w: Tensor, places: Tensor) -> _Ones | None:

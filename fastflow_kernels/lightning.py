@@ -42,8 +42,8 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
         """Called by Lightning in every stage; logs what runs, once.
         :func:`fastflow_kernels.accelerate` warns if no block runs fused.
         """
-        found = report(accelerate(pl_module, backend=self.backend, reversible=self.reversible))
-        said = str(found) if found.left else str(found).splitlines()[0]
-        if found.changed and said != self._said:
+        result = report(accelerate(pl_module, backend=self.backend, reversible=self.reversible))
+        said = str(result) if result.left else str(result).splitlines()[0]
+        if result.changed and said != self._said:
             rank_zero_info(f"fastflow_kernels: {said}")
             self._said = said

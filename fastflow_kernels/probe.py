@@ -91,16 +91,16 @@ def _asked(block: Any, cls: Any, stock: Any) -> Maths:
         raise Left("it computes something else than either known form of the block")
     # with a clamp of 1, or where GIN takes the mean of one value, both forms agree: another clamp,
     # and no GIN, tell them apart
-    other = 1.7 if abs(abs(block.clamp) - 1.7) > 0.2 else 2.3
+    clamp = 1.7 if abs(abs(block.clamp) - 1.7) > 0.2 else 2.3
     dialects = [
-        dialect for dialect in probe.dialects(other, block.GIN, activation) if dialect in dialects
+        dialect for dialect in probe.dialects(clamp, block.GIN, activation) if dialect in dialects
     ]
     if not dialects:
         raise Left(
             "with another clamp it computes something else than either known form of the block"
         )
     if len(dialects) > 1 and block.GIN:
-        dialects = probe.dialects(other, False, activation)
+        dialects = probe.dialects(clamp, False, activation)
         if not dialects:
             raise Left("without GIN it computes something else than either known form of the block")
     for name, value in zip(seen.attributes, seen.values, strict=True):

@@ -273,11 +273,10 @@ def _names_from(cls: Any, start: str) -> list[str]:
         function = inspect.getattr_static(cls, pending.pop(), None)
         function = getattr(function, "__func__", function)  # a static method's
         if isinstance(function, FunctionType):
-            found = [
-                name for name in _names_in(inspect.unwrap(function).__code__) if name not in names
-            ]
-            names += dict.fromkeys(found)
-            pending += [name for name in dict.fromkeys(found) if not hasattr(nn.Module, name)]
+            in_code = dict.fromkeys(_names_in(inspect.unwrap(function).__code__))
+            new = [name for name in in_code if name not in names]
+            names += new
+            pending += [name for name in new if not hasattr(nn.Module, name)]
     return names
 
 
