@@ -103,13 +103,12 @@ def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
     passive, x = fork(x, coupling.inv if coupling.unpermutes_input else None, route.with_gradients)
-    a = coefficients(call, for_subnet(passive, route))
-    a = packed(a, torch.contiguous_format if route.is_copied else route.layout)
+    a = _as_kept(coefficients(call, for_subnet(passive, route)), route)
     # after the subnet, because gradients come in the reverse order
     after = call.permutation.after_coupling()
     y, log_det = fused_coupling(x, a, coupling, after, route)
-    if after.rest is not None:
-        y = after.rest.permute(y)
+    if after.permutation is not None:
+        y = after.permutation.permute(y)
     return in_layout(y, route.layout), log_det
 
 
@@ -162,6 +161,13 @@ def for_subnet(passive: Tensor, route: Route) -> Tensor:
     # contiguous() returns a tensor itself where both layouts fit it, as with a single channel
     with torch_private.versions_counted():
         return passive.clone(memory_format=route.layout)
+
+
+def _as_kept(a: Tensor, route: Route) -> Tensor:
+    """The coefficients as the engine reads them, now and in the backward."""
+    if route.is_copied or route.layout is torch.contiguous_format:
+        return packed(a)
+    return in_layout(a, route.layout)
 
 
 def _coupling_input(call: BlockCall, route: Route) -> Tensor:

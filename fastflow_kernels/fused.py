@@ -27,7 +27,7 @@ def fused_coupling(
         x: (B, C, *S).
         a: (B, 2*C2, *S), the subnet's output.
         coupling: What the engine is given beside them.
-        after: Its reflections are computed here; its ``rest`` is left to the caller.
+        after: Its reflections are computed here; its permutation is left to the caller.
         route: The call's.
 
     Returns:

@@ -19,10 +19,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x in the given layout, where x is channels-last or contiguous already.
-
-    The contiguous layout asks for nothing: x is returned as it is.
-    """
+    """x in the given layout if that is channels-last; for the contiguous one x as it is."""
     if layout is torch.contiguous_format:
         return x
     return x.contiguous(memory_format=layout)
@@ -40,10 +37,8 @@ def is_packed(t: Tensor) -> bool:
     return True
 
 
-def packed(t: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """The tensor, or a copy in this layout where the values of a sample lie apart."""
-    if layout is not torch.contiguous_format:
-        return t.contiguous(memory_format=layout)
+def packed(t: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where the values of a sample lie apart."""
     return t if is_packed(t) else t.contiguous()
 
 

@@ -25,17 +25,17 @@ from fastflow_kernels.predicates import is_autocast
 
 
 class AfterCoupling(NamedTuple):
-    """What of a permutation comes after a coupling that applies its index.
+    """What follows a coupling that has applied the index of a permutation.
 
     Attributes:
         inner, outer: Factors (K, C) of :func:`~fastflow_kernels.channels.reflect`, which comes
             first and belongs to the coupling's autograd node; None without reflections.
-        rest: What is permuted by then; None if nothing is left.
+        permutation: Comes last; None if the index was all.
     """
 
     inner: Tensor | None = None
     outer: Tensor | None = None
-    rest: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
+    permutation: IndexPermutation | MatrixPermutation | HouseholderPermutation | None = None
 
 
 _NOTHING = AfterCoupling()
@@ -89,7 +89,7 @@ class MatrixPermutation(NamedTuple):
         return None, None
 
     def after_coupling(self) -> AfterCoupling:
-        return AfterCoupling(rest=self)
+        return AfterCoupling(permutation=self)
 
     def permute(self, v: Tensor) -> Tensor:
         return multiply_channels(v, self.w)
@@ -132,7 +132,7 @@ class HouseholderPermutation(NamedTuple):
 
     def after_coupling(self) -> AfterCoupling:
         if self.is_dense():
-            return AfterCoupling(rest=self)
+            return AfterCoupling(permutation=self)
         inner, outer = self.factors()
         return AfterCoupling(inner, outer, self.base)
 

@@ -127,8 +127,8 @@ def version_of(t: Tensor) -> int | None:
 def versions_counted() -> AbstractContextManager[None]:
     """Within: new tensors count their versions, in inference mode too, whose own ones do not.
 
-    For what a subnet is given and the coupling does not read: a write to it would be lost, and the
-    result another one than the stock block's, so that it has to be noticed.
+    Use it for a tensor that the subnet reads and the coupling does not. The stock block's coupling
+    would see what the subnet writes there, so a write must be noticed.
     """
     return _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
 
