@@ -107,8 +107,8 @@ def test_the_backward_of_a_chain_needs_the_same_whatever_the_permutation(
 
 @each_permutation
 def test_the_backward_needs_the_same_whatever_the_layout(options: dict[str, Any]) -> None:
-    """In inputs; a copy in another layout would be 1 more. What is allowed is 0.1, for the
-    log-determinants of single pixels.
+    """In inputs; a copy in another layout would be 1 more. Channels-last has a log-determinant for
+    each pixel, which is 1/64 of an input of 64 channels; twice that is allowed.
     """
 
     def peak(layout: torch.memory_format) -> float:
@@ -117,7 +117,7 @@ def test_the_backward_needs_the_same_whatever_the_layout(options: dict[str, Any]
         (y,), log_det = block([x])
         return peak_of((y.square().sum() - log_det.sum()).backward) / x.nbytes
 
-    assert peak(torch.channels_last) <= peak(torch.contiguous_format) + 0.1
+    assert peak(torch.channels_last) <= peak(torch.contiguous_format) + 1 / 32
 
 
 class Twice(nn.Module):
