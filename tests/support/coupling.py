@@ -19,7 +19,7 @@ from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 # this share of a value.
 TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 
-# --- the plain operations, which compute in float64 or float32 and rounds once -------------------
+# --- the plain operations: they compute in float64 or float32, and round once --------------------
 
 
 def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:

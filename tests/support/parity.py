@@ -166,8 +166,9 @@ class _Doubling(nn.Module):
 def notices_write(
     name: str, rev: bool, layout: str, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> bool:
-    """Whether a block raises an error for a subnet that writes to its input. Otherwise the result
-    has to be the stock block's, which takes what the subnet has made of x1 for x1.
+    """Whether a block raises an error when its subnet writes to its input.
+
+    Otherwise the result must be that of the stock block, which goes on with the overwritten x1.
     """
     case = Case(Shape(2, 8, (3, 5)), name)
     block = make_block(fastflow_kernels.AllInOneBlock, case, dtype, backend=backend)
