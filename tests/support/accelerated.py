@@ -1,4 +1,4 @@
-"""Stock blocks under test, and how an accelerated one is compared with them."""
+"""Stock blocks under test, and comparisons of accelerated blocks with them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ kinds = pytest.mark.parametrize(
 def same_block(
     peer: Callable[[], Any], block: nn.Module, case: Case, dtype: torch.dtype
 ) -> nn.Module:
-    """A stock block with this one's parameters, whatever it has become since."""
-    other = make_block(peer(), case)
-    other.load_state_dict(block.state_dict())
-    other.clamp = block.clamp
-    return other.to(dtype)
+    """Build a stock block with the parameters that this block has now."""
+    stock = make_block(peer(), case)
+    stock.load_state_dict(block.state_dict())
+    stock.clamp = block.clamp
+    return stock.to(dtype)
 
 
 def assert_results(
@@ -53,12 +53,18 @@ def assert_results(
     gin: float = 0.0,
     blocks: int = 1,
 ) -> None:
-    """The design's criterion in float64: ``truth`` is the stock block, ``baseline`` the stock block
-    in float32.
+    """Compare results in float64 by the criterion of ``compare.py``.
 
-    Its floor, which is 4 roundings of the largest value, is made that of tests/test_peers.py, 4 +
-    sqrt(terms) roundings, for each block: truth and result sum in two orders here, and the error of
-    one float32 run says too little about either where that has been lucky.
+    The floor is 4 + sqrt(terms) roundings of the largest value for each block, as in
+    tests/test_peers.py, instead of 4 roundings. Truth and result sum in two orders here, and a
+    float32 run with a small error by luck says too little about either.
+
+    Args:
+        actual: Results of the accelerated block.
+        truth: Results of the stock block in float64.
+        baseline: Results of the stock block in float32.
+        gin: Magnitude of GIN's log-determinant; 0 without GIN.
+        blocks: Number of blocks in the model.
     """
     assert actual.keys() == truth.keys()
     terms = truth["output"].numel()
@@ -66,7 +72,7 @@ def assert_results(
         if value is None:
             assert actual[name] is None, name
             continue
-        # the log-determinant of GIN is a sum of log-factors, each up to the clamp, that cancel
+        # GIN's log-determinant is a sum of log-factors, each up to the clamp, that cancel.
         largest = (
             gin if gin and name == "log-det" else value.abs().max().item() if value.numel() else 0.0
         )
@@ -80,8 +86,9 @@ def assert_results(
 
 
 def assert_same_as_stock(block: nn.Module, peer: Callable[[], Any], case: Case) -> None:
-    """Output, log-determinant and gradients of both directions, with the parameters that the block
-    has now.
+    """Compare outputs, log-determinants and gradients of both directions with a stock block's.
+
+    The stock block takes the parameters that the block has now.
     """
     truth_block, baseline_block = (
         same_block(peer, block, case, dtype) for dtype in (torch.float64, torch.float32)
@@ -112,7 +119,7 @@ def assert_equal_results(actual: nn.Module, expected: nn.Module, case: Case) -> 
 
 
 def is_fused(block: Any) -> bool:
-    """Whether a call of a block runs the fused function."""
+    """Return whether a call of a block runs the fused function."""
     with (
         mock.patch.object(modules, "evaluate", wraps=modules.evaluate) as fused,
         torch.no_grad(),
@@ -128,7 +135,10 @@ def is_fused(block: Any) -> bool:
 
 
 def assert_left(block: nn.Module, match: str) -> None:
-    """Not touched, with a reason and a warning, and restore finds nothing to do."""
+    """Assert that ``accelerate`` leaves the block alone, and warns and reports why.
+
+    ``restore`` must then find nothing to do.
+    """
     cls, attributes = type(block), dict(vars(block))
     with pytest.warns(
         UserWarning,
@@ -136,11 +146,11 @@ def assert_left(block: nn.Module, match: str) -> None:
     ) as caught:
         accelerate(block)
     assert len(caught) == 1
-    said = report(block)
-    assert not said.changed
-    (entry,) = said.left
+    outcome = report(block)
+    assert not outcome.changed
+    (entry,) = outcome.left
     assert match in entry.reason, entry.reason
-    assert match in str(said)
+    assert match in str(outcome)
     restore(block)
     assert type(block) is cls
     assert vars(block) == attributes
@@ -153,7 +163,7 @@ def subclass(peer: Callable[[], Any], **methods: Any) -> type:
 
 
 def overriding(name: str) -> dict[str, Any]:
-    """A method that calls the stock one and adds something."""
+    """Return an override of a method that only calls the stock method."""
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return getattr(super(type(self), self), name)(*args, **kwargs)

@@ -1,8 +1,9 @@
-"""anomalib's FastFlow as PyPI ships it, stock against accelerated: time of a train step, size of
-the exported file.
+"""Measure anomalib's FastFlow from PyPI, stock and accelerated.
 
-In the environment of the tests with the real models (make ecosystem): ``.venv-ecosystem/bin/python
--m tests.support.anomalib_flows [time|size]``
+It measures the time of a training step and the size of the exported file. Run it in the environment
+of ``make ecosystem``::
+
+    .venv-ecosystem/bin/python -m tests.support.anomalib_flows [time|size]
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ CHANNELS = {"resnet18": (64, 128, 256), "wide_resnet50_2": (256, 512, 1024)}
 
 
 class Flows(nn.Module):
-    """The flow part of anomalib's FastflowModel: its three chains, on the features of an image of
-    ``size`` pixels.
+    """The flow part of anomalib's FastflowModel: three chains.
+
+    Args:
+        backbone: A key of ``CHANNELS``.
+        size: Height and width of the image in pixels.
     """
 
     def __init__(self, backbone: str, size: int = 256) -> None:
@@ -60,10 +64,10 @@ def stock_and_ours(backbone: str, size: int = 256) -> tuple[Flows, Flows]:
 
 
 def train_step(flows: Flows, features: Sequence[Tensor]) -> float:
-    """Forward, anomalib's loss and backward.
+    """Run the forward pass, anomalib's loss and the backward pass.
 
     Returns:
-        Seconds of CPU time of this process, which other work on the machine adds little to.
+        Seconds of CPU time of this process, because other work on the machine adds little to it.
     """
     from anomalib.models.image.fastflow.loss import FastflowLoss
 
@@ -74,7 +78,7 @@ def train_step(flows: Flows, features: Sequence[Tensor]) -> float:
 
 
 def time_train_steps(backbone: str, batch: int, rounds: int, size: int = 256) -> dict[str, object]:
-    """Train steps of both in turn, on one thread."""
+    """Time training steps of both models in turn, on one thread."""
     torch.set_num_threads(1)
     models = dict(zip(("stock", "ours"), stock_and_ours(backbone, size), strict=True))
     features = models["stock"].features(batch)
@@ -82,7 +86,7 @@ def time_train_steps(backbone: str, batch: int, rounds: int, size: int = 256) ->
     for k in range(rounds + 1):
         for name, model in models.items():
             seconds = train_step(model, features)
-            if k:  # the first warms up
+            if k:  # the first round warms up
                 times[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = sorted(a / b for a, b in zip(times["stock"], times["ours"], strict=True))
@@ -99,12 +103,10 @@ def time_train_steps(backbone: str, batch: int, rounds: int, size: int = 256) ->
 
 
 def file_sizes(backbone: str, size: int = 64) -> dict[str, object]:
-    """Megabytes of the ONNX files of both flow parts, and of what in them is no weight of a
-    subnet.
-    """
+    """Return the megabytes of both ONNX files, with and without the subnets' weights."""
     import onnx
 
-    found: dict[str, object] = {"backbone": backbone}
+    sizes: dict[str, object] = {"backbone": backbone}
     for name, model in zip(("stock", "ours"), stock_and_ours(backbone, size), strict=True):
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = Path(folder) / "flow.onnx"
@@ -123,16 +125,16 @@ def file_sizes(backbone: str, size: int = 64) -> dict[str, object]:
                 for tensor in tensors
                 if "subnet" in tensor.name
             )
-        found |= {f"{name}_mb": total / 1e6, f"{name}_without_subnets_mb": (total - subnets) / 1e6}
-    return found | {"ours/stock": found["ours_mb"] / found["stock_mb"]}
+        sizes |= {f"{name}_mb": total / 1e6, f"{name}_without_subnets_mb": (total - subnets) / 1e6}
+    return sizes | {"ours/stock": sizes["ours_mb"] / sizes["stock_mb"]}
 
 
-def main(what: str = "all") -> None:
+def main(measurement: str = "all") -> None:
     peers.prepare_torchvision()
-    if what in ("all", "time"):
+    if measurement in ("all", "time"):
         for backbone, batch in (("resnet18", 4), ("wide_resnet50_2", 1)):
             print(json.dumps(time_train_steps(backbone, batch, rounds=10)))
-    if what in ("all", "size"):
+    if measurement in ("all", "size"):
         for backbone in CHANNELS:
             print(json.dumps(file_sizes(backbone)))
 

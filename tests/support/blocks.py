@@ -1,4 +1,4 @@
-"""Subnets and wrappers that tests build blocks with, and what they do with a block's results."""
+"""Subnets and wrappers that tests build blocks with, and helpers for a block's results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 
 class Stored(nn.Module):
-    """A subnet that returns what it holds, whatever it is given; as a buffer, which to() finds."""
+    """A subnet that returns a stored tensor for every input.
+
+    The tensor is a buffer, so that ``to()`` converts it.
+    """
 
     a: Tensor
 
@@ -24,7 +27,7 @@ class Stored(nn.Module):
 
 
 class Function(nn.Module):
-    """A subnet that is a function."""
+    """A subnet that calls a function."""
 
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class Function(nn.Module):
 
 
 class Counting(nn.Module):
-    """A linear map of the channels that counts how often it is asked."""
+    """A linear map of the channels that counts its calls."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -48,7 +51,7 @@ class Counting(nn.Module):
 
 
 class TakesTensor(nn.Module):
-    """A block that takes a tensor and returns two, in one direction."""
+    """A wrapper of a block that takes a tensor and returns two, in one direction."""
 
     def __init__(self, block: nn.Module, rev: bool) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class TakesTensor(nn.Module):
 
 
 def unwrapped(result: tuple[tuple[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """The output and the log-determinant of what a block returns."""
+    """Return the output and the log-determinant out of a block's result."""
     (y,), log_det = result
     return y, log_det
 
@@ -75,13 +78,15 @@ def evaluate(
     grad: bool = True,
     wrap: bool = True,
 ) -> Results:
-    """Output, log-determinant, and the gradients of a random linear function of both.
+    """Return the output, the log-determinant, and gradients of a random linear function of both.
 
     Args:
         model: A block, which takes a list and returns a tuple; or one of FrEIA's containers.
-        x, c: Its input and conditions.
-        rev: Evaluate the inverse.
-        grad: Whether gradients are taken, to everything that takes one; None where there is none.
+        x: Input.
+        c: Conditions.
+        rev: Whether to evaluate the inverse.
+        grad: Whether to return the gradients of the input, the conditions and the parameters.
+            A gradient that does not exist is None.
         wrap: Whether the model is a block.
     """
     x, c = x.detach().requires_grad_(grad), [t.detach().requires_grad_(grad) for t in c]
@@ -97,7 +102,7 @@ def evaluate(
         for t in (y, log_det)
     )
     model.zero_grad()
-    # both: also GIN's log-determinant, 0, is part of the graph
+    # Use both, because GIN's log-determinant is part of the graph although it is 0.
     torch.autograd.backward([y, log_det], [dy, dlog_det])
     results |= {"grad x": x.grad, **{f"grad c{i}": t.grad for i, t in enumerate(c)}}
     results |= {f"grad {name}": p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -106,7 +111,7 @@ def evaluate(
 
 
 def through_a_file(module: nn.Module) -> nn.Module:
-    """The module, saved as a whole and loaded."""
+    """Save a module as a whole, and return it loaded."""
     file = io.BytesIO()
     torch.save(module, file)
     file.seek(0)
@@ -114,13 +119,13 @@ def through_a_file(module: nn.Module) -> nn.Module:
 
 
 def contents(block: nn.Module) -> dict[str, Tensor]:
-    """Everything that a block holds, copied."""
+    """Return copies of a block's parameters and buffers."""
     return {
         name: t.detach().clone() for name, t in [*block.named_parameters(), *block.named_buffers()]
     }
 
 
 def permutation_of(block: Any) -> Tensor:
-    """The index of a hard permutation, for which y[:, j] = v[:, index[j]]."""
+    """Return the index of a hard permutation, with y[:, j] = v[:, index[j]]."""
     w = block.w_perm.detach()
     return w if w.dim() == 1 else w.flatten(1).argmax(1)

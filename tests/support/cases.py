@@ -1,7 +1,6 @@
-"""The one table of what the tests run on: configurations, shapes, layouts and dtypes, with small
-builders. Plain data first.
+"""The table of configurations, shapes, layouts and dtypes under test, with small builders.
 
-Ids read ``B2-C7-5x5-freia-gin-rev``; with a dtype ``B2-C7-5x5-...-bf16``.
+Test ids read ``B2-C7-5x5-freia-gin-rev``, or with a dtype ``B2-C7-5x5-...-bf16``.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from torch.nn import functional as F
 
 from fastflow_kernels import route
 
-# of the tests that run kernels: a GPU where there is one, but the interpreter's checks are made on
-# the CPU's memory
+# Tests that run kernels use a GPU if there is one. The interpreter checks accesses to CPU memory.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not route.is_interpreted() else "cpu")
 DTYPES = {
     "fp64": torch.float64,
@@ -51,8 +49,8 @@ class Shape:
         return f"B{self.batch}-C{self.channels}" + (f"-{pixels}" if pixels else "")
 
 
-# Small enough for a brute-force Jacobian. Among them: C odd, 1 and 2; P = 1; P not divisible by 4;
-# no power of two where it can be avoided.
+# Small enough for a brute-force Jacobian. They include C odd, 1 and 2, P = 1, and P not divisible
+# by 4, and avoid powers of two.
 SHAPES = (
     Shape(2, 7),
     Shape(3, 1),
@@ -68,8 +66,8 @@ SHAPES = (
     Shape(2, 3, (2, 3, 3)),
 )
 
-# For the kernels and the fast paths: more than one tile in some direction, ragged ends, vector
-# widths that fit and that do not.
+# For the kernels and the fast paths: more than one tile in some direction, ragged ends, and sizes
+# that are and are not divisible by the vector widths.
 LARGE_SHAPES = (
     Shape(5, 513),
     Shape(300, 33),
@@ -81,7 +79,7 @@ LARGE_SHAPES = (
     Shape(2, 10, (5, 6, 7)),
 )
 
-# Name: constructor options. "conditions" is no option but the channel counts of the conditions.
+# Constructor options by name. "conditions" is not an option: it holds the conditions' channels.
 OPTIONS: dict[str, dict[str, Any]] = {
     "hard": {},
     "sigmoid": {"global_affine_type": "SIGMOID", "global_affine_init": 0.7, "affine_clamping": 1.9},
@@ -117,9 +115,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gin-hh2": {"gin_block": True, "learned_householder_permutation": 2},
 }
-# At the bound up to which the eager functions take cheap forms, and beyond it; with "freia" 50
-# makes the argument of tanh tiny and 0.001 makes it huge. Negative clamps mean what positive ones
-# do. A table of their own, because exp(50) is beyond what numerical differences can check.
+# Around the bound of the eager functions' cheap forms. With "freia", 50 makes the argument of tanh
+# tiny and 0.001 huge. A separate table, because numerical differences cannot check exp(50).
 CLAMP_OPTIONS: dict[str, dict[str, Any]] = {
     "clamp2": {"affine_clamping": 2.0},
     "clamp2.1-rev": {"affine_clamping": 2.1, "reverse_permutation": True},
@@ -162,7 +159,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The constructor's options but for the shapes, the subnet and the dialect."""
+        """The constructor's options without the shapes, the subnet and the dialect."""
         return {key: value for key, value in self._all_options.items() if key != "conditions"}
 
     @property
@@ -189,8 +186,9 @@ class Case:
 
 
 def _table() -> tuple[Case, ...]:
-    """Every option on one shape of rank 0 and one of rank 2, every shape with a few options that
-    matter to it; both dialects.
+    """Return every option on two shapes (rank 0 and 2), and every shape with a few options.
+
+    Each pair comes in both dialects.
     """
     pairs = [(shape, name) for shape in (SHAPES[0], SHAPES[6]) for name in OPTIONS]
     pairs += [
@@ -219,7 +217,7 @@ LARGE_CASES = tuple(
 )
 
 
-# --- layouts: the same values, other strides
+# --- layouts: the same values with different strides
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -227,7 +225,7 @@ def _channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def _strided(x: torch.Tensor) -> torch.Tensor:
-    """Every second element of a larger tensor, in every dimension, starting at an odd offset."""
+    """Return x as every second element of a larger tensor, from an odd offset in each dimension."""
     big = x.new_full([2 * n + 1 for n in x.shape], float("nan"))
     view = big[tuple(slice(1, 2 * n + 1, 2) for n in x.shape)]
     view.copy_(x)
@@ -235,13 +233,13 @@ def _strided(x: torch.Tensor) -> torch.Tensor:
 
 
 def _transposed(x: torch.Tensor) -> torch.Tensor:
-    """Dense, with the dimensions in memory in the reverse order."""
+    """Return x dense, with the dimensions in memory in reverse order."""
     order = tuple(reversed(range(x.dim())))
     return x.permute(order).contiguous().permute(order)
 
 
 def _expanded(x: torch.Tensor) -> torch.Tensor:
-    """One sample, broadcast over the batch: the first sample's values everywhere."""
+    """Return the first sample, broadcast over the batch."""
     return x[:1].expand(x.shape)
 
 
@@ -258,8 +256,9 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Subnet(nn.Module):
-    """A smooth two-layer network, kernel 3 then 1, whose output is of order ``gain``, so that the
-    clamp is felt (0.1 * a of order 1).
+    """A smooth two-layer network with kernel sizes 3 and 1.
+
+    Its output is of order ``gain``, so that the clamp has an effect (0.1 * a of order 1).
     """
 
     def __init__(self, channels_in: int, channels_out: int, rank: int, gain: float = 6.0) -> None:
@@ -276,9 +275,9 @@ class Subnet(nn.Module):
         self.b2 = nn.Parameter(0.1 * gain * torch.randn(channels_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # one channel has no active half, and a convolution refuses to have no outputs
+        # One channel has no active half, and a convolution must have outputs.
         if self.w2.shape[0] == 0:
-            return x[:, :0].clone()  # no view: the peers write to it
+            return x[:, :0].clone()  # a copy, because the peers write to it
         if self.rank == 0:
             return F.linear(torch.tanh(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
         conv = (F.conv1d, F.conv2d, F.conv3d)[self.rank - 1]
@@ -286,24 +285,25 @@ class Subnet(nn.Module):
 
 
 def make_subnet(rank: int, gain: float = 6.0) -> Callable[[int, int], nn.Module]:
-    """A subnet constructor for data of this rank."""
+    """Return a subnet constructor for data of this rank."""
     return lambda channels_in, channels_out: Subnet(channels_in, channels_out, rank, gain)
 
 
 @torch.no_grad()
 def randomize(block: nn.Module) -> nn.Module:
-    """Give a fresh block a random global affine, unit reflections, and matrices orthogonal to the
-    last bit. It ends in float64.
+    """Convert a fresh block to float64 and randomize its parameters.
+
+    It gets a random global affine, unit reflections, and matrices orthogonal to the last bit.
     """
     block.double()
     block.global_scale += 0.5 * torch.randn_like(block.global_scale)
     block.global_offset += torch.randn_like(block.global_offset)
-    # a reflection does not depend on the vector's length, its gradient does: 1 / length
+    # A reflection does not depend on the vector's length, but its gradient does (1 / length).
     if getattr(block, "householder", 0):
         block.vk_householder /= block.vk_householder.norm(dim=1, keepdim=True)
     for name in ("w_0", "w_perm"):
         w = getattr(block, name, None)
-        if w is not None and w.is_floating_point():  # drawn in float32: orthogonal to 1e-7 only
+        if w is not None and w.is_floating_point():  # drawn in float32, so orthogonal only to 1e-7
             if not _one_hot(w):
                 u, _, vh = torch.linalg.svd(w.flatten(1))
                 w.copy_((u @ vh).view_as(w))
@@ -317,8 +317,9 @@ def _one_hot(w: torch.Tensor) -> bool:
 
 
 def build_block(cls: type, case: Case, seed: int = 0, **extra: Any) -> Any:
-    """A block of class ``cls`` as its constructor leaves it. The real peers know no ``dialect``:
-    pass theirs as is.
+    """Build a block of class ``cls`` with the parameters that its constructor draws.
+
+    Pass ``dialect`` in ``extra`` for our block only, because the real peers do not take it.
     """
     seed_cpu(seed)
     return cls(
@@ -333,13 +334,14 @@ def build_block(cls: type, case: Case, seed: int = 0, **extra: Any) -> Any:
 def make_block(
     cls: type, case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, **extra: Any
 ) -> Any:
-    """A block of class ``cls`` with random parameters that ``dtype`` represents."""
+    """Build a block of class ``cls`` with random parameters that ``dtype`` represents."""
     return randomize(build_block(cls, case, seed, **extra)).to(dtype)
 
 
 def seed_cpu(seed: int) -> None:
-    """torch.manual_seed for the CPU alone: for other devices that takes 2 ms where there are none,
-    to note who asked.
+    """Seed torch's CPU generator only.
+
+    ``torch.manual_seed`` takes 2 ms without other devices, because it records its caller for them.
     """
     torch.default_generator.manual_seed(seed)
 
@@ -347,7 +349,7 @@ def seed_cpu(seed: int) -> None:
 def make_input(
     case: Case, dtype: torch.dtype = torch.float64, seed: int = 1
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """``(x, c)`` with values that ``dtype`` represents."""
+    """Return random ``(x, c)`` with values that ``dtype`` represents."""
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     x = torch.randn(case.shape.full, **drawn).to(dtype)
@@ -356,5 +358,5 @@ def make_input(
 
 
 def ids(values: Iterable[object]) -> list[str]:
-    """Readable test ids for anything with a ``str``."""
+    """Return readable test ids for anything with a ``str``."""
     return [str(value) for value in values]

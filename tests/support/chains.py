@@ -1,6 +1,4 @@
-"""Reversible chains under test: how they are built, and the plain chain that they are compared
-with.
-"""
+"""Builders of reversible chains, and their comparison with a plain chain."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def loss_of(z: Tensor, log_det: Tensor) -> Tensor:
 
 
 def random_input(dtype: torch.dtype = torch.float64) -> Tensor:
-    """For a chain as :func:`simple` makes it."""
+    """Return an input for a chain that :func:`simple` makes."""
     return torch.randn(SHAPE.full, dtype=dtype)
 
 
@@ -64,30 +62,33 @@ def parameter_gradients(model: nn.Module) -> dict[str, Tensor | None]:
 def gradients(
     chain: nn.Module, x: Tensor, c: list[Tensor] | None = None, backward: bool = True
 ) -> dict[str, Tensor | None]:
-    """Result, log-determinant and every gradient; parameters' gradients are added up over calls."""
+    """Return the output, the log-determinant and all gradients.
+
+    The parameters' gradients add up over calls.
+    """
     x = x.detach().requires_grad_()
     c = None if c is None else [t.detach().clone().requires_grad_() for t in c]
     z, log_det = chain(x, c)
     if backward:
         loss_of(z, log_det).backward()
-    found = {
+    results = {
         "z": z,
         "log_det": log_det,
         "dx": x.grad,
         **{f"dc{i}": t.grad for i, t in enumerate(c or ())},
     }
-    return found | parameter_gradients(chain)
+    return results | parameter_gradients(chain)
 
 
 def assert_same(
-    ours: dict[str, Tensor | None], theirs: dict[str, Tensor | None], tolerance: float = 1e-8
+    actual: dict[str, Tensor | None], expected: dict[str, Tensor | None], tolerance: float = 1e-8
 ) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, truth in theirs.items():
-        mine = ours[name]
-        assert (mine is None) == (truth is None), name
+    assert actual.keys() == expected.keys()
+    for name, truth in expected.items():
+        value = actual[name]
+        assert (value is None) == (truth is None), name
         if truth is not None and truth.numel():
-            error, magnitude = (mine - truth).abs().max().item(), truth.abs().max().item()
+            error, magnitude = (value - truth).abs().max().item(), truth.abs().max().item()
             assert error <= tolerance * max(magnitude, 1e-3), f"{name}: {error} of {magnitude}"
 
 
@@ -123,7 +124,7 @@ class Normed(nn.Module):
 
 
 class Narrow(nn.Module):
-    """A subnet in two layers, on which others build."""
+    """A subnet of two layers, and a base class of other subnets."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The blocks that tests save and load, and how their states and results are compared."""
+"""Blocks that tests save and load, and comparisons of their states and results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ours(
 
 
 def results(block: nn.Module, case: Case) -> list[Tensor]:
-    """Output, log-determinant, inverse and its log-determinant."""
+    """Return the output, its log-determinant, the inverse and its log-determinant."""
     x, c = make_input(case, block.global_scale.dtype)
     with torch.no_grad():
         (y,), logdet = block([x], c)
@@ -54,8 +54,10 @@ def results(block: nn.Module, case: Case) -> list[Tensor]:
 
 
 def assert_same_results(actual: nn.Module, expected: nn.Module, case: Case) -> None:
-    """float64: to the roundings of a sum of C terms, and of the exponential of a log-factor of a
-    few units, which multiplies its own.
+    """Assert that two blocks give the same results in float64, up to rounding.
+
+    The tolerance covers a sum of C terms, and the exponential of a log-factor of a few units, which
+    multiplies the log-factor's rounding.
     """
     for name, a, e in zip(
         ("output", "log-det", "inverse", "inverse's log-det"),

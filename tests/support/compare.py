@@ -1,24 +1,21 @@
 """The one criterion of accuracy.
 
-A result passes if it is at most twice as far from the truth as the plain formula is when it is
-evaluated in the same dtype, plus a floor::
+A result passes if its distance from the truth is at most twice that of the plain formula in the
+same dtype, plus a floor. Both the maximum and the root mean square must pass::
 
-    err(actual) <= 2 * err(baseline) + 4 * eps * magnitude         by the maximum and by the root
-    mean square
+    err(actual) <= 2 * err(baseline) + 4 * eps * magnitude
 
 - truth: the reference in float64, on the same (already rounded) inputs and parameters.
-- baseline: the reference in the dtype under test. Its error is what that dtype costs; nobody is
-  asked to be better, nor allowed to be much worse. The factor 2 is for two roundings of the same
-  size that fall on different sides.
-- eps: the dtype's unit; magnitude: the quantity's largest magnitude. The floor is for baselines
-  that happen to be exact.
+- baseline: the reference in the dtype under test. Its error is the cost of that dtype: a result
+  need not be better, and may not be much worse. The factor 2 allows for two roundings of the same
+  size in opposite directions.
+- eps: the dtype's unit roundoff.
+- magnitude: the quantity's largest magnitude. The floor is for baselines that happen to be exact.
 
-In float64 no dtype is better, so both the error of a float64 result and the truth itself are of
-that dtype's size. A rounding error is proportional to eps as long as it stays small, so that the
-baseline's error in float64 is estimated from float32: pass the reference in float32 as the
-baseline, and its error is multiplied by eps(float64) / eps(float32) = 2^-29. In this case the
-measured distance holds the truth's own error as well, ``|actual - truth| <= |actual - exact| +
-|truth - exact|``, which adds one to the factor: 3 in place of 2.
+For float64 the truth is no more exact than the result, so the baseline is computed in float32. A
+rounding error is proportional to eps while it is small, so the baseline's error is multiplied by
+eps(float64) / eps(float32) = 2^-29. The measured distance contains the truth's own error as well:
+``|actual - truth| <= |actual - exact| + |truth - exact|``. The factor is therefore 3 instead of 2.
 """
 
 from __future__ import annotations
@@ -35,16 +32,16 @@ def assert_close(
     magnitude: float | None = None,
     units: float = 4.0,
 ) -> None:
-    """Assert the criterion above.
+    """Assert that a result meets the criterion of this file.
 
     Args:
         actual: The result, in the dtype under test.
-        truth: The reference in float64, of the same shape. None if there must be no result (a
-            gradient that is None).
-        baseline: The reference in the dtype under test; in float32 if that is float64.
-        name: What is compared, for the message.
-        magnitude: Stands in for ``max(abs(truth))`` in the floor. Right for a sum whose terms
-            cancel: the largest sum of absolute terms.
+        truth: The reference in float64, of the same shape. None if the result must be None, as for
+            a gradient that does not exist.
+        baseline: The reference in the dtype under test, or in float32 if that dtype is float64.
+        name: Name of the result, for the message.
+        magnitude: Replaces ``max(abs(truth))`` in the floor. For a sum whose terms cancel, pass the
+            largest sum of absolute terms.
         units: The floor in units of eps * magnitude.
 
     Raises:
@@ -78,8 +75,7 @@ def assert_close(
     actual, truth, baseline = (
         t.detach().to(truth.device, torch.float64).flatten() for t in (actual, truth, baseline)
     )
-    # Where the dtype's range ends, the baseline is infinite or NaN and the truth is not: there, and
-    # only there, anything goes.
+    # Beyond the dtype's range the baseline is not finite while the truth is: skip these elements.
     in_range = baseline.isfinite() | ~truth.isfinite()
     actual, truth, baseline = actual[in_range], truth[in_range], baseline[in_range]
     _assert_same_pattern(actual, truth, label)
@@ -92,12 +88,12 @@ def assert_close(
     error, base_error = (actual - truth).abs(), (baseline - truth).abs() * shrink
     problems = []
     for kind, reduce in (("max", torch.max), ("rms", lambda d: d.square().mean().sqrt())):
-        got, base = reduce(error).item(), reduce(base_error).item()
+        measured, base = reduce(error).item(), reduce(base_error).item()
         allowed = factor * base + floor
-        if not got <= allowed:
+        if not measured <= allowed:
             problems.append(
-                f"{kind} error {got:.3g} > allowed {allowed:.3g} (baseline {base:.3g} x {factor:g} "
-                f"+ floor {floor:.3g})"
+                f"{kind} error {measured:.3g} > allowed {allowed:.3g} (baseline {base:.3g} x "
+                f"{factor:g} + floor {floor:.3g})"
             )
     if problems:
         worst = int(error.argmax())
@@ -111,14 +107,14 @@ def assert_close(
 
 
 def _assert_same_pattern(actual: torch.Tensor, truth: torch.Tensor, label: str) -> None:
-    """NaN where the truth is NaN, inf where it is inf with the same sign, finite elsewhere."""
+    """Assert that NaNs and infinities, with their signs, stand where those of the truth do."""
     __tracebackhide__ = True
-    for what, is_so in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+    for kind, is_so in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         wrong = is_so(actual) != is_so(truth)
         if wrong.any():
             first = int(wrong.nonzero()[0])
             raise AssertionError(
-                f"{label}: {int(wrong.sum())} elements differ in being {what}, first at flat index "
+                f"{label}: {int(wrong.sum())} elements differ in being {kind}, first at flat index "
                 f"{first}: "
                 f"got {actual[first].item()}, truth {truth[first].item()}"
             )

@@ -1,10 +1,11 @@
-"""Compile kernels for GPUs that are not there, and read what the compiler made of them.
+"""Compile kernels for several GPUs without having one, and read figures from the compiled code.
 
-The launchers run on CPU tensors with the launch itself replaced by a recorder, so that what is
-compiled is what a GPU would be given: the same constants, the same specialization of the arguments
-(divisible by 16, equal to 1, None). Needs a process without TRITON_INTERPRET.
-tests/test_kernels_compiled.py holds the kernels to limits with it, ``python -m bench.gpu.compiled``
-prints the figures.
+The launchers run on CPU tensors, and a recorder replaces the launch itself. So the compiled code is
+what a GPU would get: it has the same constants and the same specialization of arguments (divisible
+by 16, equal to 1, None). TRITON_INTERPRET must not be set.
+
+tests/test_kernels_compiled.py checks the kernels against limits with it.
+``python -m bench.gpu.compiled`` prints the figures.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _TYPES = {
 
 
 class Recorded(NamedTuple):
-    """A launch that was asked for."""
+    """A launch that was requested."""
 
     kernel: JITFunction
     args: tuple
@@ -64,15 +65,16 @@ class Recorded(NamedTuple):
 
 @dataclass
 class Code:
-    """What a compiled kernel needs.
+    """The resources that a compiled kernel uses.
 
     Attributes:
         kernel: The kernel's name.
         warps: Warps of a program.
         registers: 32-bit vector registers of a thread.
-        spills: Bytes of stack and local memory and spilled registers; 0 means that all values live
+        spills: Bytes of stack and local memory, and spilled registers; 0 means that all values live
             in registers.
-        loads, stores: How many global accesses there are of each width in bits.
+        loads: Number of global loads by width in bits.
+        stores: Number of global stores by width in bits.
         shared: Bytes of shared memory of a program.
     """
 
@@ -86,21 +88,21 @@ class Code:
 
 
 def launches_of(call: Callable[[], object]) -> list[Recorded]:
-    """What ``call`` would launch."""
-    found = []
+    """Return the launches that ``call`` requests."""
+    launches = []
 
     def record(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
-        found.append(Recorded(self, args, kwargs, grid))
+        launches.append(Recorded(self, args, kwargs, grid))
 
     with mock.patch.object(JITFunction, "run", record):
         call()
-    return found
+    return launches
 
 
 def launches_of_passes(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec, unpermutes_input: bool = False
 ) -> dict[str, list[Recorded]]:
-    """What the launchers launch for an input of this shape, by pass."""
+    """Return the launches for an input of this shape, by pass."""
     inputs = _empty(shape, dtype, dtype, spec)
     inputs = inputs._replace(coupling=inputs.coupling._replace(unpermutes_input=unpermutes_input))
     return {
@@ -112,9 +114,9 @@ def launches_of_passes(
 def launches_of_reconstruction(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
 ) -> list[Recorded]:
-    """What a reversible chain's backward launches for an input of this shape.
+    """Return the launches of a reversible chain's backward pass for an input of this shape.
 
-    ``dtype`` is the subnet's. The chain is in float32 where that is a half precision.
+    ``dtype`` is the subnet's dtype. The chain is in float32 if that is a half precision.
     """
     inputs = _empty(shape, torch.promote_types(dtype, torch.float32), dtype, spec)
     return launches_of(partial(run_pass, "reversible", inputs))
@@ -132,7 +134,7 @@ def _empty(
 
 
 def compile_for(target: str, launch: Recorded) -> Code:
-    """Compile one recorded launch for a target of :data:`TARGETS`."""
+    """Compile a recorded launch for a target of :data:`TARGETS`."""
     kernel, values = launch.kernel, launch.values
     options = {name: launch.kwargs[name] for name in launch.kwargs if name not in kernel.arg_names}
     signature, constants, attributes = {}, {}, {}
@@ -164,12 +166,12 @@ def _read_nvidia(name: str, compiled: Any) -> Code:
     ):
         (loads if kind == "ld" else stores)[int(vector or 1) * int(bits)] += 1
     usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
-    found = {key: _number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL")}
-    metadata, spills = compiled.metadata, found["STACK"] + found["LOCAL"]
+    counts = {key: _number(rf"\b{key}:(\d+)", usage) for key in ("REG", "STACK", "LOCAL")}
+    metadata, spills = compiled.metadata, counts["STACK"] + counts["LOCAL"]
     return Code(
         name,
         metadata.num_warps,
-        found["REG"],
+        counts["REG"],
         spills,
         dict(loads),
         dict(stores),
@@ -177,12 +179,12 @@ def _read_nvidia(name: str, compiled: Any) -> Code:
     )
 
 
-def _cuobjdump(cubin: bytes, what: str) -> str:
+def _cuobjdump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
         return subprocess.run(
-            [_TOOLS / "cuobjdump", what, f.name], capture_output=True, text=True, check=True
+            [_TOOLS / "cuobjdump", option, f.name], capture_output=True, text=True, check=True
         ).stdout
 
 
@@ -207,5 +209,5 @@ def _read_amd(name: str, compiled: Any) -> Code:
 
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
-    assert match, f"{pattern} is not in what the compiler says"
+    assert match, f"{pattern} is not in the compiler's output"
     return int(match[1])

@@ -1,7 +1,8 @@
 """The arithmetic instructions of PTX as functions of the machine and their operands.
 
-The approximate ones (``ex2.approx``, ``div.full``, ...) are exact here, unless the machine is told
-to be off by as much as their documentation allows. Source: PTX ISA, "Floating Point Instructions".
+The approximate instructions (``ex2.approx``, ``div.full``, ...) are exact by default. The machine
+can make them as wrong as their documentation allows (``EXECUTOR.perturb``). Source: PTX ISA,
+"Floating Point Instructions".
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _INTEGER = {**_ORDERED, **_UNSIGNED, "ne": np.not_equal}
 
 
 def comparison(name: str, is_float: bool) -> Function:
-    """The function of ``setp``'s comparison."""
+    """Return the function that computes a comparison of ``setp``."""
     if not is_float:
         return _INTEGER[name]
     if name == "num":
@@ -53,7 +54,7 @@ def comparison(name: str, is_float: bool) -> Function:
         return lambda a, b: (a != b) & ~_unordered(a, b)
     if name in _ORDERED:
         return _ORDERED[name]
-    # the others that end in u are true of NaN
+    # The names that end in u are true for NaN.
     f = np.not_equal if name == "neu" else _ORDERED[name[:-1]]
     return lambda a, b: f(a, b) | _unordered(a, b)
 
@@ -63,12 +64,15 @@ def _unordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def arithmetic(base: str, modifiers: list[str], kind: Type) -> Function:
-    """The function of an instruction: of the machine and its operands.
+    """Return the function that computes an instruction from the machine and the operands.
 
     Args:
-        base: The instruction without what follows its first dot.
-        modifiers: What follows, but for types.
+        base: The instruction's name up to its first dot.
+        modifiers: The parts after the first dot, without the types.
         kind: The type of the operands.
+
+    Raises:
+        Unsupported: If the executor does not know the instruction or a modifier.
     """
     known = _TABLE.get(base)
     if known is None:
@@ -85,7 +89,7 @@ def arithmetic(base: str, modifiers: list[str], kind: Type) -> Function:
 
 
 def _simple(f: Function) -> Callable[[Type, list[str]], Function]:
-    """An instruction that does not depend on its type, its modifiers or the machine."""
+    """Make an instruction of a function that needs neither type, modifiers nor machine."""
     return lambda kind, modifiers: lambda machine, *operands: f(*operands)
 
 
@@ -118,14 +122,14 @@ def _fma(kind: Type, modifiers: list[str]) -> Function:
 
 
 def _div(kind: Type, modifiers: list[str]) -> Function:
-    if not kind.is_float:  # by 0 the result is unspecified
+    if not kind.is_float:  # division by 0 is unspecified
         return lambda machine, a, b: np.where(b == 0, kind.dtype(1), divide(a, b))
     if kind.dtype is f8 or "rn" in modifiers:
         return lambda machine, a, b: a / b
 
     def floats(machine: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         quotient = machine.approximate(a.astype(f8) / b.astype(f8), 2, a, b)
-        if "approx" in modifiers:  # gives 0 for divisors beyond 2^126
+        if "approx" in modifiers:  # the result is 0 for divisors beyond 2^126
             beyond = (np.abs(b) > 2.0**126) & np.isfinite(b)
             zero = np.where(np.isinf(a), f4(np.nan), np.copysign(f4(0), quotient))
             quotient = np.where(beyond, zero, quotient)
@@ -195,7 +199,7 @@ def _bfe(kind: Type, modifiers: list[str]) -> Function:
 
 
 def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Any function of three bits, given by its table."""
+    """Compute any function of three bits from its truth table."""
     result, table = a * u4(0), int(table[0])
     for i in range(8):
         if table >> i & 1:
@@ -204,8 +208,9 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Four bytes picked out of the eight of a and b; a selector's high bit picks the byte's sign
-    instead.
+    """Pick four of the eight bytes of a and b.
+
+    Where a selector's high bit is set, the byte's sign is picked instead.
     """
     source = (a.astype(u8) | b.astype(u8) << u8(32))[..., None]
     pick = (selector.astype(u8)[..., None] >> (np.arange(4, dtype=u8) * u8(4))) & u8(15)
@@ -215,7 +220,7 @@ def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 
 
 def _extreme(of_integers: Function, of_floats: Function) -> Callable[[Type, list[str]], Function]:
-    """min and max: with ``.NaN`` they pass a NaN on, without they pass the other operand."""
+    """Make min or max: ``.NaN`` passes a NaN on; otherwise the operand that is not NaN passes."""
 
     def make(kind: Type, modifiers: list[str]) -> Function:
         if not kind.is_float:
@@ -236,7 +241,7 @@ def _rem(kind: Type, modifiers: list[str]) -> Function:
     return lambda machine, a, b: a - quotient(machine, a, b) * b
 
 
-# Instruction: the modifiers it may have, and what makes its function of the type and the modifiers.
+# Per instruction: the modifiers it may have, and a maker of its function (of type and modifiers).
 _TABLE: dict[str, tuple[str, Callable[[Type, list[str]], Function]]] = {
     "add": ("rn", _simple(np.add)),
     "sub": ("rn", _simple(np.subtract)),

@@ -1,12 +1,12 @@
-"""A GPU that is not there, on which Triton's kernels run.
+"""A mock of the CUDA driver that executes Triton's kernels on the CPU.
 
 Everything up to the driver's launch is real: the package's dispatch and prepared launches, Triton's
-specialization, its compiler down to PTX. Only ptxas is left out. Every launch is checked:
+specialization, and its compiler down to PTX. Only ptxas is left out. Each launch is checked:
 
-- the binary's assumptions hold: types, what was compiled in as a constant, the 16 that divides a
-  pointer or an integer;
-- it is the binary that Triton itself would choose for these arguments;
-- where it is executed, all that the other files of this folder check.
+- The binary's assumptions hold: types, constants that were compiled in, and pointers or integers
+  that were taken as divisible by 16.
+- It is the binary that Triton itself would choose for these arguments.
+- If the kernel is executed, everything that ``memory.py`` and ``machine.py`` check.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass
 class Executor:
-    """What is executed, and what was.
+    """Settings of the executor, and a record of its launches.
 
     Attributes:
-        is_executing: Otherwise launches are checked only.
-        perturb: A seed. The approximate instructions are then off by up to their documented error.
-        ctas: Given the grid's length, the CTAs to run; None for all.
-        launches: Of the innermost :func:`watched`; None outside.
+        is_executing: Whether kernels are executed. If not, launches are only checked.
+        perturb: Seed. If set, the approximate instructions are off by up to their documented error.
+        ctas: Function from the grid's length to the CTAs to run; None for all.
+        launches: Launches within the innermost :func:`watched`; None outside.
     """
 
     is_executing: bool = True
@@ -72,11 +72,14 @@ EXECUTOR = Executor()
 
 @contextlib.contextmanager
 def gpu(is_compiling: bool = True) -> Iterator[Executor]:
-    """A context in which ``backend="triton"`` runs compiled kernels on CPU tensors.
+    """Let ``backend="triton"`` run compiled kernels on CPU tensors.
 
     Args:
-        is_compiling: Otherwise nothing is compiled or executed: launches are checked against what
-            would be compiled for them.
+        is_compiling: Whether kernels are compiled and executed. If not, launches are only checked
+            against the binary that would be compiled for them.
+
+    Yields:
+        The settings of the executor.
 
     Raises:
         RuntimeError: If Triton interprets kernels in this process.
@@ -85,7 +88,7 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
         raise RuntimeError("gpu() executes compiled kernels, and TRITON_INTERPRET is set: unset it")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock_driver.mock_gpu(_Driver()))
-        # A cache key of its own: what Triton stores under the name of cubin is PTX here.
+        # Use a separate cache key, because the executor stores PTX where Triton stores a cubin.
         stack.enter_context(mock.patch.object(CUDABackend, "hash", return_value="executor"))
         stack.enter_context(
             mock.patch.object(CUDABackend, "make_cubin", lambda self, ptx, *_: ptx.encode())
@@ -100,9 +103,7 @@ def gpu(is_compiling: bool = True) -> Iterator[Executor]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[Launch]]:
-    """Fill fresh memory with poison, which a kernel must not read. Yields the launches inside, as
-    they happen.
-    """
+    """Fill fresh memory with NaNs that no kernel may read, and yield the list of launches."""
     launches: list[Launch] = []
     with filled(_poison), mock.patch.object(EXECUTOR, "launches", launches):
         yield launches
@@ -114,7 +115,7 @@ def _poison(t: torch.Tensor) -> None:
 
 
 def _forget_kernels() -> None:
-    """Drop compiled kernels and prepared launches: they hold the driver they were made with."""
+    """Drop compiled kernels and prepared launches, because they hold the driver of their time."""
     for module in (backward, forward, inverse, plan, sums):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
@@ -129,7 +130,7 @@ def _program(ptx: bytes) -> Program:
 
 
 class _Utils(mock_driver.Utils):
-    """Keeps what is loaded: a function's handle is its number."""
+    """The mock driver's functions, with a list of loaded binaries; a handle is an index."""
 
     def __init__(self) -> None:
         self.functions: list[tuple[bytes, int]] = []  # PTX and bytes of shared memory
@@ -138,12 +139,12 @@ class _Utils(mock_driver.Utils):
         self, name: str, kernel: bytes, shared: int, device: int
     ) -> tuple[int | None, ...]:
         self.functions.append((kernel, shared))
-        module, _, *others = super().load_binary()
-        return (module, len(self.functions) - 1, *others)
+        module, _, *properties = super().load_binary()
+        return (module, len(self.functions) - 1, *properties)
 
 
 class _Driver(mock_driver.Driver):
-    """Runs what the other only counts."""
+    """A mock driver that executes its launches; its base class only counts them."""
 
     def __init__(self) -> None:
         self.utils = _Utils()
@@ -151,9 +152,7 @@ class _Driver(mock_driver.Driver):
 
 
 class _Launcher:
-    """Where the launches of one binary end: checked against what it was compiled for, then
-    executed.
-    """
+    """The launcher of one binary: checks each launch against the binary, then executes it."""
 
     def __init__(self, utils: _Utils, source: Any, metadata: Any) -> None:
         self.utils, self.kernel = utils, source.fn
@@ -205,7 +204,7 @@ class _Launcher:
         return _program(ptx).launch(grid, params, shared, EXECUTOR.perturb, ctas)
 
     def _check(self, args: tuple[Any, ...]) -> None:
-        """Raise Fault unless the binary is for these arguments."""
+        """Raise Fault unless the binary was compiled for these arguments."""
         name = self.kernel.__name__
         if len(args) != len(self.names):
             raise Fault(f"{name}: {len(args)} arguments for {len(self.names)}")
@@ -250,7 +249,7 @@ class _Launcher:
 
 
 def _uncompiled(source: Any, target: Any = None, options: Any = None, **_: Any) -> CompiledKernel:
-    """In place of triton.compiler.compile: a kernel without code."""
+    """Return a kernel without code, in place of ``triton.compiler.compile``."""
     kernel = CompiledKernel.__new__(CompiledKernel)
     kernel.metadata = type(
         "Metadata", (), {"shared": 0, "warp_size": 32, "tmem_size": None, **options}

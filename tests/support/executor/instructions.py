@@ -1,8 +1,7 @@
-"""The instructions of PTX other than arithmetic: moves, conversions, comparisons, shuffles and
-memory.
+"""PTX instructions for moves, conversions, comparisons, shuffles and memory.
 
-``decode`` returns a function of the machine and the threads that execute. Source: PTX ISA,
-"Instruction Set".
+``decode`` returns a function of the machine and the threads that execute. Arithmetic is in
+``arithmetic.py``. Source: PTX ISA, "Instruction Set".
 """
 
 from __future__ import annotations
@@ -34,15 +33,18 @@ _CACHE_HINTS = {"L1::evict_first", "L1::evict_last"}
 
 
 def decode(program: Program, op: str, args: Operands, where: str) -> Operation:
-    """The function of one instruction.
+    """Return the operation of one instruction.
 
     Args:
-        program: Names its registers and parameters.
+        program: Maps names to registers and parameters.
         op: The instruction with its modifiers.
-        args: Its operands.
+        args: The operands.
         where: The kernel's name and the instruction, for messages.
+
+    Raises:
+        Unsupported: If the executor does not know the instruction.
     """
-    # Triton 3.8 spells the default out
+    # Triton 3.8 spells out ::cta, which is the default.
     base, *modifiers = op.replace("shared::cta", "shared").split(".")
     kinds = [Type(m) for m in modifiers if _TYPES.fullmatch(m)]
     modifiers = [m for m in modifiers if not _TYPES.fullmatch(m)]
@@ -100,7 +102,7 @@ def _mov(
     program: Program, modifiers: list[str], args: Operands, kinds: list[Type], where: str
 ) -> Operation:
     kind, (target, value) = kinds[0], args
-    if isinstance(target, list):  # one register into several
+    if isinstance(target, list):  # unpack one register into several
         source, part = program.source(value, _bits(kind.size)), kind.size // len(target)
         targets = [program.register(name) for name in target]
 
@@ -111,7 +113,7 @@ def _mov(
 
         return unpack
     register = program.register(target)
-    if isinstance(value, list):  # several into one
+    if isinstance(value, list):  # pack several registers into one
         sources = [program.source(name, _bits(kind.size // len(value))) for name in value]
 
         def pack(machine: Machine, mask: Mask) -> None:
@@ -151,13 +153,13 @@ def _setp(
         raise Unsupported(where)
     a, b = program.source(args[1], kind), program.source(args[2], kind)
     combine = LOGIC[logic[0]] if logic else None
-    other = program.source(args[3], Type("pred")) if logic else None
+    predicate = program.source(args[3], Type("pred")) if logic else None
 
     def run(machine: Machine, mask: Mask) -> None:
         result = f(*(flush(x(machine)) if is_flushed else x(machine) for x in (a, b)))
         for i, target in enumerate(targets):
             part = result[:, i].copy() if kind.is_pair else result
-            machine.write(target, combine(part, other(machine)) if combine else part, mask)
+            machine.write(target, combine(part, predicate(machine)) if combine else part, mask)
 
     return run
 
@@ -179,7 +181,7 @@ def _cvt(
         if not to.is_float:
             return to_integer(x, to.dtype) if of.is_float else x.astype(to.dtype)
         if to.is_bf16:
-            return x if of.is_float else x.astype(f4)  # rounded where it is written
+            return x if of.is_float else x.astype(f4)  # Type.write rounds it
         x = x.astype(to.dtype)
         return flush(x) if is_flushed and x.dtype == f4 else x
 
@@ -204,8 +206,8 @@ def _shuffle(
         machine.expect_whole_warps(mask, where)
         everyone = np.arange(machine.size)
         lane = everyone % 32
-        other = lane ^ lanes(machine) if is_butterfly else lanes(machine) & u4(31)
-        machine.write(target, machine.full(of(machine))[everyone - lane + other], mask)
+        source = lane ^ lanes(machine) if is_butterfly else lanes(machine) & u4(31)
+        machine.write(target, machine.full(of(machine))[everyone - lane + source], mask)
 
     return run
 
@@ -213,8 +215,11 @@ def _shuffle(
 def _access(
     program: Program, modifiers: list[str], address: str, registers: str | list[str], where: str
 ):
-    """What loads and stores have in common: the space, what reads the address, and the
-    registers.
+    """Decode what loads and stores have in common.
+
+    Returns:
+        Whether the access is to shared memory, a function that reads the address, and the names
+        of the registers.
     """
     space = modifiers[0]
     if space not in ("global", "shared") or set(modifiers[1:]) - _CACHE_HINTS - {"v2", "v4"}:
@@ -237,11 +242,11 @@ def _load(
 
     def load(machine: Machine, mask: Mask) -> None:
         threads, width = machine.threads(mask), kind.size * len(targets)
-        at = address(machine)[threads]
+        addresses = address(machine)[threads]
         if is_shared:
-            values = machine.shared.load(at, width, threads, where)
+            values = machine.shared.load(addresses, width, threads, where)
         else:
-            values = machine.memory.load(at, width, machine.who[threads], where)
+            values = machine.memory.load(addresses, width, machine.who[threads], where)
         for i, target in enumerate(targets):
             machine.write(
                 target, machine.spread(threads, values.view(kind.dtype)[:, i].copy()), mask
@@ -258,13 +263,13 @@ def _store(
 
     def store(machine: Machine, mask: Mask) -> None:
         threads = machine.threads(mask)
-        at = address(machine)[threads]
+        addresses = address(machine)[threads]
         values = np.stack([machine.full(source(machine))[threads] for source in sources], 1)
         values = np.ascontiguousarray(values).view(u1)
         if is_shared:
-            machine.shared.store(at, values, threads, where)
+            machine.shared.store(addresses, values, threads, where)
         else:
-            machine.memory.store(at, values, machine.who[threads], where)
+            machine.memory.store(addresses, values, machine.who[threads], where)
 
     return store
 
@@ -272,8 +277,9 @@ def _store(
 def _matrix(
     program: Program, base: str, modifiers: list[str], args: Operands, where: str
 ) -> Operation:
-    """8 x 8 matrices of 16-bit values: thread 8 * i + r names row r of matrix i, thread t holds two
-    values of row t // 4 of each.
+    """Decode ``ldmatrix`` and ``stmatrix``, which move 8 x 8 matrices of 16-bit values.
+
+    Thread 8 * i + r names row r of matrix i. Thread t holds two values of row t // 4 of each.
     """
     if modifiers[:3] != ["sync", "aligned", "m8n8"] or set(modifiers[3:]) - {
         "x1",
@@ -293,7 +299,7 @@ def _matrix(
     def rows_of(
         machine: Machine, mask: Mask, matrix: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The warps, the threads that name the rows, and the rows' addresses."""
+        """Return the warps, the threads that name the rows, and the rows' addresses."""
         warps = machine.threads(mask).reshape(-1, 32)[:, 0] // 32
         threads = (warps[:, None] * 32 + np.arange(8 * matrix, 8 * matrix + 8)).ravel()
         return warps, threads, address(machine)[threads]
@@ -305,21 +311,21 @@ def _matrix(
         machine.expect_whole_warps(mask, where)
         results = []
         for i in range(len(registers)):
-            warps, threads, at = rows_of(machine, mask, i)
-            tile = machine.shared.load(at, 16, threads, where).view(u2).reshape(-1, 8, 8)
+            warps, threads, addresses = rows_of(machine, mask, i)
+            tile = machine.shared.load(addresses, 16, threads, where).view(u2).reshape(-1, 8, 8)
             values = np.zeros((machine.size // 32, 32), u4)
             values[warps] = turned(tile).view(u4).reshape(-1, 32)
             results.append(values.ravel())
-        # one of them may hold the address
+        # Write at the end, because a target register may hold the address.
         for register, values in zip(registers, results, strict=True):
             machine.write(register, values, mask)
 
     def store(machine: Machine, mask: Mask) -> None:
         machine.expect_whole_warps(mask, where)
         for i, register in enumerate(registers):
-            warps, threads, at = rows_of(machine, mask, i)
+            warps, threads, addresses = rows_of(machine, mask, i)
             values = machine.full(machine.registers[register].view(u4)).reshape(-1, 32)[warps]
             tile = turned(np.ascontiguousarray(values).view(u2).reshape(-1, 8, 8))
-            machine.shared.store(at, tile.reshape(-1, 8).view(u1), threads, where)
+            machine.shared.store(addresses, tile.reshape(-1, 8).view(u1), threads, where)
 
     return load if is_load else store

@@ -1,6 +1,7 @@
 """Some CTAs of a launch: their registers, and the order in which their threads run.
 
-Threads run in lockstep where their paths agree. Otherwise those at the least address run first.
+Threads run in lockstep while their paths agree. Otherwise the threads at the lowest address run
+first.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ if TYPE_CHECKING:
 SPECIAL = {"%laneid", "%warpid"} | {
     f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"
 }
-MOST_BLOCKS = 500_000  # a loop that never ends is a fault
+MOST_BLOCKS = 500_000  # more are taken for a loop that never ends
 
 Mask = np.ndarray | None  # the threads that execute an instruction; None for all
 
 
 class Machine:
-    """The state of these CTAs.
+    """The state of some CTAs of a launch.
 
     Args:
-        program: What they run.
-        numbers: Which of the grid they are.
-        grid: Its three sizes.
-        params: The kernel's parameters, as arrays of one.
+        program: The kernel that they run.
+        numbers: Their numbers within the grid.
+        grid: The three sizes of the grid.
+        params: The kernel's parameters, as arrays of one value.
         memory: The launch's tensors.
-        shared: Bytes of shared memory for each.
+        shared: Bytes of shared memory for each CTA.
         perturb: See :meth:`approximate`.
     """
 
@@ -51,8 +52,7 @@ class Machine:
         self.ctas, self.size = ctas, threads * ctas
         self.shared = Shared(ctas, shared, threads)
         self._everyone = np.arange(self.size)
-        # Registers start with garbage. LLVM leaves some unwritten where their value does not
-        # matter.
+        # Registers start with garbage: LLVM leaves some unwritten if their value does not matter.
         self.registers = [_garbage(width) for width in program.widths]
         thread, cta = np.tile(np.arange(threads, dtype=u4), ctas), np.repeat(numbers, threads)
         self.who = Threads(cta.astype(i8) * threads + thread, threads)
@@ -73,7 +73,11 @@ class Machine:
         self.special |= {"%tid.y": zero, "%tid.z": zero, "%ntid.y": one, "%ntid.z": one}
 
     def run(self) -> None:
-        """Run all threads to their end."""
+        """Run all threads until they exit.
+
+        Raises:
+            Fault: If threads wait for each other forever, or a loop never ends.
+        """
         end = len(self.program.blocks)
         counter, waiting = np.zeros(self.size, i4), np.zeros(self.size, bool)
         for _ in range(MOST_BLOCKS):
@@ -105,18 +109,23 @@ class Machine:
         raise Fault(f"{self.program.name}: still runs after {MOST_BLOCKS} blocks of instructions")
 
     def _release(self, counter: np.ndarray, waiting: np.ndarray, end: int) -> None:
-        """Let the CTAs go on whose threads all wait, or have ended."""
+        """Release the CTAs whose threads have all reached the barrier or exited."""
         by_cta = waiting.reshape(self.ctas, -1)
         free = (by_cta | (counter == end).reshape(self.ctas, -1)).all(1) & by_cta.any(1)
-        at = counter.reshape(self.ctas, -1)[free]
-        if (np.where(at == end, -1, at).max(1) != np.where(at == end, end, at).min(1)).any():
+        next_block = counter.reshape(self.ctas, -1)[free]
+        last = np.where(next_block == end, -1, next_block).max(1)
+        if (last != np.where(next_block == end, end, next_block).min(1)).any():
             raise Fault(f"{self.program.name}: threads of one CTA wait at different barriers")
         by_cta[free] = False
         self.shared.interval[free] += 1
 
     def write(self, register: int | None, values: np.ndarray, mask: Mask) -> None:
-        """Write a register, extended by the sign of its type where the value is narrower; None is
-        the sink.
+        """Write values to a register; narrower values are extended by the sign of their type.
+
+        Args:
+            register: The register's number; None is the sink.
+            values: One value per thread, or one for all.
+            mask: The threads that execute.
         """
         if register is None:
             return
@@ -135,15 +144,15 @@ class Machine:
             self.registers[register] = np.where(mask, values.view(UNSIGNED[width]), before)
 
     def full(self, values: np.ndarray) -> np.ndarray:
-        """One value for each thread."""
+        """Broadcast values to one per thread."""
         return values if values.shape[0] == self.size else np.broadcast_to(values, (self.size,))
 
     def threads(self, mask: Mask) -> np.ndarray:
-        """The numbers of the threads that execute."""
+        """Return the numbers of the threads that execute."""
         return self._everyone if mask is None else np.flatnonzero(mask)
 
     def spread(self, threads: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Values of some threads as a register's."""
+        """Expand the values of some threads to a whole register, with zeros elsewhere."""
         if threads.size == self.size:
             return values
         register = np.zeros(self.size, values.dtype)
@@ -151,13 +160,14 @@ class Machine:
         return register
 
     def expect_whole_warps(self, mask: Mask, where: str) -> None:
-        """Raise Fault unless all threads of a warp execute, or none."""
+        """Raise Fault unless each warp executes with all of its threads or with none."""
         if mask is not None and (mask.reshape(-1, 32).any(1) != mask.reshape(-1, 32).all(1)).any():
             raise Fault(f"{where}: not all threads of a warp reach it")
 
     def approximate(self, exact: np.ndarray, ulps: int, *operands: np.ndarray) -> np.ndarray:
-        """float32 of a float64 result. With ``perturb`` off by up to so many ulps, always the same
-        for the same operands.
+        """Round a float64 result to float32, and perturb it if ``perturb`` is set.
+
+        The perturbation is at most ``ulps`` ulps, and always the same for the same operands.
         """
         result = exact.astype(f4)
         if self.perturb is None:
@@ -172,7 +182,7 @@ class Machine:
 
 
 def _garbage(width: int) -> np.ndarray:
-    """What a register holds that nobody has written; a predicate (one byte) is False."""
+    """Return the initial value of a register; a predicate (one byte) is False."""
     return np.array(
         [0xA5A5A5A5A5A5A5A5 & (1 << 8 * width) - 1 if width > 1 else 0], UNSIGNED[width]
     )

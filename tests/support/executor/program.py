@@ -1,4 +1,4 @@
-"""A kernel's PTX, decoded: blocks of operations for the machine, and the launch of a grid.
+"""A kernel's PTX, decoded into blocks of operations for the machine, and the launch of a grid.
 
 Decoding happens once. Each instruction becomes a function of the machine and of the threads that
 execute it.
@@ -28,8 +28,11 @@ THREADS_AT_ONCE = 1 << 14
 
 
 class Statement(NamedTuple):
-    """An instruction's text, and the same with the kernel's name and the line of its source, for
-    messages.
+    """An instruction.
+
+    Attributes:
+        text: The instruction.
+        where: The same with the kernel's name and the line of its source, for messages.
     """
 
     text: str
@@ -37,14 +40,14 @@ class Statement(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Operations without a jump between them, and what follows.
+    """Operations without a jump between them, and the jump or barrier after them.
 
     Attributes:
-        operations: Run in order.
-        is_barrier: Whether threads then wait for their CTA.
-        target: The block to jump to; None to go on with the next.
-        predicate: Register that says which threads jump; None for all.
-        is_negated: Whether those jump for which it is false.
+        operations: Operations, in order.
+        is_barrier: Whether the threads then wait for all threads of their CTA.
+        target: The block to jump to; None to continue with the next.
+        predicate: Register that selects the threads that jump; None for all.
+        is_negated: Whether the threads jump whose predicate is false.
     """
 
     operations: list[Operation]
@@ -61,13 +64,13 @@ class Program:
         text: PTX with one entry point.
 
     Raises:
-        Unsupported: For what the executor does not know.
+        Unsupported: If the PTX contains something that the executor does not know.
     """
 
     def __init__(self, text: str) -> None:
         text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
         self.name = re.search(r"\.visible \.entry (\w+)\(", text)[1]
-        header, rest = text[text.index(".entry") :].split("\n{", 1)
+        header, body = text[text.index(".entry") :].split("\n{", 1)
         if (
             re.search(
                 r"\.shared (?!\.align \d+ \.b8 global_smem\[\])", text.split(".extern", 1)[-1]
@@ -78,19 +81,19 @@ class Program:
         self.params = re.findall(r"\.param \.(\w+) .*?(\w+_param_\d+)", header)  # types and names
         self.threads = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", header)[1])
         self.widths: list[int] = []  # bytes of each register; 1 for a predicate
-        self._declared: dict[str, int] = {}  # bytes, by a register's name or the start of it
+        self._declared: dict[str, int] = {}  # bytes, by a register's name or its prefix
         self._numbers: dict[str, int] = {}
         files = {
             number: Path(path).name
             for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]+)"', text)
         }
-        labels, blocks = self._split(rest.split("\n}", 1)[0], files)
+        labels, blocks = self._split(body.split("\n}", 1)[0], files)
         self.blocks = [self._block(statements, labels, len(blocks)) for statements in blocks]
 
     def _split(
         self, body: str, files: dict[str, str]
     ) -> tuple[dict[str, int], list[list[Statement]]]:
-        """The blocks that labels name, and the statements of each block."""
+        """Return the number of each label's block, and the statements of each block."""
         labels: dict[str, int] = {}
         blocks: list[list[Statement]] = [[]]
         source = ""
@@ -105,7 +108,7 @@ class Program:
                 labels[label[1]] = len(blocks) - 1
                 continue
             for statement in line.split(";"):
-                # a brace opens the scope of inline assembly
+                # A brace opens the scope of inline assembly.
                 statement = statement.strip().lstrip("{").strip()
                 if declared := re.match(r"\.reg\s+\.(\w+)\s+(%?\w+)", statement):
                     kind, name = declared.groups()
@@ -122,17 +125,17 @@ class Program:
             parts = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*)", text, re.S)
             if parts is None:
                 raise Unsupported(where)
-            guard, op, rest = parts.groups()
+            guard, op, operands = parts.groups()
             is_negated = guard is not None and guard[0] == "!"
             predicate = None if guard is None else self.register(guard.lstrip("!"))
             if op in ("ret", "exit", "bra", "bra.uni"):
-                target = labels.get(rest.strip()) if op.startswith("bra") else end
+                target = labels.get(operands.strip()) if op.startswith("bra") else end
                 if target is None:
                     raise Unsupported(where)
                 return Block(operations, target=target, predicate=predicate, is_negated=is_negated)
-            if op in ("bar.sync", "barrier.sync") and not guard and rest.strip() == "0":
+            if op in ("bar.sync", "barrier.sync") and not guard and operands.strip() == "0":
                 return Block(operations, is_barrier=True)
-            if op == "bar.warp.sync" and not guard and rest.strip() == "-1":
+            if op == "bar.warp.sync" and not guard and operands.strip() == "-1":
                 operations.append(
                     lambda machine, mask, where=where: machine.expect_whole_warps(mask, where)
                 )
@@ -140,7 +143,7 @@ class Program:
             if op.split(".")[0] in ("bar", "bra", "barrier"):
                 raise Unsupported(where)
             try:
-                run = instructions.decode(self, op, _operands(rest), where)
+                run = instructions.decode(self, op, _operands(operands), where)
             except Unsupported as error:
                 raise Unsupported(where if str(error) == where else f"{where}: {error}") from None
             except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -149,7 +152,7 @@ class Program:
         return Block(operations)
 
     def register(self, name: str) -> int | None:
-        """A register's number; None for the sink."""
+        """Return a register's number; None for the sink."""
         if name == "_":
             return None
         if not re.fullmatch(r"%?\w+", name):
@@ -161,7 +164,7 @@ class Program:
         return self._numbers[name]
 
     def source(self, name: str, kind: Type) -> Source:
-        """What reads an operand: a register, a special register or a constant."""
+        """Return a function that reads a register, a special register or a constant."""
         name = "0" if name == "global_smem" else name
         if name in ("%laneid", "%warpid") or (name[0] == "%" and "." in name):
             if name not in SPECIAL:
@@ -177,7 +180,7 @@ class Program:
         return lambda machine: value
 
     def address(self, text: str, kind: Type) -> Source:
-        """What reads an address: ``[register + offset]``."""
+        """Return a function that reads an address, ``[register + offset]``."""
         name, sign, offset = re.fullmatch(
             r"\[\s*([%\w$]+)\s*(?:([+-])\s*(-?\d+))?\s*\]", text
         ).groups()
@@ -186,7 +189,7 @@ class Program:
         return lambda machine: machine.full(base(machine) + step)
 
     def param(self, text: str) -> int:
-        """The number of the parameter that ``[name]`` stands for."""
+        """Return the number of the parameter that ``[name]`` stands for."""
         return [name for _, name in self.params].index(text.strip("[] "))
 
     def launch(
@@ -197,22 +200,23 @@ class Program:
         perturb: int | None = None,
         ctas: list[int] | None = None,
     ) -> list[GlobalTensor]:
-        """Run it.
+        """Run the kernel on a grid.
 
         Args:
-            grid: Its three sizes.
+            grid: The three sizes of the grid.
             args: For each parameter a name for messages, and a tensor, an integer, or None for a
                 null pointer.
             shared: Bytes of shared memory.
-            perturb: A seed. The approximate instructions are then off by up to their documented
+            perturb: Seed. If set, the approximate instructions are off by up to their documented
                 error.
             ctas: Numbers of the CTAs to run; None for all.
 
         Returns:
-            The tensors, with what was loaded and stored.
+            The launch's tensors, which record the elements that were loaded and stored.
 
         Raises:
-            Fault: For what a GPU would stop at or get silently wrong.
+            Fault: If a GPU would stop, or silently compute something wrong.
+            Unsupported: If tensors share memory and one of them was stored to.
         """
         if len(args) != len(self.params):
             raise Fault(f"{self.name}: {len(args)} arguments for {len(self.params)} parameters")
@@ -230,24 +234,24 @@ class Program:
         numbers = np.arange(grid[0] * grid[1] * grid[2]) if ctas is None else np.asarray(ctas)
         step = max(1, THREADS_AT_ONCE // self.threads)
         with np.errstate(all="ignore"):
-            # the order of the CTAs must not matter
+            # The order of the CTAs must not matter, so take the last first.
             for start in reversed(range(0, len(numbers), step)):
                 Machine(
                     self, numbers[start : start + step], grid, params, memory, shared, perturb
                 ).run()
         for tensor in tensors:
             tensor.check_races(self.name, self.threads)
-        for one, other in itertools.combinations(tensors, 2):
-            if (one.stores or other.stores) and one.shares_memory_with(other):
+        for a, b in itertools.combinations(tensors, 2):
+            if (a.stores or b.stores) and a.shares_memory_with(b):
                 raise Unsupported(
-                    f"{self.name}: {one.name} and {other.name} share memory, and one of them was "
+                    f"{self.name}: {a.name} and {b.name} share memory, and one of them was "
                     "stored to"
                 )
         return tensors
 
 
 def _in_address_space(name: str, tensor: torch.Tensor, tensors: list[GlobalTensor]) -> GlobalTensor:
-    """The tensor among those of the launch; one that is passed twice is the same memory."""
+    """Return the launch's tensor for this one, and add it unless it was already passed."""
     for known in tensors:
         t = known.tensor
         if (
@@ -263,7 +267,7 @@ def _in_address_space(name: str, tensor: torch.Tensor, tensors: list[GlobalTenso
 
 
 def _guarded(run: Operation, predicate: int, is_negated: bool) -> Operation:
-    """The operation for the threads whose predicate holds."""
+    """Restrict an operation to the threads whose predicate holds."""
 
     def guarded(machine: Machine, mask: Mask) -> None:
         holds = machine.registers[predicate].view(np.bool_) ^ is_negated

@@ -1,7 +1,6 @@
-"""What PTX computes with: its types, how registers hold them, and how numbers are rounded.
+"""The types of PTX, how registers hold their values, and how numbers are rounded.
 
-A register is a numpy array with one entry per thread, or with a single entry where all threads
-agree.
+A register is a numpy array with one entry per thread, or with a single entry if all threads agree.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ f2, f4, f8 = np.float16, np.float32, np.float64
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 i4, i8 = np.int32, np.int64
 
-UNSIGNED = {1: u1, 2: u2, 4: u4, 8: u8}  # by bytes
+UNSIGNED = {1: u1, 2: u2, 4: u4, 8: u8}  # by size in bytes
 _PLAIN = {"pred": np.bool_, "f16": f2, "f32": f4, "f64": f8}
 _PLAIN |= {
     f"{kind}{8 * n}": np.dtype(f"{'i' if kind == 's' else 'u'}{n}").type
@@ -21,7 +20,7 @@ _PLAIN |= {
     for n in (1, 2, 4, 8)
 }
 
-# What fresh memory is filled with. These are NaNs that no computation makes.
+# Fresh memory is filled with these NaNs, which no computation makes.
 POISON = {
     torch.float32: 0x7FA5A5A5,
     torch.float64: 0x7FF5A5A5A5A5A5A5,
@@ -31,18 +30,17 @@ POISON = {
 
 
 class Unsupported(NotImplementedError):
-    """The executor does not know this instruction."""
+    """The executor does not know an instruction."""
 
 
 class Fault(AssertionError):
-    """A GPU would stop here, or silently compute something else."""
+    """A GPU would stop here, or silently compute something wrong."""
 
 
 class Type:
-    """How values of one PTX type are read from a register's bits and written to them.
+    """A PTX type: reads its values from a register's bits and writes them there.
 
-    bfloat16 is computed in float32. A packed pair (``f16x2``, ``bf16x2``) is an array of two
-    columns.
+    bfloat16 is computed in float32. A pair (``f16x2``, ``bf16x2``) is an array of two columns.
     """
 
     def __init__(self, name: str) -> None:
@@ -56,8 +54,8 @@ class Type:
         self.is_signed = np.dtype(self.dtype).kind == "i"
 
     def read(self, bits: np.ndarray) -> np.ndarray:
-        """The values of a register."""
-        if bits.dtype.itemsize != self.size:  # the low part of a wider register
+        """Return the values that a register holds."""
+        if bits.dtype.itemsize != self.size:  # take the low part of a wider register
             bits = bits.view(UNSIGNED[bits.dtype.itemsize]).astype(UNSIGNED[self.size])
         values = (
             bits.view(u4).reshape(-1, 1).view(self.dtype) if self.is_pair else bits.view(self.dtype)
@@ -65,7 +63,7 @@ class Type:
         return widen_bf16(values) if self.is_bf16 else values
 
     def write(self, values: np.ndarray) -> np.ndarray:
-        """A register that holds these values."""
+        """Return a register that holds these values."""
         if self.is_bf16:
             values = round_bf16(values)
         elif values.dtype != self.dtype:
@@ -74,21 +72,21 @@ class Type:
 
 
 def constant(text: str, size: int) -> np.ndarray:
-    """An immediate operand's bits, as an array of one."""
+    """Return an immediate operand's bits, as an array of one value."""
     if text[:2] in ("0f", "0F", "0d", "0D"):
         return np.array([int(text[2:], 16)], u4 if text[1] in "fF" else u8)
     return np.array([int(text.rstrip("U"), 0) & (1 << 8 * size) - 1], UNSIGNED[size])
 
 
 def widen_bf16(bits: np.ndarray) -> np.ndarray:
-    """float32 of bfloat16 bits."""
+    """Convert bfloat16 bits to float32."""
     return (bits.astype(u4) << 16).view(f4)
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:
-    """bfloat16 bits of float32 or float64, rounded once to nearest, ties to even."""
+    """Convert float32 or float64 to bfloat16 bits, rounded once to nearest, ties to even."""
     if x.dtype == f8:
-        # otherwise the second rounding could meet a tie that the first has made
+        # Otherwise the second rounding could meet a tie that the first has made.
         x = round_to_odd(x)
     bits = np.ascontiguousarray(x, f4).view(u4)
     near = ((bits + (((bits >> 16) & 1) + u4(0x7FFF))) >> 16).astype(u2)
@@ -96,7 +94,7 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
 
 
 def round_to_odd(x: np.ndarray) -> np.ndarray:
-    """float32 of float64: towards zero, with the last bit set where that was not exact."""
+    """Convert float64 to float32, rounded towards zero, with the last bit set if inexact."""
     near = x.astype(f4)
     too_far = np.abs(near.astype(f8)) > np.abs(x)
     bits = near.view(u4) - too_far.astype(u4)
@@ -105,13 +103,14 @@ def round_to_odd(x: np.ndarray) -> np.ndarray:
 
 
 def flush(x: np.ndarray) -> np.ndarray:
-    """Subnormal float32 values become zero (``.ftz``)."""
+    """Replace subnormal float32 values by zero (``.ftz``)."""
     return np.where(np.abs(x) < np.finfo(f4).tiny, np.copysign(f4(0), x), x)
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c of float32 or float16 with one rounding: the product is exact in float64, the sum
-    is rounded there to odd.
+    """Compute a * b + c of float32 or float16 with one rounding.
+
+    The product is exact in float64, and the sum is rounded to odd there.
     """
     product, addend = a.astype(f8) * b.astype(f8), c.astype(f8)
     total = product + addend
@@ -123,7 +122,7 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a * b + c in float64 with (all but) one rounding: Dekker's product, Knuth's sum."""
+    """Compute a * b + c in float64 with (almost) one rounding: Dekker's product, Knuth's sum."""
     product = a * b
     split_a, split_b = a * 134217729.0, b * 134217729.0
     high_a, high_b = split_a - (split_a - a), split_b - (split_b - b)
@@ -136,14 +135,15 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Integer division that truncates, as C's and PTX's does."""
+    """Divide integers and truncate, as C and PTX do."""
     quotient = a // b
     return quotient + ((quotient * b != a) & ((a < 0) ^ (b < 0))).astype(a.dtype)
 
 
 def to_integer(x: np.ndarray, dtype: type) -> np.ndarray:
-    """An integer of a float, saturated. NaN gives 0; from float64 or to 64 bits the highest bit
-    alone.
+    """Convert floats to integers, saturated.
+
+    NaN gives 0. From float64, or to 64 bits, it gives the highest bit alone.
     """
     info = np.iinfo(dtype)
     inside = (x >= float(info.min)) & (x < float(info.max))
