@@ -57,7 +57,7 @@ def test_tanh_and_its_slope_from_a_sigmoid(dtype: torch.dtype) -> None:
         [sign * torch.logspace(-30, 1, 20001, dtype=torch.float64) for sign in (1.0, -1.0)]
     ).to(dtype)
     sigma = soft_clamp._small_sigmoid(a, 0.3, torch.empty_like(a))
-    found = soft_clamp._from_sigmoid(sigma, a, 1.0, torch.empty_like(a))
+    found = soft_clamp._tanh_from_sigmoid(sigma, a, 1.0, torch.empty_like(a))
     unit = torch.finfo(dtype).eps / 2.0
     assert ((found - torch.tanh(0.3 * a.double())).abs() <= 2.0 * unit).all()
     z = 0.3 * a.double()

@@ -39,7 +39,7 @@ both_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.fixture(autouse=True)
 def _nothing_kept_yet() -> None:
     """As in a fresh process: what a pass keeps is what this test kept."""
-    constants._kept.cache_clear()
+    constants._cached.cache_clear()
     chunks.scratch.buffers.clear()
     chunks.scratch.views.clear()
 

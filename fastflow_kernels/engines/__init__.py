@@ -1,7 +1,8 @@
-"""The engines: who computes a coupling. Two are modules with the functions of :class:`Engine`.
+"""The engines, which compute a coupling, and the functions that they share: :class:`Engine`.
 
-:mod:`~fastflow_kernels.engines.plain` is not one: it has the formula as differentiable operations,
-which autograd, ``torch.func``, ``torch.compile`` and exports see through. Read it first.
+Read :mod:`~fastflow_kernels.engines.plain` first. It is not an engine: it holds the formula as
+differentiable operations, which autograd, ``torch.func``, ``torch.compile`` and exports see
+through.
 """
 
 from __future__ import annotations
@@ -14,43 +15,54 @@ from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
 
 
 class Engine(Protocol):
-    """A coupling with its permutation, hand-derived: the modules ``engines.eager`` and
-    ``engines.triton.engine``, and :class:`~fastflow_kernels.engines.pixels.ByPixels` around one.
+    """An engine: a coupling with its permutation, its inverse, and gradients derived by hand.
 
-    Shapes: x, y (B, C, *S) and a (B, 2*C2, *S), C2 = C // 2, in any floating dtype. A result has
-    the promoted dtype of its operands. Log-determinants are in nats, (B,), in float64 where x or a
-    is float64, otherwise in float32; zeros for GIN. They are per row where several rows of x make
-    one sample (``coupling.rows_per_sample``).
+    The modules ``engines.eager`` and ``engines.triton.engine`` are engines, and so is
+    :class:`~fastflow_kernels.engines.pixels.ByPixels`, which wraps one of them.
+
+    x and y have shape (B, C, *S), a has shape (B, 2*C2, *S) with C2 = C // 2. Any floating dtype is
+    allowed; a result has the promoted dtype of its operands.
+
+    Log-determinants have shape (B,) and are in nats, zero for GIN. They are float64 if x or a is,
+    otherwise float32. If several rows of x make one sample (``coupling.rows_per_sample``), there is
+    one for each row.
     """
 
     def forward(self, x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-        """Return y and the log-determinant."""
+        """Return y and the log-determinant.
+
+        Args:
+            x: The block's input, (B, C, *S).
+            a: The coefficients: the subnet's output, (B, 2*C2, *S).
+            coupling: What to compute, with its parameters and permutation.
+        """
 
     def backward(
         self, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
     ) -> CouplingGrads:
-        """Return the gradients of :meth:`forward`; tanh and exp are computed again.
+        """Return the gradients of :meth:`forward`. It computes tanh and exp again.
 
         Args:
-            x, a, coupling: As given to the forward.
-            grads: Of y and the log-determinant.
+            x, a, coupling: The arguments of :meth:`forward`.
+            grads: The gradients of y and of the log-determinant.
             want_params: Whether the gradients of global_scale and global_offset are wanted.
         """
 
     def invert_passive(self, y: Tensor, coupling: Coupling) -> Tensor:
-        """Return a new x of which the passive channels are final; the subnet needs those.
+        """Return a new x whose passive channels are final, because the subnet needs them.
 
-        The active channels are for :meth:`invert_active` or :meth:`invert_and_backward`.
+        :meth:`invert_active` or :meth:`invert_and_backward` then writes the active channels.
         """
 
     def invert_active(self, y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
         """Write the active channels of x in place and return the inverse's log-determinant.
 
         Args:
-            y: As given to :meth:`invert_passive`.
-            x: What that returned, or all of u where an inverse was folded into a product.
+            y: The argument of :meth:`invert_passive`.
+            x: What :meth:`invert_passive` returned. If the inverse affine is folded into a matrix
+                product, x holds u in all channels.
             a: The subnet's output for the passive channels of x.
-            coupling: As given to the forward.
+            coupling: The argument of :meth:`forward`.
         """
 
     def invert_and_backward(
@@ -64,5 +76,6 @@ class Engine(Protocol):
     ) -> CouplingGrads:
         """Write the active channels of x in place and return the gradients, in one pass.
 
-        For chains that keep no activations: :meth:`invert_active` and :meth:`backward` together.
+        Reversible chains, which keep no activations, call it instead of :meth:`invert_active` and
+        :meth:`backward`.
         """

@@ -1,4 +1,4 @@
-"""Walking tensors in chunks that stay in a CPU's cache, with scratch that is kept between calls."""
+"""Chunks of tensors that fit in a CPU's cache, and scratch buffers that are kept between calls."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from torch import Tensor
 
 from fastflow_kernels import torch_private
 
-_CHUNK_BYTES = 1 << 20  # per thread: stays in a core's second-level cache beside its operands
-_SCRATCH_BYTES = 16 << 20  # per thread and dtype: the most that is kept between calls
-_MOST_VIEWS = 64  # of the scratch, kept by shape
+_CHUNK_BYTES = 1 << 20  # per thread: fits in a core's L2 cache beside the operands
+_SCRATCH_BYTES = 16 << 20  # per thread and dtype: the largest buffer kept between calls
+_MAX_VIEWS = 64  # per thread: views of the buffers, kept by dtype and shapes
 
 
 def flat(t: Tensor) -> Tensor:
-    """(B, C, *S) -> (B, C, P); copies only what is not contiguous."""
+    """Return t, (B, C, *S), as (B, C, P). Only a tensor that is not contiguous is copied."""
     return t.contiguous().view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
 
 
-def chunk_sizes(x: Tensor, dtype: torch.dtype, together: int) -> tuple[int, int]:
-    """How many samples, and how many channel pairs of each, one pass works on.
+def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int) -> tuple[int, int]:
+    """Return how many samples, and how many channel pairs of each, form a chunk.
 
     Args:
-        x: (B, C, P).
-        dtype: Of the computation.
-        together: So many samples are never parted, nor is any of them; 0 allows a part of one.
+        x: The tensor to walk, (B, C, P).
+        dtype: The dtype of the computation.
+        keep_together: Number of consecutive samples that stay in one chunk, each of them whole. 0
+            allows a chunk to be a part of one sample.
     """
     batch, channels, pixels = x.shape
     pairs = max(1, channels // 2)
     if x.device.type != "cpu":
-        return batch, pairs  # elsewhere a pass is a launch: few and large
+        return batch, pairs  # elsewhere each chunk costs launches, so one is best
     budget = _CHUNK_BYTES // dtype.itemsize * torch.get_num_threads()
-    least = max(1, together)
-    sample = channels * pixels * least
-    if sample <= 4 * budget or together or pixels == 1:
-        return least * max(1, min(batch // least, budget // sample)), pairs
+    min_samples = max(1, keep_together)
+    min_elements = channels * pixels * min_samples
+    if min_elements <= 4 * budget or keep_together or pixels == 1:
+        return min_samples * max(1, min(batch // min_samples, budget // min_elements)), pairs
     return 1, max(1, min(pairs, budget // pixels))
 
 
 def chunks_of(dim: int, step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in pieces of ``step`` along ``dim``; themselves if one piece holds all."""
+    """Yield the tensors in pieces of ``step`` along ``dim``; whole if one piece holds all."""
     size = tensors[0].shape[dim]
     if step >= size:
         yield tensors
@@ -52,21 +53,30 @@ def chunks_of(dim: int, step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, .
 
 
 def resized(scratch: Tensor, like: Tensor) -> Tensor:
-    """The scratch in the shape of ``like``, which is smaller in the last chunk."""
+    """Return the scratch in the shape of ``like``, which may be smaller (the last chunk)."""
     if scratch.shape == like.shape:
         return scratch
     return scratch.view(-1)[: like.numel()].view(like.shape)
 
 
 class _Scratch(threading.local):
-    """Buffers of a thread that are kept: fresh pages cost more than the arithmetic in them."""
+    """Buffers that a thread keeps between calls.
+
+    Touching fresh memory pages costs more than the arithmetic on them.
+    """
 
     def __init__(self) -> None:
         self.buffers: dict[torch.dtype, Tensor] = {}
         self.views: dict[tuple[torch.dtype, tuple[tuple[int, ...], ...]], list[Tensor]] = {}
 
     def take(self, like: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Uninitialised tensors of these shapes, valid until this thread's next call."""
+        """Return uninitialised tensors of these shapes, valid until this thread's next call.
+
+        Args:
+            like: A tensor on the device to use.
+            dtype: The dtype of the result.
+            shapes: One shape for each tensor.
+        """
         is_kept = like.device.type == "cpu" and not torch_private.is_watched()
         if is_kept and (views := self.views.get((dtype, shapes))):
             return views
@@ -74,7 +84,7 @@ class _Scratch(threading.local):
         total = sum(sizes)
         is_kept = is_kept and total * dtype.itemsize <= _SCRATCH_BYTES
         buffer = self.buffers.get(dtype) if is_kept else None
-        # otherwise the buffer could not be written to outside of inference mode
+        # A buffer made in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
             if buffer is None or buffer.numel() < total:
                 buffer = torch.empty(total, dtype=dtype, device=like.device)
@@ -82,14 +92,14 @@ class _Scratch(threading.local):
             pieces = buffer[:total].split(sizes)
             views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         if is_kept:
-            if len(self.views) >= _MOST_VIEWS:
+            if len(self.views) >= _MAX_VIEWS:
                 self._forget(dtype)
             self.buffers[dtype] = buffer
             self.views[dtype, shapes] = views
         return views
 
     def _forget(self, dtype: torch.dtype) -> None:
-        """Drop the views of a buffer that is replaced."""
+        """Drop the views of the buffer of this dtype."""
         self.views = {key: views for key, views in self.views.items() if key[0] is not dtype}
 
 

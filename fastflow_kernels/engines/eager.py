@@ -1,11 +1,13 @@
-"""The engine in PyTorch, hand-derived: the fast path of CPUs, and the fallback elsewhere.
+"""The engine in PyTorch, with gradients derived by hand: fast on CPUs, the fallback elsewhere.
 
-The functions satisfy :class:`~fastflow_kernels.engines.Engine`, whose docstrings say what they
-take. The formula stands in :mod:`~fastflow_kernels.engines.plain`.
+The functions satisfy :class:`~fastflow_kernels.engines.Engine`, which documents their arguments.
+The formula is in :mod:`~fastflow_kernels.engines.plain`.
 
-Tensors are walked in chunks that stay in the cache. An arithmetic pass there takes 0.05 to 0.1 ns
-an element (float32, one thread of an AMD EPYC with AVX-512), ``x[:, p]`` 1.1 to 3.9, index_select
-0.1 to 0.6.
+Each function walks its tensors in chunks that stay in the cache. An index i counts chunks of
+samples, an index j chunks of channel pairs within them.
+
+Nanoseconds an element (float32, one thread of an AMD EPYC with AVX-512): an arithmetic pass in the
+cache 0.05 to 0.1, ``x[:, p]`` 1.1 to 3.9, index_select 0.1 to 0.6.
 """
 
 from __future__ import annotations
@@ -27,32 +29,33 @@ from fastflow_kernels.torch_private import versions_counted
 
 
 def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """Coupling, global affine and permutation in one walk over memory."""
+    """Compute coupling, global affine and permutation in one pass over memory."""
     perm = coupling.perm
     y = torch.empty(x.shape, dtype=promoted(x, a, coupling.global_scale), device=x.device)
-    wide = accumulator(y.dtype)
-    scale, offset = _global_affine(coupling, wide)
+    acc_dtype = accumulator(y.dtype)
+    scale, offset = _scale_and_offset(coupling, acc_dtype)
     clamp = SoftClamp.of(coupling, x)
     x, a, out = flat(x), flat(a), flat(y)
     batch, channels, pixels = x.shape
     active = channels // 2
-    samples, pairs = chunk_sizes(x, wide, _together(coupling))
-    is_in_place = perm is None and y.dtype is wide  # nothing moves: work where the result belongs
+    samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling))
+    # If nothing moves and y has the dtype of the computation, compute in y itself.
+    is_in_place = perm is None and y.dtype is acc_dtype
     shapes = [(samples, pairs, pixels)] * 2
     if not is_in_place:
         shapes.append((samples, channels, pixels))
-    s, t, *moved = scratch.take(x, wide, *shapes)
+    s, work, *v_scratch = scratch.take(x, acc_dtype, *shapes)
     sums: list[Tensor] = []
     for x_i, a_i, y_i in chunks_of(0, samples, x, a, out):
-        x_i, a_i, v = cast(x_i, wide), cast(a_i, wide), y_i
+        x_i, a_i, v = cast(x_i, acc_dtype), cast(a_i, acc_dtype), y_i
         if not is_in_place:
-            v = resized(moved[0], x_i)
+            v = resized(v_scratch[0], x_i)
         x1, x2 = split_at(x_i, channels - active, active)
         v1, v2 = split_at(v, channels - active, active)
         total: Tensor | None = None
         for x2_j, v2_j, a_s, a_t in chunks_of(1, pairs, x2, v2, *split_at(a_i, active, active)):
-            s_j = clamp.log_factors(a_s, 1.0, resized(s, a_s), resized(t, a_s))
-            total = _summed(total, s_j, clamp)
+            s_j = clamp.log_factors(a_s, 1.0, resized(s, a_s), resized(work, a_s))
+            total = _add_sums(total, s_j, clamp)
             torch.mul(x2_j, clamp.exp_(s_j), out=v2_j).add_(a_t, alpha=0.1)
         if scale is None:
             v1.copy_(x1)
@@ -60,7 +63,7 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
         elif pixels == 1:
             v1.copy_(x1)
             torch.addcmul(offset, v, scale, out=v)
-        else:  # where addcmul is three times slower than two passes
+        else:  # addcmul is three times slower than two passes here
             scale1, scale2 = split_at(scale, channels - active, active)
             torch.mul(x1, scale1, out=v1)
             v2.mul_(scale2)
@@ -68,11 +71,11 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
         if not is_in_place:
             _store_permuted(v, perm, y_i)
         sums += [] if total is None else [total]
-    return y, _log_det(sums, scale, pixels, clamp, 1.0)
+    return y, _finish_log_det(sums, scale, pixels, clamp, 1.0)
 
 
-def _global_affine(coupling: Coupling, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """scale and offset as (1, C, 1); scale is None for GIN."""
+def _scale_and_offset(coupling: Coupling, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """Return scale and offset as (1, C, 1). The scale is None for GIN."""
     offset = cast(coupling.global_offset, dtype).view(1, -1, 1)
     if coupling.spec.gin:
         return None, offset
@@ -80,33 +83,42 @@ def _global_affine(coupling: Coupling, dtype: torch.dtype) -> tuple[Tensor | Non
     return activated(g, coupling.spec.activation), offset
 
 
-def _together(coupling: Coupling) -> int:
-    """Rows that must not be parted: those that share a mean."""
+def _rows_kept_together(coupling: Coupling) -> int:
+    """Return how many rows must stay in one chunk: for GIN those that share a mean."""
     return coupling.rows_per_sample if coupling.spec.gin else 0
 
 
 def _store_permuted(v: Tensor, perm: Tensor | None, out: Tensor) -> None:
+    """Write v[:, perm] to ``out``."""
     if perm is not None and v.dtype is out.dtype:
         torch.index_select(v, 1, perm, out=out)
     else:
         out.copy_(v if perm is None else v.index_select(1, perm))
 
 
-def _summed(total: Tensor | None, s: Tensor, clamp: SoftClamp) -> Tensor:
-    """The sums of s per sample until now.
+def _add_sums(total: Tensor | None, s: Tensor, clamp: SoftClamp) -> Tensor:
+    """Return the sums of s per sample: those of earlier chunks, ``total``, and of this chunk.
 
-    For GIN zero, or NaN where a coefficient was, because then every s of the sample is; there a
-    sample is one chunk.
+    For GIN they are zero, or NaN for samples whose coefficients contain NaN: then every s of the
+    sample is NaN. A sample of GIN is never split into chunks.
     """
     if clamp.spec.gin:
         return s[:, :1, :1].sum((1, 2)).mul_(0.0)
-    return _accumulated(total, s.sum((1, 2)))
+    return _accumulate(total, s.sum((1, 2)))
 
 
-def _log_det(
+def _finish_log_det(
     sums: list[Tensor], scale: Tensor | None, pixels: int, clamp: SoftClamp, sign: float
 ) -> Tensor:
-    """The chunks' sums of sign * s, in nats, and sign * P * sum(log(scale))."""
+    """Return the log-determinant (B,), in nats.
+
+    Args:
+        sums: The sums of sign * s per sample, one tensor for each chunk.
+        scale: The scale (1, C, 1), or None for GIN.
+        pixels: Number of pixels, P.
+        clamp: The soft clamp, which knows the unit of s.
+        sign: 1.0, or -1.0 for the inverse.
+    """
     sum_s = sums[0] if len(sums) == 1 else torch.cat(sums)
     if scale is None:
         return sum_s
@@ -120,7 +132,7 @@ def _log_det(
 def backward(
     x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
 ) -> CouplingGrads:
-    """Gradients of :func:`forward`; tanh and exp are computed again."""
+    """Compute the gradients of :func:`forward`. tanh and exp are computed again."""
     return _backward(x, a, grads, coupling, want_params, False)
 
 
@@ -132,18 +144,18 @@ def _backward(
     want_params: bool,
     is_inverting: bool,
 ) -> CouplingGrads:
-    """:func:`backward`; or :func:`invert_and_backward`.
+    """Compute :func:`backward`, or with ``is_inverting`` :func:`invert_and_backward`.
 
-    Where it is inverting, the active channels of x hold u, in the accumulator's dtype, and x is
-    written there.
+    With ``is_inverting`` the active channels of x hold u in the dtype of the computation, and x is
+    written over them.
     """
-    wide = accumulator(promoted(x, a, coupling.global_scale))
+    acc_dtype = accumulator(promoted(x, a, coupling.global_scale))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     clamp = SoftClamp.of(coupling, x)
     x, a, dy = flat(x), flat(a), flat(grads.y)
-    samples, pairs = chunk_sizes(x, wide, _together(coupling))
-    step = _BackwardStep(coupling, clamp, wide, want_params, is_inverting, (samples, pairs))
+    samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling))
+    step = _BackwardStep(coupling, clamp, acc_dtype, want_params, is_inverting, (samples, pairs))
     direct = [] if coupling.spec.gin else step.direct_gradient(grads.log_det)
     for chunk in chunks_of(0, samples, x, a, dy, flat(dx), flat(da), *direct):
         step.run(*chunk)
@@ -153,12 +165,16 @@ def _backward(
 
 @dataclass
 class _BackwardStep:
-    """The backward pass over one chunk of samples, and the parameters' gradients of all chunks.
+    """The backward pass over one chunk of samples, and sums over the chunks for the parameters.
 
     Attributes:
-        chunk: Samples, and channel pairs of each, that a pass works on.
-        offset_sum: Sum of dv per channel, over the chunks until now.
-        product_sum: Sum of du * u per channel, likewise: the gradient of log(scale).
+        coupling, want_params: The arguments of :func:`backward`.
+        clamp: The soft clamp.
+        dtype: The dtype of the computation.
+        is_inverting: See :func:`_backward`.
+        chunk: The size of a chunk: samples, and channel pairs of each.
+        offset_sum: Sum of dv per channel over the chunks so far: the gradient of the offset.
+        product_sum: Sum of du * u per channel over the chunks so far: the gradient of log(scale).
     """
 
     coupling: Coupling
@@ -171,11 +187,20 @@ class _BackwardStep:
     product_sum: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.scale, _ = _global_affine(self.coupling, self.dtype)
+        self.scale, _ = _scale_and_offset(self.coupling, self.dtype)
         self.want_scale = self.want_params and self.scale is not None
 
     def direct_gradient(self, dlog_det: Tensor | None) -> list[Tensor]:
-        """What every s of a row gets from the log-determinant, times the slope factor."""
+        """Return the log-determinant's part of the gradient of s, times the slope factor.
+
+        It is the same for every s of a row: (B, 1, 1).
+
+        Args:
+            dlog_det: The gradient of the log-determinant, (samples,), or None.
+
+        Returns:
+            A list of one tensor, or of none if ``dlog_det`` is None.
+        """
         if dlog_det is None:
             return []
         if self.coupling.rows_per_sample > 1:
@@ -185,11 +210,18 @@ class _BackwardStep:
     def run(
         self, x: Tensor, a: Tensor, dy: Tensor, dx: Tensor, da: Tensor, *direct: Tensor
     ) -> None:
+        """Write the gradients of a chunk to dx and da, and add its part to the sums.
+
+        Args:
+            x, a, dy: The chunk of the inputs; dy is the gradient of y.
+            dx, da: The chunk of the results.
+            direct: The chunk of what :meth:`direct_gradient` returned.
+        """
         x, a = cast(x, self.dtype), cast(a, self.dtype)
-        dv = _gathered(dy, self.coupling.inv, dx, self.dtype)
-        da_wide = da if da.dtype is self.dtype else torch.empty_like(a)
+        dv = _gather(dy, self.coupling.inv, dx, self.dtype)
+        da_acc = da if da.dtype is self.dtype else torch.empty_like(a)
         if self.want_params:
-            self.offset_sum = _accumulated(self.offset_sum, dv.sum((0, 2)))
+            self.offset_sum = _accumulate(self.offset_sum, dv.sum((0, 2)))
         du = dv if self.scale is None else dv.mul_(self.scale)  # dv is not read again
         active = x.shape[1] // 2
         passive = x.shape[1] - active
@@ -201,17 +233,17 @@ class _BackwardStep:
         if self.want_scale:
             for du1_j, x1_j in chunks_of(1, pairs, du1, x1):
                 products.append(torch.mul(du1_j, x1_j, out=resized(exp, x1_j)).sum((0, 2)))
-        halves = (*split_at(a, active, active), *split_at(da_wide, active, active))
+        halves = (*split_at(a, active, active), *split_at(da_acc, active, active))
         for x2_j, du2_j, a_s, a_t, ds, dt in chunks_of(1, pairs, x2, du2, *halves):
             exp_j, slope_j = resized(exp, a_s), resized(slope, a_s)
             self.clamp.exp_and_slope(a_s, exp_j, slope_j, self.is_inverting)
-            # dt is free until its own values are written
+            # dt serves as scratch until its own values are written.
             if self.want_scale:
                 u_or_shift = x2_j if self.is_inverting else a_t
                 product = torch.mul(du2_j, u_or_shift, out=dt).sum((0, 2))
             torch.mul(du2_j, constant(0.1, self.dtype), out=dt)
             if self.is_inverting:
-                torch.mul(du2_j, x2_j.sub_(a_t, alpha=0.1), out=ds)  # u - 0.1 a_t is x exp(s)
+                torch.mul(du2_j, x2_j.sub_(a_t, alpha=0.1), out=ds)  # u - 0.1 * a_t = x * exp(s)
                 x2_j.div_(exp_j)
                 du2_j.mul_(exp_j)
             else:
@@ -222,14 +254,14 @@ class _BackwardStep:
                 products.append(product)
             self._finish_slope(ds, slope_j, *direct)
         if self.want_scale:
-            self.product_sum = _accumulated(self.product_sum, torch.cat(products))
+            self.product_sum = _accumulate(self.product_sum, torch.cat(products))
         if dx.dtype is not self.dtype:
             dx.copy_(du)
-        if da_wide is not da:
-            da.copy_(da_wide)
+        if da_acc is not da:
+            da.copy_(da_acc)
 
     def _finish_slope(self, ds: Tensor, slope: Tensor, *direct: Tensor) -> None:
-        """From the gradient of s to that of a_s, in place."""
+        """Turn the gradient of s into the gradient of a_s, in place."""
         factor = self.clamp.slope_factor
         if self.coupling.spec.gin:
             self.clamp.subtract_mean_(ds).mul_(constant(factor, self.dtype))
@@ -242,7 +274,12 @@ class _BackwardStep:
     def parameter_gradients(
         self, dlog_det: Tensor | None, pixels: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of global_scale and global_offset; None where they are not wanted."""
+        """Return the gradients of global_scale and global_offset; None if not wanted.
+
+        Args:
+            dlog_det: The gradient of the log-determinant, (samples,), or None.
+            pixels: Pixels of a sample.
+        """
         g, offset = self.coupling.global_scale, self.coupling.global_offset
         doffset = self.offset_sum
         if doffset is not None:
@@ -251,30 +288,31 @@ class _BackwardStep:
         if dlog_scale is None or self.scale is None:
             return None, doffset
         if dlog_det is not None:
-            # summed as plain PyTorch sums it, by the same operation in the same dtype: no device
-            # needs to have float64
+            # Plain PyTorch sums with the same operation in the same dtype. A float64 sum would not
+            # work on every device.
             dlog_scale = dlog_scale.add_(cast(dlog_det, self.dtype).sum(), alpha=pixels)
         dg = dlog_scale.mul_(_log_slope(self.scale.view(-1), self.coupling.spec.activation))
         return cast(dg, g.dtype).view(g.shape), doffset
 
 
 def _log_slope(scale: Tensor, activation: str) -> Tensor | float:
-    """d log(scale) / d g, from the scale; finite also where that has underflowed to 0."""
+    """Return d log(scale) / d g, given the scale. It is finite even if the scale is 0."""
     if activation == "SIGMOID":
         return 1.0 - 0.1 * scale
-    if activation == "SOFTPLUS":  # 0.1 * sigmoid(g / 2) / scale, by way of the scale
+    if activation == "SOFTPLUS":  # 0.1 * sigmoid(g / 2) / scale, written as a function of scale
         scale = scale.clamp_min(1e-30)
         return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)
     assert activation == "EXP"
     return 1.0
 
 
-def _accumulated(total: Tensor | None, part: Tensor) -> Tensor:
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    """Add ``part`` to ``total`` in place; None counts as zero."""
     return part if total is None else total.add_(part)
 
 
-def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, dtype: torch.dtype) -> Tensor:
-    """dy[:, inv] in the given dtype: in ``out`` where that has it, otherwise in a new tensor."""
+def _gather(dy: Tensor, inv: Tensor | None, out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return dy[:, inv] in ``dtype``, in ``out`` if that has this dtype, else in a new tensor."""
     if out.dtype is not dtype:
         return dy.to(dtype, copy=True) if inv is None else cast(dy, dtype).index_select(1, inv)
     if inv is not None and dy.dtype is dtype:
@@ -286,53 +324,55 @@ def _gathered(dy: Tensor, inv: Tensor | None, out: Tensor, dtype: torch.dtype) -
 
 
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
-    """First half of the inverse; in float32 and float64 the active channels of x hold u."""
+    """Compute the passive channels of x. In float32 and float64 the active ones hold u."""
     with versions_counted():
         x = torch.empty(y.shape, dtype=promoted(y, coupling.global_scale), device=y.device)
-    wide = accumulator(x.dtype)
-    scale, offset = _global_affine(coupling, wide)
+    acc_dtype = accumulator(x.dtype)
+    scale, offset = _scale_and_offset(coupling, acc_dtype)
     y, out = flat(y), flat(x)
     passive = y.shape[1] - y.shape[1] // 2
-    samples, _ = chunk_sizes(y, wide, 1)
+    samples, _ = chunk_sizes(y, acc_dtype, 1)
     for y_i, x_i in chunks_of(0, samples, y, out):
-        # all channels at once; in half precision only the passive ones are kept, because a second
-        # rounding would hurt the others
-        u = _gathered(y_i, coupling.inv, x_i, wide).sub_(offset)
+        # All channels are computed at once. In half precision only the passive ones are stored,
+        # because u in the active ones would be rounded twice.
+        u = _gather(y_i, coupling.inv, x_i, acc_dtype).sub_(offset)
         if scale is not None:
             u.div_(scale)
-        if x.dtype is not wide:
+        if x.dtype is not acc_dtype:
             x_i[:, :passive].copy_(u[:, :passive])
     return x
 
 
 def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
-    """Second half of the inverse: writes the active channels of x in place."""
-    wide = accumulator(x.dtype)
-    scale, offset = _global_affine(coupling, wide)
+    """Write the active channels of x in place and return the inverse's log-determinant."""
+    acc_dtype = accumulator(x.dtype)
+    scale, offset = _scale_and_offset(coupling, acc_dtype)
     clamp = SoftClamp.of(coupling, x)
     y, a, out = flat(y), flat(a), flat(x)
     batch, channels, pixels = out.shape
     active = channels // 2
-    samples, pairs = chunk_sizes(out, wide, _together(coupling))
-    s, t = scratch.take(x, wide, *[(samples, pairs, pixels)] * 2)
+    samples, pairs = chunk_sizes(out, acc_dtype, _rows_kept_together(coupling))
+    s, work = scratch.take(x, acc_dtype, *[(samples, pairs, pixels)] * 2)
     sums: list[Tensor] = []
     for y_i, a_i, x_i in chunks_of(0, samples, y, a, out):
         x2 = x_i.narrow(1, channels - active, active)
-        u2 = x2 if x2.dtype is wide else _active_u(y_i, coupling.inv, scale, offset)
+        u2 = x2 if x2.dtype is acc_dtype else _compute_active_u(y_i, coupling.inv, scale, offset)
         total = None
-        halves = split_at(cast(a_i, wide), active, active)
+        halves = split_at(cast(a_i, acc_dtype), active, active)
         for u2_j, a_s, a_t in chunks_of(1, pairs, u2, *halves):
-            s_j = clamp.log_factors(a_s, -1.0, resized(s, a_s), resized(t, a_s))
-            total = _summed(total, s_j, clamp)
+            s_j = clamp.log_factors(a_s, -1.0, resized(s, a_s), resized(work, a_s))
+            total = _add_sums(total, s_j, clamp)
             u2_j.sub_(a_t, alpha=0.1).mul_(clamp.exp_(s_j))
         if u2 is not x2:
             x2.copy_(u2)
         sums += [] if total is None else [total]
-    return _log_det(sums, scale, pixels, clamp, -1.0)
+    return _finish_log_det(sums, scale, pixels, clamp, -1.0)
 
 
-def _active_u(y: Tensor, inv: Tensor | None, scale: Tensor | None, offset: Tensor) -> Tensor:
-    """(y[:, inv] - offset) / scale of the active channels, in the dtype of the offset."""
+def _compute_active_u(
+    y: Tensor, inv: Tensor | None, scale: Tensor | None, offset: Tensor
+) -> Tensor:
+    """Return (y[:, inv] - offset) / scale in the active channels, in the dtype of the offset."""
     passive, dtype = y.shape[1] - y.shape[1] // 2, offset.dtype
     if inv is None:
         u = y[:, passive:].to(dtype, copy=True)
@@ -345,7 +385,7 @@ def _active_u(y: Tensor, inv: Tensor | None, scale: Tensor | None, offset: Tenso
 def invert_and_backward(
     y: Tensor, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
 ) -> CouplingGrads:
-    """:func:`invert_active` and :func:`backward`, in one pass where x can hold u."""
+    """Compute :func:`invert_active` and :func:`backward`, in one pass if x can hold u."""
     if x.dtype is accumulator(promoted(x, a, coupling.global_scale)) and x.is_contiguous():
         return _backward(x, a, grads, coupling, want_params, True)
     invert_active(y, x, a, coupling)

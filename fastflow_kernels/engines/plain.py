@@ -1,16 +1,17 @@
 """The formula as differentiable operations: the first file to read.
 
 Autograd, ``torch.func``, ``torch.compile`` and exports see through these operations. They run where
-the hand-derived engines do not, and steps that a subclass overrides are made of them.
+the engines with hand-derived gradients cannot. A block whose subclass overrides a step also uses
+them.
 
-With ``a = (a_s, a_t)`` from the subnet, x = (x1, x2) and P pixels::
+The subnet returns ``a = (a_s, a_t)``, x is split into (x1, x2), and P is the number of pixels::
 
     s       = clamp * tanh(tanh_scale * a_s)      minus its mean per sample if gin
     u       = cat(x1, x2 * exp(s) + 0.1 * a_t)
     v       = u * scale + offset                  scale = activation(global_scale); 1 if gin
     log_det = sum(s) + P * sum(log(scale))
 
-The permutation of v comes after that: see :mod:`fastflow_kernels.permutations`.
+The permutation of v follows: see :mod:`fastflow_kernels.permutations`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from fastflow_kernels.engines.constants import constant, operand
 
 
 def activated(g: Tensor, activation: str) -> Tensor:
-    """The global scale of a parameter g, elementwise.
+    """Return the global scale that belongs to a parameter g, elementwise.
 
     Args:
-        g: Of any shape.
+        g: The parameter, of any shape.
         activation: "SIGMOID" (10 * sigmoid(g - 2)), "SOFTPLUS" (0.1 * softplus(g, beta=0.5)) or
             "EXP" (exp(g)).
+
+    Raises:
+        ValueError: If the activation is not one of these.
     """
     if activation == "SIGMOID":
         return torch.sigmoid(g - operand(2.0, g.dtype)) * operand(10.0, g.dtype)
@@ -40,18 +44,18 @@ def activated(g: Tensor, activation: str) -> Tensor:
         return torch.nn.functional.softplus(g, beta=0.5) * operand(0.1, g.dtype)
     if activation == "EXP":
         return torch.exp(g)
-    raise ValueError(f"expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The passive half of x, C - C//2 channels, and the active one, C//2, as views."""
+    """Return the passive half of x, C - C//2 channels, and the active half, C//2, as views."""
     active = x.shape[1] // 2
     return split_at(x, x.shape[1] - active, active)
 
 
 def split_at(x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """The first and the last channels of x, as views."""
-    # Tensor.split is a Python function, five times slower
+    """Return the first ``first`` and the last ``last`` channels of x, as views."""
+    # Tensor.split is a Python function and five times slower.
     head, tail = torch.split_with_sizes(x, (first, last), 1)
     return head, tail
 
@@ -59,13 +63,13 @@ def split_at(x: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
 def forward(
     x1: Tensor, x2: Tensor, a: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
-    """v and the log-determinant.
+    """Return v and the log-determinant.
 
     Args:
         x1: The passive half, (B, C1, *S).
         x2: The active half, (B, C2, *S).
         a: The subnet's output, (B, 2*C2, *S).
-        g: The global scale before its activation, C elements.
+        g: The parameter of the global scale, before its activation, C elements.
         offset: The global offset, C elements.
         spec: The constants.
 
@@ -73,27 +77,27 @@ def forward(
         v (B, C, *S) in the promoted dtype, and the log-determinant (B,) in nats.
     """
     dtype = promoted(x1, a, g)
-    wide = accumulator(dtype)
+    acc_dtype = accumulator(dtype)
     in_place = may_write()
-    u2, sum_s = couple(cast(x2, wide), cast(a, wide), spec, False, in_place)
-    u = torch.cat((cast(x1, wide), u2), 1)
-    offset = _channelwise(offset, u)
+    u2, sum_s = couple(cast(x2, acc_dtype), cast(a, acc_dtype), spec, False, in_place)
+    u = torch.cat((cast(x1, acc_dtype), u2), 1)
+    offset = _per_channel(offset, u)
     if spec.gin:
         return cast(u + offset, dtype), sum_s
-    scale = activated(_channelwise(g, u), spec.activation)
+    scale = activated(_per_channel(g, u), spec.activation)
     if not in_place:
-        v = u * scale + offset  # not addcmul: its backward takes one more pass over u
+        v = u * scale + offset  # the backward of addcmul takes one more pass over u
     elif u.dim() == 2:
         v = torch.addcmul(offset, u, scale)
     else:
         v = u.mul_(scale).add_(offset)
-    return cast(v, dtype), _add(sum_s, scale.log().sum(), _pixels(u), in_place)
+    return cast(v, dtype), _add(sum_s, scale.log().sum(), _count_pixels(u), in_place)
 
 
 def may_write() -> bool:
-    """Whether results may be written to: nobody takes gradients, records or transforms.
+    """Return whether operations may write to fresh results, which costs 0.3 us less.
 
-    In place an operation costs 0.3 us less.
+    They may while nobody takes gradients and nobody records or transforms the operations.
     """
     return not torch.is_grad_enabled() and not torch_private.needs_plain()
 
@@ -101,49 +105,64 @@ def may_write() -> bool:
 def invert_affine(
     v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """u = (v - offset) / scale, in the dtype of the computation; and scale, None for GIN."""
+    """Return u = (v - offset) / scale and the scale.
+
+    Args:
+        v: The input of the inverse after the inverse permutation, (B, C, *S).
+        g: The parameter of the global scale, before its activation, C elements.
+        offset: The global offset, C elements.
+        spec: The constants.
+
+    Returns:
+        u (B, C, *S) in the dtype of the computation, and the scale (1, C, 1, ...). The scale is
+        None for GIN.
+    """
     v = cast(v, accumulator(promoted(v, g)))
-    u = v - _channelwise(offset, v)
+    u = v - _per_channel(offset, v)
     if spec.gin:
         return u, None
-    scale = activated(_channelwise(g, v), spec.activation)
+    scale = activated(_per_channel(g, v), spec.activation)
     return u / scale, scale
 
 
 def invert_coupling(
     u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
-    """x = cat(u1, (u2 - 0.1 * a_t) * exp(-s)) and the log-determinant of the inverse.
+    """Return x = cat(u1, (u2 - 0.1 * a_t) * exp(-s)) and the log-determinant of the inverse.
 
     Args:
-        u1, u2: The halves of what :func:`invert_affine` returned.
-        a: The subnet's output for u1.
-        scale: What :func:`invert_affine` returned.
+        u1: The passive half of u, (B, C1, *S). :func:`invert_affine` returns u and the scale.
+        u2: The active half of u, (B, C2, *S).
+        a: The subnet's output for u1, (B, 2*C2, *S).
+        scale: The scale, or None for GIN.
         spec: The constants.
+
+    Returns:
+        x (B, C, *S) in the dtype of the computation, and the log-determinant (B,) in nats.
     """
-    wide, in_place = accumulator(promoted(u1, a)), may_write()
-    x2, sum_s = couple(cast(u2, wide), cast(a, wide), spec, True, in_place)
-    x = torch.cat((cast(u1, wide), x2), 1)
+    acc_dtype, in_place = accumulator(promoted(u1, a)), may_write()
+    x2, sum_s = couple(cast(u2, acc_dtype), cast(a, acc_dtype), spec, True, in_place)
+    x = torch.cat((cast(u1, acc_dtype), x2), 1)
     if scale is None:
         return x, sum_s
-    return x, _add(sum_s, scale.log().sum(), -_pixels(x), in_place)
+    return x, _add(sum_s, scale.log().sum(), -_count_pixels(x), in_place)
 
 
 def couple(
     x2: Tensor, a: Tensor, spec: CouplingSpec, rev: bool, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """The coupling of the active half, or its inverse.
+    """Return the coupling of the active half, or its inverse, and the sum of the exponents.
 
     Args:
         x2: The active half, (B, C2, *S).
         a: The subnet's output, (B, 2*C2, *S).
         spec: The constants; here the clamp may be a tensor.
-        rev: Compute the inverse.
-        in_place: What :func:`may_write` says: fresh results are written to.
+        rev: Whether to compute the inverse.
+        in_place: Whether to write to fresh results, as :func:`may_write` says.
 
     Returns:
-        x2 * exp(s) + 0.1 * a_t and the sum of s per sample; in reverse (x2 - 0.1 * a_t) * exp(-s)
-        and the sum of -s.
+        x2 * exp(s) + 0.1 * a_t and the sum of s per sample, (B,). With ``rev`` these are
+        (x2 - 0.1 * a_t) * exp(-s) and the sum of -s.
     """
     a_s, a_t = split_at(a, x2.shape[1], x2.shape[1])
     clamp = -spec.clamp if rev else spec.clamp
@@ -155,7 +174,7 @@ def couple(
     if spec.gin and s.numel():
         mean = s.mean(dims, keepdim=True)
         s = s - mean
-        sum_s = 0.0 * mean.flatten()  # zero, or NaN where s is; keeps the stock block's graph
+        sum_s = 0.0 * mean.flatten()  # 0, or NaN where s is NaN; the graph is the stock block's
     else:
         sum_s = s.sum(dims)
     if in_place:
@@ -167,20 +186,20 @@ def couple(
     return _add(x2 * torch.exp(s), a_t, 0.1), sum_s
 
 
-def _channelwise(t: Tensor, like: Tensor) -> Tensor:
-    """C elements as (1, C, 1, ...) in the dtype of ``like``."""
+def _per_channel(t: Tensor, like: Tensor) -> Tensor:
+    """Return C elements as (1, C, 1, ...) in the dtype of ``like``, to broadcast over it."""
     dim = like.dim()
     return cast(t if t.dim() == dim else t.view(1, -1, *[1] * (dim - 2)), like.dtype)
 
 
-def _pixels(x: Tensor) -> int:
+def _count_pixels(x: Tensor) -> int:
     return 1 if x.dim() == 2 else math.prod(x.shape[2:])
 
 
 def _add(x: Tensor, y: Tensor, factor: float, in_place: bool = False) -> Tensor:
-    """x + factor * y, in one operation unless torch.func.linearize may look on.
+    """Return x + factor * y, in one operation unless torch.func.linearize may be tracing it.
 
-    That crashes on ``alpha`` in torch 2.13.
+    torch.func.linearize of torch 2.13 crashes on the argument ``alpha``.
     """
     if in_place or torch.compiler.is_compiling() or not torch_private.is_watched():
         return torch.add(x, y, alpha=factor)
