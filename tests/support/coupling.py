@@ -1,4 +1,4 @@
-"""One coupling in plain PyTorch, and the check of an engine's functions against it."""
+"""One coupling in plain PyTorch, and checks of an engine's functions against it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastflow_kernels.engines.triton import engine as kernels
 from tests.support.compare import assert_close
 from tests.support.modes import INTERPRETED, sanitize, units_of_floor
 
-# The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up to
+# The interpreter truncates when it stores bfloat16, where a GPU rounds to nearest. That costs up to
 # this share of a value.
 TRUNCATED = {torch.bfloat16: 2.0**-7, torch.float16: 0.0} if INTERPRETED else {}
 
-# --- the plain operations: they compute in float64 or float32, and round once --------------------
+# --- the plain operations, which compute in float64 or float32 and round once --------------------
 
 
 def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
@@ -42,9 +42,9 @@ def plain_log_det(x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
 
 
 def size_of_log_det_terms(x: Tensor, a: Tensor, coupling: Coupling) -> float:
-    """The log-determinant is a sum that cancels: its floor is that of the terms."""
+    """Return the size of the terms whose sum, which may cancel, is the log-determinant."""
     g, _, spec = coupling[:3]
-    # so that no s is negative
+    # Make every s non-negative, so that the sum cannot cancel.
     a = a.nan_to_num().abs()
     spec = spec._replace(clamp=abs(spec.clamp), tanh_scale=abs(spec.tanh_scale))
     x2 = a[:, : a.shape[1] // 2]
@@ -63,11 +63,17 @@ def plain_gradients(
     grads: OutputGrads,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Autograd's gradients of :func:`plain_forward` for x, a, global_scale and global_offset.
+    """Return autograd's gradients of :func:`plain_forward`.
 
     Args:
-        x, a, coupling, grads: Cast to dtype, unless that is None.
-        dtype: In which is computed.
+        x: Input.
+        a: Coefficients.
+        coupling: The coupling.
+        grads: Gradients of the output and of the log-determinant.
+        dtype: Computation dtype, to which the inputs are cast; None leaves their own dtypes.
+
+    Returns:
+        The gradients of x, a, global_scale and global_offset.
     """
     x, a, coupling = cast(dtype, x, a, coupling)
     leaves = [x, a, coupling.global_scale, coupling.global_offset]
@@ -81,15 +87,15 @@ def plain_gradients(
 
 
 def cast(dtype: torch.dtype | None, *values: Any) -> list[Any]:
-    """Tensors and couplings, detached, in a dtype; None leaves their own."""
+    """Detach tensors and couplings and cast them to a dtype; None leaves their own dtypes."""
 
-    def one(value: Any) -> Any:
+    def cast_one(value: Any) -> Any:
         if isinstance(value, Coupling):
-            g, offset = one(value.global_scale), one(value.global_offset)
+            g, offset = cast_one(value.global_scale), cast_one(value.global_offset)
             return value._replace(global_scale=g, global_offset=offset)
         return value.detach().to(value.dtype if dtype is None else dtype)
 
-    return [one(value) for value in values]
+    return [cast_one(value) for value in values]
 
 
 # --- comparison -----------------------------------------------------------------------------------
@@ -106,7 +112,7 @@ def make(
     a: torch.dtype | None = None,
     g: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Coupling]:
-    """x, a and a coupling with random values; ``x``, ``a`` and ``g`` are dtypes."""
+    """Return x, a and a coupling with random values; the arguments x, a and g are their dtypes."""
     batch, channels, *spatial = shape
     perm = torch.randperm(channels)
     values = torch.randn(shape, dtype=x)
@@ -133,14 +139,14 @@ def close(
     name: str,
     magnitude: float | None = None,
 ) -> None:
-    """compare.assert_close; in the interpreter with one more rounding for bfloat16.
+    """Call ``compare.assert_close``, and allow the interpreter one more rounding for bfloat16.
 
-    The interpreter truncates where a GPU rounds to nearest when it stores bfloat16. That costs up
-    to 2^-7 of a value; so far the result is moved towards the truth before it is judged.
+    The interpreter truncates when it stores bfloat16, where a GPU rounds to nearest. That costs up
+    to 2^-7 of a value, so the result is first moved towards the truth by up to that much.
     """
     if actual is not None and actual.dtype in TRUNCATED:
-        room = TRUNCATED[actual.dtype] * actual.double().abs()
-        moved = actual.double() + (truth - actual.double()).clamp(-room, room)
+        allowed = TRUNCATED[actual.dtype] * actual.double().abs()
+        moved = actual.double() + (truth - actual.double()).clamp(-allowed, allowed)
         actual = torch.where(moved.isfinite(), moved, actual.double()).to(actual.dtype)
     assert_close(actual, truth, baseline, name, magnitude=magnitude, units=units_of_floor())
 
@@ -152,13 +158,15 @@ def check_everything(
     grads: OutputGrads | None = None,
     engine: Engine = kernels,
 ) -> None:
-    """Forward, backward and inverse of one set of inputs, under the memory checker, against the
-    truth.
+    """Check forward, backward and inverse against the truth, under the memory checker.
 
     Args:
-        x, a, coupling: As for the engine.
-        grads: Of the forward's results; drawn if left out.
-        engine: Whose functions are checked; the eager one knows no ``coupling.unpermutes_input``.
+        x: Input, as for the engine.
+        a: Coefficients, as for the engine.
+        coupling: The coupling, as for the engine.
+        grads: Gradients of the forward pass's results; random if left out.
+        engine: The engine to check. The eager engine does not support
+            ``coupling.unpermutes_input``.
     """
     inputs = (x, a, coupling.global_scale, coupling.global_offset)
     before = [t.clone() for t in inputs]
@@ -173,18 +181,21 @@ def check_everything(
     check_backward(x, a, grads, coupling, base, engine)
     y = torch.randn(x.shape).to(result)
     back = check_inverse(y, a, coupling, base, engine)
-    # a chain is reconstructed in its own dtype; no y comes of coefficients that are not finite
+    # A chain is reconstructed in its own dtype. Coefficients that are not finite have no y.
     if result == back.dtype and a.isfinite().all():
         check_inverse_and_backward(y, a, grads, coupling, base, engine)
 
-    for old, new in zip(before, inputs, strict=True):
-        assert torch.equal(old, new) or old.isnan().any(), "an input was written to"
+    for copy, after in zip(before, inputs, strict=True):
+        assert torch.equal(copy, after) or copy.isnan().any(), "an input was written to"
 
 
 def check_forward(
     x: Tensor, a: Tensor, coupling: Coupling, base: torch.dtype, engine: Engine
 ) -> Tensor:
-    """Returns y. ``base`` is the dtype of the baseline, here and below."""
+    """Check an engine's forward pass, and return y.
+
+    ``base`` is the baseline's dtype, here and below.
+    """
     with sanitize():
         y, log_det = engine.forward(x, a, coupling)
     wide, narrow = cast(torch.float64, x, a, coupling), cast(base, x, a, coupling)
@@ -241,7 +252,7 @@ def check_gradients(
 def check_inverse(
     y: Tensor, a: Tensor, coupling: Coupling, base: torch.dtype, engine: Engine
 ) -> Tensor:
-    """Returns x."""
+    """Check an engine's inverse, and return x."""
     with sanitize():
         x, log_det = inverse(y, a, coupling, engine)
     assert x.dtype == torch.promote_types(y.dtype, coupling.global_scale.dtype)
@@ -255,7 +266,7 @@ def check_inverse(
 def inverse(
     y: Tensor, a: Tensor, coupling: Coupling, engine: Engine = kernels
 ) -> tuple[Tensor, Tensor]:
-    """x and the log-determinant, in the two steps of an engine."""
+    """Return x and the log-determinant, computed in the two steps of an engine."""
     x = engine.invert_passive(y, coupling)
     assert x.is_contiguous()
     passive = x[:, coupling.inv] if coupling.unpermutes_input else x
@@ -271,7 +282,7 @@ def check_inverse_and_backward(
     base: torch.dtype,
     engine: Engine,
 ) -> None:
-    """Both in one: the inverse that the two kernels give, and the gradients there."""
+    """Check the function that computes the inverse and the gradients at it together."""
     with sanitize():
         x = engine.invert_passive(y, coupling)
         actual = engine.invert_and_backward(y, x, a, grads, coupling, True)

@@ -1,4 +1,4 @@
-"""Dispatch modes that users may have on around a pass: they refuse, wrap or spoil what is made."""
+"""Dispatch modes that users may turn on around a pass: they refuse, wrap or overwrite results."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 
 class NoFloat64(TorchDispatchMode):
-    """A device without float64, such as Apple's: no float64 comes of narrower floating-point
-    tensors, nor out of nothing.
+    """A device without float64, such as Apple's.
+
+    Operations raise if they make float64 from narrower floating-point tensors, or from no tensors.
     """
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        if not any(t.dtype is torch.float64 for t in given):
+        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        if not any(t.dtype is torch.float64 for t in inputs):
             for t in tree_flatten(result)[0]:
                 if isinstance(t, Tensor) and t.dtype is torch.float64:
                     raise TypeError(f"float64 from {function}")
@@ -28,7 +29,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 class Wrapped(Tensor):
-    """A tensor that holds another one and has no memory of its own."""
+    """A tensor that holds another tensor and has no memory of its own."""
 
     held: Tensor
 
@@ -53,21 +54,24 @@ class Wrapped(Tensor):
 
 
 def _wrapping(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The function on what wrapped tensors hold, its result wrapped; what was given to be written
-    to stays the same object.
+    """Call a function on the tensors inside the wrapped ones, and wrap its result.
+
+    An argument that the function returns, as in-place functions do, stays the same object.
     """
     plain = tree_map_only(Wrapped, lambda t: t.held, (args, kwargs))
     result = function(*plain[0], **plain[1])
-    given = {id(t.held): t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Wrapped)}
+    wrapped = {id(t.held): t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Wrapped)}
     return tree_map_only(
         Tensor,
-        lambda t: given[id(t)] if id(t) in given else t if isinstance(t, Wrapped) else Wrapped(t),
+        lambda t: (
+            wrapped[id(t)] if id(t) in wrapped else t if isinstance(t, Wrapped) else Wrapped(t)
+        ),
         result,
     )
 
 
 class Wrapping(TorchDispatchMode):
-    """Every result becomes a :class:`Wrapped`."""
+    """A mode in which every result becomes a :class:`Wrapped`."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -76,7 +80,7 @@ class Wrapping(TorchDispatchMode):
 
 
 class Spoiling(TorchDispatchMode):
-    """Fills everything that was made meanwhile with nan when the mode ends."""
+    """A mode that records every result, so that :meth:`spoil` can fill them with NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +96,7 @@ class Spoiling(TorchDispatchMode):
         return result
 
     def spoil(self, keep: set[int]) -> None:
-        """Fill it all, but for the storages at these addresses."""
+        """Fill all recorded results with NaN, except the storages at these addresses."""
         with torch.no_grad():
             for t in self.made:
                 if t.untyped_storage().data_ptr() not in keep:

@@ -1,4 +1,4 @@
-"""Every kernel once on a small, odd shape: forward, backward, inverse and reconstruction."""
+"""Run every kernel once on a small, odd shape: forward, backward, inverse and reconstruction."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
 
 
 class Subnet(nn.Module):
-    """Its input twice, times a weight: no library's kernels, which the sanitizer would watch as
-    well.
+    """A subnet that repeats its input and multiplies it by a weight.
+
+    It runs no kernels of a library, which the sanitizer would watch as well.
     """
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
@@ -24,19 +25,19 @@ class Subnet(nn.Module):
 
 
 def run(device: str) -> None:
-    """All cases: affine, and GIN."""
+    """Run all shapes, affine and GIN."""
     for shape in SHAPES:
         for gin in (False, True):
             run_one(shape, gin, device)
 
 
 def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
-    """A block by itself and in a reversible chain."""
+    """Run a block by itself and in a reversible chain."""
     batch, *shape = full
     block = AllInOneBlock([shape], subnet_constructor=Subnet, gin_block=gin, backend="triton")
     chain = ReversibleSequence(*shape)
     chain.append(block)
-    # a second block, so that one is reconstructed
+    # Add a second block, so that one is reconstructed.
     chain.append(AllInOneBlock, subnet_constructor=Subnet, gin_block=gin, backend="triton")
     chain.to(device)
     x = torch.randn(batch, *shape, device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Fresh memory that shows where it is read, or returned, without having been written."""
+"""Fill fresh memory, to see where it is read or returned before it was written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextlib.contextmanager
 def filled(fill: Callable[[torch.Tensor], object]) -> Iterator[None]:
-    """A context in which ``torch.empty`` and its kin return what ``fill`` has written to."""
+    """Let ``fill`` write to every tensor that ``torch.empty`` and its kin return."""
 
     def filling(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(allocate)

@@ -1,4 +1,4 @@
-"""What autograd has recorded."""
+"""Inspect the graph that autograd has recorded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def nodes(t: Tensor) -> Counter[str]:
-    """How many nodes of each name there are in the graph behind a tensor."""
+    """Count the nodes in the graph behind a tensor by name."""
     seen, todo = set(), [t.grad_fn]
     while todo:
         node = todo.pop()
@@ -19,5 +19,5 @@ def nodes(t: Tensor) -> Counter[str]:
 
 
 def reversible_blocks(t: Tensor) -> int:
-    """How many blocks of the graph keep no activations."""
+    """Count the blocks in the graph that keep no activations."""
     return nodes(t)["_LinkedBlockBackward"]

@@ -1,4 +1,4 @@
-"""The kernels' passes, called by their launchers: no module, no autograd, no subnet."""
+"""Call the kernels' launchers directly, without a module, autograd or a subnet."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 
-# "reversible": the inverse and the backward of a chain, in one
+# "reversible" is a chain's inverse and backward pass together.
 PASSES = ("forward", "backward", "inverse", "reversible")
 
 
 class Inputs(NamedTuple):
-    """What the passes take.
+    """The arguments of the passes.
 
     Attributes:
-        x: The input (B, C, *S); the output, where a pass inverts.
+        x: The input (B, C, *S), or the output if the pass inverts.
         a: The subnet's output.
-        grads: The gradients of the output and of the log-determinant.
-        coupling: All else.
+        grads: Gradients of the output and of the log-determinant.
+        coupling: The coupling.
     """
 
     x: Tensor
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
 
 def run_pass(name: str, inputs: Inputs) -> object:
-    """Launch one of PASSES, with the gradients of the parameters and the log-determinant."""
+    """Launch one of PASSES, with the parameters' gradients and the log-determinant."""
     from fastflow_kernels.engines.triton import engine
 
     x, a, grads, coupling = inputs
@@ -44,7 +44,7 @@ def run_pass(name: str, inputs: Inputs) -> object:
 
 
 def spec_of(options: dict[str, Any]) -> CouplingSpec:
-    """The constants of a block with these options."""
+    """Return the constants of a block with these options."""
     return CouplingSpec.of(
         options.get("affine_clamping", 2.0),
         "anomalib",

@@ -1,6 +1,4 @@
-"""What the tests of the kernels share: shapes, marks, and fixtures that run kernels on this
-machine.
-"""
+"""Shapes, marks, and fixtures that run kernels on this machine, for the tests of the kernels."""
 
 from __future__ import annotations
 
@@ -18,9 +16,9 @@ from tests.support.modes import EXECUTED, INTERPRETED, slow_when_executed
 # A program takes about 20 ms in the interpreter, so shapes are chosen for few programs.
 PLANES = ((2, 7, 4, 5), (3, 2, 3, 3), (2, 1, 2, 3), (1, 9, 7), (2, 6, 2, 4, 2))
 ROWS = ((5, 7), (3, 2), (4, 1), (2, 9, 1, 1), (9, 130))
-# more than one tile along the pixels, the channels, both
+# More than one tile along the pixels, the channels, or both.
 TILED = ((1, 3, 1100), (2, 70, 64), (3, 33, 14, 14))
-# a batch beyond a grid's 65535 in y and z; rows too wide for one tile
+# A batch beyond a grid's 65535 in y and z, and rows too wide for one tile.
 EXTREME = ((70_000, 2), (2, 4096), (1, 4097, 1, 2))
 
 in_the_interpreter = pytest.mark.skipif(
@@ -28,10 +26,10 @@ in_the_interpreter = pytest.mark.skipif(
 )
 not_interpreted = pytest.mark.skipif(
     INTERPRETED,
-    reason="takes the interpreter long, or shows nothing there: compiled kernels run it",
+    reason="slow or pointless in the interpreter; runs with compiled kernels",
 )
 without_a_gpu = pytest.mark.skipif(
-    not (INTERPRETED or EXECUTED), reason="counts accesses, which a GPU does not tell"
+    not (INTERPRETED or EXECUTED), reason="counts accesses, which a GPU does not report"
 )
 both_kinds = pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 gin_is_slow_when_executed = pytest.mark.parametrize(
@@ -46,7 +44,7 @@ def shapes(*values: tuple[int, ...]) -> pytest.MarkDecorator:
 def shapes_but_shortly(
     values: tuple[tuple[int, ...], ...], keep: tuple[tuple[int, ...], ...]
 ) -> pytest.MarkDecorator:
-    """All but those to keep are for slow runs where kernels are compiled for each."""
+    """Parametrize over shapes; all except ``keep`` are slow tests if kernels are executed."""
     return pytest.mark.parametrize(
         "shape",
         [
@@ -60,7 +58,7 @@ def shapes_but_shortly(
 
 @pytest.fixture(scope="module")
 def kernels_run() -> Iterator[None]:
-    """Kernels run on this machine, in one of the ways of tests/support/modes.py."""
+    """Run kernels on this machine, in one of the ways of tests/support/modes.py."""
     with modes.kernels_run():
         yield
 
@@ -68,16 +66,16 @@ def kernels_run() -> Iterator[None]:
 @pytest.fixture
 def default_device() -> Iterator[None]:
     with DEVICE:
-        # the mode looks up which functions it serves at the first call: before sanitize() replaces
-        # some of them
+        # The mode looks its functions up at the first call: call before sanitize() replaces some.
         torch.empty(0)
         yield
 
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let one program be enough to keep the GPU busy, so that small inputs are walked in loops as
-    large ones are.
+    """Take one program as enough to keep the GPU busy.
+
+    Kernels then loop over small inputs as they do over large ones.
     """
     monkeypatch.setattr(plan, "BUSY", 1)
     for name in ("FORWARD_ROWS", "BACKWARD_ROWS"):
@@ -87,5 +85,5 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plan.make_plan.cache_clear()
 
 
-# Fixtures are found by name in the module that asks for them: import these with it.
+# pytest looks fixtures up by name in the test's module: import them together with this list.
 on_this_machine = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run", "default_device")]

@@ -1,6 +1,4 @@
-"""What one launch of a kernel moved: the record that both ways of running kernels without a GPU
-keep.
-"""
+"""A record of the bytes that a kernel launch moved, kept by the executor and the interpreter."""
 
 from __future__ import annotations
 
@@ -11,12 +9,13 @@ import numpy as np
 
 @dataclass
 class Launch:
-    """What one kernel launch moved, in bytes.
+    """The bytes that one kernel launch moved.
 
     Attributes:
         kernel: The kernel's name.
-        loaded, stored: By argument name: bytes of all unmasked lanes.
-        distinct: By argument name: bytes of the distinct addresses loaded.
+        loaded: Bytes loaded by all unmasked lanes, by argument name.
+        stored: Bytes stored by all unmasked lanes, by argument name.
+        distinct: Bytes of the distinct addresses loaded, by argument name.
     """
 
     kernel: str
@@ -25,7 +24,7 @@ class Launch:
     distinct: dict[str, int] = field(default_factory=dict)
 
     def count(self, name: str, loaded: np.ndarray, stored: np.ndarray, itemsize: int) -> None:
-        """Add what was loaded from and stored to one tensor, as addresses or element numbers."""
+        """Add the loads and stores of one tensor, as addresses or element numbers."""
         if loaded.size:
             self.loaded[name] = loaded.size * itemsize
             self.distinct[name] = np.unique(loaded).size * itemsize

@@ -1,4 +1,4 @@
-"""Counts bytes: what a forward pass keeps for its backward pass, and the most alive at a time."""
+"""Count the bytes that a forward pass keeps for its backward pass, and the peak of live bytes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ def bytes_kept_for_backward(
 ) -> int:
     """Count the bytes of the distinct storages that autograd saves while ``forward`` runs.
 
-    A storage counts once and whole, however many views of it are saved: that is what stays
-    allocated. Parameters and buffers of ``model`` do not count, they live anyway. Only tensors
-    saved through autograd are seen (``save_for_backward`` included), not ones hidden in attributes.
+    A storage counts once and whole, even if several views of it are saved, because all of it stays
+    allocated. Parameters and buffers of ``model`` do not count, because they stay allocated anyway.
+    Only tensors saved through autograd count (``save_for_backward`` included), not tensors hidden
+    in attributes.
 
     Args:
         model: The module whose parameters and buffers are excluded.
-        forward: Runs the forward pass with gradients enabled and returns what holds its graph, for
+        forward: Runs the forward pass with gradients enabled, and returns what holds its graph, for
             instance the loss.
-        leave_out: Modules whose own saved tensors are left out, for instance the subnets when only
-            the couplings are of interest. A storage that is saved outside of them too still counts.
+        leave_out: Modules whose own saved tensors do not count, for instance the subnets if only
+            the couplings are of interest. A storage that is also saved outside of them counts.
 
     Returns:
         Bytes kept between the forward and the backward pass.
     """
     own = {_address(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
-    depth = 0  # how many of the left-out modules are running right now
+    depth = 0  # number of left-out modules that are running now
 
     def enter(*_: object) -> None:
         nonlocal depth
@@ -58,7 +59,7 @@ def bytes_kept_for_backward(
     ]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            # held until the sum is taken: a freed storage's address could be given out again
+            # Hold the graph until the sum is taken, because a freed address could be used again.
             graph = forward()
         total = sum(kept.values())
         del graph
@@ -69,8 +70,11 @@ def bytes_kept_for_backward(
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of all storages that operations allocate, and the most that were alive at a
-    time.
+    """A mode that counts the bytes of all storages that operations allocate.
+
+    Attributes:
+        now: Bytes that are alive now.
+        most: The most bytes that were alive at a time.
     """
 
     def __init__(self) -> None:
@@ -82,13 +86,13 @@ class Peak(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {
+        inputs = {
             t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
         }
         for t in tree_leaves(result):
             if isinstance(t, Tensor):
                 storage = t.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self.alive:
+                if storage._cdata not in inputs and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._free, storage._cdata)

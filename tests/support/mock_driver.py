@@ -1,5 +1,6 @@
-"""A GPU that is not there: Triton launches up to the driver's call, which does nothing. For
-measuring what a launch costs in Python.
+"""A mock of the CUDA driver, to measure the overhead of a launch in Python without a GPU.
+
+Triton prepares each launch up to the driver's call, which does nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ def _yes(*_: object) -> bool:
 
 
 class Utils:
-    """Loads nothing, and says what an H100 says of itself."""
+    """The driver's functions: they load nothing, and report the properties of an H100."""
 
     def load_binary(self, *_: object) -> tuple[int | None, ...]:
-        # no module: nothing to unload when the driver has gone
+        # Without a module, nothing is unloaded after the driver was replaced.
         module, function, registers, spills, most_threads = None, 1, 32, 0, 1024
         known = (module, function, registers, spills)
         return known if triton.__version__.startswith("3.3.") else (*known, most_threads)
@@ -43,8 +44,9 @@ class Utils:
 
 
 class Launcher:
-    """Where a launch ends: called with the grid, the stream, handles and hooks, and the kernel's
-    arguments.
+    """A launcher that does nothing.
+
+    Triton calls it with the grid, the stream, handles and hooks, and the kernel's arguments.
     """
 
     def __init__(self, *_: object) -> None:
@@ -55,7 +57,7 @@ class Launcher:
 
 
 class Driver:
-    """An H100 as far as Triton's dispatcher asks."""
+    """The parts of an H100's driver that Triton's dispatcher uses."""
 
     utils = Utils()
     launcher_cls = Launcher
@@ -81,13 +83,13 @@ class Driver:
 
 @contextmanager
 def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
-    """A context in which ``backend="triton"`` takes CPU tensors: kernels are compiled and launched,
-    but nothing runs; results are garbage.
+    """Let ``backend="triton"`` take CPU tensors.
 
-    As on a GPU, a permutation's values are not looked at in every call.
+    Kernels are compiled and launched, but none runs, so results are garbage. As on a GPU, calls do
+    not check the values of a permutation.
 
     Args:
-        stand_in: What takes the launches instead.
+        stand_in: Driver that takes the launches instead.
     """
     driver.set_active(Driver() if stand_in is None else stand_in)
     try:
@@ -97,4 +99,4 @@ def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
         ):
             yield
     finally:
-        driver.set_active(None)  # found anew when it is asked for
+        driver.set_active(None)  # Triton looks for the real driver at the next use

@@ -1,4 +1,4 @@
-"""An accelerated block beside a stock one with the same parameters."""
+"""Pairs of an accelerated and a stock block with the same parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPE = Shape(3, 6, (4,))
 
 
 def bound_block() -> type:
-    """FrEIA 0.2's block with bound methods for its activations, as FrEIA's main branch has."""
+    """Return FrEIA 0.2's block with bound methods as activations, like FrEIA's main branch."""
 
     stock: Any = freia_block()
 
@@ -42,12 +42,12 @@ with_softplus = each_peer({"freia0.2": freia_block, "bound": bound_block})
 def pair(
     peer: Callable[[], Any], name: str = "hard", **options: Any
 ) -> tuple[nn.Module, nn.Module]:
-    """An accelerated block and a stock one with the same parameters, of one class."""
+    """Return an accelerated and a stock block of one class with the same parameters."""
     cls = peer()
-    made = [stock_block(lambda: cls, Case(SHAPE, name), **options) for _ in range(2)]
-    accelerate(made[0])
-    assert state_of(made[0]) == "accelerated", str(report(made[0]))
-    return made[0], made[1]
+    block, stock = (stock_block(lambda: cls, Case(SHAPE, name), **options) for _ in range(2))
+    accelerate(block)
+    assert state_of(block) == "accelerated", str(report(block))
+    return block, stock
 
 
 def state_of(block: nn.Module) -> str:
@@ -63,8 +63,10 @@ def results_or_error(block: nn.Module, rev: bool, name: str) -> Results | Except
 
 
 def assert_same(block: nn.Module, stock: nn.Module, name: str = "hard") -> None:
-    """Bit for bit where the stock maths runs; otherwise what rounding leaves, with some hundred
-    terms in a sum.
+    """Assert that a block gives a stock block's results.
+
+    They are equal if the stock maths runs. Otherwise they differ by the rounding of sums of some
+    hundred terms.
     """
     tolerance = 0.0 if state_of(block) == "stock maths" else 2000 * EPS
     for rev in (False, True):

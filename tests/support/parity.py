@@ -1,4 +1,4 @@
-"""Checks of a block that run on every engine: against the reference, by the design's criterion."""
+"""Checks of a block on any engine against the reference, by the criterion of ``compare.py``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def compare(
     backend: str = "eager",
     layout: str = "contiguous",
 ) -> None:
-    """The criterion over a few draws of weights and inputs: of a handful of numbers one baseline
-    may be exact by luck.
+    """Check the criterion over several draws of weights and inputs.
+
+    A small case takes four draws, because one baseline of few numbers may be exact by luck.
     """
     draws = 4 if math.prod(case.shape.full) < 1000 else 1
     expected = [_expect(case, dtype, rev, layout, seed) for seed in range(draws)]
@@ -42,20 +43,21 @@ def compare(
 
 
 def _stacked(values: list[Tensor | None]) -> Tensor | None:
-    """Together, or None where there is no gradient (global_scale of GIN)."""
+    """Stack the values, or return None if there is no gradient (global_scale of GIN)."""
     return None if values[0] is None else torch.stack(values)
 
 
 @dataclass
 class _Expected:
-    """What is to come of an input.
+    """An input and the results that are expected for it.
 
     Attributes:
         state: The weights.
-        x, c: The input and the conditions, in the dtype under test.
-        baseline: Of the reference in that dtype, in float32 if it is float64.
-        truth: Of the reference in float64.
-        terms: The magnitude of the log-determinant's terms.
+        x: The input, in the dtype under test.
+        c: The conditions, in the dtype under test.
+        baseline: Results of the reference in that dtype, or in float32 if it is float64.
+        truth: Results of the reference in float64.
+        terms: Magnitude of the log-determinant's terms.
     """
 
     state: Results
@@ -66,7 +68,7 @@ class _Expected:
     terms: float
 
 
-@functools.lru_cache(maxsize=4)  # tests that differ in the engine alone follow one another
+@functools.lru_cache(maxsize=4)  # tests that differ only in the engine run one after another
 def _expect(case: Case, dtype: torch.dtype, rev: bool, layout: str, seed: int) -> _Expected:
     stock = make_block(reference.AllInOneBlock, case, dtype, seed, dialect=case.dialect).to(DEVICE)
     state = {key: value.clone() for key, value in stock.state_dict().items()}
@@ -79,7 +81,7 @@ def _expect(case: Case, dtype: torch.dtype, rev: bool, layout: str, seed: int) -
 
 
 def _results(expected: _Expected, case: Case, backend: str, rev: bool, grad: bool) -> Results:
-    """What our block makes of it."""
+    """Return our block's results for an input."""
     block = build_block(fastflow_kernels.AllInOneBlock, case, dialect=case.dialect, backend=backend)
     block = block.to(DEVICE, expected.x.dtype)
     block.load_state_dict(expected.state)
@@ -88,14 +90,15 @@ def _results(expected: _Expected, case: Case, backend: str, rev: bool, grad: boo
     assert not grad or actual.keys() == expected.truth.keys()
     assert actual["output"].dtype == dtype
     assert actual["log-det"].dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
-    # float32 in half precision; judged by what the baseline's dtype allows
+    # It is float32 for half precision, but the criterion is that of the baseline's dtype.
     actual["log-det"] = actual["log-det"].to(dtype)
     return actual
 
 
 def _terms(truth: Results, block: nn.Module) -> float:
-    """The log-determinant is a sum that may cancel: the size of its terms, the log-factors' (adding
-    up at random) and the log-scales'.
+    """Return the size of the terms whose sum, which may cancel, is the log-determinant.
+
+    The terms are the log-factors, which add up at random, and the log-scales.
     """
     log_factors = abs(block.clamp) * truth["output"][0].numel() ** 0.5
     if block.GIN:
@@ -108,11 +111,12 @@ def _terms(truth: Results, block: nn.Module) -> float:
 
 
 def compare_fresh(activation: str, shape: tuple[int, ...], backend: str) -> None:
-    """The log-determinant of a block as it is built: log(scale) is near 0 and the same in every
-    channel, so that its error adds up.
+    """Compare the log-determinants of a block with its initial parameters.
+
+    Its log(scale) is near 0 and the same in every channel, so that the error adds up.
     """
     results = []
-    # where every block is built, for the initial scale to have the same bits in all
+    # Build all blocks on the CPU, so that the initial scale has the same bits in each.
     with torch.device("cpu"):
         x, a = torch.randn(2, *shape), torch.randn(2, shape[0] // 2 * 2, *shape[1:])
         options = {"subnet_constructor": lambda *_: Stored(a), "global_affine_type": activation}
@@ -124,13 +128,14 @@ def compare_fresh(activation: str, shape: tuple[int, ...], backend: str) -> None
         block = fastflow_kernels.AllInOneBlock([shape], **options, backend=backend).to(DEVICE)
     with torch.no_grad():
         actual = [unwrapped(block([x.to(DEVICE)], rev=rev))[1] for rev in (False, True)]
-    for mine, baseline, truth in zip(actual, *results, strict=True):
-        assert_close(mine, truth, baseline, f"{activation} {shape}")
+    for log_det, baseline, truth in zip(actual, *results, strict=True):
+        assert_close(log_det, truth, baseline, f"{activation} {shape}")
 
 
 def check_float16_range(backend: str) -> None:
-    """x2 * exp(s) reaches 3000 * e^5, far beyond float16's 65504, and the sum of s too; y, dx and
-    the log-determinant do not.
+    """Check a block whose intermediate values exceed float16's 65504 and whose results do not.
+
+    x2 * exp(s) reaches 3000 * e^5, and the sum of s exceeds the range too.
     """
     shape = (2, 128, 12, 12)
     a = torch.full(shape, 100.0, dtype=torch.float16, requires_grad=True)
@@ -152,12 +157,12 @@ def check_float16_range(backend: str) -> None:
     assert a.grad.isfinite().all()
     with torch.no_grad():
         (back,), _ = block([y.detach()], rev=True)
-    # rounding of y and of what came before it, in units of the largest x
+    # The roundings of y and of the values before it, in units of the largest x.
     assert (back - x).abs().max() <= 4 * 3000 * torch.finfo(torch.float16).eps
 
 
 class _Doubling(nn.Module):
-    """Writes to its input, further in than one can see from outside."""
+    """A subnet that writes to its input deep inside, where callers cannot see it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat((x.mul_(2), x), 1)
@@ -166,9 +171,9 @@ class _Doubling(nn.Module):
 def notices_write(
     name: str, rev: bool, layout: str, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> bool:
-    """Whether a block raises an error when its subnet writes to its input.
+    """Return whether a block raises an error if its subnet writes to its input.
 
-    Otherwise the result must be that of the stock block, which goes on with the overwritten x1.
+    If not, its result must be that of the stock block, which continues with the overwritten x1.
     """
     case = Case(Shape(2, 8, (3, 5)), name)
     block = make_block(fastflow_kernels.AllInOneBlock, case, dtype, backend=backend)

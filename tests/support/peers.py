@@ -1,8 +1,7 @@
-"""The real peers, as PyPI ships them: FrEIA 0.2 and anomalib 2.7.0 (ci/peers.txt), installed
-without their dependencies.
+"""The real peers from PyPI: FrEIA 0.2 and anomalib 2.7.0 (ci/peers.txt).
 
-Importing anomalib as a package would ask for Lightning and much else, so its block is loaded from
-its one file.
+They are installed without their dependencies. Importing anomalib as a package needs Lightning and
+much else, so its block is loaded from its single file.
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ INSTALL = (
 
 
 class PeerMissing(ImportError):
-    """A peer is not installed in the version that is compared with; the message names the command
-    that installs it.
+    """A peer is not installed in the version to compare with.
+
+    The message names the command that installs it.
     """
 
 
 @cache
 def freia() -> ModuleType:
-    """The package ``FrEIA``."""
+    """Return the package ``FrEIA``."""
     _distribution("FrEIA")
     import FrEIA.framework
     import FrEIA.modules
@@ -40,32 +40,31 @@ def freia() -> ModuleType:
 
 
 def freia_block() -> type:
-    """FrEIA's ``AllInOneBlock``."""
+    """Return FrEIA's ``AllInOneBlock``."""
     return freia().modules.AllInOneBlock
 
 
 @cache
 def anomalib_block() -> type:
-    """anomalib's ``AllInOneBlock``, from its one file, under its own module name."""
-    freia()  # the file takes its base class from there
+    """Return anomalib's ``AllInOneBlock``, loaded from its file under its own module name."""
+    freia()  # the file imports its base class from FrEIA
     name = "anomalib.models.components.flow.all_in_one_block"
     path = _distribution("anomalib").locate_file(name.replace(".", "/") + ".py")
     spec = importlib.util.spec_from_file_location(name, str(path))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where pickle looks for the class
+    sys.modules[name] = module  # pickle looks for the class there
     spec.loader.exec_module(module)
     return module.AllInOneBlock
 
 
 @cache
 def prepare_torchvision() -> torch.library.Library | None:
-    """Let a CUDA build of torchvision, what PyPI has for Linux, be imported beside a CPU build of
-    torch; to be called before.
+    """Make a CUDA build of torchvision importable with a CPU build of torch.
 
-    Its extension does not load there, and its import then misses two operators. No model that is
-    compared calls them.
+    PyPI has CUDA builds for Linux. Call this before the import. The extension of torchvision does not load there, and without it two
+    operators are missing. No model that is compared calls them.
     """
     spec = importlib.util.find_spec("torchvision")
     assert spec is not None
@@ -73,7 +72,7 @@ def prepare_torchvision() -> torch.library.Library | None:
     folder = Path(spec.submodule_search_locations[0])
     if torch.version.cuda is not None or "+cu" not in (folder / "version.py").read_text():
         return None
-    # kept by the cache: the operators go with it
+    # The cache keeps the library, because the operators vanish with it.
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -82,12 +81,12 @@ def prepare_torchvision() -> torch.library.Library | None:
 
 def _distribution(name: str) -> metadata.Distribution:
     try:
-        found = metadata.distribution(name)
+        distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         raise PeerMissing(f"{name} {VERSIONS[name]} is not installed. Run: {INSTALL}") from None
-    if found.version != VERSIONS[name]:
+    if distribution.version != VERSIONS[name]:
         raise PeerMissing(
-            f"{name} is {found.version}, and {VERSIONS[name]} is what is compared with. Run: "
+            f"{name} {VERSIONS[name]} is needed, but {distribution.version} is installed. Run: "
             f"{INSTALL}"
         )
-    return found
+    return distribution

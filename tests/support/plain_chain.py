@@ -1,4 +1,4 @@
-"""A reversible chain that runs as an ordinary one, to compare with."""
+"""A reversible chain that runs as an ordinary one, for comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastflow_kernels import ReversibleSequence
 
 
 class Plain(ReversibleSequence):
-    """The same chain as an ordinary one: autograd keeps what every block keeps."""
+    """A chain for which autograd keeps the activations of every block, as for an ordinary one."""
 
     def forward(
         self,
@@ -33,7 +33,7 @@ class Plain(ReversibleSequence):
 
 
 def plain_of(chain: ReversibleSequence) -> Plain:
-    """A copy that runs as an ordinary chain."""
+    """Return a copy that runs as an ordinary chain."""
     plain = copy.deepcopy(chain)
     plain.__class__ = Plain
     assert isinstance(plain, Plain)

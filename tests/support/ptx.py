@@ -1,4 +1,4 @@
-"""A few instructions of PTX, executed in one CTA on given values."""
+"""Execute a few instructions of PTX in one CTA on given values."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def execute(
     shared: int = 0,
     **options: object,
 ) -> torch.Tensor:
-    """Run PTX in one CTA, a thread for each value: %rd4 is the address of a thread's value, %rd5
-    that of its result.
+    """Run PTX in one CTA with a thread for each value.
+
+    %rd4 is the address of a thread's value, and %rd5 is the address of its result.
     """
     result = torch.zeros_like(values) if result is None else result
     program = Program(HEADER.format(threads=values.numel(), size=values.element_size(), body=body))
@@ -47,7 +48,7 @@ def execute(
 
 
 def of_float32(instructions: str, values: torch.Tensor, **options: object) -> torch.Tensor:
-    """Run instructions that make %r3 of %r2."""
+    """Run instructions that compute %r3 from %r2."""
     return execute(
         f"ld.global.b32 %r2, [%rd4];\n{instructions}\nst.global.b32 [%rd5], %r3;", values, **options
     )

@@ -1,4 +1,4 @@
-"""Tests in several processes, which torch.distributed joins over gloo."""
+"""Run tests in several processes, which torch.distributed joins over gloo."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from tests.support.small_inputs import small_up_to
 
 
 def run_ranks(work: Callable[[int], object], count: int, folder: Path) -> None:
-    """Run ``work(rank)`` in so many processes, small inputs on the fused path.
+    """Run ``work(rank)`` in several processes, with small inputs on the fused path.
 
     Args:
-        work: Raises where a check fails; processes are spawned, so it must be picklable.
-        count: How many processes.
-        folder: An empty one, where they find each other.
+        work: Function that raises if a check fails. It must be picklable, because processes are
+            spawned.
+        count: Number of processes.
+        folder: Empty folder that the processes use to find each other.
     """
     torch.multiprocessing.spawn(_run_rank, (work, count, folder), nprocs=count)
 
@@ -33,6 +34,6 @@ def _run_rank(rank: int, work: Callable[[int], object], count: int, folder: Path
             work(rank)
     finally:
         dist.destroy_process_group()
-    # Torch 2.14 once aborted while a rank's interpreter shut down, after all checks: "terminate
-    # called without an active exception".
+    # Skip the interpreter's shutdown, in which torch 2.14 once aborted a rank after all checks
+    # ("terminate called without an active exception").
     os._exit(0)

@@ -1,16 +1,15 @@
 """A memory checker for Triton kernels that run in the interpreter (TRITON_INTERPRET=1).
 
-The interpreter itself lets kernels read and write anywhere and write twice. Inside :func:`sanitize`
-every launch is checked:
+The interpreter itself lets kernels read and write anywhere, and write twice. :func:`sanitize`
+checks every launch:
 
-- each lane's address lies inside one of the launch's tensors (inside their spans; other memory is
-  out of bounds);
-- no address is stored to twice in one launch, whatever the programs' order would be;
-- the bytes that each tensor's loads and stores move are counted, masked lanes excepted;
-- ``torch.empty`` and its kin hand out NaN (integers: the least value), so that a value read or
-  returned unwritten shows.
+- Each lane's address must lie inside the span of one of the launch's tensors.
+- No address may be stored to twice in one launch, in any order of the programs.
+- The bytes that each tensor's loads and stores move are counted, without masked lanes.
+- ``torch.empty`` and its kin return NaN (the least value for integers), so that a value that is
+  read or returned unwritten shows.
 
-Where kernels run on a GPU only the last one holds.
+If kernels run on a GPU, only the last point holds.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ class _Range:
 
 
 class _Checker:
-    """Stands in for the interpreter's C++ module, whose ``load`` and ``store`` see every
-    address.
-    """
+    """A proxy of the interpreter's C++ module, whose ``load`` and ``store`` see every address."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -75,16 +72,16 @@ class _Checker:
         addresses = (
             np.asarray(pointers).astype(np.uint64).ravel()[np.asarray(mask).ravel().astype(bool)]
         )
-        left = addresses
+        remaining = addresses
         for r in self.ranges:
-            inside = (left >= r.first) & (left + np.uint64(size) <= r.end)
+            inside = (remaining >= r.first) & (remaining + np.uint64(size) <= r.end)
             if inside.any():
-                yield r, left[inside]
-                left = left[~inside]
-            if not left.size:
+                yield r, remaining[inside]
+                remaining = remaining[~inside]
+            if not remaining.size:
                 return
-        if left.size:
-            raise StrayAccess(f"{kind} out of bounds: {left.size} of {addresses.size} lanes")
+        if remaining.size:
+            raise StrayAccess(f"{kind} out of bounds: {remaining.size} of {addresses.size} lanes")
 
     def finish(self, kernel: str) -> Launch:
         launch = Launch(kernel)
@@ -122,12 +119,14 @@ def _poison(t: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def sanitize() -> Iterator[list[Launch]]:
-    """Check every kernel launch inside the block; yields the list of launches, which grows as they
-    finish (on a GPU it stays empty).
+    """Check every kernel launch inside the block.
+
+    Yields:
+        The list of launches, which grows as they finish. On a GPU it stays empty.
 
     Raises:
-        InterpreterError: From the launch, naming the out-of-bounds access.
-        StrayAccess: At the end of the launch, for a double store.
+        InterpreterError: At an access out of bounds, which the message names.
+        StrayAccess: At the end of a launch that stored to an address twice.
     """
     checker = _Checker(interpreter._interpreter)
     launches: list[Launch] = []

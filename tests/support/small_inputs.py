@@ -1,4 +1,4 @@
-"""Which inputs are small: "auto" runs plain operations on them, on a CPU."""
+"""Change which inputs are small: on a CPU, "auto" runs plain operations on small inputs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 from fastflow_kernels import predicates
 
-LIMIT = predicates.SMALL  # elements; what users get
+LIMIT = predicates.SMALL  # elements; the default for users
 
-# Small inputs as users get them, and on the fused path. The test takes ``small``, the limit.
+# Run a test on the path that users get for small inputs, and on the fused path. The fixture
+# ``small`` is the limit.
 plain_and_fused = pytest.mark.parametrize(
     "small", [LIMIT, 0], ids=["plain", "fused"], indirect=True
 )
@@ -20,6 +21,6 @@ plain_and_fused = pytest.mark.parametrize(
 
 @contextlib.contextmanager
 def small_up_to(elements: int) -> Iterator[None]:
-    """A context in which inputs of at most so many elements are small; with 0 there are none."""
+    """Treat inputs of at most so many elements as small; with 0, no input is small."""
     with mock.patch.object(predicates, "SMALL", elements):
         yield

@@ -17,8 +17,9 @@ from tests.support.peers import anomalib_block, freia_block
 
 
 def freia_main_block() -> Callable[..., nn.Module]:
-    """The reference in dialect "freia" stands in for the block of FrEIA's main branch, which was
-    never released.
+    """Return the reference in dialect "freia", in place of the block of FrEIA's main branch.
+
+    That branch was never released.
     """
     return functools.partial(reference.AllInOneBlock, dialect="freia")
 
@@ -31,7 +32,7 @@ PEERS: dict[str, Callable[[], Any]] = {
 
 
 def each_peer(peers: dict[str, Callable[[], Any]]) -> pytest.MarkDecorator:
-    """Runs a test with every one; those of a package need it (the marker ``peers``)."""
+    """Run a test with every peer; the marker ``peers`` marks those that need a package."""
     return pytest.mark.parametrize(
         "peer",
         [
@@ -52,7 +53,7 @@ def stock_block(
     dtype: torch.dtype = torch.float64,
     **extra: Any,
 ) -> nn.Module:
-    """A peer's block with random parameters."""
+    """Build a peer's block with random parameters."""
     cls = peer()
-    np.random.seed(seed)  # FrEIA 0.2 draws its permutations there
+    np.random.seed(seed)  # FrEIA 0.2 draws its permutations from NumPy
     return make_block(cls, case, dtype, seed, **extra)

@@ -1,9 +1,8 @@
-"""Photographs of textures, clean crops of them to train on, and held-out crops with painted defects
-to test on.
+"""Photographs of textures: clean crops for training, and held-out crops with painted defects.
 
-The photographs (brick, grass, gravel) come inside scikit-image's wheel, so nothing is downloaded.
-Training crops are cut from the left part of a photograph and test crops from the right part: no
-pixel is in both.
+The photographs (brick, grass, gravel) are part of scikit-image's wheel, so nothing is downloaded.
+Training crops come from the left part of a photograph and test crops from the right part, so that
+no pixel is in both.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from torch import Tensor
 TEXTURES = ("brick", "grass", "gravel")
 DEFECTS = ("clean", "scratch", "blot", "patch")
 CROP = 192
-TRAIN_COLUMNS = 320  # of 512; the other 192 are for the test
-ALPHA_OF_A_DEFECT = 0.5  # a pixel belongs to the defect where at least half of its colour does
+TRAIN_COLUMNS = 320  # of 512; the last 192 are for the test
+ALPHA_OF_A_DEFECT = 0.5  # a pixel belongs to the defect if at least half of its colour does
 
 
 class Example(NamedTuple):
@@ -32,7 +31,7 @@ class Example(NamedTuple):
     Attributes:
         kind: One of DEFECTS.
         image: Grey values in 0..1, (CROP, CROP) float32.
-        mask: Where the defect is, (CROP, CROP) bool; empty for ``"clean"``.
+        mask: The defect's pixels, (CROP, CROP) bool; all False for ``"clean"``.
     """
 
     kind: str
@@ -73,20 +72,22 @@ def training_crops(photograph: np.ndarray, count: int, rng: np.random.Generator)
 def held_out_examples(
     name: str, photographs: dict[str, np.ndarray], per_kind: int, rng: np.random.Generator
 ) -> list[Example]:
-    """Cut held-out crops of a photograph and paint the defects: ``per_kind`` examples of each of
-    DEFECTS, spread over the test part.
+    """Cut held-out crops of a photograph, and paint defects on them.
+
+    Returns:
+        ``per_kind`` examples of each of DEFECTS, spread over the test part.
     """
     photograph = photographs[name]
-    others = [photographs[other] for other in photographs if other != name]
+    foreign = [photographs[key] for key in photographs if key != name]
     examples = []
     for i, top in enumerate(np.linspace(0, photograph.shape[0] - CROP, per_kind).astype(int)):
         clean = photograph[top : top + CROP, TRAIN_COLUMNS : TRAIN_COLUMNS + CROP]
-        examples += [_paint(kind, clean, others[i % len(others)], rng) for kind in DEFECTS]
+        examples += [_paint(kind, clean, foreign[i % len(foreign)], rng) for kind in DEFECTS]
     return examples
 
 
-def _paint(kind: str, clean: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> Example:
-    """Paint a defect of one kind over a copy of ``clean``."""
+def _paint(kind: str, clean: np.ndarray, foreign: np.ndarray, rng: np.random.Generator) -> Example:
+    """Paint a defect of one kind over a copy of ``clean``; a patch shows the foreign photograph."""
     if kind == "clean":
         return Example(kind, clean, np.zeros(clean.shape, bool))
     if kind == "scratch":
@@ -97,22 +98,18 @@ def _paint(kind: str, clean: np.ndarray, other: np.ndarray, rng: np.random.Gener
         colour = 0.45 * clean  # a stain lets the texture through
     else:
         alpha = _blob(rng)
-        colour = _like(other[:CROP, TRAIN_COLUMNS : TRAIN_COLUMNS + CROP], clean)
+        colour = _like(foreign[:CROP, TRAIN_COLUMNS : TRAIN_COLUMNS + CROP], clean)
     image = (clean + alpha * (colour - clean)).clip(0, 1).astype(np.float32)
     return Example(kind, image, alpha >= ALPHA_OF_A_DEFECT)
 
 
 def _like(texture: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Give a texture the brightness and contrast of another, so that only its structure gives it
-    away.
-    """
+    """Give a texture the brightness and contrast of another, so that only its structure differs."""
     return (texture - texture.mean()) / texture.std() * target.std() + target.mean()
 
 
 def _scratch(rng: np.random.Generator) -> np.ndarray:
-    """Opacity of a bent line, 2 to 4 pixels wide and 60 to 120 long, at a random place and
-    angle.
-    """
+    """Draw the opacity of a bent line, 2 to 4 pixels wide and 60 to 120 long, at random."""
     length, angle = rng.uniform(60, 120), rng.uniform(0, np.pi)
     along = np.array([np.sin(angle), np.cos(angle)])
     across = np.array([along[1], -along[0]])
@@ -128,7 +125,7 @@ def _scratch(rng: np.random.Generator) -> np.ndarray:
 
 
 def _blob(rng: np.random.Generator) -> np.ndarray:
-    """Opacity of an irregular spot, 15 to 30 pixels in radius, with a soft edge."""
+    """Draw the opacity of an irregular spot, 15 to 30 pixels in radius, with a soft edge."""
     radius = rng.uniform(15, 30)
     row, column = rng.uniform(40, CROP - 40, size=2)
     y, x = np.mgrid[:CROP, :CROP]
