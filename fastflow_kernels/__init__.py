@@ -1,6 +1,4 @@
-"""Fused affine coupling blocks for normalizing flows: a drop-in AllInOneBlock for anomalib and
-FrEIA models.
-"""
+"""Fused AllInOneBlock for normalizing flows, a drop-in for anomalib and FrEIA models."""
 
 from fastflow_kernels.freia import InvertibleModule
 from fastflow_kernels.modules import AllInOneBlock

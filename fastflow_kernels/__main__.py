@@ -1,6 +1,4 @@
-"""Command line: ``python -m fastflow_kernels info`` and ``python -m fastflow_kernels check
-[--json]``.
-"""
+"""The command line, ``python -m fastflow_kernels info`` and ``check [--json]``."""
 
 from __future__ import annotations
 
@@ -18,18 +16,24 @@ from fastflow_kernels import __version__, backends, check, route
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
+    """Run the command line and return its exit status.
+
+    Args:
+        arguments: What follows the program's name; None takes it from ``sys.argv``.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fastflow_kernels", description="Fused AllInOneBlock for normalizing flows."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "info", help="versions, device, backends and why one is not available, environment switches"
+        "info",
+        help="show versions, device, backends (or why one is not available), environment "
+        "variables, and what runs where",
     )
     check_parser = commands.add_parser(
         "check",
-        help="accuracy and speed of the backends on this machine; exit status 1 if one is "
-        "inaccurate",
+        help="measure accuracy and speed of the backends on this machine; the exit status is 1 if "
+        "one is inaccurate",
     )
     check_parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
@@ -57,14 +61,14 @@ def _info() -> int:
     value = os.environ.get(variable) or "(not set)"
     unknown = ""
     if value not in (*backends.BACKENDS, "(not set)"):
-        unknown = "   UNKNOWN: every block with backend='auto' will raise; set it to"
+        unknown = "   UNKNOWN: every block with backend='auto' raises an error. Set it to one of"
     lines.append((variable, f"{value}{unknown}   {names}: what backend='auto' means"))
     interpret = os.environ.get("TRITON_INTERPRET") or "(not set)"
-    lines.append(("TRITON_INTERPRET", f"{interpret}   1: run kernels on the CPU, for tests"))
+    lines.append(("TRITON_INTERPRET", f"{interpret}   1: run the kernels on the CPU, for tests"))
     print("\n".join(_columns(lines)))
-    print("\nwhat runs where: the first line that holds counts")
+    print("\nwhat runs where (the first line that applies counts):")
     print("\n".join(f"  {line}" for line in _columns(route.WHAT_RUNS_WHERE)))
-    print("\nwhere the coupling is fused, a permutation is")
+    print("\nhow a fused block applies its permutation:")
     print("\n".join(f"  {line}" for line in _columns(route.PERMUTATIONS)))
     return 1 if unknown else 0
 
@@ -111,19 +115,20 @@ def _check(as_json: bool) -> int:
                 print(f"backend {name} is not available: {reason}")
         print(check.table(rows))
         print(
-            "vs plain: the same formula in plain PyTorch operations; below 1 those are faster "
-            "here. The stock blocks are slower than"
+            "vs plain: the time of the same formula in plain PyTorch operations, divided by the "
+            "backend's. Below 1 the plain"
         )
-        print("those (`make bench` compares)")
+        print("operations are faster. The stock blocks are slower than those: see `make bench`.")
         if torch.cuda.is_available():
             print(
-                "device: the GPU's own time, without Python and launches; of copy: the bandwidth "
-                "reached, in percent of a large copy's"
+                "device: the GPU's own time, without Python and launches. of copy: the bandwidth "
+                "that is reached, in percent of a large copy's."
             )
         print(
             "every backend is accurate"
             if not failed
-            else f"{len(failed)} of {len(rows)} rows FAILED: please report this table with `info`"
+            else f"{len(failed)} of {len(rows)} rows FAILED: please report this table, and what "
+            "`info` prints"
         )
     return 1 if failed else 0
 

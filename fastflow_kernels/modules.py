@@ -24,11 +24,11 @@ class ChainLink(Protocol):
     """A block's place in a reversible chain, which evaluates the block in its own way."""
 
     def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """As :func:`fastflow_kernels.block.evaluate`."""
+        """Return what :func:`fastflow_kernels.block.evaluate` returns."""
 
 
 class FusedForward:
-    """``forward`` of a block that runs fused: one of ours, or a stock block, accelerated."""
+    """The ``forward`` of blocks that run fused: ours, and stock blocks that are accelerated."""
 
     def forward(
         self,
@@ -42,19 +42,21 @@ class FusedForward:
         """Evaluate the block or its inverse.
 
         Args:
-            x: ``[x]`` with x (B, C, *S), floating point; integers promote, as in the stock blocks.
-            c: Conditions, one (B, C_k, *S) each, of any dtype.
+            x: ``[x]`` with x (B, C, *S) in a floating-point dtype. Integers promote, as in the
+                stock blocks.
+            c: Conditions of shapes (B, C_k, *S), of any dtype.
             rev: Compute the inverse.
-            jac: Whether the log-determinant is wanted. It is returned anyway, as the stock blocks
-                do.
-            link: Given by reversible chains only.
+            jac: Whether the log-determinant is wanted. It is always returned, as by the stock
+                blocks.
+            link: For reversible chains only.
 
         Returns:
-            ``((y,), logdet)``, see the class.
+            ``((y,), logdet)`` with y (B, C, *S) and logdet (B,) in nats per sample.
 
         Raises:
-            TypeError, ValueError, RuntimeError: Before any work, saying what was expected and what
-                came. Those for bad input are RuntimeErrors too, as the stock blocks' are.
+            TypeError, ValueError: The input or the subnet's output does not fit. Input is checked
+                before any work. Both are RuntimeErrors too, as in the stock blocks.
+            RuntimeError: Backend "triton" cannot be used, or the subnet writes to its input.
         """
         call = self._checked_call(x, c, rev)
         if call is None:
@@ -68,26 +70,26 @@ class FusedForward:
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
     ) -> BlockCall | None:
-        """The call, checked; None if the stock block's steps take it."""
+        """Check a call and return it, or None if it runs the stock block's steps."""
         raise NotImplementedError
 
     def _stock_forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor], Tensor]:
-        """The call in the stock block's steps."""
+        """Evaluate a call in the stock block's steps."""
         raise NotImplementedError
 
 
-_FUSED_FORWARD = FusedForward.forward  # as written here, whatever the class is given later
+_FUSED_FORWARD = FusedForward.forward  # the original, even if the class gets another one later
 
 
 def why_not_fused(block: FusedForward) -> str | None:
-    """Why every call of a block runs the stock block's steps, in words; None if calls run fused."""
+    """Return why every call of a block runs the stock block's steps, or None if calls run fused."""
     return block._why_not_fused()
 
 
 def takes_link(block: FusedForward) -> bool:
-    """Whether a block's ``forward`` is the one above and evaluates fused calls by its ``link``."""
+    """Return whether a block runs fused by :meth:`FusedForward.forward`, which uses ``link``."""
     return (
         type(block).forward is _FUSED_FORWARD
         and "forward" not in block.__dict__
@@ -96,13 +98,15 @@ def takes_link(block: FusedForward) -> bool:
 
 
 class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
-    r"""Affine coupling with soft clamping, global affine ("ActNorm") and channel permutation,
-    fused.
+    r"""Affine coupling with soft clamping, global affine ("ActNorm") and permutation, fused.
 
-    A drop-in for ``anomalib.models.components.flow.AllInOneBlock`` (``dialect="anomalib"``, also
-    FrEIA 0.2) and for the block of FrEIA's main branch (``dialect="freia"``): same arguments,
-    parameters, checkpoints and results. With x = (x1, x2) split after C - C//2 channels and (a_s,
-    a_t) = subnet(cat(x1, *c)):
+    It is a drop-in for ``anomalib.models.components.flow.AllInOneBlock`` and the block of FrEIA 0.2
+    (``dialect="anomalib"``), and for the block of FrEIA's main branch (``dialect="freia"``).
+    Arguments, parameters, checkpoints and results are the same.
+
+    The input x is split into (x1, x2) after C - C//2 channels. The subnet predicts the coefficients
+    (a_s, a_t) = subnet(cat(x1, *c)). In the formula g is the global scale, Psi its activation, t
+    the global offset, R the permutation and P the number of pixels:
 
     .. math::
         s &= \alpha \tanh(0.1\, a_s) \quad\text{("anomalib")},\qquad s = \alpha \tanh(0.1\, a_s /
@@ -113,33 +117,34 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         dims_in: ``[(C, *S)]`` with 0 to 3 spatial dimensions. Dialect "anomalib" takes any spatial
             size, "freia" only the declared one.
         dims_c: Shapes of the conditions, ``[(C_k, *S), ...]``.
-        subnet_constructor: Called as ``f(channels_in, channels_out)``, returns the module that
-            predicts the coefficients.
+        subnet_constructor: A function ``f(channels_in, channels_out)`` that returns the module
+            which predicts the coefficients.
         affine_clamping: Bound of the log-factors s. 0 is an additive coupling in dialect "anomalib"
             and an error in "freia".
         gin_block: Volume-preserving coupling (Sorrenson, Rother & Koethe 2020): the mean of s is
-            removed, scale is 1.
+            removed, and the scale is 1.
         global_affine_init: Initial global scale, in the range of its activation: (0, 10) for
-            SIGMOID, else above 0.
-        global_affine_type: ``"SIGMOID"``, ``"SOFTPLUS"`` or ``"EXP"``.
-        permute_soft: A fixed rotation from SO(C) instead of a permutation. Drawn by torch; the
-            stock blocks ask NumPy.
+            SIGMOID, otherwise above 0.
+        global_affine_type: Activation of the global scale: ``"SIGMOID"``, ``"SOFTPLUS"`` or
+            ``"EXP"``.
+        permute_soft: Use a fixed rotation from SO(C) instead of a permutation. It is drawn by
+            torch; the stock blocks draw theirs from NumPy.
         learned_householder_permutation: Number of learned Householder reflections (Tomczak &
             Welling 2016) beside the permutation.
         reverse_permutation: Invert the permutation before the coupling (Putzky & Welling 2019).
-        dialect: ``"anomalib"`` or ``"freia"``: the clamp formula, the state dict's layout of
-            ``w_perm``, the shape check.
-        backend: ``"auto"``, ``"eager"`` or ``"triton"``; "auto" follows FASTFLOW_KERNELS_BACKEND
-            where that is set.
+        dialect: Either ``"anomalib"`` or ``"freia"``. It sets the clamp formula, the layout of
+            ``w_perm`` in the state dict, and the shape check.
+        backend: One of ``"auto"``, ``"eager"`` and ``"triton"``. Where FASTFLOW_KERNELS_BACKEND is
+            set, "auto" follows it.
 
     Shape:
-        ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample
-        (float32, or float64 for float64 data). y has the promoted dtype of x, the coefficients and
-        the parameters.
+        ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample.
+        The dtype of y is the promoted one of x, the coefficients and the parameters. The dtype of
+        logdet is float64 for float64 data, otherwise float32.
 
     Raises:
-        ValueError, TypeError: An option or shape that makes no sense; nothing is drawn or built
-            then.
+        ValueError, TypeError: An option or a shape is not valid. All are checked before anything is
+            drawn or built.
 
     Source: Ardizzone et al., FrEIA (2018-2022); Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP);
     Kingma & Dhariwal 2018 (Glow).
@@ -171,8 +176,8 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         dialect: str = "anomalib",
         backend: str = "auto",
     ) -> None:
-        dims_in, dims_c = options.checked_dims(dims_in, dims_c)
-        subnet_constructor = options.checked_constructor(subnet_constructor)
+        dims_in, dims_c = options.check_dims(dims_in, dims_c)
+        subnet_constructor = options.check_constructor(subnet_constructor)
         options.check_options(affine_clamping, learned_householder_permutation, dialect)
         backend = backends.validated(backend)
         initial = options.initial_global_scale(global_affine_type, global_affine_init, dialect)
@@ -193,14 +198,14 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         self.global_affine_type = global_affine_type
         self.dialect = dialect
         self.backend = backend
-        self.last_jac = None  # which the stock blocks have, too
+        self.last_jac = None  # the stock blocks have it, too
         if global_affine_type == "SOFTPLUS":
             self.softplus = nn.Softplus(beta=0.5)
 
         ones = (1,) * self.input_rank
         self.global_scale = nn.Parameter(torch.ones(1, channels, *ones) * initial)
         self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
-        # the order of draws is the stock block's: permutation, reflections, subnet
+        # Random numbers are drawn in the stock block's order: permutation, reflections, subnet.
         self._index = IndexCache()
         self._draw_permutation()
         self._make_subnet(subnet_constructor)
@@ -223,15 +228,15 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         else:
             shape = channels, channels, *ones
             self.w_perm = nn.Parameter(w.view(shape), requires_grad=False)
-            # of one channel, too, contiguous() would be the same memory
+            # clone(), because with one channel contiguous() would return the memory of w
             inverse = w.T.clone(memory_format=torch.contiguous_format)
             self.w_perm_inv = nn.Parameter(inverse.view(shape), requires_grad=False)
         self._index.refresh(self)
 
     def _make_subnet(self, constructor: Callable[[int, int], nn.Module]) -> None:
-        drawn = torch.get_rng_state() if self.permute_soft else None
+        state_before = torch.get_rng_state() if self.permute_soft else None
         self.subnet = constructor(self.splits[0] + self.condition_channels, 2 * self.splits[1])
-        if drawn is not None and torch.equal(drawn, torch.get_rng_state()):
+        if state_before is not None and torch.equal(state_before, torch.get_rng_state()):
             # The subnet drew no random numbers: advance the generator, so that the next block gets
             # another rotation.
             torch.rand((), device="cpu")
@@ -274,7 +279,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         return (y,), log_det
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The output's shape: the input's.
+        """Return the output's shape, which is the input's.
 
         Args:
             input_dims: ``[(C, *S)]``.
@@ -285,9 +290,9 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         return input_dims
 
     def _holds_index(self) -> bool:
-        """Whether ``w_perm`` is an int64 index.
+        """Return whether ``w_perm`` is an int64 index, as in the stock block of this dialect.
 
-        Otherwise it is a float matrix, as in the stock block of that dialect.
+        Otherwise it is a float matrix.
         """
         return self.dialect == "freia" and not self.permute_soft and not self.householder
 
@@ -304,14 +309,14 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             self._holds_index(),
             self.dialect == "anomalib" and bool(self.clamp != 1),
         )
-        read = read_permutations(state_dict, prefix, held)
-        # in place: hooks and submodules see the same dictionary
-        state_dict.update({prefix + name: w for name, w in read.items()})
+        permutations = read_permutations(state_dict, prefix, held)
+        # in place, because hooks and submodules see the same dictionary
+        state_dict.update({prefix + name: w for name, w in permutations.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # with strict=False: the other one must not stay behind
-        if len(read) == 1 and not self.householder:
+        # With strict=False one of the two may be missing. It must follow the other one.
+        if len(permutations) == 1 and not self.householder:
             loaded, missing = self.w_perm, self.w_perm_inv
-            if "w_perm" not in read:
+            if "w_perm" not in permutations:
                 loaded, missing = missing, loaded
             with torch.no_grad():
                 missing.copy_(inverse_of(loaded))

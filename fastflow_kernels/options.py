@@ -1,4 +1,4 @@
-"""The options of a block: checked before anything is drawn or built."""
+"""The options of a block, which are checked before anything is drawn or built."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from torch import Tensor, nn
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS
 
 
-def checked_dims(
+def check_dims(
     dims_in: Sequence[Sequence[int]], dims_c: Sequence[Sequence[int]] | None
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    dims_in = _shapes("dims_in", dims_in)
-    dims_c = _shapes("dims_c", dims_c if dims_c is not None else [])
+    """Check the declared shapes of the input and the conditions, and return them as tuples.
+
+    Args:
+        dims_in: ``[(C, *S)]`` with C >= 1 and 0 to 3 spatial dimensions.
+        dims_c: ``[(C_k, *S), ...]``, or None for no conditions.
+
+    Raises:
+        TypeError, ValueError: They are not lists of such shapes.
+    """
+    dims_in = _parse_shapes("dims_in", dims_in)
+    dims_c = _parse_shapes("dims_c", dims_c if dims_c is not None else [])
     if len(dims_in) != 1:
         raise ValueError(f"expected dims_in with one shape (C, *S), got {len(dims_in)}: {dims_in}")
     if len(dims_in[0]) > 4:
@@ -39,7 +48,7 @@ def checked_dims(
     return dims_in, dims_c
 
 
-def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
+def _parse_shapes(name: str, value: Any) -> list[tuple[int, ...]]:
     try:
         shapes = [tuple(operator.index(n) for n in shape) for shape in value]
     except TypeError:
@@ -53,7 +62,12 @@ def _shapes(name: str, value: Any) -> list[tuple[int, ...]]:
     return shapes
 
 
-def checked_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Module]:
+def check_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Module]:
+    """Check that the subnet's constructor is callable and not a module, and return it.
+
+    Raises:
+        TypeError, ValueError: It is not.
+    """
     if subnet_constructor is None:
         raise ValueError(
             "expected a subnet_constructor, called as f(channels_in, channels_out); got None"
@@ -67,14 +81,19 @@ def checked_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Modu
 
 
 def check_options(clamp: Any, householder: Any, dialect: Any) -> None:
+    """Check the clamp, the number of reflections and the dialect.
+
+    Raises:
+        TypeError, ValueError: One of them is not valid.
+    """
     if dialect not in DIALECTS:
         raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
-    if not math.isfinite(_number("affine_clamping", clamp)):
+    if not math.isfinite(_to_float("affine_clamping", clamp)):
         raise ValueError(f"expected a finite affine_clamping, got {clamp}")
     if clamp == 0 and dialect == "freia":
         raise ValueError(
-            "affine_clamping=0 divides by zero in dialect 'freia'; dialect 'anomalib' makes it an "
-            "additive coupling"
+            "affine_clamping=0 divides by zero in dialect 'freia'. Use dialect='anomalib', where "
+            "it makes an additive coupling"
         )
     try:
         negative = operator.index(householder) < 0
@@ -86,26 +105,35 @@ def check_options(clamp: Any, householder: Any, dialect: Any) -> None:
         ) from None
     if negative:
         raise ValueError(
-            "expected a number of reflections of 0 or more as learned_householder_permutation, "
+            "expected learned_householder_permutation, a number of reflections, to be 0 or more; "
             f"got {householder!r}"
         )
 
 
-def _number(name: str, value: Any) -> float:
+def _to_float(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, got {value!r}")
     return float(value)
 
 
 def initial_global_scale(activation: str, init: float, dialect: str) -> float:
-    """The g with activation(g) = init, computed in the stock block's precision so that the first
-    bits agree too.
+    """Return the g with activation(g) = init.
+
+    It is computed in the stock block's precision, so that both blocks start with the same bits.
+
+    Args:
+        activation: ``"SIGMOID"``, ``"SOFTPLUS"`` or ``"EXP"``.
+        init: The initial global scale, in the activation's range.
+        dialect: ``"anomalib"`` or ``"freia"``.
+
+    Raises:
+        TypeError, ValueError: The activation is unknown, or init is outside of its range.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"expected global_affine_type to be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
         )
-    init = _number("global_affine_init", init)
+    init = _to_float("global_affine_init", init)
     upper = 10.0 if activation == "SIGMOID" else math.inf
     if not 0.0 < init < upper:
         raise ValueError(
@@ -114,20 +142,20 @@ def initial_global_scale(activation: str, init: float, dialect: str) -> float:
     dtype = torch.get_default_dtype() if dialect == "anomalib" else torch.float64
     if activation == "SIGMOID":
         start = 10.0 / init - 1.0
-        rounded, exact = 2.0 - _tensor(start, dtype).log(), 2.0 - math.log(start)
+        rounded, exact = 2.0 - _to_tensor(start, dtype).log(), 2.0 - math.log(start)
     elif activation == "SOFTPLUS":
         start = 5.0 * init
         rounded, exact = (
-            2.0 * (_tensor(start, dtype).exp() - 1).log(),
+            2.0 * (_to_tensor(start, dtype).exp() - 1).log(),
             2.0 * (start + math.log(-math.expm1(-start))),
         )
     else:
         assert activation == "EXP"
-        rounded, exact = _tensor(init, dtype).log(), math.log(init)
+        rounded, exact = _to_tensor(init, dtype).log(), math.log(init)
     g = rounded.item()
-    # out of that precision's range, or rounded to 0 on the way
+    # not finite where init leaves that precision's range, or a step rounds to 0
     return g if math.isfinite(g) else exact
 
 
-def _tensor(value: float, dtype: torch.dtype) -> Tensor:
+def _to_tensor(value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor(value, dtype=dtype, device="cpu")
