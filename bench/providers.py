@@ -1,6 +1,4 @@
-"""Who is measured: the stock blocks and ours, called eagerly, compiled by torch.compile, or
-replayed from a CUDA graph.
-"""
+"""The providers: the stock blocks and ours, each eager, compiled, or in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 import fastflow_kernels
 import reference
 from bench.workloads import Workload
-from tests.support import peers
+from tests.support import freia_main, peers
 
 EXECUTIONS = ("eager", "compiled", "graphs")
 
@@ -27,10 +26,10 @@ class Provider:
     """A block and a way to call it.
 
     Attributes:
-        base: "ours", "ours-freia", "anomalib" or "freia"; the truth comes from "reference" and
+        base: "ours", "ours-freia", "anomalib" or "freia". The truth comes from "reference" and
             "reference-freia".
-        execution: One of EXECUTIONS. "graphs" is ``mode="reduce-overhead"`` for the stock blocks
-            and a captured eager call for ours.
+        execution: One of EXECUTIONS. "graphs" means ``mode="reduce-overhead"`` for the stock
+            blocks, and a captured eager call for ours.
     """
 
     base: str
@@ -41,7 +40,7 @@ class Provider:
         return self.base if self.execution == "eager" else f"{self.base}-{self.execution}"
 
     @property
-    def ours(self) -> bool:
+    def is_ours(self) -> bool:
         return self.base.startswith("ours")
 
     @property
@@ -50,7 +49,7 @@ class Provider:
 
     @property
     def our_base(self) -> str:
-        """Which of ours computes the same formula."""
+        """The base of ours that computes the same formula."""
         return "ours-freia" if self.dialect == "freia" else "ours"
 
 
@@ -62,9 +61,19 @@ PROVIDERS = {
 EAGER = tuple(p for p in PROVIDERS.values() if p.execution == "eager")
 
 
+STOCK_CLASSES: dict[str, list[tuple[Callable[[], Any], str]]] = {
+    "anomalib": [
+        (peers.anomalib_block, f"anomalib {peers.VERSIONS['anomalib']}"),
+        (peers.freia_block, f"FrEIA {peers.VERSIONS['FrEIA']}"),
+    ],
+    "freia": [(freia_main.freia_main_block, f"FrEIA main, commit {freia_main.commit()}")],
+}
+
+
 class StandIn(reference.AllInOneBlock):
-    """The reference with the stock blocks' permutation: an index by indexing, every matrix by a
-    dense product, also a one-hot one.
+    """The reference block, permuting as the stock blocks do.
+
+    An index is applied by indexing. Every matrix is applied by a dense product, also a one-hot one.
     """
 
     def permute_function(self, x: Tensor, w: Tensor) -> Tensor:
@@ -74,30 +83,27 @@ class StandIn(reference.AllInOneBlock):
 
 
 def block_class(provider: Provider) -> tuple[Callable[..., nn.Module], str]:
-    """The constructor of a provider's block, and in words which class that is.
+    """Return the constructor of a provider's block, and the name of its class in words.
 
-    The real stock class where it is installed: anomalib 2.7.0's, else FrEIA 0.2's, which has the
-    same formula. FrEIA's main branch has no release, so that its formula is always the reference's.
+    For dialect "anomalib" the stock class is that of anomalib 2.7.0 if it is installed. Otherwise
+    it is that of FrEIA 0.2, which has the same formula. For dialect "freia" it is that of FrEIA's
+    main branch (ci/freia_main.sh installs it). If none is installed, the reference stands in.
     """
-    if provider.ours:
-        return partial(
-            fastflow_kernels.AllInOneBlock, dialect=provider.dialect
-        ), f"fastflow_kernels, dialect {provider.dialect}"
+    dialect = provider.dialect
+    if provider.is_ours:
+        ours = partial(fastflow_kernels.AllInOneBlock, dialect=dialect)
+        return ours, f"fastflow_kernels, dialect {dialect}"
     if provider.base.startswith("reference"):
-        return partial(
-            reference.AllInOneBlock, dialect=provider.dialect
-        ), f"reference, dialect {provider.dialect}"
-    if provider.dialect == "anomalib":
-        for find, name in ((peers.anomalib_block, "anomalib"), (peers.freia_block, "FrEIA")):
-            with contextlib.suppress(peers.PeerMissing):
-                return find(), f"{name} {peers.VERSIONS[name]}"
-    return partial(
-        StandIn, dialect=provider.dialect
-    ), f"reference, dialect {provider.dialect}, permuting as the stock block"
+        return partial(reference.AllInOneBlock, dialect=dialect), f"reference, dialect {dialect}"
+    for find, name in STOCK_CLASSES[dialect]:
+        with contextlib.suppress(peers.PeerMissing):
+            return find(), name
+    stand_in = partial(StandIn, dialect=dialect)
+    return stand_in, f"reference, dialect {dialect}, permuting as the stock block"
 
 
 def why_not(provider: Provider, workload: Workload, on_cpu: bool) -> str | None:
-    """Why a provider is not measured on a workload, or None."""
+    """Return the reason why a provider cannot run a workload, or None if it can."""
     if provider.execution == "graphs" and on_cpu:
         return "CUDA graphs need a GPU"
     if provider.dialect == "freia" and workload.options.get("learned_householder_permutation"):
@@ -107,7 +113,10 @@ def why_not(provider: Provider, workload: Workload, on_cpu: bool) -> str | None:
 
 @contextlib.contextmanager
 def rotations_drawn_once() -> Iterator[None]:
-    """Inside, SciPy draws one rotation of each size. Stock blocks take minutes for a large one."""
+    """Let SciPy draw only one rotation of each size within this context.
+
+    Otherwise the stock blocks take minutes to draw a large one.
+    """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError):
             draw = "scipy.stats.special_ortho_group.rvs"
@@ -121,8 +130,9 @@ def _rotation(n: int) -> Tensor:
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
-    """Give a model the weights of another whose hard permutations may be stored in the other form,
-    matrix or index.
+    """Copy the weights of one model to another.
+
+    Each may store its hard permutations as a matrix or as an index, and they are converted.
     """
     own = target.state_dict()
     converted = {}
