@@ -1,4 +1,4 @@
-"""Reading a stored permutation: both layouts of the stock blocks load into either dialect."""
+"""Reads stored permutations: both layouts of the stock blocks load into either dialect."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from fastflow_kernels.permutations import one_hot
 
 
 class HeldPermutation(NamedTuple):
-    """In which form a block holds its permutation.
+    """The form in which a block holds its permutation.
 
     Attributes:
-        owner: The block's class, for messages.
-        names: Of its parameters in the state dict: ("w_perm", "w_perm_inv"), or ("w_0",).
-        shape: (C, C), or (C, C, 1, ...) with as many ones as there are spatial dimensions.
-        dtype: Of a matrix.
-        is_index: Whether it is an int64 index (C,) instead.
-        warns_of_index: Whether a stored index tells that another clamp formula was meant.
+        owner: Name of the block's class, for messages.
+        names: Parameters in the state dict: ("w_perm", "w_perm_inv"), or ("w_0",).
+        shape: Shape of a matrix: (C, C), or (C, C, 1, ...) with a one per spatial dimension.
+        dtype: The matrix's dtype.
+        is_index: Whether the block holds an int64 index (C,) instead of a matrix.
+        warns_of_index: Whether to warn of a stored index, because it comes from a block with
+            another clamp formula.
     """
 
     owner: str
@@ -36,11 +37,16 @@ class HeldPermutation(NamedTuple):
 def read_permutations(
     state_dict: Mapping[str, Any], prefix: str, held: HeldPermutation
 ) -> dict[str, Tensor]:
-    """The stored permutations by their names, in the form that the block holds.
+    """Return the stored permutations by name, in the form that the block holds.
+
+    Args:
+        state_dict: A module's state dict; names that it lacks are left out.
+        prefix: The block's prefix in it.
+        held: The form in which the block holds its permutation.
 
     Raises:
-        RuntimeError: One of them is no tensor, of another shape, or not a permutation where the
-            block holds an index. It is raised at once, so that the subnet stays as it is, too.
+        RuntimeError: One is not a tensor, has another shape, or is not a permutation although the
+            block holds an index. Nothing is loaded before, so that the subnet is not changed.
 
     Warns:
         UserWarning: The stored matrices are not each other's inverse, one is not a rotation, or an
@@ -50,30 +56,30 @@ def read_permutations(
     for name, w in stored.items():
         if not isinstance(w, Tensor):
             raise RuntimeError(f"expected {prefix}{name} to be a tensor, got {type(w).__name__}")
-    read = {name: _read(prefix + name, w, held) for name, w in stored.items()}
-    if len(read) == 2 and not _are_inverse(*read.values()):
+    permutations = {name: _convert(prefix + name, w, held) for name, w in stored.items()}
+    if len(permutations) == 2 and not _are_inverse(*permutations.values()):
         warnings.warn(
-            f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm: the block's inverse will "
-            "not invert it",
+            f"{prefix}w_perm_inv is not the inverse of {prefix}w_perm: with rev=True the block "
+            "will not invert its forward direction. Load both from one checkpoint.",
             stacklevel=3,
         )
     if held.warns_of_index and any(w.dim() == 1 for w in stored.values()):
         warnings.warn(
-            f"{prefix}w_perm is stored as an index, as in FrEIA's main branch, which computes "
-            "tanh(0.1 a / clamp); this block is of dialect 'anomalib', tanh(0.1 a). Build it with "
-            "dialect='freia' to get the results of the block that was saved.",
+            f"{prefix}w_perm is stored as an index, as by FrEIA's main branch, which computes "
+            "tanh(0.1 a / clamp). This block has dialect 'anomalib' and computes tanh(0.1 a). "
+            "Build it with dialect='freia' to get the results of the block that was saved.",
             stacklevel=3,
         )
-    return read
+    return permutations
 
 
 def inverse_of(w: Tensor) -> Tensor:
-    """The inverse of a permutation as a block holds it: of an index, or of a matrix from SO(C)."""
+    """Return the inverse of an index (C,), or of a matrix (C, C, ...) from SO(C)."""
     return torch.argsort(w) if w.dim() == 1 else w.transpose(0, 1)
 
 
-def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
-    """A stored permutation, index or matrix, in the form that the block holds."""
+def _convert(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
+    """Convert a stored index or matrix to the form that the block holds."""
     channels = held.shape[0]
     if w.dim() == 1:
         if (
@@ -82,20 +88,20 @@ def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
             or not torch.equal(w.sort().values, torch.arange(channels, device=w.device))
         ):
             shape = tuple(w.shape)
-            raise _refused(
+            raise _load_error(
                 held, f"{key} of shape {shape} is not a permutation of {channels} channels"
             )
         return w.long() if held.is_index else one_hot(w.long(), held.dtype).view(held.shape)
     if w.numel() != channels**2 or w.shape[:2] != (channels, channels):
         expected = f"({channels},) or ({channels}, {channels})"
-        raise _refused(held, f"{key} has shape {tuple(w.shape)}, expected {expected}")
+        raise _load_error(held, f"{key} has shape {tuple(w.shape)}, expected {expected}")
     if not w.is_floating_point():
-        w = w.float() if held.is_index else w.to(held.dtype)  # copy_ would convert it, too
+        w = w.float() if held.is_index else w.to(held.dtype)  # copy_ would convert it later anyway
     matrix = w.reshape(channels, channels)
     index = hard_index(matrix)
     if held.is_index:
         if index is None:
-            raise _refused(
+            raise _load_error(
                 held,
                 f"{key} is not a permutation matrix",
                 ". For a rotation build the block with permute_soft=True.",
@@ -107,18 +113,18 @@ def _read(key: str, w: Tensor, held: HeldPermutation) -> Tensor:
 
 
 def _warn_unless_rotation(key: str, matrix: Tensor) -> None:
-    """The stock blocks load any matrix, and multiply by it."""
+    """Warn of a matrix that is not a rotation. The stock blocks load any and multiply by it."""
     identity = torch.eye(matrix.shape[0], device=matrix.device)
     error = (matrix.float() @ matrix.float().T - identity).abs().max()
     if not error < 0.02:  # a rotation rounded to bfloat16 is orthogonal to about 2^-8
         warnings.warn(
             f"{key} is not a rotation: w w^T differs from the identity by {error:.2g}. The block "
-            "computes with it as the stock block does, which leaves it out of the log-determinant.",
+            "multiplies by it and leaves it out of the log-determinant, as the stock block does.",
             stacklevel=5,
         )
 
 
-def _refused(held: HeldPermutation, reason: str, advice: str = "") -> RuntimeError:
+def _load_error(held: HeldPermutation, reason: str, advice: str = "") -> RuntimeError:
     return RuntimeError(
         f"Error in loading state_dict for {held.owner}: {reason}; nothing was loaded into this "
         f"block{advice}"

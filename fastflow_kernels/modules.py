@@ -275,7 +275,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
     def _stock_forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
     ) -> tuple[tuple[Tensor], Tensor]:
-        y, log_det = self._composed(x[0], check_conditions(c, self.dims_c, x[0]), rev)
+        y, log_det = self._evaluate_in_steps(x[0], check_conditions(c, self.dims_c, x[0]), rev)
         return (y,), log_det
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -1,7 +1,7 @@
-"""The block in the stock block's steps, for what the fused form does not compute.
+"""Evaluates a block in the stock block's steps, where it cannot run fused.
 
-The steps are methods that subclasses override, or that are exchanged on an instance. An override is
-honoured: then the steps run one by one.
+The steps are methods. Where a subclass overrides one, or an instance has its own, the steps run one
+by one.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fastflow_kernels.permutations import Permutation
 
 STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
 _EXCHANGED = (
-    "a step is overridden, or its clamp, splits or softplus exchanged: its steps run one by one in "
-    "plain operations"
+    "a step is overridden, or the clamp, the splits or the softplus are exchanged: the steps run "
+    "one by one in plain operations"
 )
 _OVERRIDABLE = (*STEPS, "permute_function", "global_scale_activation")
 
 
 class StockSteps:
-    """The documented methods of the stock block that subclasses override."""
+    """The methods of the stock block that subclasses override."""
 
-    # the block's
+    # attributes of the block
     GIN: bool
     backend: str
     clamp: float | Tensor
@@ -55,15 +55,16 @@ class StockSteps:
     _subnet_starts_in_place: bool
 
     def global_scale_activation(self, g: Tensor) -> Tensor:
-        """The activation of the global scale, elementwise: 10*sigmoid(g - 2), 0.1*softplus(g,
-        beta=0.5) or exp(g).
+        """Apply the activation of the global scale, elementwise.
+
+        It is 10 * sigmoid(g - 2), 0.1 * softplus(g, beta=0.5) or exp(g).
         """
         if self.global_affine_type == "SOFTPLUS":
             return 0.1 * self.softplus(g)
         return plain.activated(g, self.global_affine_type)
 
     def permute_function(self, x: Tensor, w: Tensor) -> Tensor:
-        """An index (C,) or a matrix (C, C, 1, ...) applied to the channels of x (B, C, *S)."""
+        """Apply an index (C,) or a matrix (C, C, 1, ...) to the channels of x (B, C, *S)."""
         return x.index_select(1, w) if w.dim() == 1 else multiply_channels(x, w)
 
     def _spec(self) -> CouplingSpec:
@@ -76,15 +77,16 @@ class StockSteps:
         return self.subnet(x.clone() if self._subnet_starts_in_place else x)
 
     def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        """The coupling alone.
+        """Compute the coupling alone.
 
         Args:
             x: The active half, (B, C2, *S).
-            a: The subnet's output, (B, 2*C2, *S); it is not written to.
+            a: The subnet's output, (B, 2*C2, *S). It is not written to.
             rev: Compute the inverse.
 
         Returns:
-            The transformed active half and the sum of its log-factors (B,), negated in reverse.
+            The transformed active half (B, C2, *S), and its log-determinant (B,) in nats, the sum
+            of the log-factors. The inverse's is negative.
         """
         dtype = promoted(x, a)
         wide = accumulator(dtype)
@@ -94,15 +96,15 @@ class StockSteps:
         return y.to(dtype), log_det
 
     def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
-        """Global affine and permutation, or their inverse.
+        """Apply the global affine and the permutation, or their inverse.
 
         Args:
             x: (B, C, *S).
             rev: Compute the inverse.
 
         Returns:
-            The transformed tensor and sum(log(scale)) (0.0 for GIN), of the forward direction in
-            both cases.
+            The transformed tensor (B, C, *S) and sum(log(scale)), a scalar in nats per pixel (0.0
+            for GIN). The inverse returns the forward direction's sum, too.
         """
         scale: Tensor | float = 1.0
         log_scale: Tensor | float = 0.0
@@ -114,23 +116,23 @@ class StockSteps:
         return self._permuted(x * scale + self.global_offset, rev=False), log_scale
 
     def _pre_permute(self, x: Tensor, rev: bool = False) -> Tensor:
-        """The inverse permutation ahead of the coupling, or the permutation after its inverse.
+        """Invert the permutation ahead of the coupling, or apply it after the coupling's inverse.
 
-        Only used with ``reverse_permutation``.
+        Only ``reverse_permutation`` uses it.
 
         Args:
             x: (B, C, *S).
-            rev: The permutation, after the inverse.
+            rev: Apply the permutation.
         """
         return self._permuted(x, rev=not rev)
 
     def _construct_householder_permutation(self) -> Tensor:
-        """The matrix w_0 H_1 ... H_K, (C, C, 1, ...) with as many ones as spatial dimensions."""
+        """Return the matrix w_0 H_1 ... H_K, (C, C, 1, ...) with a one per spatial dimension."""
         w = self._permutation().matrix(self.global_scale.dtype)
         return w.view(*w.shape, *[1] * self.input_rank)
 
     def _why_not_fused(self) -> str | None:
-        """Why the block's steps run one by one, in words; None if it runs fused."""
+        """Return why the block's steps run one by one, or None if it runs fused."""
         cls = type(self)
         for name, own in _OWN.items():
             if getattr(cls, name) is not own:
@@ -149,13 +151,13 @@ class StockSteps:
             return True
         return is_known_softplus(self._modules.get("softplus"))
 
-    def _exchanged(self, name: str) -> bool:
+    def _is_exchanged(self, name: str) -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not _OWN[name]
 
     def _permuted(self, x: Tensor, rev: bool) -> Tensor:
-        """x permuted, or permuted back, by the methods that were exchanged if any were."""
-        if not self._exchanged("permute_function") and not (
-            self.householder and self._exchanged("_construct_householder_permutation")
+        """Permute x, or invert the permutation, by the exchanged methods if there are any."""
+        if not self._is_exchanged("permute_function") and not (
+            self.householder and self._is_exchanged("_construct_householder_permutation")
         ):
             permutation = self._permutation()
             return permutation.unpermute(x) if rev else permutation.permute(x)
@@ -164,24 +166,31 @@ class StockSteps:
             return self.permute_function(x, w.transpose(0, 1).contiguous() if rev else w)
         return self.permute_function(x, self.w_perm_inv if rev else self.w_perm)
 
-    def _composed(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-        """The block in the stock block's steps, through the methods that are overridden."""
+    def _evaluate_in_steps(
+        self, x: Tensor, c: Sequence[Tensor], rev: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluate the block in the stock block's steps, by the overridden methods if any.
+
+        Raises:
+            RuntimeError: The requested backend is "triton".
+        """
         if requested(self.backend) == "triton":
             raise RuntimeError(
                 "backend 'triton' cannot be used here: a step of the block is overridden, its "
-                "clamp is a tensor, or the input is integer"
+                "clamp is a tensor, or the input is integer. Use backend='auto' to run the steps "
+                "in plain operations."
             )
         if not self.householder:
-            return self._in_steps(x, c, rev)
-        # as the stock block does, but not for longer than the call: it holds a graph
+            return self._run_steps(x, c, rev)
+        # The stock block keeps these. They hold a graph, therefore here they end with the call.
         self.w_perm = self._construct_householder_permutation()
         self.w_perm_inv = self.w_perm.transpose(0, 1).contiguous()
         try:
-            return self._in_steps(x, c, rev)
+            return self._run_steps(x, c, rev)
         finally:
             self.w_perm = self.w_perm_inv = None
 
-    def _in_steps(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
+    def _run_steps(self, x: Tensor, c: Sequence[Tensor], rev: bool) -> tuple[Tensor, Tensor]:
         log_scale: Tensor | float = 0.0
         if rev:
             x, log_scale = self._permute(x, rev=True)
@@ -201,7 +210,10 @@ class StockSteps:
 
 
 def is_known_softplus(module: Any) -> bool:
-    """Whether a block's softplus computes the known form, and nobody looks on."""
+    """Return whether a module is ``nn.Softplus(beta=0.5)``, without hooks or a forward of its own.
+
+    Only then its formula can be used instead of a call.
+    """
     if type(module) is not nn.Softplus:
         return False
     own = module.__dict__
@@ -211,13 +223,14 @@ def is_known_softplus(module: Any) -> bool:
     return not (torch_private.has_hooks(module) or "forward" in own)
 
 
-# as written here, whatever the class is given later
+# the original methods, even if the class gets others later
 _OWN = {name: getattr(StockSteps, name) for name in _OVERRIDABLE}
 
 
 def _has_any(own: Mapping[str, Any], names: Iterable[str]) -> bool:
-    """Whether one of the names is among an object's own attributes, without the cost of a
-    generator: it is asked in every call.
+    """Return whether an object's own attributes include one of the names.
+
+    Every call asks this, and a loop is faster than a generator.
     """
     for name in names:  # noqa: SIM110
         if name in own:
