@@ -1,6 +1,4 @@
-"""How gradients flow: numerical checks, double backward, what is kept, what is skipped,
-transformations, overrides.
-"""
+"""Test gradients: numerical checks, double backward, saved tensors, transforms, overrides."""
 
 from __future__ import annotations
 
@@ -41,12 +39,15 @@ def block_of(case: Case, **extra: Any) -> AllInOneBlock:
 
 
 def as_function(block: nn.Module, conditions: int, rev: bool) -> tuple[Any, list[Tensor]]:
-    """The block as a function of x, the conditions and its trainable parameters."""
+    """Return the block as a function of x, the conditions and its trainable parameters.
+
+    The second value is a copy of these parameters.
+    """
     names = [name for name, p in block.named_parameters() if p.requires_grad]
     values = [p.detach().clone().requires_grad_() for p in block.parameters() if p.requires_grad]
 
-    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        c, parameters = rest[:conditions], rest[conditions:]
+    def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        c, parameters = tensors[:conditions], tensors[conditions:]
         (y,), logdet = torch.func.functional_call(
             block, dict(zip(names, parameters, strict=True)), ([x], list(c)), {"rev": rev}
         )
@@ -68,19 +69,18 @@ def test_block_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
 
 def test_block_second_gradients_equal_the_references() -> None:
     case = Case(Shape(2, 7, (3, 5)), "hard")
-    ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
-    theirs.load_state_dict(ours.state_dict())
-    found = []
-    for block in (ours, theirs):
+    block, stock = block_of(case), make_block(reference.AllInOneBlock, case)
+    stock.load_state_dict(block.state_dict())
+    gradients = []
+    for b in (block, stock):
         x = make_input(case)[0].requires_grad_()
-        (y,), logdet = block([x])
+        (y,), logdet = b([x])
         (dx,) = torch.autograd.grad(y.square().sum() + logdet.square().sum(), x, create_graph=True)
         dx.square().sum().backward()
-        found.append(
-            [x.grad, block.global_scale.grad, *(p.grad for p in block.subnet.parameters())]
-        )
-    for mine, other in zip(*found, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11 * other.abs().max().item())
+        gradients.append([x.grad, b.global_scale.grad, *(p.grad for p in b.subnet.parameters())])
+    for actual, expected in zip(*gradients, strict=True):
+        tolerance = 1e-11 * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=tolerance)
 
 
 KEPT = {
@@ -111,15 +111,15 @@ def test_block_keeps_x_and_a_and_nothing_else_of_their_size(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         outputs = block([x])
-    # x, or its gathered copy where the permutation is inverted first; and, per channel, an index
-    # and a few numbers for each reflection
+    # The block keeps x, or its gathered copy if the permutation is inverted first. Per channel it
+    # keeps an index, and a few numbers for each reflection.
     reflections = options.get("learned_householder_permutation", 0)
     assert sum(kept.values()) <= x.nbytes + (64 + 64 * reflections) * shape[1], kept
     assert outputs[0][0].grad_fn is not None
 
 
 class Count(TorchDispatchMode):
-    """Counts the operations that run."""
+    """A mode that counts the operations that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,8 +136,9 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @both_directions
 def test_the_log_determinant_is_returned_whatever_jac_is(rev: bool, grad: bool, jac: Any) -> None:
-    """As the stock blocks do: FrEIA.distributions and old chains call with other values and add
-    what comes back.
+    """The stock blocks return it too.
+
+    FrEIA.distributions and old chains pass values other than True and add the result.
     """
     block = block_of(Case(Shape(2, 7, (3, 5)), "hard"))
     x, _ = make_input(Case(Shape(2, 7, (3, 5)), "hard"))
@@ -160,17 +161,17 @@ def test_block_moves_no_dense_matrix() -> None:
 
 def test_gradient_of_one_output_alone() -> None:
     case = Case(Shape(2, 6, (4, 4)), "hard")
-    ours, theirs = block_of(case), make_block(reference.AllInOneBlock, case)
-    theirs.load_state_dict(ours.state_dict())
+    block, stock = block_of(case), make_block(reference.AllInOneBlock, case)
+    stock.load_state_dict(block.state_dict())
     for pick in (lambda y, logdet: y.sum(), lambda y, logdet: logdet.sum()):
         grads = []
-        for block in (ours, theirs):
+        for b in (block, stock):
             x = make_input(case)[0].requires_grad_()
-            (y,), logdet = block([x])
-            inputs = [x, block.subnet.b2, block.global_scale]
+            (y,), logdet = b([x])
+            inputs = [x, b.subnet.b2, b.global_scale]
             grads.append(torch.autograd.grad(pick(y, logdet), inputs))
-        for mine, other in zip(*grads, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-13)
+        for actual, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_frozen_parameters_and_inputs() -> None:
@@ -244,16 +245,16 @@ def test_compile_and_export_hold_a_gather_and_no_product(rev: bool) -> None:
         expected = Wrapped()(x)
         program = torch.export.export(Wrapped(), (x,))
         compiled = torch.compile(Wrapped(), fullgraph=True, backend="aot_eager")(x)
-        # that it is deprecated, and that shapes are constants in it
+        # Tracing warns that it is deprecated, and that shapes are constants in it.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(Wrapped(), (x,))(x)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert any("index_select" in name for name in names)
     assert sum("conv" in name for name in names) == 1
-    for found in (program.module()(x), compiled, traced):
-        for mine, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    for results in (program.module()(x), compiled, traced):
+        for actual, value in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_keeps_the_log_determinant_in_float32() -> None:
@@ -267,8 +268,8 @@ def test_autocast_keeps_the_log_determinant_in_float32() -> None:
     (y.sum() + logdet.sum()).backward()
     assert block.global_scale.grad.dtype == torch.float32
     exact = copy.deepcopy(block).double()([x.detach().double()])
-    # only the subnet is in bfloat16: its relative error 2^-8 times 0.1 * clamp * |a|, at random
-    # over the log-factors
+    # Only the subnet is in bfloat16. Its relative error 2^-8 is multiplied by 0.1 * clamp * |a|,
+    # and adds up at random over the log-factors.
     assert (logdet - exact[1]).abs().max() < 0.2 * 2**-8 * (4 * 36) ** 0.5 * 8
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         (back,), minus = block([y], rev=True)
@@ -292,9 +293,9 @@ def test_an_override_is_honoured(step: str, rev: bool) -> None:
     changed = subclass([(6, 4)], subnet_constructor=make_subnet(1), **options).double()
     changed.load_state_dict(plain.state_dict())
     x = torch.randn(2, 6, 4, dtype=torch.float64)
-    for mine, other in zip(changed([x], rev=rev), plain([x], rev=rev), strict=True):
-        mine, other = (t[0] if isinstance(t, tuple) else t for t in (mine, other))
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+    for actual, expected in zip(changed([x], rev=rev), plain([x], rev=rev), strict=True):
+        actual, expected = (t[0] if isinstance(t, tuple) else t for t in (actual, expected))
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
     assert calls
 
 
@@ -318,8 +319,9 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
 )
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_operand_lies_on_another_device(name: str, layout: torch.memory_format) -> None:
-    """On the meta device, where mixing devices raises as on a GPU: forward, backward and inverse of
-    the eager path.
+    """Run forward, backward and inverse of the eager path on the meta device.
+
+    Mixing devices raises there as on a GPU.
     """
     case = Case(Shape(2, 6, (4, 4)), name)
     block = make_block(AllInOneBlock, case, torch.float32, dialect="freia").to("meta")
@@ -406,16 +408,16 @@ def test_compiled_block_sees_a_loaded_permutation(stock: bool) -> None:
             [(16,)], subnet_constructor=lambda i, o: nn.Linear(i, o)
         )
 
-    block, other = make(0), make(1)
+    block, source = make(0), make(1)
     if stock:
         assert report(accelerate(block)).changed
     x = torch.randn(3, 16)
-    # straight away: no ordinary pass comes first
+    # Compile at once, without an ordinary pass before.
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled([x])[0][0], block([x])[0][0])
-        block.load_state_dict(other.state_dict())
-        torch.testing.assert_close(compiled([x])[0][0], other([x])[0][0])
+        block.load_state_dict(source.state_dict())
+        torch.testing.assert_close(compiled([x])[0][0], source([x])[0][0])
 
 
 @pytest.mark.parametrize(
@@ -424,7 +426,7 @@ def test_compiled_block_sees_a_loaded_permutation(stock: bool) -> None:
     ids=["hard", "soft", "hh"],
 )
 def test_second_gradients_where_only_the_offset_takes_any(options: dict[str, Any]) -> None:
-    """The log-determinant then depends on nothing that does."""
+    """The log-determinant then depends on nothing that takes a gradient."""
     block = AllInOneBlock([(6,)], subnet_constructor=make_subnet(0), backend="eager", **options)
     for name, p in block.named_parameters():
         p.requires_grad_(name == "global_offset")
@@ -454,7 +456,7 @@ def test_inverse_of_a_rotation_keeps_its_dtype_under_autocast() -> None:
 
 
 class Derived(AllInOneBlock):
-    """A block whose scale is computed."""
+    """A block that computes its scale."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

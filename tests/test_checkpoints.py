@@ -1,5 +1,7 @@
-"""Checkpoints: layouts, keys and strictness, into and out of the peers; copies and pickles; seeds;
-FrEIA's containers.
+"""Test checkpoints, copies and seeds.
+
+Checkpoints are tested for layouts, keys and strictness, and into and out of the peers. FrEIA's
+containers are tested too.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ from tests.support.checkpoints import (
     each_case,
     is_hard,
     kinds,
+    make_our_block,
     one_hot,
-    ours,
     results,
 )
 from tests.support.peers import anomalib_block, freia, freia_block
@@ -59,9 +61,9 @@ pytestmark = pytest.mark.usefixtures("fused")
 )
 @both_dialects
 def test_state_dict_is_in_the_dialects_layout(case: Case, dtype: torch.dtype, dialect: str) -> None:
-    block = ours(case, dtype=dtype, dialect=dialect)
-    theirs = make_block(reference.AllInOneBlock, case, dtype, seed=5, dialect=dialect)
-    state, expected = block.state_dict(), theirs.state_dict()
+    block = make_our_block(case, dtype=dtype, dialect=dialect)
+    stock = make_block(reference.AllInOneBlock, case, dtype, seed=5, dialect=dialect)
+    state, expected = block.state_dict(), stock.state_dict()
     assert list(state) == list(expected)
     assert [(t.shape, t.dtype) for t in state.values()] == [
         (t.shape, t.dtype) for t in expected.values()
@@ -88,49 +90,49 @@ def test_state_dict_is_in_the_dialects_layout(case: Case, dtype: torch.dtype, di
 @both_dialects
 def test_state_dict_of_a_model_has_its_prefixes(dialect: str) -> None:
     model = nn.ModuleDict(
-        {"flow": nn.ModuleList([ours(HARD, seed, dialect=dialect) for seed in range(2)])}
+        {"flow": nn.ModuleList([make_our_block(HARD, seed, dialect=dialect) for seed in range(2)])}
     )
     state = model.state_dict()
     assert [key for key in state if "w_perm" in key] == [
         f"flow.{i}.{name}" for i in range(2) for name in ("w_perm", "w_perm_inv")
     ]
-    other = nn.ModuleDict(
-        {"flow": nn.ModuleList([ours(HARD, seed, dialect=dialect) for seed in (7, 8)])}
+    target = nn.ModuleDict(
+        {"flow": nn.ModuleList([make_our_block(HARD, seed, dialect=dialect) for seed in (7, 8)])}
     )
-    other.load_state_dict(state)
-    assert_equal_states(other.state_dict(), state)
+    target.load_state_dict(state)
+    assert_equal_states(target.state_dict(), state)
 
 
 @kinds
 @pytest.mark.parametrize("source", DIALECTS)
 @pytest.mark.parametrize("target", DIALECTS)
 def test_either_layout_loads_into_either_dialect(case: Case, source: str, target: str) -> None:
-    theirs = make_block(reference.AllInOneBlock, case, seed=3, dialect=source)
-    given = theirs.state_dict()
-    kept = {key: value.clone() for key, value in given.items()}
-    block = ours(case, seed=4, dialect=target)
-    block.load_state_dict(given, strict=True)
-    assert_equal_states(given, kept)  # the caller's
-    same = make_block(reference.AllInOneBlock, case, seed=4, dialect=target)
+    stock = make_block(reference.AllInOneBlock, case, seed=3, dialect=source)
+    state = stock.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    block = make_our_block(case, seed=4, dialect=target)
+    block.load_state_dict(state, strict=True)
+    assert_equal_states(state, before)  # the caller's state dict is unchanged
+    expected = make_block(reference.AllInOneBlock, case, seed=4, dialect=target)
     if source == target:
-        same.load_state_dict(given)
-        assert_equal_states(block.state_dict(), given)
+        expected.load_state_dict(state)
+        assert_equal_states(block.state_dict(), state)
     else:
-        same.load_state_dict(
-            {key: value for key, value in given.items() if "perm" not in key}, strict=False
+        expected.load_state_dict(
+            {key: value for key, value in state.items() if "perm" not in key}, strict=False
         )
         for name in ("w_perm", "w_perm_inv"):
-            if name in given:
-                w = given[name]
+            if name in state:
+                w = state[name]
                 if is_hard(case):
                     w = (
                         w.view(w.shape[:2]).argmax(1)
                         if w.dim() > 1
                         else one_hot(w, case.rank, torch.float64)
                     )
-                getattr(same, name).data = w.clone()
-        assert_equal_states(block.state_dict(), same.state_dict())
-    assert_same_results(block, same, case)
+                getattr(expected, name).data = w.clone()
+        assert_equal_states(block.state_dict(), expected.state_dict())
+    assert_same_results(block, expected, case)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,8 @@ def test_either_layout_loads_into_either_dialect(case: Case, source: str, target
 )
 @pytest.mark.parametrize("form", ["index", "matrix"])
 def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
-    """A permutation is a rotation too (or a reflection)."""
-    block = ours(case)
+    """A permutation is also a rotation, or a product of reflections."""
+    block = make_our_block(case)
     index = torch.randperm(6)
     square = one_hot(index, 0 if block.householder else case.rank, torch.float64)
     state = block.state_dict()
@@ -153,9 +155,9 @@ def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
     assert torch.equal(block.state_dict()["w_0" if block.householder else "w_perm"], square)
     if not block.householder:
         assert torch.equal(block.state_dict()["w_perm_inv"], square.transpose(0, 1))
-    theirs = make_block(reference.AllInOneBlock, case)
-    theirs.load_state_dict(block.state_dict())
-    assert_same_results(block, theirs, case)
+    stock = make_block(reference.AllInOneBlock, case)
+    stock.load_state_dict(block.state_dict())
+    assert_same_results(block, stock, case)
 
 
 # --- the peers ------------------------------------------------------------------------------------
@@ -164,33 +166,33 @@ def test_hard_permutation_loads_into_any_block(case: Case, form: str) -> None:
 @released
 @each_case
 def test_checkpoints_go_into_and_out_of_the_peers(case: Case, peer: Callable[[], type]) -> None:
-    theirs, block = make_block(peer(), case, seed=3), ours(case, seed=4)
-    block.load_state_dict(theirs.state_dict(), strict=True)
-    assert_equal_states(block.state_dict(), theirs.state_dict())
-    assert_same_results(block, theirs, case)
-    other = ours(case, seed=6)
-    theirs.load_state_dict(other.state_dict(), strict=True)
-    assert_equal_states(theirs.state_dict(), other.state_dict())
-    assert_same_results(other, theirs, case)
-    freia_dialect = ours(case, seed=7, dialect="freia")
-    freia_dialect.load_state_dict(theirs.state_dict(), strict=True)
-    again = ours(case, seed=8)
+    stock, block = make_block(peer(), case, seed=3), make_our_block(case, seed=4)
+    block.load_state_dict(stock.state_dict(), strict=True)
+    assert_equal_states(block.state_dict(), stock.state_dict())
+    assert_same_results(block, stock, case)
+    source = make_our_block(case, seed=6)
+    stock.load_state_dict(source.state_dict(), strict=True)
+    assert_equal_states(stock.state_dict(), source.state_dict())
+    assert_same_results(source, stock, case)
+    freia_dialect = make_our_block(case, seed=7, dialect="freia")
+    freia_dialect.load_state_dict(stock.state_dict(), strict=True)
+    again = make_our_block(case, seed=8)
     again.load_state_dict(freia_dialect.state_dict(), strict=True)
-    assert_equal_states(again.state_dict(), theirs.state_dict())
+    assert_equal_states(again.state_dict(), stock.state_dict())
 
 
 @released
 @each_case
 def test_optimizer_state_of_a_stock_block_loads(case: Case, peer: Callable[[], type]) -> None:
-    """It goes by the number and order of the parameters; so the next step is the stock block's."""
-    theirs, block = make_block(peer(), case, seed=3), ours(case, seed=4)
+    """The state goes by the parameters' order, so that the next step is the stock block's."""
+    stock, block = make_block(peer(), case, seed=3), make_our_block(case, seed=4)
     assert [name for name, _ in block.named_parameters()] == [
-        name for name, _ in theirs.named_parameters()
+        name for name, _ in stock.named_parameters()
     ]
     assert [p.requires_grad for p in block.parameters()] == [
-        p.requires_grad for p in theirs.parameters()
+        p.requires_grad for p in stock.parameters()
     ]
-    optimizers = [torch.optim.Adam(b.parameters(), lr=1e-2) for b in (theirs, block)]
+    optimizers = [torch.optim.Adam(b.parameters(), lr=1e-2) for b in (stock, block)]
 
     def step(b: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         x, c = make_input(case)
@@ -199,16 +201,15 @@ def test_optimizer_state_of_a_stock_block_loads(case: Case, peer: Callable[[], t
         (y.square().sum() - logdet.sum()).backward()
         optimizer.step()
 
-    step(theirs, optimizers[0])
-    block.load_state_dict(theirs.state_dict())
-    # which shares its tensors otherwise
+    step(stock, optimizers[0])
+    block.load_state_dict(stock.state_dict())
+    # Copy it, because the optimizers would share its tensors otherwise.
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    for b, optimizer in zip((theirs, block), optimizers, strict=True):
+    for b, optimizer in zip((stock, block), optimizers, strict=True):
         step(b, optimizer)
-    # Adam's step is lr * m / sqrt(v): an element's relative error is its gradient's, here 1e-12 or
-    # less where the gradient is above 1e-2 (they are of order 1), and nothing is known where it is
-    # rounding noise.
-    for (name, p), expected in zip(block.named_parameters(), theirs.parameters(), strict=True):
+    # Adam's step lr * m / sqrt(v) has the gradient's relative error. That is at most 1e-12 for
+    # gradients above 1e-2 (they are of order 1), and unknown for rounding noise.
+    for (name, p), expected in zip(block.named_parameters(), stock.parameters(), strict=True):
         if expected.grad is not None and expected.numel():
             reliable = expected.grad.abs() > 1e-2
             assert ((p - expected)[reliable].abs() <= 1e-13).all(), name
@@ -232,7 +233,7 @@ def test_same_seed_gives_anomalibs_block(case: Case, activation: str) -> None:
             )
             states.append(torch.random.get_rng_state())
         expected, actual = (block.state_dict() for block in blocks)
-        # the stock block draws its rotation by NumPy: that differs, all else does not
+        # The stock block draws its rotation from NumPy, so only the rotation differs.
         if not is_hard(case):
             for name in ("w_0", "w_perm", "w_perm_inv"):
                 actual.pop(name, None)
@@ -286,41 +287,46 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 @kinds
 def test_copies(case: Case, method: str, used: bool) -> None:
-    """Also after a pass with gradients: the stock Householder block holds on to its graph then,
-    which cannot be copied.
+    """A used block can be copied too.
+
+    The stock Householder block keeps its graph after a pass with gradients, and a graph cannot be
+    copied.
     """
-    block = ours(case)
+    block = make_our_block(case)
     if used:
         x, c = make_input(case)
         (y,), logdet = block([x], c)
         (y.sum() + logdet.sum()).backward()
         block([x], c, rev=True)
-    made = COPIES[method](block)
-    assert type(made) is AllInOneBlock
-    assert_equal_states(made.state_dict(), block.state_dict())
-    assert [p.requires_grad for p in made.parameters()] == [
+    copied = COPIES[method](block)
+    assert type(copied) is AllInOneBlock
+    assert_equal_states(copied.state_dict(), block.state_dict())
+    assert [p.requires_grad for p in copied.parameters()] == [
         p.requires_grad for p in block.parameters()
     ]
-    assert not {p.data_ptr() for p in made.parameters()} & {
+    assert not {p.data_ptr() for p in copied.parameters()} & {
         p.data_ptr() for p in block.parameters()
     }
-    for a, e in zip(results(made, case), results(block, case), strict=True):
+    for a, e in zip(results(copied, case), results(block, case), strict=True):
         assert torch.equal(a, e)
-    kept = contents(block)
+    before = contents(block)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in copied.parameters():
             p.zero_()
-    assert_equal_states(contents(block), kept)
+    assert_equal_states(contents(block), before)
 
 
 @kinds
 @both_dialects
 def test_state_goes_through_a_file(case: Case, dialect: str) -> None:
-    block, other = ours(case, 1, dialect=dialect), ours(case, 2, dialect=dialect)
+    block, target = (
+        make_our_block(case, 1, dialect=dialect),
+        make_our_block(case, 2, dialect=dialect),
+    )
     state = through_a_file(block.state_dict())
-    other.load_state_dict(state, strict=True)
-    assert_equal_states(other.state_dict(), block.state_dict())
-    for a, e in zip(results(other, case), results(block, case), strict=True):
+    target.load_state_dict(state, strict=True)
+    assert_equal_states(target.state_dict(), block.state_dict())
+    for a, e in zip(results(target, case), results(block, case), strict=True):
         assert torch.equal(a, e)
 
 
@@ -328,8 +334,11 @@ def test_state_goes_through_a_file(case: Case, dialect: str) -> None:
 @pytest.mark.parametrize("source", DIALECTS)
 @both_dialects
 def test_assign(case: Case, source: str, dialect: str) -> None:
-    state, block = ours(case, 1, dialect=source).state_dict(), ours(case, 2, dialect=dialect)
-    expected = ours(case, 3, dialect=dialect)
+    state, block = (
+        make_our_block(case, 1, dialect=source).state_dict(),
+        make_our_block(case, 2, dialect=dialect),
+    )
+    expected = make_our_block(case, 3, dialect=dialect)
     expected.load_state_dict(state)
     flags = {name: p.requires_grad for name, p in block.named_parameters()}
     block.load_state_dict(state, assign=True)
@@ -342,18 +351,18 @@ def test_assign(case: Case, source: str, dialect: str) -> None:
 
 @pytest.mark.parametrize("case", [HARD, SOFT, HOUSEHOLDER], ids=["hard", "soft", "hh"])
 def test_block_that_was_built_on_the_meta_device_loads(case: Case) -> None:
-    state = ours(case, 1).state_dict()
+    state = make_our_block(case, 1).state_dict()
     with torch.device("meta"):
         block = AllInOneBlock(case.dims_in, case.dims_c, make_subnet(case.rank), **case.options)
     assert block.global_scale.is_meta
     block.load_state_dict(state, assign=True)
     assert_equal_states(block.state_dict(), state)
-    assert_same_results(block, ours(case, 1), case)
+    assert_same_results(block, make_our_block(case, 1), case)
 
 
 @kinds
 def test_conversion_of_the_dtype_keeps_the_permutation(case: Case) -> None:
-    block = ours(case)
+    block = make_our_block(case)
     state = block.state_dict()
     for convert in (nn.Module.float, nn.Module.half, nn.Module.bfloat16, nn.Module.double):
         convert(block)
@@ -364,10 +373,8 @@ def test_conversion_of_the_dtype_keeps_the_permutation(case: Case) -> None:
 
 
 def test_hook_that_renames_keys_is_honoured() -> None:
-    """torch calls it before the block loads, and what it changes in the state dict counts for the
-    subnet too.
-    """
-    block, source = ours(HARD, 1), ours(HARD, 2)
+    """The hook runs before the block loads, and its changes reach the subnet too."""
+    block, source = make_our_block(HARD, 1), make_our_block(HARD, 2)
     state = {
         key.replace("subnet.", "net.").replace("global_", ""): value
         for key, value in source.state_dict().items()
@@ -394,7 +401,7 @@ def test_hook_that_renames_keys_is_honoured() -> None:
 
 @pytest.mark.peers
 def test_freias_sequence_takes_our_block() -> None:
-    """By its class, and as an instance, which is what SequenceINN asks FrEIA's base class for."""
+    """SequenceINN takes our class like the stock class, and gives the same results."""
     framework = freia().framework
     stock, own = framework.SequenceINN(6, 3, 3), framework.SequenceINN(6, 3, 3)
     for sequence, cls in ((stock, freia_block()), (own, AllInOneBlock)):
@@ -416,7 +423,7 @@ def test_freias_sequence_takes_our_block() -> None:
     for rev in (False, True):
         expected, actual = stock(x, c, rev=rev), own(x, c, rev=rev)
         for a, e in zip(actual, expected, strict=True):
-            # two blocks of sums of 6 and 54 terms
+            # The tolerance is for two blocks with sums of 6 and 54 terms.
             assert (a - e).abs().max() <= 1000 * EPS * max(1.0, e.abs().max().item())
 
 
@@ -447,7 +454,7 @@ def test_freias_containers_take_instances() -> None:
 
 
 def test_rotations_differ_even_if_nothing_else_is_drawn() -> None:
-    """The rotation's own generator is seeded by torch's, which only the subnets advance."""
+    """The rotation's generator is seeded from torch's, which usually only the subnets advance."""
 
     def two() -> list[Tensor]:
         torch.manual_seed(0)
@@ -468,19 +475,19 @@ def test_rotations_differ_even_if_nothing_else_is_drawn() -> None:
 @pytest.mark.parametrize("shape", [Shape(3, 6), Shape(3, 6, (2, 2))], ids=str)
 @pytest.mark.parametrize("name", ["hard", "soft", "soft-rev-exp"])
 def test_matrices_that_are_trained_get_their_gradients(name: str, shape: Shape) -> None:
-    """Either of them, in both directions; also a one-hot one, where it is no index any more."""
+    """Either matrix is trained, in both directions; a trained one-hot matrix is not an index."""
     case, x = Case(shape, name), torch.randn(shape.full, dtype=torch.float64)
-    theirs = make_block(reference.AllInOneBlock, case)
+    stock = make_block(reference.AllInOneBlock, case)
     for trained in ("w_perm", "w_perm_inv"):
         for rev in (False, True):
-            ours = make_block(AllInOneBlock, case)
-            ours.load_state_dict(theirs.state_dict())
-            ours([x], rev=rev)  # what is kept of the permutation is of matrices that are fixed
+            block = make_block(AllInOneBlock, case)
+            block.load_state_dict(stock.state_dict())
+            block([x], rev=rev)  # caches the permutation while its matrices are not trained
             gradients = []
-            for block in (ours, copy.deepcopy(theirs)):
-                getattr(block, trained).requires_grad_(True)
-                block([x], rev=rev)[0][0].square().sum().backward()
-                gradients.append(getattr(block, trained).grad)
+            for b in (block, copy.deepcopy(stock)):
+                getattr(b, trained).requires_grad_(True)
+                b([x], rev=rev)[0][0].square().sum().backward()
+                gradients.append(getattr(b, trained).grad)
             assert (gradients[0] is None) == (gradients[1] is None), (trained, rev)
             if gradients[1] is not None:
                 torch.testing.assert_close(*gradients)
@@ -488,10 +495,10 @@ def test_matrices_that_are_trained_get_their_gradients(name: str, shape: Shape) 
 
 @pytest.mark.parametrize("name", ["hard", "soft", "hh1", "hh2-soft-sigmoid"])
 def test_parameters_can_be_swapped(name: str) -> None:
-    """Nothing that is kept may be a view of them."""
+    """No cached tensor may be a view of the parameters."""
     block = make_block(AllInOneBlock, Case(Shape(2, 6, (2, 2)), name), torch.float32)
     x = torch.randn(2, 6, 2, 2)
-    with torch.no_grad():  # a graph would hold them as well
+    with torch.no_grad():  # a graph would hold the parameters too
         expected = block([x])[0][0]
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

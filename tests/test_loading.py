@@ -30,8 +30,8 @@ from tests.support.checkpoints import (
     SOFT_HOUSEHOLDER,
     assert_equal_states,
     kinds,
+    make_our_block,
     one_hot,
-    ours,
 )
 
 pytestmark = pytest.mark.usefixtures("fused")
@@ -160,7 +160,7 @@ def other_state(block: nn.Module) -> dict[str, Tensor]:
 @both_dialects
 def test_bad_permutation_is_refused(bad: str, assign: bool, dialect: str) -> None:
     w, w_inv, match = BAD_HARD[bad]
-    block = ours(HARD, dialect=dialect)
+    block = make_our_block(HARD, dialect=dialect)
     assert_refused(
         block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, match, assign=assign
     )
@@ -169,7 +169,7 @@ def test_bad_permutation_is_refused(bad: str, assign: bool, dialect: str) -> Non
 @pytest.mark.parametrize("bad", BAD_HARD, ids=[name.replace(" ", "_") for name in BAD_HARD])
 def test_bad_permutation_is_refused_also_when_not_strict(bad: str) -> None:
     w, w_inv, match = BAD_HARD[bad]
-    block = ours(HARD)
+    block = make_our_block(HARD)
     assert_refused(
         block, {**other_state(block), "w_perm": w, "w_perm_inv": w_inv}, match, strict=False
     )
@@ -183,7 +183,7 @@ BAD_HOUSEHOLDER = [name for name in BAD_HARD if "inverse" not in name]
 )
 def test_bad_permutation_before_reflections_is_refused(bad: str) -> None:
     w, _, match = BAD_HARD[bad]
-    block = ours(HOUSEHOLDER)
+    block = make_our_block(HOUSEHOLDER)
     w = w[..., 0, 0] if w.dim() == 4 and w.shape[-1] == 1 else w
     assert_refused(
         block,
@@ -211,7 +211,7 @@ def test_any_matrix_loads_and_is_computed_with(case: Case, odd: str) -> None:
     that it is.
     """
     w, w_inv, warning = ODD[odd]
-    block, stock = ours(case), make_block(reference.AllInOneBlock, case)
+    block, stock = make_our_block(case), make_block(reference.AllInOneBlock, case)
     state = {**other_state(block), "w_perm": w.double(), "w_perm_inv": w_inv.double()}
     with pytest.warns(UserWarning, match=warning) if warning else warnings.catch_warnings():
         if not warning:
@@ -226,7 +226,10 @@ def test_any_matrix_loads_and_is_computed_with(case: Case, odd: str) -> None:
 )
 def test_any_matrix_loads_before_reflections(odd: str) -> None:
     w, _, _ = ODD[odd]
-    block, stock = ours(SOFT_HOUSEHOLDER), make_block(reference.AllInOneBlock, SOFT_HOUSEHOLDER)
+    block, stock = (
+        make_our_block(SOFT_HOUSEHOLDER),
+        make_block(reference.AllInOneBlock, SOFT_HOUSEHOLDER),
+    )
     state = {**other_state(block), "w_0": w.double().flatten(1)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -238,7 +241,7 @@ def test_any_matrix_loads_before_reflections(odd: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16], ids=str)
 @both_dialects
 def test_a_permutation_matrix_of_another_dtype_loads(dtype: torch.dtype, dialect: str) -> None:
-    block = ours(HARD, dialect=dialect)
+    block = make_our_block(HARD, dialect=dialect)
     block.load_state_dict(
         {
             **other_state(block),
@@ -253,7 +256,7 @@ def test_means_of_checkpoints_stay_permutations() -> None:
     """Of ten float32 checkpoints, each a tenth: the ones carry rounding, and the index is taken all
     the same.
     """
-    block = ours(HARD, dtype=torch.float32)
+    block = make_our_block(HARD, dtype=torch.float32)
     state = {
         key: sum(value * (1 / 10) for _ in range(10)) for key, value in block.state_dict().items()
     }
@@ -263,7 +266,7 @@ def test_means_of_checkpoints_stay_permutations() -> None:
     permutation = block._index.permutation(block)
     assert isinstance(permutation, IndexPermutation)
     assert torch.equal(permutation.perm, expected)
-    freia = ours(HARD, dtype=torch.float32, dialect="freia")
+    freia = make_our_block(HARD, dtype=torch.float32, dialect="freia")
     freia.load_state_dict(state)
     assert torch.equal(freia.w_perm, expected)
 
@@ -274,7 +277,7 @@ def test_means_of_checkpoints_stay_permutations() -> None:
 def test_an_index_has_no_room_for_another_matrix(odd: str) -> None:
     """In dialect "freia" a hard block holds an index."""
     w, w_inv, _ = ODD[odd]
-    block = ours(HARD, dialect="freia")
+    block = make_our_block(HARD, dialect="freia")
     assert_refused(
         block,
         {**other_state(block), "w_perm": w, "w_perm_inv": w_inv},
@@ -283,7 +286,7 @@ def test_an_index_has_no_room_for_another_matrix(odd: str) -> None:
 
 
 def test_an_index_with_another_inverse_loads_with_a_warning() -> None:
-    block = ours(HARD, dialect="freia")
+    block = make_our_block(HARD, dialect="freia")
     state = {**other_state(block), "w_perm": torch.tensor(GOOD), "w_perm_inv": torch.tensor(GOOD)}
     with pytest.warns(UserWarning, match="not the inverse"):
         block.load_state_dict(state)
@@ -296,15 +299,15 @@ def test_an_index_with_another_inverse_loads_with_a_warning() -> None:
 def test_rotation_in_low_precision_is_accepted(dtype: torch.dtype) -> None:
     """Orthogonal to what its dtype can say: a checkpoint in half precision is no error."""
     case = Case(Shape(2, 48), "soft")
-    state = ours(case, dtype=dtype).state_dict()
-    block = ours(case, seed=1)
+    state = make_our_block(case, dtype=dtype).state_dict()
+    block = make_our_block(case, seed=1)
     block.load_state_dict(state)
     assert torch.equal(block.w_perm.to(dtype), state["w_perm"])
 
 
 @both_dialects
 def test_strict_names_what_is_missing_and_what_is_too_much(dialect: str) -> None:
-    block = ours(HARD, dialect=dialect)
+    block = make_our_block(HARD, dialect=dialect)
     state = block.state_dict()
     missing = {key: value for key, value in state.items() if key != "w_perm_inv"}
     with pytest.raises(RuntimeError, match='Missing key.*"w_perm_inv"'):
@@ -349,7 +352,10 @@ def test_permutation_that_is_no_tensor_is_refused(value: Any) -> None:
 def test_one_of_the_pair_brings_the_other(
     case: Case, given: str, assign: bool, dialect: str
 ) -> None:
-    source, block = ours(case, 3, dialect=dialect), ours(case, 4, dialect=dialect)
+    source, block = (
+        make_our_block(case, 3, dialect=dialect),
+        make_our_block(case, 4, dialect=dialect),
+    )
     kept = contents(block)
     other = "w_perm_inv" if given == "w_perm" else "w_perm"
     found = block.load_state_dict({given: source.state_dict()[given]}, strict=False, assign=assign)
@@ -370,7 +376,7 @@ def test_one_of_the_pair_brings_the_other(
 
 @kinds
 def test_a_state_without_the_permutation_leaves_it(case: Case) -> None:
-    block = ours(case)
+    block = make_our_block(case)
     kept = contents(block)
     state = {key: value for key, value in other_state(block).items() if not key.startswith("w_")}
     block.load_state_dict(state, strict=False)

@@ -1,5 +1,6 @@
-"""What the tests with the real models share. Their environment is made by ci/ecosystem.sh; plain
-`make test` does not collect them.
+"""Set-up of the tests with the real models.
+
+``ci/ecosystem.sh`` makes their environment; plain ``make test`` does not collect them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ peers.prepare_torchvision()
 
 @pytest.fixture(autouse=True, scope="session")
 def _random_weights() -> Iterator[None]:
-    """No backbone asks for trained weights, which would be downloaded; some of anomalib's models
-    have no switch for that.
+    """Build all backbones with random weights, so that none is downloaded.
+
+    Some of anomalib's models have no option for that.
     """
     import timm
 

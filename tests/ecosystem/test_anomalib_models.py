@@ -1,6 +1,4 @@
-"""anomalib's models as they are released, with random weights: one call accelerates them, and
-nothing else changes.
-"""
+"""Accelerate anomalib's released models, with random weights, and compare them with stock."""
 
 from __future__ import annotations
 
@@ -35,11 +33,11 @@ class Model(NamedTuple):
     """One of anomalib's models.
 
     Attributes:
-        build: Makes it.
-        step: What its training step computes: latent variables, log-determinants, the loss.
-        blocks: How many AllInOneBlocks it holds.
-        size: Height and width of the images.
-        batch: How many images.
+        build: Builds the model.
+        step: Computes its training step: latent variables, log-determinants, and the loss.
+        blocks: Number of its AllInOneBlocks.
+        size: Height and width of the images in pixels.
+        batch: Number of images.
     """
 
     build: Callable[[], nn.Module]
@@ -62,8 +60,9 @@ def _with_loss(loss: nn.Module) -> Step:
 
 
 def _cflow_step(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """The sums of Cflow.training_step, on the first fibers of each layer; the released one steps
-    its optimizer in between.
+    """Compute the loss of Cflow.training_step on the first fibers of each layer.
+
+    The released training step also steps its optimizer in between.
     """
     features = model.encoder(images)
     results: dict[str, Tensor] = {}
@@ -131,26 +130,32 @@ MODELS = {
 }
 
 
-def _built(model: Model) -> nn.Module:
-    """With random global affines, which a fresh block has the same for every channel."""
+def _build(model: Model) -> nn.Module:
+    """Build a model with random global affines, because fresh ones are equal in all channels."""
     torch.manual_seed(0)
-    made = model.build()
+    module = model.build()
     with torch.no_grad():
-        for parameter, p in made.named_parameters():
-            if parameter.endswith("global_scale"):
+        for name, p in module.named_parameters():
+            if name.endswith("global_scale"):
                 p.add_(0.2 * torch.randn_like(p))
-            elif parameter.endswith("global_offset"):
+            elif name.endswith("global_offset"):
                 p.add_(0.1 * torch.randn_like(p))
-    return made
+    return module
 
 
 def _train_step(
     model: nn.Module, step: Step, images: Tensor, reversible_count: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """What one training step gives, and the gradients, with the batch-norm statistics that it
-    leaves behind.
+    """Run one training step.
 
-    ``reversible_count``: how many blocks must have a reversible chain's node in the graph.
+    Args:
+        model: The model.
+        step: Its training step.
+        images: The batch.
+        reversible_count: Number of blocks that must have a reversible chain's node in the graph.
+
+    Returns:
+        The results, and the gradients together with the buffers (batch-norm statistics).
     """
     model.train()
     results = step(model, images)
@@ -169,21 +174,22 @@ def _anomaly_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "reversible"),
-    # UFlow holds a GraphINN
+    # UFlow is not among the reversible ones, because it holds a GraphINN.
     [(name, False) for name in MODELS] + [(name, True) for name in ("fastflow-resnet18", "cflow")],
 )
 def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
-    """Every result in float32 by the criterion; gradients in float64, where no rounding switches a
-    ReLU's gate (in float32 one does).
+    """Every result in float32 and float64 meets the criterion, and gradients do in float64.
+
+    In float32 a rounding switches a ReLU's gate, so gradients are not compared there.
     """
     model = MODELS[name]
-    stock = _built(model)
+    stock = _build(model)
     images = torch.rand(model.batch, 3, model.size, model.size)
     ours = copy.deepcopy(stock)
-    found = report(accelerate(ours, reversible=reversible))
-    assert (len(found.changed), len(found.left)) == (model.blocks, 0), str(found)
+    outcome = report(accelerate(ours, reversible=reversible))
+    assert (len(outcome.changed), len(outcome.left)) == (model.blocks, 0), str(outcome)
     chains = [module for module in stock.modules() if isinstance(module, SequenceINN)]
-    assert [chain.changed for chain in found.chains] == [reversible] * len(chains), str(found)
+    assert [chain.changed for chain in outcome.chains] == [reversible] * len(chains), str(outcome)
 
     exact, exact_ours = copy.deepcopy(stock).double(), copy.deepcopy(ours).double()
     truth = _anomaly_maps(exact, images.double())
@@ -191,7 +197,7 @@ def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
     for key, actual in _anomaly_maps(ours, images).items():
         assert_close(actual, truth[key].double(), baseline[key], f"float32 {key}")
 
-    moved = _moved(copy.deepcopy(exact))
+    moved = _move(copy.deepcopy(exact))
     truth, true_gradients = _train_step(exact, model.step, images.double())
     _, moved_gradients = _train_step(moved, model.step, images.double())
     baseline, rough_gradients = _train_step(stock, model.step, images)
@@ -200,7 +206,7 @@ def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
         assert_close(actual, truth[key].double(), baseline[key], f"float32 {key}")
     results, gradients = _train_step(exact_ours, model.step, images.double(), reversible_count)
     for key, actual in results.items():
-        if actual.dtype is torch.float64:  # anomalib adds FastFlow's loss up in float32
+        if actual.dtype is torch.float64:  # anomalib sums FastFlow's loss in float32
             assert_close(actual, truth[key], baseline[key], f"float64 {key}")
     assert gradients.keys() == true_gradients.keys()
     assert sum(g is not None for g in gradients.values()) >= 6 * model.blocks
@@ -213,13 +219,14 @@ def test_accelerated_model_gives_the_same(name: str, reversible: bool) -> None:
                 true,
                 rough_gradients[key],
                 key,
-                magnitude=_known_to(true, moved_gradients[key]),
+                magnitude=_magnitude(true, moved_gradients[key]),
             )
 
 
-def _moved(model: nn.Module) -> nn.Module:
-    """With every floating-point parameter at the next number up or down: what an implementation
-    cannot be told from.
+def _move(model: nn.Module) -> nn.Module:
+    """Move every floating-point parameter to the next number up or down, at random.
+
+    The results change by as much as those of a correct implementation may.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -230,12 +237,11 @@ def _moved(model: nn.Module) -> nn.Module:
     return model
 
 
-def _known_to(true: Tensor | None, moved: Tensor | None) -> float | None:
-    """The magnitude whose roundings make up the criterion's floor: of the value, and of what one in
-    each weight makes of it.
+def _magnitude(true: Tensor | None, moved: Tensor | None) -> float | None:
+    """Return the magnitude for the criterion's floor.
 
-    A weight's gradient is a sum over batch and pixels whose terms cancel; one float32 run says too
-    little about how much.
+    It covers a rounding of the value itself, and of each weight. A weight's gradient is a sum over
+    batch and pixels whose terms cancel, and one float32 run says too little about how much.
     """
     if true is None or moved is None:
         return None
@@ -245,7 +251,7 @@ def _known_to(true: Tensor | None, moved: Tensor | None) -> float | None:
 @pytest.mark.parametrize("name", ["fastflow-resnet18", "cflow", "uflow-soft", "patchflow"])
 def test_checkpoints_load_either_way_and_restore_gives_the_stock_model_back(name: str) -> None:
     model = MODELS[name]
-    stock = _built(model)
+    stock = _build(model)
     torch.manual_seed(1)
     ours = model.build()
     accelerate(ours)
@@ -258,7 +264,7 @@ def test_checkpoints_load_either_way_and_restore_gives_the_stock_model_back(name
     for key, value in _anomaly_maps(again, images).items():
         assert torch.equal(value, expected[key])
     for key, value in _anomaly_maps(ours, images).items():
-        # of other weights it differs in the first digit
+        # With different weights the values differ in the first digit.
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
     assert len(report(restore(ours)).left) == model.blocks
     for key, value in _anomaly_maps(ours, images).items():

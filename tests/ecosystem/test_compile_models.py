@@ -1,4 +1,4 @@
-"""torch.compile over whole models: one graph, no breaks, and none for another batch."""
+"""Compile whole models with torch.compile: one graph for all batches, without breaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _assert_one_graph(stock: nn.Module, calls: list[list[object]]) -> None:
-    """That the accelerated model, compiled once, gives what the stock one does, whatever comes."""
+    """Assert that the accelerated model compiles once and gives the stock results for all calls."""
     ours = copy.deepcopy(stock)
     assert report(accelerate(ours)).changed
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -64,8 +64,10 @@ def test_flow_in_one_graph_for_every_image_size() -> None:
 
 @pytest.mark.parametrize("kind", ["fastflow", "cflow"])
 def test_flow_compiled_by_inductor_trains_with_every_batch(kind: str) -> None:
-    """On a CPU, torch ties what it makes of a convolution to the image size and to more or less
-    than 16 samples, the stock model's too.
+    """Every batch runs in one graph.
+
+    On a CPU, torch specializes a convolution on the image size, and on batches below or above 16
+    samples. It does so for the stock model too, so the test does not vary them.
     """
     if kind == "fastflow":
         stock, shape = (

@@ -1,5 +1,6 @@
-"""Accelerated models leave PyTorch as the stock ones do, smaller: torch.export, ONNX, OpenVINO,
-TorchScript, anomalib's own export.
+"""Export accelerated models: torch.export, ONNX, OpenVINO, TorchScript, anomalib's own export.
+
+They export like the stock models, and their files are smaller.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 
 BATCH, HEIGHT, WIDTH = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-MODELS = {  # and how many blocks each holds
+MODELS = {  # builders, and the number of blocks of each model
     "fastflow": (lambda: FastflowModel((64, 64), "resnet18", pre_trained=False, flow_steps=2), 6),
     "cflow": (lambda: CflowModel("resnet18", ("layer2",), pre_trained=False, coupling_blocks=2), 2),
     "uflow": (lambda: UflowModel((64, 64), backbone="resnet18", flow_steps=2), 6),
@@ -42,7 +43,7 @@ MODELS = {  # and how many blocks each holds
 
 
 def _pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The stock model and an accelerated copy, with random global affines."""
+    """Randomize a model's global affines, and return it and an accelerated copy."""
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("global_scale", "global_offset")):
@@ -75,8 +76,9 @@ def _to_onnx(
 
 
 def _assert_close(actual: Tensor | np.ndarray, expected: Tensor) -> None:
-    """Another run-time sums in another order: some hundred roundings of float32 of the largest
-    value.
+    """Assert that values agree to some hundred float32 roundings of the largest value.
+
+    Each runtime sums in its own order.
     """
     actual = torch.as_tensor(actual)
     assert actual.shape == expected.shape
@@ -84,8 +86,9 @@ def _assert_close(actual: Tensor | np.ndarray, expected: Tensor) -> None:
 
 
 def _namespaces(program: torch.export.ExportedProgram) -> set[str]:
-    """Of all its operators, of higher order and in nested graphs as well; what remains are Python's
-    own functions, on sizes.
+    """Return the namespaces of a program's operators, with those of higher order and nested graphs.
+
+    The program may also call Python's own functions on sizes.
     """
     graphs = [
         module.graph
@@ -120,7 +123,7 @@ def test_exported_program_holds_gathers_and_no_operator_of_ours() -> None:
         for program in programs
     ]
     assert names[1]["aten.index_select.default"] == 3
-    products = [sum(count for name, count in found.items() if "conv" in name) for found in names]
+    products = [sum(n for name, n in counts.items() if "conv" in name) for counts in names]
     assert products[1] == products[0] - 3
     for shape in ((2, 16, 12, 10), (5, 16, 9, 11)):
         x = torch.randn(shape)
@@ -171,7 +174,7 @@ def test_onnx_of_a_flow_takes_every_image_size_and_openvino_too(tmp_path: Path) 
 
 
 def test_the_file_holds_the_index_and_not_the_matrix(tmp_path: Path) -> None:
-    """Beside the subnets' weights, which are the same, next to nothing is left."""
+    """Apart from the subnets' weights, which are the same, almost nothing is left."""
     sizes = []
     for k, model in enumerate(
         _pair(
@@ -189,12 +192,10 @@ def test_the_file_holds_the_index_and_not_the_matrix(tmp_path: Path) -> None:
 
 
 def test_onnx_of_fastflows_flow_part_is_smaller() -> None:
-    """Not at 60% of stock's size, which was once the aim: the subnets' weights, which are the same,
-    are 79% of it alone.
-    """
-    found = file_sizes("wide_resnet50_2")
-    assert found["ours_mb"] <= 0.80 * found["stock_mb"], found
-    assert found["ours_without_subnets_mb"] <= 0.05 * found["stock_without_subnets_mb"], found
+    """The subnets' weights, which are the same, are 79% of the stock file."""
+    sizes = file_sizes("wide_resnet50_2")
+    assert sizes["ours_mb"] <= 0.80 * sizes["stock_mb"], sizes
+    assert sizes["ours_without_subnets_mb"] <= 0.05 * sizes["stock_without_subnets_mb"], sizes
 
 
 def test_torchscript_trace() -> None:
@@ -205,15 +206,15 @@ def test_torchscript_trace() -> None:
         assert str(traced.inlined_graph).count("aten::index_select") == 3
         for actual, expected in zip(traced(x), stock(x), strict=True):
             _assert_close(actual, expected)
-        x = torch.randn(3, 16, 9, 11)  # no size is a constant in it
+        x = torch.randn(3, 16, 9, 11)  # no size is a constant in the trace
         for actual, expected in zip(traced(x), stock(x), strict=True):
             _assert_close(actual, expected)
 
 
 def test_anomalibs_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Engine.export does it: pre- and post-processing are part of the file."""
-    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer leaves its cache where it runs
-    # anomalib asks for it before it unpickles a whole model, stock or not
+    """Export as Engine.export does, with pre- and post-processing in the file."""
+    monkeypatch.chdir(tmp_path)  # OpenVINOInferencer writes its cache to the working directory
+    # anomalib requires this variable to unpickle a whole model, stock or accelerated.
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     model = Fastflow(
         "resnet18",
@@ -231,7 +232,7 @@ def test_anomalibs_own_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     predicted = TorchInferencer(path=path, device="cpu").predict(image)
     _assert_close(predicted.anomaly_map[None], expected.anomaly_map)
 
-    path = ours.to_openvino(tmp_path, input_size=(80, 72))  # by way of ONNX
+    path = ours.to_openvino(tmp_path, input_size=(80, 72))  # goes through ONNX
     inferencer = OpenVINOInferencer(
         path=path, device="CPU", config={"INFERENCE_PRECISION_HINT": "f32"}
     )

@@ -1,5 +1,6 @@
-"""anomalib's Engine on a folder of real images: training, checkpoints, resuming and prediction,
-stock and with the callback.
+"""Run anomalib's Engine on a folder of real images, stock and with the callback.
+
+The tests cover training, checkpoints, resuming and prediction.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.support import textures
 
 pytestmark = [
     pytest.mark.usefixtures("fused"),
-    # that there are few workers, no logger, small batches
+    # Warnings about few workers, no logger, and small batches.
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -63,8 +64,10 @@ models = pytest.mark.parametrize("build", [_fastflow, _cflow], ids=["fastflow", 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as anomalib takes it: crops of a photograph to train on, others with painted defects
-    and their masks to test on.
+    """Write a folder in anomalib's layout.
+
+    It holds crops of a photograph for training, and crops with painted defects and their masks for
+    testing.
     """
     root, rng = tmp_path_factory.mktemp("brick"), np.random.default_rng(0)
     photographs = {name: textures.load_photograph(name) for name in textures.TEXTURES}
@@ -86,7 +89,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run(NamedTuple):
-    """What is left of a training run."""
+    """The results of a training run."""
 
     model: AnomalibModule
     metrics: dict[str, float]
@@ -138,11 +141,11 @@ def _run(
 
 
 def _assert_same(ours: Run, stock: Run, start: AnomalibModule) -> None:
-    """Both trained to the same: what rounding does to the weights is small beside what training
-    did.
+    """Assert that both runs trained to the same model.
 
-    Not by the criterion of tests/support/compare.py: Adam's first step is the sign of a gradient,
-    also where that is rounding only.
+    The weights may differ by 1% of the change that training made. The criterion of
+    tests/support/compare.py does not apply: Adam's first step is the sign of a gradient, even of
+    one that is only rounding.
     """
     assert (
         ours.metrics.keys() == stock.metrics.keys() >= {"train_loss", "image_AUROC", "pixel_AUROC"}
@@ -172,16 +175,16 @@ def test_training_resuming_and_prediction_agree(
     start = build()
     _assert_same(ours, stock, start)
     runs = {
-        (wrote, goes_on): _run(
+        (writer, reader): _run(
             build,
             images,
-            tmp_path / f"{wrote}-{goes_on}",
-            goes_on == "ours",
+            tmp_path / f"{writer}-{reader}",
+            reader == "ours",
             EPOCHS + 1,
             run.checkpoint,
         )
-        for wrote, run in (("stock", stock), ("ours", ours))
-        for goes_on in ("stock", "ours")
+        for writer, run in (("stock", stock), ("ours", ours))
+        for reader in ("stock", "ours")
     }
     reference = runs.pop(("stock", "stock"))
     for run in runs.values():
@@ -191,9 +194,7 @@ def test_training_resuming_and_prediction_agree(
 def test_every_block_runs_fused_under_the_engine(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Batches arrive as torchvision's tensor subclass, which plain operations would have to
-    take.
-    """
+    """Batches arrive as torchvision's tensor subclass, which must not lead to plain operations."""
     calls = dict.fromkeys(["blocks", "forward", "backward"], 0)
 
     def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
@@ -208,11 +209,11 @@ def test_every_block_runs_fused_under_the_engine(
     monkeypatch.setattr(AllInOneBlock, "__call__", counted("blocks", AllInOneBlock.__call__))
     with caplog.at_level(logging.INFO):
         run = _run(_fastflow, images, tmp_path, accelerated=True)
-    # accelerate compares each block with both dialects, and two clamps
+    # accelerate compares each block with both dialects and two clamps.
     assert calls["forward"] == calls["blocks"] + 4 * 12
     assert calls["backward"] == 12 * EPOCHS * 2  # blocks, epochs, batches
     messages = [record.message for record in caplog.records if "fastflow_kernels" in record.message]
-    # once: prediction finds it done
+    # The message appears once, because the blocks are already accelerated at prediction.
     assert messages == ["fastflow_kernels: 12 of 12 blocks run fused"]
     assert run.checkpoint.exists()
 
@@ -244,7 +245,7 @@ def test_callback_says_what_it_left(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_callback_can_be_named_in_a_configuration(images: Path, tmp_path: Path) -> None:
-    """As anomalib's command line takes it: ``anomalib train --config ...``."""
+    """The configuration is one of anomalib's command line: ``anomalib train --config ...``."""
     path = tmp_path / "config.yaml"
     path.write_text(f"""
 model:

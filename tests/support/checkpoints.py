@@ -38,7 +38,7 @@ kinds = pytest.mark.parametrize(
 )
 
 
-def ours(
+def make_our_block(
     case: Case, seed: int = 0, dtype: torch.dtype = torch.float64, dialect: str = "anomalib"
 ) -> AllInOneBlock:
     return make_block(AllInOneBlock, case, dtype, seed, dialect=dialect)

@@ -63,8 +63,8 @@ def anomalib_block() -> type:
 def prepare_torchvision() -> torch.library.Library | None:
     """Make a CUDA build of torchvision importable with a CPU build of torch.
 
-    PyPI has CUDA builds for Linux. Call this before the import. The extension of torchvision does not load there, and without it two
-    operators are missing. No model that is compared calls them.
+    PyPI has CUDA builds for Linux. Call this before the import. Torchvision's extension does not
+    load with a CPU build of torch, so two operators are missing, which no model under test calls.
     """
     spec = importlib.util.find_spec("torchvision")
     assert spec is not None
