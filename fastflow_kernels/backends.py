@@ -1,4 +1,4 @@
-"""The names of the backends, and which one is asked for."""
+"""The names of the backends, and the one that is requested."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from fastflow_kernels import torch_private
 BACKENDS = ("auto", "eager", "triton")
 ENVIRONMENT_VARIABLE = "FASTFLOW_KERNELS_BACKEND"
 
-_variable: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_encoded_name: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def validated(backend: str, where: str = "backend") -> str:
     """Return ``backend`` if it is "auto", "eager" or "triton".
 
+    Args:
+        backend: The name to check.
+        where: What the message calls it.
+
     Raises:
-        TypeError, ValueError: It is not. ``where`` names it in the message.
+        TypeError, ValueError: It is not one of them.
     """
     if not isinstance(backend, str):
         raise TypeError(
@@ -29,20 +33,20 @@ def validated(backend: str, where: str = "backend") -> str:
 
 
 def default_backend() -> str:
-    """What "auto" stands for: the value of FASTFLOW_KERNELS_BACKEND, or "auto".
+    """Return what "auto" stands for: the value of FASTFLOW_KERNELS_BACKEND, or "auto".
 
     Raises:
         ValueError: The value is not the name of a backend.
     """
-    if torch_private.is_certainly_unset(_variable):
+    if torch_private.is_certainly_unset(_encoded_name):
         return "auto"
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     return validated(value, ENVIRONMENT_VARIABLE) if value else "auto"
 
 
 def requested(backend: str) -> str:
-    """The backend that is meant: for "auto" what the environment says."""
+    """Return the requested backend, which for "auto" is the one of the environment variable."""
     if backend != "auto":
         return validated(backend)
-    # asked in every call, and therefore here too
-    return "auto" if torch_private.is_certainly_unset(_variable) else default_backend()
+    # the same check as in default_backend, without its call, because every block call comes here
+    return "auto" if torch_private.is_certainly_unset(_encoded_name) else default_backend()

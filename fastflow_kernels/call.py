@@ -1,4 +1,4 @@
-"""One call of a block: what it is given, checked before any work, and what its subnet returns."""
+"""One call of a block: its inputs, checked before any work, and the output of its subnet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BlockCall(NamedTuple):
     """A checked call of a block.
 
     Attributes:
-        x: (B, C, *S), floating point; the output of the forward direction if ``rev``.
+        x: (B, C, *S), floating point. With ``rev`` it is an output of the forward direction.
         conditions: Tensors (B, C_k, *S).
         subnet: Maps cat(x1, *conditions), (B, C - C//2 + sum C_k, *S), to the coefficients
             (B, 2 * (C//2), *S).
@@ -52,12 +52,12 @@ def single_input(
         x: A list or tuple with one tensor (B, C, *S).
         channels: C.
         rank: Number of spatial dimensions, 0 to 3.
-        shape: (C, *S) if it is fixed, else None.
+        shape: (C, *S) if the size is fixed, otherwise None.
 
     Raises:
-        InputTypeError: Not a list or tuple of tensors, or of a dtype that is neither floating,
-            integer nor boolean.
-        InputValueError: Not exactly one tensor, or one of another shape.
+        InputTypeError: It is not a list or tuple of tensors, or its dtype is not one of float32,
+            float64, bfloat16, float16, the integers and bool.
+        InputValueError: It is not exactly one tensor, or the tensor has another shape.
     """
     if not isinstance(x, (list, tuple)):
         if isinstance(x, Tensor):
@@ -94,15 +94,16 @@ def check_conditions(
     """Check a block's conditions before any work and return them.
 
     Args:
-        c: A list of tensors (B, C_k, *S), or None; of any dtype, because they are joined to x,
-            and promoted (labels, masks). As in the stock blocks, they may be split in another way
-            than declared, and where none is declared they are ignored.
-        dims_c: The declared shapes, of which the first number counts: C_k.
+        c: A list of tensors (B, C_k, *S), or None. Any dtype is allowed, because concatenation with
+            x promotes it (labels, masks). As in the stock blocks, their channels may be split
+            differently than declared, and they are ignored if none are declared.
+        dims_c: The declared shapes. Only their first number, C_k, counts.
         x: The block's input, (B, C, *S).
 
     Raises:
-        InputTypeError: Not a list or tuple of tensors.
-        InputValueError: Another number of conditions than declared, or one of another shape.
+        InputTypeError: It is not a list or tuple of tensors.
+        InputValueError: There are more or fewer conditions than declared, or one has another shape
+            or device.
     """
     if not dims_c:
         return ()
@@ -112,7 +113,7 @@ def check_conditions(
             f"expected the conditions as a list of tensors, got {type(c).__name__}"
         )
     if len(c) != len(dims_c):
-        dims_c = _split_otherwise(c, dims_c)
+        dims_c = _resolve_split(c, dims_c)
     batch, _, *spatial = x.shape
     for k, condition in enumerate(c):
         _check_dense(condition, "condition", k)
@@ -120,9 +121,9 @@ def check_conditions(
         if condition.shape != expected:
             if (
                 condition.shape[1:2] != expected[1:2]
-                and (split := _split_otherwise(c, dims_c)) is not dims_c
+                and (actual := _resolve_split(c, dims_c)) is not dims_c
             ):
-                return check_conditions(c, split, x)
+                return check_conditions(c, actual, x)
             raise InputValueError(
                 f"expected condition {k} of shape {expected}, got {tuple(condition.shape)}"
             )
@@ -133,12 +134,13 @@ def check_conditions(
     return c
 
 
-def _split_otherwise(
-    c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]
-) -> Sequence[Sequence[int]]:
-    """The shapes of conditions that are split in another way than declared.
+def _resolve_split(c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """Return the actual shapes if the conditions have as many channels in all as declared.
 
-    Together they must have as many channels.
+    Otherwise return the declared shapes, so that the caller names the condition that differs.
+
+    Raises:
+        InputValueError: The number of conditions differs, and the number of channels too.
     """
     shapes = [tuple(t.shape[1:]) for t in c if isinstance(t, Tensor) and t.dim() > 1]
     channels = sum(shape[0] for shape in shapes)
@@ -150,7 +152,7 @@ def _split_otherwise(
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# which promote as soon as they are computed with
+# these promote in the first operation with a float
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
@@ -174,7 +176,7 @@ def _check_dense(t: Any, what: str, k: int | None = None) -> None:
 
 
 def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
-    """Run the subnet on the passive half and the conditions, and check what comes back.
+    """Run the subnet on the passive half and the conditions, and check its output.
 
     Args:
         call: The block's call.
@@ -184,21 +186,21 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
         (B, 2*C2, *S).
 
     Raises:
-        InputTypeError, InputValueError: The subnet returns another shape, or no floating-point
-            tensor.
+        InputTypeError, InputValueError: The subnet's output has another shape or device, or is not
+            a floating-point tensor.
         RuntimeError: The subnet writes to its input. In inference mode only writes to a copy of x
-            count: those to x itself have the effect that they have in the stock block.
+            are noticed. Writes to x itself act there as in the stock block.
     """
     subnet, conditions, x = call.subnet, call.conditions, call.x
-    version = None
+    version_before = None
     if conditions:
         a = subnet(torch.cat((x1, *conditions), 1))
     else:
-        version = None if torch.compiler.is_compiling() else version_of(x1)
+        version_before = None if torch.compiler.is_compiling() else version_of(x1)
         a = subnet(x1)
     _check_floating(a, "the subnet's output")
     size = x.shape
-    if a.shape != size or size[1] % 2:  # an odd channel stays alone
+    if a.shape != size or size[1] % 2:  # the output has C channels, or C - 1 if C is odd
         expected = (size[0], size[1] // 2 * 2, *size[2:])
         if a.shape != expected:
             raise InputValueError(
@@ -208,7 +210,7 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
         raise InputValueError(
             f"expected the subnet's output on {x.device}, where the input is; got {a.device}"
         )
-    if version is not None and version_of(x1) != version:
+    if version_before is not None and version_of(x1) != version_before:
         raise RuntimeError(
             "the subnet changed its input in place; use out-of-place operations at its start (such "
             "as ReLU(inplace=False))"
@@ -217,7 +219,7 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
 
 
 def starts_in_place(subnet: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the first layer of a module writes to its input."""
+    """Return whether the first layer of a module writes to its input."""
     while isinstance(subnet, torch.nn.Module) and subnet._modules:
         subnet = next(iter(subnet._modules.values()))
     return bool(getattr(subnet, "inplace", False))

@@ -1,4 +1,4 @@
-"""The values that travel from a block to an engine: what one coupling computes, and with what."""
+"""The values that a block and an engine exchange: constants, operands and gradients."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class CouplingSpec(NamedTuple):
             gin: See the class.
         """
         if type(clamp) is not float and isinstance(clamp, Real):
-            clamp = float(clamp)  # a number of NumPy's would keep its precision in the quotient
+            clamp = float(clamp)  # a NumPy scalar would keep its precision in 0.1 / clamp
         return cls(clamp, 0.1 if dialect == "anomalib" else 0.1 / clamp, activation, bool(gin))
 
 
 class Coupling(NamedTuple):
-    """What an engine is given beside x (B, C, *S) and the coefficients a (B, 2*C2, *S).
+    """The operands of an engine beside x (B, C, *S) and the coefficients a (B, 2*C2, *S).
 
     Attributes:
         global_scale: C elements, before the activation.
@@ -58,11 +58,11 @@ class Coupling(NamedTuple):
         spec: The constants.
         perm: int64 (C,): y[:, j] = v[:, perm[j]]; None for the identity.
         inv: argsort(perm), or None.
-        unpermutes_input: The permutation is inverted ahead of the coupling: the engine then reads x
-            through ``inv`` too, and writes its gradient, or the inverse, so. Triton only.
-        rows_per_sample: Rows of x that belong to one sample: the pixels of a channels-last image
-            that the engine is given as rows. GIN's mean and the gradient of the log-determinant
-            are per sample.
+        unpermutes_input: Whether the engine inverts the permutation ahead of the coupling. It then
+            reads x through ``inv``, and writes the gradient of x, or the inverse, in the same way.
+            Triton only.
+        rows_per_sample: Number of rows of x per sample, where the pixels of a channels-last image
+            are passed as rows. GIN's mean and the gradient of the log-determinant are per sample.
     """
 
     global_scale: Tensor
@@ -79,7 +79,7 @@ class OutputGrads(NamedTuple):
 
     Attributes:
         y: (B, C, *S).
-        log_det: (samples,), or None.
+        log_det: (samples,), or None for zero.
     """
 
     y: Tensor

@@ -1,19 +1,15 @@
-"""The errors that a call raises for its input.
+"""The errors that a call raises for bad input.
 
-The stock blocks fail with a RuntimeError from the operation that did not fit, and their callers
-catch that; ours are found before any work and are also what Python calls them.
+In a stock block the operation that does not fit raises a RuntimeError, which callers catch. Ours
+are raised before any work. Each is a RuntimeError and also a ValueError or TypeError.
 """
 
 from __future__ import annotations
 
 
 class InputValueError(ValueError, RuntimeError):
-    """A tensor of another shape, on another device, or another number of tensors than the block
-    takes.
-    """
+    """Error for a tensor of a wrong shape or device, or a wrong number of tensors."""
 
 
 class InputTypeError(TypeError, RuntimeError):
-    """Something that is no tensor, or a tensor of a dtype or layout that the block does not
-    take.
-    """
+    """Error for an object that is not a tensor, or a tensor of an unsupported dtype or layout."""

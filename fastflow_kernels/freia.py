@@ -1,7 +1,7 @@
-"""FrEIA's base class, and how classes of ours count as FrEIA's once that is imported.
+"""FrEIA's base class, and how classes of ours become subclasses of it once FrEIA is imported.
 
-FrEIA's containers ask ``isinstance(module, InvertibleModule)`` for their own class. Importing FrEIA
-to derive from it would cost every user that import, and SciPy with it.
+FrEIA's containers check ``isinstance(module, InvertibleModule)`` with their own class. If ours
+derived from it directly, every user would have to import FrEIA, and SciPy with it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 
 def adopt(cls: type, module: str, name: str) -> None:
-    """Make a class of another module a base of ``cls``: now if that module is imported, else right
-    after it has been.
+    """Make a class of another module a base of ``cls``, now or right after that module's import.
 
-    Instances that exist by then are instances of it, too. Where the other class changes, because
-    its module is imported anew, the new one takes the place of the old one at the next call.
+    Existing instances of ``cls`` become instances of it, too. If its module is imported anew, the
+    next call puts the new class in the place of the old one.
 
     Args:
-        cls: The class of ours; it defines all that the other one does.
-        module: The other module's name.
-        name: Of its class.
+        cls: A class of ours. It defines everything that the other class does.
+        module: Name of the other module.
+        name: Name of the class in that module.
     """
     _wanted[module] = (cls, name)
     if module in sys.modules:
@@ -46,45 +45,46 @@ def _adopt(module: ModuleType) -> None:
     if not isinstance(foreign, type) or foreign is before or issubclass(cls, foreign):
         return
     bases = tuple(base for base in cls.__bases__ if base is not before)
-    # in place of a base that the foreign class derives from, otherwise after ours
+    # The foreign class replaces a base that it derives from itself. Otherwise it comes last.
     remaining = tuple(base for base in bases if not issubclass(foreign, base))
     try:
         cls.__bases__ = (*remaining, foreign)
     except TypeError:
-        # a class of the same name that has nothing to do with modules, or does not fit ours
+        # the class has only the name in common with FrEIA's, or its layout does not fit
         return
     _adopted[cls] = foreign
 
 
 class _Finder(MetaPathFinder):
-    """Stands first among the finders until the modules that are waited for have come: finds nothing
-    itself, but looks at what they find.
+    """An import finder that lets the others find the expected modules, and wraps their loaders.
+
+    It stands first in ``sys.meta_path`` until all of them are imported.
     """
 
     def __init__(self) -> None:
-        self._asking = threading.local()
+        self._search = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _wanted or getattr(self._asking, "now", False):
+        if fullname not in _wanted or getattr(self._search, "is_running", False):
             return None
-        self._asking.now = True
+        self._search.is_running = True
         try:
-            spec = _found(fullname, path, target, self)
+            spec = _find_without(self, fullname, path, target)
         finally:
-            self._asking.now = False
+            self._search.is_running = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
             spec.loader = _Loader(spec.loader)
         return spec
 
 
-def _found(
-    fullname: str, path: Sequence[str] | None, target: ModuleType | None, without: _Finder
+def _find_without(
+    skipped: _Finder, fullname: str, path: Sequence[str] | None, target: ModuleType | None
 ) -> ModuleSpec | None:
-    """What the other finders say."""
+    """Return what the finders other than ``skipped`` find, or None."""
     for finder in list(sys.meta_path):
-        find_spec = None if finder is without else getattr(finder, "find_spec", None)
+        find_spec = None if finder is skipped else getattr(finder, "find_spec", None)
         spec = None if find_spec is None else find_spec(fullname, path, target)
         if spec is not None:
             return spec
@@ -92,8 +92,9 @@ def _found(
 
 
 class _Loader(Loader):
-    """Another loader, after which a class is adopted. Only while it loads: the module keeps the
-    other one.
+    """A loader that runs another one and then adopts the loaded class.
+
+    It serves during the import only: the module keeps the other loader.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -123,13 +124,13 @@ class InvertibleModule(nn.Module):
     """Base class of invertible modules, with FrEIA's interface.
 
     ``module([x], c, rev=False, jac=True)`` returns ``((z,), logdet)`` with ``logdet = log |det
-    dz/dx|`` (B,) in nats per sample, and ``module([z], c, rev=True)`` returns ``((x,), -logdet)``.
-    Where FrEIA is imported, before or after, instances pass ``isinstance(module,
+    dz/dx|`` (B,) in nats per sample. The inverse ``module([z], c, rev=True)`` returns ``((x,),
+    -logdet)``. If FrEIA is imported, before or after, instances pass ``isinstance(module,
     FrEIA.modules.InvertibleModule)``.
 
     Args:
         dims_in: One shape per input, without the batch dimension: ``[(C, *S)]``.
-        dims_c: One shape per condition.
+        dims_c: One shape per condition, without the batch dimension.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> InvertibleModule:
@@ -139,7 +140,7 @@ class InvertibleModule(nn.Module):
     def __init__(
         self, dims_in: Iterable[Sequence[int]], dims_c: Iterable[Sequence[int]] | None = None
     ) -> None:
-        nn.Module.__init__(self)  # by name: FrEIA's base, where adopted, would ask for dims_in
+        nn.Module.__init__(self)  # not super(): once adopted, FrEIA's base would expect dims_in
         self.dims_in = list(dims_in)
         self.dims_c = list(dims_c) if dims_c is not None else []
 
@@ -150,21 +151,24 @@ class InvertibleModule(nn.Module):
         rev: bool = False,
         jac: bool = True,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Compute the outputs and the log-determinant; to be implemented by subclasses.
+        """Compute the outputs and the log-determinant. Subclasses implement this.
 
         Args:
-            x_or_z: Inputs, one tensor (B, *dims_in[k]) each.
-            c: Conditions, one tensor (B, *dims_c[k]) each.
+            x_or_z: Inputs of shapes (B, *dims_in[k]).
+            c: Conditions of shapes (B, *dims_c[k]).
             rev: Compute the inverse.
             jac: Whether the log-determinant is wanted.
 
+        Returns:
+            The outputs and the log-determinant (B,) in nats per sample.
+
         Raises:
-            NotImplementedError: Always, here.
+            NotImplementedError: Always, in this class.
         """
         raise NotImplementedError(f"{type(self).__name__} does not provide forward(...)")
 
     def log_jacobian(self, *args: Any, **kwargs: Any) -> None:
-        """Deprecated; ``forward`` returns the log-determinant.
+        """Raise an error, because ``forward`` returns the log-determinant.
 
         Raises:
             DeprecationWarning: Always.
@@ -174,18 +178,19 @@ class InvertibleModule(nn.Module):
         )
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The outputs' shapes for inputs of shapes ``input_dims``; to be implemented by subclasses.
+        """Return the shapes of the outputs. Subclasses implement this.
+
+        Args:
+            input_dims: The shapes of the inputs, without the batch dimension.
 
         Raises:
-            NotImplementedError: Always, here.
+            NotImplementedError: Always, in this class.
         """
         raise NotImplementedError(f"{type(self).__name__} does not provide output_dims(...)")
 
 
 def _adopt_freia() -> None:
-    """Make FrEIA's base class a base of ours once FrEIA is imported, so that its containers
-    recognise our modules.
-    """
+    """Make FrEIA's base class a base of ours, so that FrEIA's containers accept our modules."""
     adopt(InvertibleModule, "FrEIA.modules.base", "InvertibleModule")
 
 

@@ -1,4 +1,4 @@
-"""Memory layouts: which one a tensor has, and how it gets another."""
+"""Memory layouts: the one that a tensor has, and the ways to another."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last where each sample of x is, otherwise contiguous."""
+    """Return channels-last if each sample of x is channels-last, otherwise contiguous."""
     if x.dim() > 3 and not x.is_contiguous():
         layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         if x.is_contiguous(memory_format=layout):
             return layout
-        sample = x[:1]  # of a batch with gaps
+        sample = x[:1]  # a batch may have gaps between its samples
         if sample.is_contiguous(memory_format=layout) and not sample.is_contiguous():
             return layout
     return torch.contiguous_format
 
 
 def in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:
-    """x in the given layout if that is channels-last; for the contiguous one x as it is."""
+    """Convert x to a channels-last layout; for the contiguous layout return it as it is."""
     if layout is torch.contiguous_format:
         return x
     return x.contiguous(memory_format=layout)
 
 
 def is_packed(t: Tensor) -> bool:
-    """Whether each sample's block is contiguous; the stride between samples is free."""
+    """Return whether each sample is contiguous; any stride between samples is allowed."""
     if t.is_contiguous():
         return True
     size = 1
@@ -38,20 +38,25 @@ def is_packed(t: Tensor) -> bool:
 
 
 def packed(t: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where the values of a sample lie apart."""
+    """Return the tensor if its samples are contiguous, otherwise a contiguous copy."""
     return t if is_packed(t) else t.contiguous()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(B, C, *S) -> (B * P, C), contiguous; a view where x is channels-last."""
-    # one sample of another layout would be a transposed view
+    """Reshape (B, C, *S) to contiguous rows (B * P, C), as a view if x is channels-last."""
+    # contiguous(), because a single sample in another layout would be a transposed view
     return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """(B * P, C) -> (B, C, *S), channels-last, on the same memory.
+    """Reshape rows (B * P, C) to a channels-last tensor (B, C, *S) on the same memory.
 
-    It is not a view to autograd, which forbids to change a Function's views.
+    Autograd does not know it as a view, because it forbids in-place changes to views that a
+    Function returns.
+
+    Args:
+        rows: (B * P, C), contiguous.
+        like: A tensor of the shape (B, *, *S).
     """
     batch, _, *spatial = like.shape
     view = rows.view(batch, *spatial, rows.shape[1]).movedim(-1, 1)

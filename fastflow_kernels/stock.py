@@ -1,4 +1,4 @@
-"""Which classes are a stock AllInOneBlock, or a stock SequenceINN."""
+"""Tells by name and methods whether a class is a stock AllInOneBlock or SequenceINN."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ SEQUENCE = "SequenceINN"
 
 
 class Left(Exception):
-    """A block must be left alone; the message says why."""
+    """Raised for a block that must be left alone. The message says why."""
 
 
 def is_named(cls: type, name: str = BLOCK) -> bool:
-    """Whether a class, or one that it derives from, is called AllInOneBlock: models also carry
-    copies of the block.
+    """Return whether a class, or one of its bases, is called ``name``.
+
+    The name decides, because models also carry copies of the block.
     """
     return any(base.__name__ == name for base in cls.__mro__)
 
 
 def shallow_copy(module: Any, cls: Any) -> Any:
-    """Another module with the same attributes, without what the class does when it is copied."""
+    """Copy a module's attributes into a new object, without running its class's own copy code."""
     copied = object.__new__(cls)
     copied.__dict__.update(vars(module))
     return copied
 
 
 def stock_class(cls: type) -> Any:
-    """The AllInOneBlock that ``cls`` is or derives from.
+    """Return the AllInOneBlock that ``cls`` is or derives from.
 
     Raises:
-        Left: It has not the methods of the block that the fused one is a drop-in for.
+        Left: It lacks methods of the blocks for which the fused one is a drop-in.
     """
     named = [base for base in cls.__mro__ if base.__name__ == BLOCK]
     for base in named:
