@@ -1,34 +1,37 @@
-# Each command does its own set-up: a .venv in this folder with pinned versions.
+# Each command sets itself up: it makes a .venv in this folder with pinned versions.
 #
 #   make test        style, types, tests, kernels without a GPU, comparison with the real peers
 #   make quick       what finds most faults in a minute
 #   make demo        train the README's anomaly detector, stock and with this package
 #   make lint        style and types only
-#   make slow        what `make test` leaves out: more kernels executed, faults planted in them
+#   make slow        what `make test` leaves out: more executed kernels, planted faults
 #   make ecosystem   anomalib, FrEIA, Lightning and exporters as PyPI ships them
 #   make oldest      the oldest supported versions; `make newest`: the newest that pip finds
 #   make triton-3.6  the kernels with Triton 3.6
-#   make package     the wheel, built, checked, and used in an empty environment
+#   make package     build the wheel, check it, use it in an empty environment
 #   make docs        the documentation: docs/build/index.html
-#   make bench       the benchmarks; BENCH_ARGS="--workloads fastflow-wrn50 --record",
-#                    or BENCH_ARGS=main to compare with that commit
+#   make bench       the benchmarks; BENCH_ARGS="--workloads fastflow-wrn50 --record";
+#                    BENCH_ARGS=main compares with that commit
+#   make libraries   our block against other flow libraries; LIBRARIES_ARGS="--record"
 #   make report      tables and plots of what was recorded
 #   make gpu         everything on a machine with a GPU, into OUT=out/gpu
-#   make clean
+#   make clean       remove environments, caches, and what was built
 #
-# PYTHON=... names the interpreter to make .venv with. DEMO_ARGS, SLOW_ARGS, ECOSYSTEM_ARGS,
-# BENCH_ARGS and REPORT_ARGS are handed on; WORKERS=... says how many processes run tests.
+# PYTHON=... names the interpreter that makes .venv. DEMO_ARGS, SLOW_ARGS, ECOSYSTEM_ARGS,
+# BENCH_ARGS, LIBRARIES_ARGS and REPORT_ARGS are passed on. WORKERS=... sets the number of
+# test processes.
 
 PYTHON ?= python3
 DEMO_ARGS ?=
 SLOW_ARGS ?=
 ECOSYSTEM_ARGS ?=
 BENCH_ARGS ?=
+LIBRARIES_ARGS ?=
 REPORT_ARGS ?=
 OUT ?= out/gpu
 VENV := .venv/.stamp
 
-.PHONY: help demo test quick slow ecosystem lint bench report package docs
+.PHONY: help demo test quick slow ecosystem lint bench libraries report package docs
 .PHONY: oldest newest triton-3.6 gpu clean
 .DEFAULT_GOAL := test
 
@@ -56,6 +59,9 @@ lint: $(VENV)
 bench: $(VENV)
 	@.venv/bin/python -m bench compare $(BENCH_ARGS)
 
+libraries: $(VENV)
+	@ci/libraries.sh $(LIBRARIES_ARGS)
+
 report: $(VENV)
 	@.venv/bin/python -m bench report $(REPORT_ARGS)
 
@@ -69,7 +75,7 @@ triton-3.6: $(VENV)
 oldest newest triton-3.6:
 	@PYTHON=$(PYTHON) ci/versions.sh $@
 
-# Not in the .venv: with the torch and the Triton that the GPU machine has.
+# Uses the torch and Triton of the GPU machine, not .venv.
 gpu:
 	@PYTHON=$(PYTHON) ci/gpu.sh $(OUT)
 
