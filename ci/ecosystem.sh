@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests with the real models: anomalib, FrEIA, Lightning, exporters and their run-times
+# Runs the tests with real models of anomalib, FrEIA, Lightning, exporters and their run-times
 # (tests/ecosystem). Their environment, .venv-ecosystem, adds pinned packages to those of .venv.
-# Arguments go to pytest.
+# Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh

@@ -1,36 +1,35 @@
 #!/usr/bin/env bash
-# Proves and measures the kernels on a machine with a GPU, with the torch, Triton and pytest it has.
-# No network.
+# Tests and measures the kernels on a machine with a GPU, with its own torch, Triton and pytest.
+# It needs no network.
 #
-#   ci/gpu.sh OUTDIR                      every part, about 75 minutes at most
-#   ci/gpu.sh OUTDIR first | second       where the GPU's time is limited, see below
-#   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts, within the list's limits or SECONDS
+#   ci/gpu.sh OUTDIR                      every part; about 75 minutes at most
+#   ci/gpu.sh OUTDIR first | second       where the GPU's time is limited; see below
+#   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts, each at most SECONDS or the limit below
 #
 #   info         30 s  versions and devices
-#   warm        120 s  compile on all cores what the benchmarks of blocks launch
+#   warm        120 s  compile the kernels of the block benchmarks on all cores
 #   smallest     60 s  every kernel once
 #   tests       600 s  the tests that use a GPU
 #   check       120 s  python -m fastflow_kernels check: accuracy and speed in one table
-#   goals       400 s  the block benchmarks that decide the goals (bench/goals.py)
+#   goals       400 s  block benchmarks that decide the goals (bench/goals.py)
 #   graphs      300 s  one block compiled, and in CUDA graphs
 #   flow        300 s  whole flows with their subnets
-#   kernels     120 s  what each kernel takes by itself (bench/gpu/kernel_times.py)
+#   kernels     120 s  the time of each kernel by itself (bench/gpu/kernel_times.py)
 #   memcheck    300 s  compute-sanitizer over `smallest`: accesses
 #   racecheck   300 s  compute-sanitizer over `smallest`: races
 #   tune        600 s  the kernels with other values of their constants (bench/gpu/tune.py)
-#   block       900 s  the block benchmarks of every other workload
-#   reversible  300 s  chains against depth
+#   block       900 s  block benchmarks of every other workload
+#   reversible  300 s  reversible chains of several depths
 #
-# first: at most 6.5 minutes. Are the kernels right, as far as 90 seconds of tests can tell, and how
-# fast are they?
-# second: at most 5.5 minutes. Which constants are best, and what does a changed state reach?
+# first takes at most 6.5 minutes. It runs 90 seconds of tests and measures the speed.
+# second takes at most 5.5 minutes. It finds the best constants, and measures what they reach.
 #
 # OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log,
-# bench.log, sanitize.log, and rows.jsonl, which is written as it is measured.
-# `python -m bench record OUTDIR/rows.jsonl` takes the rows over, `make report` draws them.
-# A part that fails or reaches its limit does not stop the others; the exit status is 1 then.
-# Benchmarks begin nothing in the last 15 seconds of their limit, and say what they left out.
-# PYTHON names the interpreter (python3).
+# bench.log, sanitize.log and rows.jsonl. Each row is written when it has been measured.
+# `python -m bench record OUTDIR/rows.jsonl` takes the rows over. `make report` draws them.
+# A part that fails or reaches its limit does not stop the others. The exit status is 1 then.
+# Benchmarks begin nothing in the last 15 seconds of their limit, and print what they left out.
+# PYTHON names the interpreter (default: python3).
 set -uo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; }
@@ -79,13 +78,13 @@ cd "$(dirname "$0")/.." || exit 2
 failed=0
 : >"$out/summary.txt" >"$out/stderr.log"
 
-# step NAME SECONDS LOG COMMAND...: standard output is appended to the log, errors to stderr.log,
-# both go to the screen
+# step NAME SECONDS LOG COMMAND...: append standard output to the log and errors to stderr.log, and
+# show both on the screen.
 step() {
     local name=$1 limit=$2 log=$3 start=$SECONDS rc
     shift 3
     echo "== $name (at most $limit s; $start s of at most $total are gone)"
-    # interrupted at its limit, so that pytest still says what failed until then
+    # Interrupt at the limit: pytest then still prints what has failed.
     timeout -s INT -k 10 "$limit" "$@" 2> >(tee -a "$out/stderr.log" >&2) | tee -a "$log"
     rc=${PIPESTATUS[0]}
     [ "$rc" -eq 0 ] || failed=1
@@ -110,9 +109,9 @@ run() { # run PART SECONDS
     warm) step warm "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.warm ;;
     smallest) step smallest "$limit" "$out/summary.txt" "$PYTHON" -m bench.gpu.smallest ;;
     tests)
-        # the tests that need no GPU run in `make test`
+        # `make test` runs the tests that need no GPU.
         "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n "$(nproc)" --maxschedchunk 4)
-        # few processes of Inductor's own, beside those of pytest-xdist
+        # Inductor starts few processes of its own, because pytest-xdist has started many.
         step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 \
             "$PYTHON" -m pytest -q --tb=short --durations=15 -p no:cacheprovider \
             ${parallel[@]+"${parallel[@]}"} \
@@ -144,9 +143,9 @@ run() { # run PART SECONDS
                 tee -a "$out/sanitize.log" "$out/summary.txt"
             return
         }
-        # Every tensor its own allocation: otherwise what lies beyond one is the next in torch's
-        # pool, and no error. Errors of the driver's own calls do not count: libraries ask for
-        # symbols that are not there.
+        # Give every tensor its own allocation: otherwise the next one in torch's pool lies behind
+        # it, and an access there is no error. Ignore errors of API calls: libraries ask for symbols
+        # that do not exist.
         step "$part" "$limit" "$out/sanitize.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$part" \
             --report-api-errors no --error-exitcode 1 "$PYTHON" -m bench.gpu.smallest

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The Triton kernels on a machine without a GPU. Two processes, because Triton reads
-# TRITON_INTERPRET once, when it is imported:
+# Tests the Triton kernels on a machine without a GPU, in two processes. Triton reads
+# TRITON_INTERPRET only once, when it is imported.
 #
 #   ci/kernels.sh interpreted   run in Triton's interpreter
 #   ci/kernels.sh compiled      compiled and executed on the CPU, compiled and inspected
 #   ci/kernels.sh               both
 #
-# Further arguments go to pytest.
+# Further arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh

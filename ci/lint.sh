@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Style and types: ruff's linter and formatter, mypy, with the settings in pyproject.toml.
+# Checks style and types: ruff's linter and formatter, and mypy. pyproject.toml has the settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The package: source distribution and wheel built and their contents checked, the tests run from
-# the former, the latter installed into an empty environment and used there. Builds in a folder of
-# its own; nothing is published.
+# Builds the source distribution and the wheel, and checks their contents. Runs tests from the
+# source distribution. Installs the wheel into an empty environment and uses it there.
+# It works in a temporary folder and publishes nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -12,8 +12,8 @@ trap 'rm -rf "$work"' EXIT
 install=(-m pip install -qq --disable-pip-version-check --no-compile -c "$root/constraints.txt")
 
 echo "== build"
-# From a copy of what git knows or would add: files that it ignores, and an egg-info's list of
-# earlier ones, would end up in the package.
+# Build from a copy of the files that git tracks or would add. Otherwise ignored files, and those
+# that an old egg-info lists, would end up in the package.
 mkdir "$work/source"
 git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$work/source"
 "$python" -m venv "$work/tools"
@@ -26,7 +26,7 @@ NO_COLOR=1 "$work/tools/bin/python" -m twine check --strict "$work"/dist/*
 echo "== tests, from the source distribution"
 tar -xzf "$work"/dist/*.tar.gz -C "$work"
 cd "$work"/fastflow_kernels-[0-9]*/
-# everything that the tests import is there
+# Collecting shows that everything the tests import is there.
 "$python" -m pytest -q -p no:cacheprovider --collect-only | tail -1
 "$python" -m pytest -q -p no:cacheprovider tests/test_cli.py tests/test_docs.py
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What finds most faults in a minute: style and types, who may import whom, the block against the
-# reference, and the kernels on small shapes in Triton's interpreter.
+# Finds most faults in a minute: checks style, types and imports, and compares the block with the
+# reference. Runs the kernels on small shapes in Triton's interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh
@@ -9,8 +9,8 @@ started=$SECONDS
 
 echo "== lint" && ci/lint.sh
 echo "== imports and parity"
-# One shape in all options, directions and layouts, in float32 and half precision: no size of it is
-# a power of two.
+# One shape in all options, directions and layouts, in float32 and half precision. None of its sizes
+# is a power of two.
 parity="B2-C7 and (fp32 or fp16 or bf16 or layout) and not kernels"
 run_tests -k "test_layering and not takes_little_time or $parity" \
     tests/test_layering.py tests/test_parity.py

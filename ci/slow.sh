@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests that `make test` leaves out: more compiled kernels executed, faults planted in the
-# kernels, benchmarks run from end to end. Arguments go to pytest.
+# Runs the tests that `make test` leaves out: more executed kernels, faults planted in the kernels,
+# and benchmarks from end to end. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What `make test` proves: style and types, the tests, the comparison with the real peers, and the
-# Triton kernels without a GPU. All cores work on it.
+# Runs what `make test` stands for: style and types, the tests, the comparison with the real peers,
+# and the Triton kernels without a GPU. It uses all cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh

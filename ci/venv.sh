@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv in the checkout: the pinned dependencies, this package (editable), and the peers that
-# the tests compare with.
+# Makes .venv in the checkout with the pinned dependencies, this package (editable), and the peers
+# that the tests compare with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh
@@ -19,7 +19,7 @@ sys.exit(not any(name.startswith("triton") for name in importlib.metadata.requir
 
 install .venv "torch, as pinned (a few hundred MB the first time)" \
     -c constraints.txt torch setuptools
-# CUDA builds of torch demand, and have just brought, the Triton they were built with.
+# CUDA builds of torch require the Triton that they were built with, so it is installed by now.
 .venv/bin/python -c "$brings_triton" ||
     install .venv "Triton, where there is one for this platform" -c constraints.txt -r ci/triton.txt
 install .venv "this package, with what the tests and the demo need" \

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What can depend on the versions of Python, torch, Triton and the peers, tested with other ones:
+# Tests with other versions of Python, torch, Triton and the peers. It runs what can depend on them:
 # the block against the reference and the peers, checkpoints, accelerate, compile and export,
-# chains, several processes, and the kernels without a GPU. `make test` alone runs what cannot: all
+# chains, several processes, and the kernels without a GPU. Only `make test` runs the rest: all
 # cases, dtypes and layouts, wrong inputs, benchmarks.
 #
 #   ci/versions.sh oldest       the oldest supported (ci/oldest.txt), Python 3.10
 #   ci/versions.sh newest       the newest that pip finds for the newest Python here
 #   ci/versions.sh triton-3.6   the kernels, with the Triton of torch 2.10 and 2.11 added to .venv
 #
-# The first two install some GB where torch comes as a CUDA build. Pythons are looked for on the
-# PATH and among pyenv's; without a Python 3.10 the default one is taken for `oldest`, and said so.
+# The first two install some GB where torch comes as a CUDA build. The script looks for Pythons on
+# the PATH and among pyenv's. Without a Python 3.10 `oldest` takes the default one, and says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh
@@ -17,7 +17,7 @@ which=${1:?usage: ci/versions.sh oldest|newest|triton-3.6}
 started=$SECONDS
 venv=.venv-$which
 
-python_of() { # python_of VERSION: the first interpreter of that version that runs
+python_of() { # python_of VERSION: print the first interpreter of that version that runs
     local python is_it="import sys, venv; sys.exit('%d.%d' % sys.version_info[:2] != '$1')"
     for python in "python$1" "${PYENV_ROOT:-${HOME:-}/.pyenv}/versions/$1".*/bin/python; do
         "$python" -c "$is_it" 2>/dev/null && echo "$python" && return
@@ -25,7 +25,7 @@ python_of() { # python_of VERSION: the first interpreter of that version that ru
     return 1
 }
 
-make_venv_of_versions() { # make_venv_of_versions VERSIONS PINS...: of the first Python that is here
+make_venv_of_versions() { # make_venv_of_versions VERSIONS PINS...: with the first Python found
     local version versions=$1 base=
     shift
     for version in $versions; do base=$(python_of "$version") && break; done
@@ -33,8 +33,8 @@ make_venv_of_versions() { # make_venv_of_versions VERSIONS PINS...: of the first
         base=${PYTHON:-python3}
         echo "== no Python $versions here: with $("$base" -V)"
     }
-    "$base" -m venv --clear "$venv" # anew, because pip keeps what it finds
-    # not compiled to bytecode: most of torch is never imported
+    "$base" -m venv --clear "$venv" # again, because pip keeps what it finds
+    # Do not compile to bytecode: most of torch is never imported.
     install "$venv" "torch" --no-compile "$@" "setuptools>=77.0.3" torch numpy
     alone install "$venv" "this package, with what the tests need" --no-compile "$@" \
         --no-build-isolation -e ".[test,triton]"
@@ -42,8 +42,8 @@ make_venv_of_versions() { # make_venv_of_versions VERSIONS PINS...: of the first
         -r ci/peers.txt
 }
 
-block() { # block KEYWORDS: the tests of the block. SciPy before 1.16 draws no rotation of one
-    # channel, so that the stock block cannot be built with one.
+block() { # block KEYWORDS: run the tests of the block
+    # SciPy before 1.16 draws no rotation of one channel: the stock block cannot be built with one.
     echo "== the block"
     run_tests -m "not slow and not kernels" -k "not (C1- and -soft) $1" tests/test_autograd.py \
         tests/test_checkpoints.py tests/test_compile.py tests/test_distributed.py \
@@ -58,14 +58,14 @@ interpreted() {
     ci/kernels.sh interpreted -k "$parity or loops or soft or without"
 }
 
-inspected() { # inspected KEYWORDS. gfx942: old versions ask for a linker of ROCm's
+inspected() { # inspected KEYWORDS. Old versions need a linker of ROCm for gfx942.
     echo "== the kernels, compiled"
     run_tests -m "not slow" -k "not gfx942 and not fp16 and not fp64 $1" \
         tests/test_kernels_compiled.py
 }
 
-# executed FILES...: one shape of planes and one of rows; `make test` runs all with the pinned
-# Triton. Triton before 3.6 launches otherwise than the executor expects.
+# executed FILES...: run one shape of planes and one of rows. `make test` runs all with the pinned
+# Triton. Triton before 3.6 launches in another way than the executor expects.
 executed() {
     echo "== the kernels, executed"
     run_tests -m "not slow" -k "not test_kernels or test_kernels_executed or B2-C7-4x5 or B5-C7" \
@@ -73,7 +73,7 @@ executed() {
         tests/test_kernels_[bvt]*.py "$@"
 }
 
-[ -z "${CI:-}" ] || trap 'rm -rf "$venv"' EXIT # which nobody uses again, and which takes 6 GB
+[ -z "${CI:-}" ] || trap 'rm -rf "$venv"' EXIT # nobody uses it again, and it takes 6 GB
 case "$which" in
 oldest) make_venv_of_versions 3.10 -c ci/oldest.txt ;;
 newest) make_venv_of_versions "3.14 3.13 3.12" ;;
@@ -90,9 +90,9 @@ export PYTHON=$venv/bin/python
 
 case "$which" in
 oldest)
-    block "and not cost_no_other_graph" # torch 2.7 makes a second one
+    block "and not cost_no_other_graph" # torch 2.7 makes a second graph
     interpreted
-    inspected "and not B10000-C100" # ptxas of Triton 3.3 spills 8 bytes there, 3.6 and 3.9 none
+    inspected "and not B10000-C100" # Triton 3.3 spills 8 bytes there, 3.6 and 3.9 none
     ;;
 newest)
     block ""
