@@ -1,4 +1,4 @@
-"""The benchmarks' command line: ``python -m bench compare | report | record``."""
+"""The command line of the benchmarks: ``python -m bench compare | report | record``."""
 
 from __future__ import annotations
 
@@ -16,51 +16,76 @@ from bench.subject import MODES
 from bench.workloads import DTYPES, KINDS
 
 COMPARE = """\
-Time blocks and flows in turn: ours against the stock blocks, after their results were compared; or,
-with COMMIT, ours as it is in the working tree against ours as it was in that commit."""
+Time blocks and whole flows, taking turns. Without COMMIT, ours is compared with the stock blocks,
+after the results of both passed a comparison with a float64 reference. With COMMIT, ours in the
+working tree is compared with ours in that commit."""
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("commit", nargs="?", metavar="COMMIT", help="a commit, branch or tag")
-    choice = parser.add_argument_group("what is timed (names, separated by commas)")
+    choice = parser.add_argument_group("what to time (NAMES are separated by commas)")
     choice.add_argument(
         "--workloads",
+        metavar="NAMES",
         default="typical",
-        help="those whose name is, or contains, one of these; typical (default); all",
+        help="workloads (bench/workloads.py) by name or part of a name; 'typical' selects a few, "
+        "'all' all of them (default: typical)",
     )
-    for option, known, default in (
-        ("kinds", KINDS, ("block",)),
-        ("modes", MODES, None),
-        ("dtypes", DTYPES, ("float32",)),
-        ("providers", PROVIDERS, None),
+    for option, known, default, default_in_words in (
+        ("kinds", KINDS, ("block",), "block"),
+        ("modes", MODES, None, "all; with COMMIT all but backward"),
+        ("dtypes", DTYPES, ("float32",), "float32"),
+        ("providers", PROVIDERS, None, "the first four; with COMMIT ours"),
     ):
         choice.add_argument(
             f"--{option}",
+            metavar="NAMES",
             type=names_among(known),
             default=default,
-            help=f"of {', '.join(known)}" + (f" (default: {default[0]})" if default else ""),
+            help=f"choose from {', '.join(known)} (default: {default_in_words})",
         )
-    how = parser.add_argument_group("how")
-    how.add_argument("--seconds", type=float, help="of one row (default: 3; on a GPU 0.8)")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    alone = parser.add_argument_group("without COMMIT")
-    alone.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    alone.add_argument(
-        "--budget", type=float, default=float("inf"), help="seconds after which nothing is begun"
+    how = parser.add_argument_group("how to time it")
+    how.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="seconds after which one measurement ends, once it has its minimum of repetitions "
+        "(default: 3; on a GPU 0.8)",
     )
-    alone.add_argument("--record", action="store_true", help="append the rows to bench/results")
+    how.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="torch's name of the device (default: %(default)s)",
+    )
+    alone = parser.add_argument_group("without COMMIT")
+    alone.add_argument(
+        "--threads", type=int, metavar="N", default=1, help="CPU threads (default: 1)"
+    )
+    alone.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        default=float("inf"),
+        help="start no new measurement after so many seconds (default: no limit)",
+    )
+    alone.add_argument(
+        "--record", action="store_true", help="append the rows to bench/results, not to --out"
+    )
     alone.add_argument(
         "--out",
         type=Path,
+        metavar="PATH",
         default=Path("out/bench"),
-        help="folder or .jsonl file to append the rows to, without --record (default: out/bench)",
+        help="folder or .jsonl file to append the rows to (default: out/bench)",
     )
     pair = parser.add_argument_group("with COMMIT")
     pair.add_argument(
         "--threshold",
         type=float,
+        metavar="RATIO",
         default=0.98,
-        help="least time of COMMIT divided by the working tree's, of every row (default: 0.98)",
+        help="exit with status 1 if a row's time in COMMIT, divided by its time in the working "
+        "tree, is below this (default: 0.98)",
     )
     parser.set_defaults(call=compare)
 
@@ -77,9 +102,12 @@ def compare(options: argparse.Namespace) -> int:
         torch.device(options.device),
     )
     if not choice.groups():
-        raise SystemExit(f"--workloads: no workload is called {options.workloads}")
+        raise SystemExit(
+            f"--workloads: no workload is called {options.workloads}; bench/workloads.py has the "
+            "names"
+        )
     if choice.device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("bench compare: torch finds no GPU")
+        raise SystemExit("bench compare: torch finds no GPU; use --device cpu")
     if options.commit:
         return commits.compare(options.commit, choice, seconds, options.threshold)
     target = records.RESULTS if options.record else options.out
@@ -88,9 +116,19 @@ def compare(options: argparse.Namespace) -> int:
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "results", nargs="*", type=Path, default=[records.RESULTS], help="files or folders of rows"
+        "results",
+        nargs="*",
+        type=Path,
+        default=[records.RESULTS],
+        help="files or folders with rows (default: bench/results)",
     )
-    parser.add_argument("--out", type=Path, default=Path("out/report"), metavar="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/report"),
+        metavar="DIR",
+        help="folder for report.md and its plots (default: out/report)",
+    )
     parser.set_defaults(call=report)
 
 
@@ -99,29 +137,58 @@ def report(options: argparse.Namespace) -> int:
 
     rows = records.read(options.results)
     if not rows:
-        raise SystemExit(f"no rows in {', '.join(map(str, options.results))}")
+        raise SystemExit(
+            f"bench report: no rows in {', '.join(map(str, options.results))}; measure some with "
+            "python -m bench compare"
+        )
     print(write_report(rows, options.out).resolve())
     return 0
 
 
 def add_record(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="rows of another machine, for instance OUTDIR/rows.jsonl of ci/gpu.sh",
+    )
     parser.set_defaults(call=record)
 
 
 def record(options: argparse.Namespace) -> int:
     rows = records.read(options.files)
     records.append(rows, records.RESULTS)
-    print(f"{len(rows)} rows appended under {records.RESULTS}")
+    print(f"{len(rows)} rows appended to {records.RESULTS}")
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure blocks and flows, and report the results."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add_compare(commands.add_parser("compare", help="time in turn", description=COMPARE))
-    add_report(commands.add_parser("report", help="draw tables and plots of result rows"))
-    add_record(commands.add_parser("record", help="take over rows that were measured elsewhere"))
+    add_compare(
+        commands.add_parser(
+            "compare",
+            help="time ours against the stock blocks, or against ours in a commit",
+            description=COMPARE,
+        )
+    )
+    add_report(
+        commands.add_parser(
+            "report",
+            help="write tables and plots of recorded rows",
+            description="Write tables and plots of recorded rows, and print the report's path.",
+        )
+    )
+    add_record(
+        commands.add_parser(
+            "record",
+            help="append rows from another machine to bench/results",
+            description="Append rows from another machine to bench/results.",
+        )
+    )
     options = parser.parse_args(arguments)
     return int(options.call(options))
 

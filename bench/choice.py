@@ -1,4 +1,4 @@
-"""What a run measures: the names given on the command line, as workloads, modes and dtypes."""
+"""Turn the names on the command line into the workloads, modes and dtypes that a run measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.workloads import TYPICAL, Workload, workloads
 
 
 class Group(NamedTuple):
-    """What is timed in turn: the providers, or the two versions, in one mode."""
+    """One workload, dtype and mode, in which all providers or both versions take turns."""
 
     kind: str
     workload: Workload
@@ -28,12 +28,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """Names of what is measured, and where.
+    """What a run measures, by name, and the device.
 
     Attributes:
-        kinds, modes, dtypes, providers: Names.
-        workloads: Names of workloads or parts of them; "all"; "typical".
-        device: Where.
+        kinds: Some of :data:`bench.workloads.KINDS`.
+        workloads: Names of workloads, or parts of names. "typical" and "all" select several.
+        modes: Some of :data:`bench.subject.MODES`.
+        dtypes: Some of :data:`bench.workloads.DTYPES`.
+        providers: Some of :data:`bench.providers.PROVIDERS`.
+        device: Where everything runs.
     """
 
     kinds: Sequence[str]
@@ -44,25 +47,25 @@ class Choice:
     device: torch.device
 
     def groups(self) -> list[Group]:
-        """The groups, the modes of one workload in a row."""
+        """Return the groups. Those that differ only in the mode follow each other."""
         return [
             Group(kind, workload, dtype, mode)
             for kind in self.kinds
-            for workload in named(workloads(kind, self.device.type == "cpu"), self.workloads)
+            for workload in select(workloads(kind, self.device.type == "cpu"), self.workloads)
             for dtype in self.dtypes
             for mode in self.modes
         ]
 
     def with_ours(self) -> list[str]:
-        """The providers, and those of ours that they are compared with."""
+        """Return the providers and those of ours that they are compared with."""
         needed = {"ours", *self.providers, *(PROVIDERS[p].our_base for p in self.providers)}
         return [name for name in PROVIDERS if name in needed]
 
 
-def named(known: list[Workload], parts: Sequence[str]) -> list[Workload]:
-    """Those whose name contains a part, in the order of the parts.
+def select(known: list[Workload], parts: Sequence[str]) -> list[Workload]:
+    """Return the workloads whose name contains one of the parts, in the order of the parts.
 
-    A part that is a whole name stands for nothing else.
+    A part that is a whole name selects this workload only.
     """
     names = {w.name for w in known}
     chosen: dict[int, Workload] = {}
@@ -78,7 +81,10 @@ def named(known: list[Workload], parts: Sequence[str]) -> list[Workload]:
 
 
 def names_among(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """A type for argparse: some of these names, separated by commas, in the known order."""
+    """Return a type for argparse that parses some of these names, separated by commas.
+
+    It returns them in the order of ``known``, and rejects names that are not among them.
+    """
     expected = list(known)
 
     def names(text: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""The working tree against another commit: two processes, one for each, which take turns.
+"""Compare the working tree with a commit. Each runs in a process of its own, and they take turns.
 
-On a CPU both run on one core and their own processor time counts, so that other work on the machine
-adds little. A row below the threshold is measured twice more, by new processes, and the median of
-the three counts.
+On a CPU both processes run on one core and are timed by their own processor time. Other work on the
+machine then adds little. A row below the threshold is measured twice more in new processes, and the
+median of its three ratios counts.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from bench.providers import PROVIDERS, why_not
 from bench.records import ROOT
 from bench.timed_process import Case, Failed, TimedProcess
 
-ROUNDS = (10, 400)  # of a row, at least and at most
-PARTS = 5  # of a row's rounds, to say how far their ratios lie apart
-MORE_PASSES = 2  # over rows that are below the threshold
+ROUNDS = (10, 400)  # at least and at most, for each row
+PARTS = 5  # equal parts of a row's rounds; their ratios show the spread
+REPEATED_PASSES = 2  # over the rows that are below the threshold
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds per call of a case, one entry a round.
+    """Seconds per call of one case, one entry a round.
 
     Attributes:
         case: What was timed.
-        before: In the commit.
-        after: In the working tree.
+        before: Times of the commit.
+        after: Times of the working tree.
     """
 
     case: Case
@@ -43,11 +43,11 @@ class Outcome:
 
     @property
     def ratio(self) -> float:
-        """before / after, by medians. Above 1 the working tree is faster."""
+        """Median time before, divided by the one after. Above 1 the working tree is faster."""
         return statistics.median(self.before) / statistics.median(self.after)
 
-    def parts(self) -> list[float]:
-        """The ratio in each of PARTS runs of rounds."""
+    def part_ratios(self) -> list[float]:
+        """Return the ratio in each of PARTS equal runs of rounds."""
         size = len(self.before) // PARTS
         starts = range(0, size * PARTS, size)
         return [
@@ -58,7 +58,7 @@ class Outcome:
 
     def line(self, threshold: float) -> str:
         before, after = (1e6 * statistics.median(t) for t in (self.before, self.after))
-        low, high = min(self.parts()), max(self.parts())
+        low, high = min(self.part_ratios()), max(self.part_ratios())
         mark = "  <-- below" if self.ratio < threshold else ""
         times = f"{before:>11,.1f} {after:>11,.1f} {self.ratio:>8.3f}"
         return f"{self.case!s:<60} {times}  ({low:.3f} to {high:.3f}){mark}"
@@ -68,10 +68,10 @@ def compare(commit: str, choice: Choice, seconds: float, threshold: float) -> in
     """Compare the working tree with a commit, and print a table.
 
     Args:
-        commit: What git understands.
-        choice: What is timed; of the providers, ours.
-        seconds: What a row may take, once it has the least rounds.
-        threshold: The least before / after that is not marked.
+        commit: A commit, branch or tag.
+        choice: What is timed. Only eager providers of ours count.
+        seconds: Time limit of a row, which holds once the row has its minimum of rounds.
+        threshold: Rows with a smaller ratio before / after are marked.
 
     Returns:
         The exit status: 1 if a row is below the threshold or could not be timed.
@@ -80,14 +80,15 @@ def compare(commit: str, choice: Choice, seconds: float, threshold: float) -> in
     ratios: dict[str, list[float]] = {str(case): [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         extract(commit, Path(folder))
-        print(f"{'us per call':<60} {'before':>11} {'after':>11} before / after (of fifths)")
-        for is_again in (False, *[True] * MORE_PASSES):
-            if is_again:
+        print("ratio = before / after; in brackets: its range over fifths of the rounds")
+        print(f"{'median us per call':<60} {'before':>11} {'after':>11} {'ratio':>8}")
+        for is_repeated in (False, *[True] * REPEATED_PASSES):
+            if is_repeated:
                 cases = [c for c in cases if ratios[str(c)] and ratios[str(c)][0] < threshold]
             if not cases:
                 break
-            if is_again:
-                print(f"once more, by new processes: {len(cases)} rows")
+            if is_repeated:
+                print(f"measured again in new processes: {len(cases)} rows")
             for outcome in outcomes_of(Path(folder), cases, seconds):
                 ratios[str(outcome.case)].append(outcome.ratio)
                 print(outcome.line(threshold), flush=True)
@@ -96,9 +97,12 @@ def compare(commit: str, choice: Choice, seconds: float, threshold: float) -> in
 
 def cases_of(choice: Choice) -> list[Case]:
     chosen = [PROVIDERS[name] for name in choice.providers]
-    ours = [p for p in chosen if p.ours and p.execution == "eager"]
+    ours = [p for p in chosen if p.is_ours and p.execution == "eager"]
     if not ours:
-        raise SystemExit("compare COMMIT: --providers has to name ours or ours-freia")
+        raise SystemExit(
+            "bench compare COMMIT: --providers has to name ours or ours-freia, got "
+            f"{', '.join(choice.providers)}"
+        )
     on_cpu = choice.device.type == "cpu"
     return [
         Case(group, provider.name, str(choice.device))
@@ -109,41 +113,44 @@ def cases_of(choice: Choice) -> list[Case]:
 
 
 def extract(commit: str, folder: Path) -> None:
-    """The package as it is in a commit, and nothing else, into a folder."""
+    """Write the package as it is in a commit into a folder, without the rest of the checkout."""
     command = ["git", "archive", commit, "fastflow_kernels"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True)
-    if found.returncode:
-        raise SystemExit(f"{' '.join(command)}: {found.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(found.stdout)) as archive:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder)
 
 
 def outcomes_of(folder: Path, cases: Sequence[Case], seconds: float) -> Iterator[Outcome]:
-    """The outcome of every case by two new processes; says which could not be timed."""
+    """Yield the outcome of every case, timed in two new processes.
+
+    A case that one of them cannot run is printed with its reason and left out.
+    """
     with TimedProcess(folder) as before, TimedProcess(ROOT) as after:
         for case in cases:
             try:
-                yield in_turn(before, after, case, seconds)
+                yield time_in_turn(before, after, case, seconds)
             except Failed as error:
                 print(f"{case!s:<60} not timed: {error}", flush=True)
 
 
-def in_turn(before: TimedProcess, after: TimedProcess, case: Case, seconds: float) -> Outcome:
+def time_in_turn(before: TimedProcess, after: TimedProcess, case: Case, seconds: float) -> Outcome:
     calls = min(before.calls(case), after.calls(case))
-    outcome, began = Outcome(case, [], []), time.perf_counter()
+    outcome, start = Outcome(case, [], []), time.perf_counter()
     sides = [(before, outcome.before), (after, outcome.after)]
     least, most = ROUNDS
     for done in range(most):
-        if done >= least and time.perf_counter() - began > seconds:
+        if done >= least and time.perf_counter() - start > seconds:
             break
         for process, times in sides:
             times.append(process.seconds(case, calls))
-        sides.reverse()  # neither always goes first
+        sides.reverse()  # so that neither always goes first
     return outcome
 
 
 def _conclude(ratios: dict[str, list[float]], threshold: float) -> int:
-    medians = {case: statistics.median(found) for case, found in ratios.items() if found}
+    medians = {case: statistics.median(values) for case, values in ratios.items() if values}
     if not medians:
         return 1
     worst = min(medians, key=lambda case: medians[case])

@@ -1,4 +1,4 @@
-"""How the pytest-benchmark files of this folder run."""
+"""Set torch up for the pytest-benchmark files of this folder."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""FastFlow (Yu et al. 2021, arXiv:2111.07677) over any AllInOneBlock, as anomalib builds it: model,
-loss and anomaly map.
+"""FastFlow (Yu et al. 2021, arXiv:2111.07677) as anomalib builds it, over any AllInOneBlock.
+
+This file has the model, the loss and the anomaly map.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fastflow_kernels import ReversibleSequence
 
 
 class SequenceFlow(nn.Module):
-    """A chain of invertible blocks whose log-dets add up."""
+    """A chain of invertible blocks, whose log-determinants add up."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -28,12 +29,12 @@ class SequenceFlow(nn.Module):
 
         Args:
             x: Features (B, C, *S).
-            c: Conditions, for the blocks that take them.
+            c: Conditions (B, C_c, *S), for the blocks that take them.
             rev: Compute the inverse.
 
         Returns:
-            The latent variable (B, C, *S) and the log-det of the whole chain (B,), in nats per
-            sample.
+            The latent variable (B, C, *S), or the features if ``rev``. And the log-determinant of
+            the whole chain (B,), in nats per sample.
         """
         logdet = x.new_zeros(x.shape[0])
         blocks: list[Any] = list(self.blocks)
@@ -43,14 +44,15 @@ class SequenceFlow(nn.Module):
         return x, logdet
 
     def subnets(self) -> list[nn.Module]:
-        """The blocks' subnets, in order."""
+        """Return the subnets in the order of the blocks."""
         blocks: list[Any] = list(self.blocks)
         return [block.subnet for block in blocks]
 
 
 class ReversibleFlow(SequenceFlow):
-    """The same chain, trained in memory that does not grow with the number of blocks; same state
-    dict.
+    """The same chain, trained in memory that does not grow with the number of blocks.
+
+    Its state dict is that of the plain chain.
     """
 
     def __init__(self, blocks: Sequence[Any]) -> None:
@@ -58,20 +60,20 @@ class ReversibleFlow(SequenceFlow):
         chain = ReversibleSequence(*blocks[0].dims_in[0])
         for block in blocks:
             chain.append(block)
-        # no submodule, or the state dict would hold everything twice
+        # Not a submodule: otherwise the state dict would hold everything twice.
         self.__dict__["chain"] = chain
 
     def forward(
         self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """As the plain chain; without conditions."""
+        """Map as the plain chain does. The blocks must take no conditions."""
         chain: ReversibleSequence = self.__dict__["chain"]
         z, logdet = chain(x, c, rev)
         return z, logdet
 
 
 def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, int], nn.Sequential]:
-    """A constructor of anomalib's FastFlow subnet: convolution, ReLU, convolution."""
+    """Return a constructor of anomalib's FastFlow subnet: convolution, ReLU, convolution."""
 
     def construct(in_channels: int, out_channels: int) -> nn.Sequential:
         hidden = int(in_channels * hidden_ratio)
@@ -85,7 +87,7 @@ def conv_subnet(kernel_size: int, hidden_ratio: float = 1.0) -> Callable[[int, i
 
 
 def linear_subnet(hidden_ratio: float) -> Callable[[int, int], nn.Sequential]:
-    """A constructor of CFlow's subnet: linear, ReLU, linear."""
+    """Return a constructor of CFlow's subnet: linear, ReLU, linear."""
 
     def construct(in_channels: int, out_channels: int) -> nn.Sequential:
         hidden = int(hidden_ratio * in_channels)
@@ -102,12 +104,11 @@ def fastflow(
     steps: int = 8,
     flow: type[SequenceFlow] = SequenceFlow,
 ) -> SequenceFlow:
-    """Build FastFlow's chain for features of ``shape`` (C, H, W): 3x3 and 1x1 subnets in turn,
-    clamp 2, hard permutations.
+    """Build FastFlow's chain: 3x3 and 1x1 subnets in turn, clamp 2, hard permutations.
 
     Args:
-        block_class: The AllInOneBlock to use. Exchanging it here is all it takes to exchange the
-            maths.
+        block_class: The AllInOneBlock to use. Another class here exchanges the maths of the whole
+            model.
         shape: Channels, height and width of the features.
         steps: Number of blocks.
         flow: The chain's class.
@@ -123,22 +124,31 @@ def fastflow(
 
 
 def negative_log_likelihood(z: Tensor, logdet: Tensor) -> Tensor:
-    """FastFlow's loss, ``mean(0.5 * sum(z^2) - logdet)``, in nats per dimension so that it reads
-    the same at every size.
+    """Compute FastFlow's loss, ``mean(0.5 * sum(z^2) - logdet)``, in nats per dimension.
+
+    Per dimension, losses of different sizes can be compared.
+
+    Args:
+        z: Latent variable (B, C, H, W).
+        logdet: Log-determinant (B,), in nats per sample.
+
+    Returns:
+        A scalar.
     """
     return (0.5 * z.square().sum(dim=(1, 2, 3)) - logdet).mean() / z[0].numel()
 
 
 def anomaly_map(z: Tensor, size: tuple[int, int]) -> Tensor:
-    """Anomalib's heat map of one scale: minus the likelihood ``exp(-0.5 * mean over channels of
-    z^2)``, upsampled.
+    """Compute anomalib's heat map of one scale: minus the likelihood, upsampled.
+
+    The likelihood of a pixel is ``exp(-0.5 * mean over channels of z^2)``.
 
     Args:
         z: Latent variable (B, C, H, W).
         size: Height and width of the image.
 
     Returns:
-        (B, *size), between -1 (as expected) and 0 (anomalous).
+        (B, *size), between -1 (normal) and 0 (anomalous).
     """
     likelihood = torch.exp(-0.5 * z.square().mean(dim=1, keepdim=True))
     return F.interpolate(-likelihood, size=size, mode="bilinear", align_corners=False)[:, 0]

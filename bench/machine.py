@@ -1,4 +1,4 @@
-"""How torch is set up for measuring, and in words on which machine a figure was measured."""
+"""Set torch up for measuring, and describe the machine in words."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 def set_up_torch(threads: int) -> None:
-    """Set the CPU threads, and switch TF32 off.
+    """Set the number of CPU threads, and switch TF32 off.
 
-    TF32 would make the stock blocks' products inexact, and so compare two precisions.
+    TF32 would make the stock blocks' matrix products inexact, and two precisions would be compared.
     """
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -21,8 +21,7 @@ def set_up_torch(threads: int) -> None:
 
 
 def describe_machine() -> str:
-    """Describe the processor, the threads torch uses, the GPU if there is one, and the versions, in
-    one line.
+    """Describe the processor, torch's threads, the GPU and the versions in one line.
 
     Returns:
         For instance ``"AMD EPYC, 2 cores, 2 torch threads, AVX2, no GPU; Linux x86_64, Python
@@ -46,13 +45,14 @@ def describe_machine() -> str:
 
 
 def _usable_cores() -> int:
-    """The cores this process may run on, which in a container can be fewer than the machine has."""
+    """Count the cores that this process may use. In a container the machine can have more."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_model() -> str:
-    """The processor's name; ``platform.processor()`` is empty on most Linux systems, so ask the
-    kernel first.
+    """Return the processor's name.
+
+    The kernel is asked first, because ``platform.processor()`` is empty on most Linux systems.
     """
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -63,14 +63,14 @@ def cpu_model() -> str:
 
 
 def _gpu() -> str:
-    """The name of the first GPU and how many there are, or ``"no GPU"``."""
+    """Return the number of GPUs and the name of the first one, or ``"no GPU"``."""
     if not torch.cuda.is_available():
         return "no GPU"
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
 
 
 def version_of(distribution: str) -> str:
-    """The version of an installed distribution, found without importing it."""
+    """Return the version of an installed distribution without importing it."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,7 @@
-"""Rows of one group (workload, mode, dtype): parity first, then interleaved times, then memory."""
+"""Measure the rows of one group (workload, mode, dtype).
+
+Parity comes first, then interleaved times, then memory.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from torch import Tensor
 from bench.choice import Group
 from bench.providers import PROVIDERS, Provider, block_class, why_not
 from bench.records import Row
-from bench.subject import MINIMAL_BYTES, NotHere, Subject, build_model, draw_samples
+from bench.subject import MINIMAL_BYTES, NotMeasurable, Subject, build_model, draw_samples
 from bench.timing import MOST_CALLS, Times, interleaved
 from bench.workloads import WHOLE
 from tests.support.compare import assert_close
 
-# bytes that forward passes may hold at a time while backward is timed
+# Bytes that all forward passes together may hold while backward passes are timed.
 HELD_FOR_BACKWARD = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 
@@ -29,10 +32,10 @@ class Settings:
     """How a run measures.
 
     Attributes:
-        device: Where.
+        device: Where everything runs.
         repeats: The least and the most repetitions.
-        seconds: What the repetitions of one group may take, once there are the least.
-        copy_bandwidth: The device's, in bytes per second.
+        seconds: Time limit of one group, which holds once it has the least repetitions.
+        copy_bandwidth: Bandwidth of the device in bytes per second.
     """
 
     device: torch.device
@@ -43,11 +46,11 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What became of one provider in one group: figures, or the reason why there are none.
+    """The result of one provider in one group: its figures, or the reason why it has none.
 
     Attributes:
-        row: The result row; without figures if the provider was skipped.
-        failure: Why the provider must not have a row: its results are wrong, or ours did not run.
+        row: The result row. It has no figures if the provider was skipped.
+        failure: Why the run has failed, or None. Either results are wrong, or ours did not run.
     """
 
     row: Row
@@ -55,11 +58,11 @@ class Outcome:
 
 
 class Task:
-    """The subjects of one workload and dtype, shared by the modes."""
+    """The subjects of one workload and dtype, which all modes share."""
 
     def __init__(self, group: Group, names: Sequence[str], settings: Settings) -> None:
-        # Otherwise the compiled code of other workloads fills the cache, and Dynamo falls back to
-        # eager in silence.
+        # Otherwise compiled code of earlier workloads fills Dynamo's cache, and it silently falls
+        # back to eager.
         torch._dynamo.reset()
         torch._dynamo.config.recompile_limit = 64
         self.kind, self.workload, self.settings = group.kind, group.workload, settings
@@ -74,14 +77,14 @@ class Task:
             self._add(PROVIDERS[name])
 
     def is_of(self, group: Group) -> bool:
-        """Whether the group differs in nothing but the mode."""
+        """Tell whether the group has this workload and dtype."""
         dtype = getattr(torch, group.dtype)
         return (self.kind, self.workload, self.dtype) == (group.kind, group.workload, dtype)
 
     def _add(self, provider: Provider) -> None:
         try:
             if reason := why_not(provider, self.workload, self.settings.device.type == "cpu"):
-                raise NotHere(reason)
+                raise NotMeasurable(reason)
             self.subjects[provider.name] = Subject(
                 self.kind, self.workload, provider, self.samples, self.weights
             )
@@ -89,7 +92,7 @@ class Task:
             self.absent[provider.name] = error
 
     def measure(self, mode: str) -> dict[str, Outcome]:
-        """The outcome of every provider in a mode."""
+        """Measure every provider in a mode, and return the outcomes by name."""
         errors, fit = dict(self.absent), {}
         for name, subject in self.subjects.items():
             try:
@@ -97,7 +100,7 @@ class Task:
                 fit[name] = subject
             except Exception as error:
                 errors[name] = error
-        outcomes = {name: self._without(mode, name, error) for name, error in errors.items()}
+        outcomes = {name: self._skip(mode, name, error) for name, error in errors.items()}
         if fit:
             times = interleaved(
                 fit,
@@ -113,26 +116,31 @@ class Task:
             }
         return outcomes
 
-    def _without(self, mode: str, name: str, error: Exception) -> Outcome:
-        """The outcome of a provider that is not measured. A stock block may be unable to; wrong
-        results and errors of ours are failures.
+    def _skip(self, mode: str, name: str, error: Exception) -> Outcome:
+        """Return the outcome of a provider that cannot be measured.
+
+        Wrong results are a failure, and so is any error of ours. A stock block may raise errors.
         """
-        said = (
+        reason = (
             str(error)
-            if isinstance(error, NotHere)
+            if isinstance(error, NotMeasurable)
             else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         )
-        failed = isinstance(error, AssertionError) or (
-            PROVIDERS[name].ours and not isinstance(error, NotHere)
+        is_failure = isinstance(error, AssertionError) or (
+            PROVIDERS[name].is_ours and not isinstance(error, NotMeasurable)
         )
-        return Outcome(self._row(mode, name) | {"skipped": said}, failure=said if failed else None)
+        row = self._row(mode, name) | {"skipped": reason}
+        return Outcome(row, failure=reason if is_failure else None)
 
     def _check(self, subject: Subject, mode: str) -> None:
-        """Raise AssertionError unless a subject is as close to the float64 truth as the tests ask
-        for.
+        """Compare a subject's results with the float64 truth, by the criterion of the tests.
+
+        Raises:
+            AssertionError: If an error is too large.
         """
         truth, baseline = self._truth(subject.provider.dialect, mode)
-        gradients = defaultdict(list)  # of a whole flow, by what they belong to in every block
+        # Only whole flows have entries: one label for the same parameter of all blocks.
+        gradients = defaultdict(list)
         for name, value in subject.results(mode).items():
             exact, label = truth[name], f"{subject.provider.name}, {mode}, {name}"
             if self.kind in WHOLE and exact is not None and name.startswith("d"):
@@ -152,12 +160,13 @@ class Task:
             assert_close_past_kinks(value, exact, baseline_value, self.workload.steps, label)
 
     def _roundings(self, subject: Subject, name: str) -> float:
-        """By how much the criterion's floor grows for one result.
+        """Return the factor by which the criterion's floor grows for one result.
 
-        A chain of blocks adds up its steps' roundings. And eager PyTorch sums in a tree, Inductor's
-        CPU code one term after the other: its error grows like a random walk, by the square root of
-        the number of terms. Measured without this: 2.1 times what is allowed, for the gradient of
-        the scale over 4096 rows, of the stock block as of ours.
+        A chain of blocks adds up the rounding errors of its steps. A sum adds to that: eager
+        PyTorch sums in a tree, but Inductor's CPU code adds one term after the other. Its error
+        grows like a random walk, by the square root of the number of terms. Without this factor
+        the gradient of the scale over 4096 rows had 2.1 times the allowed error, in the stock block
+        and in ours.
         """
         steps = self.workload.steps if self.kind in WHOLE else 1
         if subject.provider.execution == "eager" or name in ("output", "dx", "da"):
@@ -168,11 +177,11 @@ class Task:
         )
 
     def _truth(self, dialect: str, mode: str) -> tuple[dict[str, Tensor | None], ...]:
-        """The reference's results in float64 and in this dtype."""
+        """Return the reference's results in float64 and in this dtype."""
         mode = "train" if mode == "backward" else mode
         if (dialect, mode) not in self.truths:
             provider = Provider("reference-freia" if dialect == "freia" else "reference")
-            # another mode's take memory for nothing
+            # Free the results of other modes.
             self.truths = {key: value for key, value in self.truths.items() if key[1] == mode}
             self.truths[dialect, mode] = tuple(
                 self._reference(provider, mode, dtype) for dtype in (torch.float64, self.dtype)
@@ -190,12 +199,13 @@ class Task:
         }
 
     def _most_calls(self, mode: str, subjects: dict[str, Subject]) -> int:
-        """Calls in a row, cut down where each holds a forward pass of its own until its
-        backward.
+        """Return how many calls in a row may be timed at most.
+
+        In mode "backward" each call holds a forward pass of its own, so memory limits them.
         """
         if mode != "backward":
             return MOST_CALLS
-        held = max((s.kept() for s in subjects.values()), default=0)
+        held = max((subject.kept() for subject in subjects.values()), default=0)
         calls = max(
             1, min(MOST_CALLS, HELD_FOR_BACKWARD[self.settings.device.type] // max(held, 1))
         )
@@ -213,27 +223,27 @@ class Task:
         }
 
     def _figures(self, mode: str, name: str, times: dict[str, Times]) -> Row:
-        mine, subject = times[name], self.subjects[name]
+        measured, subject = times[name], self.subjects[name]
         base = subject.provider.our_base
         ours, ours_alike = (
             times.get(base),
             times.get(Provider(base, subject.provider.execution).name),
         )
-        p20, *_, p80 = statistics.quantiles(mine.seconds, n=5)
-        wall_p20, *_, wall_p80 = statistics.quantiles(mine.wall, n=5)
-        median = statistics.median(mine.seconds)
+        p20, *_, p80 = statistics.quantiles(measured.seconds, n=5)
+        wall_p20, *_, wall_p80 = statistics.quantiles(measured.wall, n=5)
+        median = statistics.median(measured.seconds)
         figures: Row = {
             "median_us": median * 1e6,
             "p20_us": p20 * 1e6,
             "p80_us": p80 * 1e6,
-            "wall_us": statistics.median(mine.wall) * 1e6,
+            "wall_us": statistics.median(measured.wall) * 1e6,
             "wall_p20_us": wall_p20 * 1e6,
             "wall_p80_us": wall_p80 * 1e6,
-            "repeats": len(mine.seconds),
-            "ratio": _ratio(mine, ours),
-            "ratio_alike": _ratio(mine, ours_alike),
-            "ratio_wall": _ratio(mine, ours, "wall"),
-            "ratio_wall_alike": _ratio(mine, ours_alike, "wall"),
+            "repeats": len(measured.seconds),
+            "ratio": _ratio(measured, ours),
+            "ratio_alike": _ratio(measured, ours_alike),
+            "ratio_wall": _ratio(measured, ours, "wall"),
+            "ratio_wall_alike": _ratio(measured, ours_alike, "wall"),
             "copy_gbs": self.settings.copy_bandwidth * 1e-9,
         }
         if self.kind not in WHOLE:
@@ -243,7 +253,7 @@ class Task:
             figures["kept_bytes"] = subject.kept()
             figures["kept_in_inputs"] = figures["kept_bytes"] / self.samples[0].x.nbytes
         if self.settings.device.type == "cuda":
-            figures["python_hidden"] = mine.hidden
+            figures["python_hidden"] = measured.hidden
             figures["call_bytes"] = _call_bytes(subject, mode)
         return figures
 
@@ -251,47 +261,51 @@ class Task:
 def assert_close_past_kinks(
     value: Tensor, truth: Tensor, baseline: Tensor, steps: int, name: str
 ) -> None:
-    """The criterion for gradients through the ReLUs of a whole flow: all blocks' together, by RMS
-    alone, with a wider floor.
+    """Assert that gradients through the ReLUs of a whole flow are close enough to the truth.
 
-    Where rounding moves a hidden value across zero, its whole gradient comes or goes. Of n such
-    gates about n * steps * eps are that close, and k flips of n change a gradient by a relative
-    sqrt(k / n). In float32 the baseline may have no flip at all; in bfloat16 it has flips too, but
-    in other blocks, hence all blocks together. Measured: one flipped gate of cflow-ad/1 in float32
-    brings errors 10 times what is allowed otherwise; in hyperspectral in bfloat16 ours has 0.7 of
-    the baseline's error in the median, and 3 to 8 times it in one or two blocks' first layers,
-    other ones for other inputs. Blocks measured alone are held to the strict criterion.
+    The gradients of all blocks are judged together, by their RMS alone, with a wider floor than
+    that of :func:`tests.support.compare.assert_close`.
+
+    The reason: if rounding moves a hidden value across zero, its whole gradient comes or goes. Of n
+    such gates about n * steps * eps are that close. If k of n gates flip, a gradient changes by a
+    relative sqrt(k / n). In float32 the baseline may have no flip at all. In bfloat16 it has flips
+    too, but in different blocks, so all blocks count together.
+
+    Measured with the strict criterion: one flipped gate of cflow-ad/1 in float32 causes 10 times
+    the allowed error. For hyperspectral in bfloat16, the median block of ours has 0.7 times the
+    baseline's error. The first layers of one or two blocks have 3 to 8 times it, and which blocks
+    these are depends on the input. Blocks that are measured alone keep the strict criterion.
     """
 
     def rms(t: Tensor) -> float:
         return t.double().square().mean().sqrt().item()
 
-    got, allowed = (
+    error, allowed = (
         rms(value - truth),
         2 * rms(baseline - truth)
         + 4 * math.sqrt(steps * torch.finfo(torch.float32).eps) * rms(truth),
     )
-    if not got <= allowed:
+    if not error <= allowed:
         raise AssertionError(
-            f"{name}: rms error {got:.3g} > allowed {allowed:.3g}, of an rms of {rms(truth):.3g}"
+            f"{name}: rms error {error:.3g} > allowed {allowed:.3g} (rms of the truth: "
+            f"{rms(truth):.3g})"
         )
 
 
-def _ratio(theirs: Times, ours: Times | None, clock: str = "seconds") -> float | None:
-    """How many times as long theirs takes, paired within each repetition. Above 1 ours is
-    faster.
-    """
+def _ratio(times: Times, ours: Times | None, clock: str = "seconds") -> float | None:
+    """Return the median of time / our time, paired by repetition. Above 1 ours is faster."""
     if ours is None:
         return None
     return statistics.median(
-        t / o for t, o in zip(getattr(theirs, clock), getattr(ours, clock), strict=True)
+        seconds / our_seconds
+        for seconds, our_seconds in zip(getattr(times, clock), getattr(ours, clock), strict=True)
     )
 
 
 def _call_bytes(subject: Subject, mode: str) -> int:
-    """Bytes that a call allocates at most at a time, its results included.
+    """Return the most bytes that a call has allocated at a time, its results included.
 
-    A call comes before it that is alike: the subject lets go of what it held of an earlier one.
+    An equal call runs first, so that the subject has released what it held of an earlier call.
     """
     warm_up, run = subject.ready(mode, 2)
     warm_up()

@@ -1,10 +1,10 @@
-"""What one block costs in Python on launch-bound inputs: everything but the GPU's work, with a
-driver that does nothing.
+"""Measure the Python overhead of one block on launch-bound inputs.
 
     python -m pytest bench/overhead.py
 
-The subnet hands over a stored tensor. In the train step autograd's engine and the accumulation into
-``.grad`` are part of the cost; a plain product of the same operands shows how much of it is theirs.
+The driver does nothing, so the times hold everything except the GPU's work. The subnet returns a
+stored tensor. A train step includes autograd's engine and the accumulation into ``.grad``. The test
+``test_autograd_alone`` shows how much these two take.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.blocks import Stored
 
 pytest.importorskip("triton")
 
-# small, for autograd's own additions do run, on the CPU
+# Small, because autograd's own additions really run, on the CPU.
 SHAPES = {"rows": (4, 64), "planes": (1, 16, 4, 4)}
 
 
@@ -42,7 +42,7 @@ def _block(shape: tuple[int, ...], grad: bool, **options: Any) -> tuple[AllInOne
 
 
 def _measure(benchmark: Any, function: Callable[[], object]) -> None:
-    for _ in range(50):  # compile, warm caches
+    for _ in range(50):  # compile and fill the caches
         function()
     benchmark.pedantic(function, rounds=60, iterations=200)
 
@@ -83,8 +83,9 @@ def test_inverse(benchmark: Any, shape: tuple[int, ...]) -> None:
 
 
 def test_autograd_alone(benchmark: Any) -> None:
-    """One product and its gradients to four leaves, as many as a block has: the part of a train
-    step that is autograd's own.
+    """Time a product and its gradients for four leaves, as many as a block has.
+
+    This is autograd's own part of a train step.
     """
     leaves = [torch.randn(2, 2, requires_grad=True) for _ in range(4)]
     dy = torch.randn(2, 2)
@@ -95,8 +96,8 @@ def test_autograd_alone(benchmark: Any) -> None:
     _measure(benchmark, step)
 
 
-class _Nothing(torch.autograd.Function):
-    """Takes, keeps and returns as many tensors as a block does, and computes nothing."""
+class _EmptyFunction(torch.autograd.Function):
+    """A Function that takes, saves and returns as many tensors as a block, and computes nothing."""
 
     @staticmethod
     def forward(
@@ -112,8 +113,9 @@ class _Nothing(torch.autograd.Function):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "train-step"])
 def test_function_alone(benchmark: Any, backward: bool) -> None:
-    """A Function with a block's inputs and outputs, and the split of x before it: below this no
-    block with a Function of its own gets.
+    """Time an empty Function with a block's inputs and outputs, and the split of x before it.
+
+    This is the least that a block with an autograd Function of its own can take.
     """
     shape = SHAPES["rows"]
     x, a = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
@@ -121,7 +123,7 @@ def test_function_alone(benchmark: Any, backward: bool) -> None:
     dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
 
     def step() -> None:
-        y, logdet = _Nothing.apply(
+        y, logdet = _EmptyFunction.apply(
             *torch.split_with_sizes(x, (shape[1] - shape[1] // 2, shape[1] // 2), 1), a, g, offset
         )
         if backward:

@@ -1,5 +1,6 @@
-"""Result rows: where a figure was measured, appended files of one JSON object per line, and the
-newest row of each kind.
+"""Store result rows: their provenance, and files with one JSON object per line.
+
+Files are only appended to. Of the rows that measure the same thing, the newest counts.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ Row = dict[str, Any]
 
 
 def slug(name: str, kind: str) -> str:
-    """A device's name as a folder's: "AMD EPYC 7763 64-Core Processor" is cpu-amd-epyc-7763,
-    "NVIDIA H200" nvidia-h200.
+    """Turn a device's name into the name of a folder.
+
+    "AMD EPYC 7763 64-Core Processor" becomes cpu-amd-epyc-7763, and "NVIDIA H200" nvidia-h200.
     """
     name = re.sub(
         r"\(R\)|\(TM\)|@.*|\bCPU\b|\bProcessor\b|\b\d+-Core\b", " ", name, flags=re.IGNORECASE
@@ -35,7 +37,7 @@ def slug(name: str, kind: str) -> str:
 
 
 def provenance(device: torch.device) -> Row:
-    """What every row of a run says about where it comes from."""
+    """Return the entries that say where and when the rows of a run were measured."""
     gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if gpu else cpu_model()
     return {
@@ -52,14 +54,14 @@ def provenance(device: torch.device) -> Row:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The checkout's commit, with "-dirty" where tracked files were changed, or "unknown" where
-    there is no repository.
+    """Return the commit of the checkout, or "unknown" if there is no repository.
 
-    Result files do not count: a run that appends to them is no other code. A copy of a checkout has
-    no repository: there FASTFLOW_KERNELS_COMMIT may name the commit.
+    "-dirty" is appended if tracked files have changed. Result files do not count, because a run
+    itself appends to them. For a copy without its repository, the environment variable
+    FASTFLOW_KERNELS_COMMIT can name the commit.
     """
-    if named := os.environ.get("FASTFLOW_KERNELS_COMMIT"):
-        return named
+    if name := os.environ.get("FASTFLOW_KERNELS_COMMIT"):
+        return name
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         changed = _git(
@@ -95,7 +97,7 @@ def _driver() -> str | None:
 
 
 def append(rows: Iterable[Row], target: Path) -> None:
-    """Append rows to a ``.jsonl`` file, or within a folder to ``<device>/<kind>.jsonl``."""
+    """Append rows to a ``.jsonl`` file, or to ``<device>/<kind>.jsonl`` within a folder."""
     for row in rows:
         path = (
             target if target.suffix == ".jsonl" else target / row["device"] / f"{row['kind']}.jsonl"
@@ -106,8 +108,9 @@ def append(rows: Iterable[Row], target: Path) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of ``.jsonl`` files and of all such files under folders, in the order they were
-    written.
+    """Return the rows of ``.jsonl`` files and of all such files below folders.
+
+    The rows of one file keep their order.
     """
     files = [
         file
@@ -118,7 +121,7 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of the rows that measure the same thing, the last by date."""
+    """Return the last row by date of each group of rows that measure the same thing."""
     latest: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
         latest[json.dumps([row[key] for key in IDENTITY])] = row

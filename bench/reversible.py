@@ -1,13 +1,12 @@
-"""Training memory and time against depth: a plain chain, torch.utils.checkpoint, anomalib's blocks
-in FrEIA's chain, a reversible chain.
+"""Measure training memory and time of chains as they get longer.
 
     python -m bench.reversible [--shape 2,256,32,32] [--depths 1,2,4] [--record]
 
-Rows of kind "depth" are appended as those of the other benchmarks are, and drawn by the report. A
-step is a forward and a backward pass with the subnets of anomalib's FastFlow (fully connected ones
-for an input of rank 0). The chains are timed in turn. Peak memory counts every tensor that a step
-allocates, parameters' gradients included. On a CPU the operations are watched, so that what they
-allocate inside is not seen.
+Four chains take turns: a plain one, one with torch.utils.checkpoint, anomalib's blocks in FrEIA's
+chain, and a reversible one. A step is a forward and a backward pass. The subnets are those of
+anomalib's FastFlow, or fully connected ones for an input (B, C). Peak memory counts every tensor
+that a step allocates, including the parameters' gradients. On a CPU it misses what an operation
+allocates internally. Rows of kind "depth" are appended to the results, and the report draws them.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Checkpointed(Plain):
 
 
 def build(provider: str, shape: tuple[int, ...], depth: int, device: str) -> nn.Module:
-    """A chain with the same weights for all providers."""
+    """Build a provider's chain. All providers get the same weights."""
     torch.manual_seed(0)
     if provider == "anomalib":
         chain, block = freia().framework.SequenceINN(*shape[1:]), anomalib_block()
@@ -73,7 +72,7 @@ def step(chain: nn.Module, x: Tensor) -> None:
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
-    """The most bytes that a step has allocated at a time, beside what was there before."""
+    """Return the most bytes that a step has allocated at a time, without what existed before."""
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -86,7 +85,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int:
 
 
 def measure(shape: tuple[int, ...], depth: int, repeats: int, device: str) -> list[records.Row]:
-    """A row for every provider that is installed."""
+    """Return a row for every provider that is installed."""
     x, chains, steps = torch.randn(shape, device=device), {}, {}
     for provider in PROVIDERS:
         try:
@@ -95,8 +94,8 @@ def measure(shape: tuple[int, ...], depth: int, repeats: int, device: str) -> li
             print(missing)
             continue
         steps[provider] = partial(step, chain, x)
-        steps[provider]()  # warm up; and every gradient is there
-    assert_alike(chains)
+        steps[provider]()  # warm up, and allocate every gradient
+    assert_gradients_agree(chains)
     times: dict[str, list[float]] = {provider: [] for provider in steps}
     for _ in range(repeats):
         for provider, call in steps.items():
@@ -113,16 +112,16 @@ def measure(shape: tuple[int, ...], depth: int, repeats: int, device: str) -> li
     }
     rows = []
     for provider, chain in chains.items():
-        mine, plain = times[provider], times["plain"]
-        low, *_, high = statistics.quantiles(mine, n=5) if repeats > 1 else mine * 2
+        seconds, plain = times[provider], times["plain"]
+        low, *_, high = statistics.quantiles(seconds, n=5) if repeats > 1 else seconds * 2
         figures = {
             "provider": provider,
             "class": type(next(iter(chain.children()))).__module__,
-            "median_us": statistics.median(mine) * 1e6,
+            "median_us": statistics.median(seconds) * 1e6,
             "p20_us": low * 1e6,
             "p80_us": high * 1e6,
-            "times_plain": statistics.median(a / b for a, b in zip(mine, plain, strict=True)),
-            # what torch.utils.checkpoint keeps cannot be seen from outside
+            "times_plain": statistics.median(a / b for a, b in zip(seconds, plain, strict=True)),
+            # What torch.utils.checkpoint keeps is not visible from outside.
             "kept_bytes": None
             if provider == "checkpoint"
             else bytes_kept_for_backward(chain, partial(loss_of, chain, x)),
@@ -132,23 +131,29 @@ def measure(shape: tuple[int, ...], depth: int, repeats: int, device: str) -> li
     return rows
 
 
-def assert_alike(chains: dict[str, nn.Module]) -> None:
-    """After one step: the gradients of all chains agree, by their norms, as float32 can (single
-    ReLU gates flip by rounding).
+def assert_gradients_agree(chains: dict[str, nn.Module]) -> None:
+    """Assert that the gradients of all chains agree after one step, by their norms.
+
+    The bound is as wide as float32 needs, because rounding flips single ReLU gates.
     """
 
     def gradients(chain: nn.Module) -> Tensor:
-        found = sorted((name, p.grad) for name, p in chain.named_parameters() if p.grad is not None)
-        return torch.cat([grad.flatten() for _, grad in found])
+        by_name = sorted(
+            (name, p.grad) for name, p in chain.named_parameters() if p.grad is not None
+        )
+        return torch.cat([grad.flatten() for _, grad in by_name])
 
-    exact = gradients(chains["plain"])
+    expected = gradients(chains["plain"])
     for name, chain in chains.items():
-        error = (gradients(chain) - exact).norm() / exact.norm()
+        error = (gradients(chain) - expected).norm() / expected.norm()
         if not error <= 1e-2:
-            raise AssertionError(f"{name}: the gradients are off by {error:.2g} of their norm")
+            raise AssertionError(
+                f"{name}: the gradients differ from the plain chain's by {error:.2g} of their "
+                "norm, more than 0.01"
+            )
 
 
-def in_words(row: records.Row) -> str:
+def describe(row: records.Row) -> str:
     kept = "" if row["kept_bytes"] is None else f"kept {row['kept_bytes'] * 1e-6:,.1f} MB, "
     time = f"{row['median_us'] * 1e-3:,.0f} ms ({row['times_plain']:.2f}x)"
     return f"{row['provider']} {time}, {kept}peak {row['peak_bytes'] * 1e-6:,.1f} MB"
@@ -157,26 +162,30 @@ def in_words(row: records.Row) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.reversible",
-        description="Training memory and time against depth.",
+        description="Measure training memory and time of chains as they get longer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    for name, default, meaning in (
-        ("shape", "2,256,32,32", "of the input, (B, C) or (B, C, H, W)"),
-        ("depths", "1,2,4,8,16,32,64", "numbers of blocks"),
-        ("repeats", 5, "timed steps of every chain"),
-        ("threads", 1, "CPU threads"),
-        ("device", "cuda" if torch.cuda.is_available() else "cpu", "where"),
-        ("out", Path("out/bench"), "where to append the rows without --record"),
+    for name, metavar, default, meaning in (
+        ("shape", "B,C[,H,W]", "2,256,32,32", "shape of the input"),
+        ("depths", "N,...", "1,2,4,8,16,32,64", "numbers of blocks"),
+        ("repeats", "N", 5, "timed steps of every chain"),
+        ("threads", "N", 1, "CPU threads"),
+        ("device", "NAME", "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
+        ("out", "PATH", Path("out/bench"), "folder or .jsonl file to append the rows to"),
     ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
-    parser.add_argument("--record", action="store_true", help="append the rows under bench/results")
+        parser.add_argument(
+            f"--{name}", metavar=metavar, type=type(default), default=default, help=meaning
+        )
+    parser.add_argument(
+        "--record", action="store_true", help="append the rows to bench/results, not to --out"
+    )
     options = parser.parse_args(arguments)
     set_up_torch(options.threads)
     shape = tuple(int(n) for n in options.shape.split(","))
     for depth in (int(n) for n in options.depths.split(",")):
         rows = measure(shape, depth, options.repeats, options.device)
         records.append(rows, records.RESULTS if options.record else options.out)
-        print(f"depth {depth}: " + "; ".join(in_words(row) for row in rows), flush=True)
+        print(f"depth {depth}: " + "; ".join(map(describe, rows)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One run over the providers: each group is measured, said and recorded, until the budget ends."""
+"""Run the benchmarks over all groups: measure each, print it and record it, within the budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.measure import Outcome, Settings, Task
 from bench.records import Row
 from bench.timing import copy_bandwidth
 
-REPEATS = {"cpu": (5, 25), "cuda": (5, 11)}  # a GPU's samples are short, and its time is dear
+REPEATS = {"cpu": (5, 25), "cuda": (5, 11)}  # fewer on a GPU, whose time is limited
 
 
 def compare(choice: Choice, seconds: float, budget: float, target: Path) -> int:
@@ -22,48 +22,48 @@ def compare(choice: Choice, seconds: float, budget: float, target: Path) -> int:
 
     Args:
         choice: What is measured.
-        seconds: What the repetitions of one group may take.
-        budget: Seconds after which no group is begun.
-        target: Where the rows go.
+        seconds: Time limit for the repetitions of one group.
+        budget: Seconds after which no new group is started.
+        target: The folder or ``.jsonl`` file that the rows are appended to.
 
     Returns:
-        The exit status: 1 if a provider's results are wrong, or ours does not run.
+        The exit status: 1 if a provider's results are wrong or ours cannot run, otherwise 0.
     """
-    started, failed = time.perf_counter(), False
+    start, failed = time.perf_counter(), False
     device = choice.device
     settings = Settings(device, REPEATS[device.type], seconds, copy_bandwidth(device))
     provenance = records.provenance(device)
 
     def say(line: str) -> None:
-        print(f"[{time.perf_counter() - started:4.0f} s] {line}", file=sys.stderr, flush=True)
+        print(f"[{time.perf_counter() - start:4.0f} s] {line}", file=sys.stderr, flush=True)
 
     say(
-        f"{provenance['device_name']}: copies at {settings.copy_bandwidth * 1e-9:.1f} GB/s; "
-        f"rows go to {target}"
+        f"{provenance['device_name']}: a large copy reaches "
+        f"{settings.copy_bandwidth * 1e-9:.1f} GB/s; rows are appended to {target}"
     )
     task: Task | None = None
-    left_out: list[Group] = []
+    not_started: list[Group] = []
     for group in choice.groups():
-        if time.perf_counter() - started > budget:
-            left_out.append(group)
+        if time.perf_counter() - start > budget:
+            not_started.append(group)
             continue
         if task is None or not task.is_of(group):
-            task = None  # free the memory of the last one first
+            task = None  # free the last task's memory first
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             task = Task(group, choice.with_ours(), settings)
         outcomes = task.measure(group.mode)
         failed |= any(outcome.failure for outcome in outcomes.values())
         if outcomes["ours"].failure is None:
-            kept = [o.row | provenance for o in outcomes.values() if o.failure is None]
-            records.append(kept, target)
-        say(f"{group}: {_in_a_line(outcomes)}")
-    for group in left_out:
+            rows = [o.row | provenance for o in outcomes.values() if o.failure is None]
+            records.append(rows, target)
+        say(f"{group}: {_describe(outcomes)}")
+    for group in not_started:
         say(f"left out, because the budget of {budget:.0f} s was spent: {group}")
     return int(failed)
 
 
-def _in_a_line(outcomes: dict[str, Outcome]) -> str:
+def _describe(outcomes: dict[str, Outcome]) -> str:
     parts = []
     for name, outcome in outcomes.items():
         if outcome.failure:

@@ -1,4 +1,4 @@
-"""What is timed: one provider's block or flow on stored inputs, ready to run in each mode."""
+"""The subject of a timing: one provider's block or flow on stored inputs, in each mode."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ from bench.workloads import WHOLE, Workload
 from tests.support.memory import bytes_kept_for_backward
 
 MODES = ("forward", "inverse", "backward", "train")
-# in inputs: what has to be read and written at least
+# The bytes that each mode has to read and write at least, as multiples of the input's bytes.
 MINIMAL_BYTES = {"forward": 3, "inverse": 3, "backward": 5, "train": 8}
 
 
-class NotHere(Exception):
-    """A provider cannot be measured in this mode; the message says why."""
+class NotMeasurable(Exception):
+    """A provider cannot be measured on this workload or in this mode. The message says why."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs of one call: x (B, C, *S), the stored output of the subnet (None for a whole flow),
-    conditions, and output gradients.
+    """Inputs of one call.
+
+    Attributes:
+        x: The input (B, C, *S).
+        a: The stored output of the subnet, or None for a whole flow.
+        c: The conditions.
+        dy: The gradient of the output, of the shape of x.
+        dlogdet: The gradient of the log-determinant, (B,).
     """
 
     x: Tensor
@@ -39,7 +45,7 @@ class Sample:
     dlogdet: Tensor
 
     def to(self, dtype: torch.dtype) -> Sample:
-        """The same values in another dtype."""
+        """Return the same values in another dtype."""
 
         def converted(t: Tensor) -> Tensor:
             return t.detach().to(dtype).requires_grad_(t.requires_grad)
@@ -57,8 +63,9 @@ class Sample:
 def draw_samples(
     kind: str, workload: Workload, dtype: torch.dtype, device: torch.device
 ) -> list[Sample]:
-    """Inputs to rotate through: on a GPU as many as it takes for one not to find itself in the L2
-    cache, on a CPU one.
+    """Draw inputs that the calls take in turn: several on a GPU, one on a CPU.
+
+    On a GPU there are so many that none is still in the L2 cache when its turn comes again.
     """
     batch, channels, *spatial = workload.shape
     generator = torch.Generator(device).manual_seed(0)
@@ -74,9 +81,10 @@ def draw_samples(
         )
 
     def draw() -> Sample:
-        alone = kind not in WHOLE  # a whole flow's input is the features, which need no gradient
-        x = random(batch, channels, *spatial).requires_grad_(alone)
-        a = random(batch, channels // 2 * 2, *spatial).requires_grad_() if alone else None
+        # The input of a whole flow are features, which need no gradient.
+        is_single_block = kind not in WHOLE
+        x = random(batch, channels, *spatial).requires_grad_(is_single_block)
+        a = random(batch, channels // 2 * 2, *spatial).requires_grad_() if is_single_block else None
         c = [random(batch, width, *spatial) for width in workload.conditions]
         return Sample(x, a, c, random(batch, channels, *spatial), random(batch))
 
@@ -87,31 +95,30 @@ def draw_samples(
     return [first, *(draw() for _ in range(math.ceil(2 * cache / first.x.nbytes)))]
 
 
-class _Handed(nn.Module):
-    """A subnet without cost: it hands over a stored tensor."""
+class _StoredSubnet(nn.Module):
+    """A subnet that costs nothing, because it returns a stored tensor."""
 
     a: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        # Compiled, a tensor from outside could not be overwritten within a CUDA graph, as stock
-        # blocks do with their subnet's output. The copy is fused away by the compiler. Eager calls
-        # are given copies that were made beforehand.
+        # Stock blocks overwrite their subnet's output, which a CUDA graph forbids for an input. The
+        # compiler fuses this copy away. Eager calls get a copy from Subject._arguments.
         return self.a.clone() if torch.compiler.is_compiling() else self.a
 
 
-class Alone(nn.Module):
-    """A block without its subnet's cost: ``(x, a, *conditions) -> (y, logdet)``."""
+class SingleBlock(nn.Module):
+    """A block without the cost of its subnet: ``(x, a, *conditions) -> (y, logdet)``."""
 
     def __init__(
         self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]
     ) -> None:
         super().__init__()
         dims, dims_c = _dims(workload, declared)
-        self.handed = _Handed()
-        self.block = build(dims, dims_c, lambda *_: self.handed, **workload.options)
+        self.subnet = _StoredSubnet()
+        self.block = build(dims, dims_c, lambda *_: self.subnet, **workload.options)
 
     def forward(self, x: Tensor, a: Tensor, *c: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        self.handed.a = a
+        self.subnet.a = a
         (y,), logdet = self.block([x], list(c), rev=rev)
         return y, logdet
 
@@ -146,7 +153,7 @@ class Chain(nn.Module):
 
 
 def _dims(workload: Workload, declared: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
-    """A block's dims_in and dims_c."""
+    """Return a block's dims_in and dims_c."""
     return [(workload.shape[1], *declared)], [(width, *declared) for width in workload.conditions]
 
 
@@ -159,9 +166,8 @@ def _subnet(workload: Workload, step: int) -> Callable[[int, int], nn.Module]:
 def build_model(
     kind: str, workload: Workload, build: Callable[..., nn.Module], dialect: str
 ) -> nn.Module:
-    """A block alone or a whole flow, in float32, its random numbers seeded."""
-    # A declared shape that is not the real one is possible only where the input's shape is not
-    # checked.
+    """Build a single block or a whole flow in float32, with seeded random numbers."""
+    # Only anomalib's formula leaves the input's shape unchecked, so that another can be declared.
     declared = (
         workload.declared if workload.declared and dialect == "anomalib" else workload.shape[2:]
     )
@@ -171,7 +177,7 @@ def build_model(
             flow = ReversibleFlow if kind == "reversible" else SequenceFlow
             model: nn.Module = Chain(build, workload, tuple(declared), flow)
         else:
-            model = Alone(build, workload, tuple(declared))
+            model = SingleBlock(build, workload, tuple(declared))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(offset := getattr(module, "global_offset", None), Tensor):
@@ -180,7 +186,15 @@ def build_model(
 
 
 class Subject:
-    """One provider's model on samples, with the weights of ``like``."""
+    """One provider's model on stored samples.
+
+    Args:
+        kind: One of :data:`bench.workloads.KINDS`.
+        workload: The shape and options of the model.
+        provider: The block and the way to call it.
+        samples: Inputs that the calls take in turn.
+        weights_from: A model whose weights are copied.
+    """
 
     def __init__(
         self,
@@ -188,26 +202,26 @@ class Subject:
         workload: Workload,
         provider: Provider,
         samples: list[Sample],
-        like: nn.Module | None = None,
+        weights_from: nn.Module | None = None,
     ) -> None:
         build, _ = block_class(provider)
         self.provider, self.samples, self.next = provider, samples, 0
         self.model = build_model(kind, workload, build, provider.dialect)
-        if like is not None:
-            copy_weights(like, self.model)
+        if weights_from is not None:
+            copy_weights(weights_from, self.model)
         self.model.to(samples[0].x.device, samples[0].x.dtype)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.call: dict[bool, Callable[..., Any]] = {
             rev: partial(self.model, rev=rev) for rev in (False, True)
         }
-        # eager, whatever follows: a block that cannot run is not worth compiling
+        # Called eagerly first: a block that cannot run is not worth compiling.
         with torch.no_grad():
             self.logdet_dtype = self.model(*self._arguments(samples[0]))[1].dtype
         if provider.execution != "eager":
             self._speed_up(provider)
 
     def _speed_up(self, provider: Provider) -> None:
-        if provider.ours and provider.execution == "graphs":
+        if provider.is_ours and provider.execution == "graphs":
             self.graphed = _graphed(self.model, self._arguments(self.samples[0]))
             self.call = {
                 rev: _captured(partial(self.model, rev=rev), self._arguments(self.samples[0]))
@@ -215,26 +229,30 @@ class Subject:
             }
             return
         mode = "reduce-overhead" if provider.execution == "graphs" else None
-        compiled = torch.compile(self.model, dynamic=False, fullgraph=provider.ours, mode=mode)
+        compiled = torch.compile(self.model, dynamic=False, fullgraph=provider.is_ours, mode=mode)
         self.call = {rev: partial(compiled, rev=rev) for rev in (False, True)}
 
     def ready(self, mode: str, calls: int) -> list[Callable[[], Any]]:
-        """Calls that can be timed in a row, each with the next inputs; all that does not belong to
-        the mode is done before.
+        """Return calls that can be timed in a row, each with the next inputs.
+
+        What does not belong to the mode is done before: for "backward" the forward passes.
+
+        Raises:
+            NotMeasurable: If the mode cannot be timed in a row.
         """
-        graphs = self.provider.execution == "graphs"
-        if graphs and mode == "backward":
-            raise NotHere(
-                "a CUDA graph's forward holds one call's results: backward alone cannot be timed "
-                "in a row"
+        in_graphs = self.provider.execution == "graphs"
+        if in_graphs and mode == "backward":
+            raise NotMeasurable(
+                "a CUDA graph's forward holds the results of one call, so backward passes alone "
+                "cannot be timed in a row"
             )
-        return [self._ready(mode, self._rotate(), graphs) for _ in range(calls)]
+        return [self._prepare_call(mode, self._rotate(), in_graphs) for _ in range(calls)]
 
     def _rotate(self) -> Sample:
         self.next = (self.next + 1) % len(self.samples)
         return self.samples[self.next]
 
-    def _ready(self, mode: str, sample: Sample, graphs: bool) -> Callable[[], Any]:
+    def _prepare_call(self, mode: str, sample: Sample, in_graphs: bool) -> Callable[[], Any]:
         arguments, dlogdet = self._arguments(sample), sample.dlogdet.to(self.logdet_dtype)
         inputs = [
             t for t in (sample.x, sample.a) if t is not None and t.requires_grad
@@ -245,13 +263,13 @@ class Subject:
             return torch.autograd.grad(outputs, inputs, [sample.dy, dlogdet], allow_unused=True)
 
         def train() -> tuple[Tensor | None, ...]:
-            if graphs:
+            if in_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             outputs = forward(*arguments)
             return (*outputs, *backward(outputs))
 
         def infer() -> tuple[Tensor, Tensor]:
-            if graphs:
+            if in_graphs:
                 torch.compiler.cudagraph_mark_step_begin()
             with torch.no_grad():
                 return self.call[mode == "inverse"](*arguments)
@@ -262,22 +280,20 @@ class Subject:
         return train if mode == "train" else infer
 
     def results(self, mode: str) -> dict[str, Tensor | None]:
-        """What a call of a mode computes from the first inputs, by name."""
+        """Return what a call in a mode computes from the first inputs, by name."""
         self.next = -1
         (run,) = self.ready(mode, 1)
         return dict(zip(self._names(mode), run(), strict=True))
 
     def _arguments(self, sample: Sample) -> tuple[Tensor, ...]:
-        """The model's inputs; of the stored output a copy, since stock blocks overwrite it."""
+        """Return the model's inputs. The stored output is copied, as stock blocks overwrite it."""
         return (sample.x, *(() if sample.a is None else (_Copy.apply(sample.a),)), *sample.c)
 
     def kept(self) -> int:
-        """Bytes allocated between forward and backward: of a single block, or of a whole flow with
-        its subnets.
-        """
+        """Return the bytes kept between forward and backward, for a whole flow with its subnets."""
         arguments, leave_out = (
             self._arguments(self.samples[0]),
-            [m for m in self.model.modules() if isinstance(m, _Handed)],
+            [m for m in self.model.modules() if isinstance(m, _StoredSubnet)],
         )
         return bytes_kept_for_backward(self.model, lambda: self.call[False](*arguments), leave_out)
 
@@ -294,7 +310,7 @@ class Subject:
 
 
 class _Copy(Function):
-    """A copy whose gradient is handed through: backward costs nothing."""
+    """A copy that passes its gradient on unchanged, so that its backward pass costs nothing."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
@@ -306,7 +322,7 @@ class _Copy(Function):
 
 
 class _Positional(nn.Module):
-    """A model by positional arguments alone, as make_graphed_callables asks for."""
+    """A model that takes only positional arguments, as make_graphed_callables requires."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -317,20 +333,21 @@ class _Positional(nn.Module):
 
 
 def _graphed(model: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """A model whose forward and backward are recorded once each. Its inputs are overwritten, hence
-    the copies.
+    """Record the forward and the backward pass of a model once each.
+
+    The graph overwrites its inputs, so they are copies.
     """
     static = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in arguments)
     return torch.cuda.make_graphed_callables(_Positional(model), static, allow_unused_input=True)
 
 
 def _captured(call: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """A call without gradients, recorded once; replaying it copies its inputs into place."""
+    """Record a call without gradients. A replay copies its inputs into place."""
     static = [t.detach().clone() for t in arguments]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
-        # what compiles or allocates on its first call must have done so before it is recorded
+        # Warm up: what compiles or allocates on a first call must not be recorded.
         for _ in range(3):
             call(*static)
     torch.cuda.current_stream().wait_stream(stream)

@@ -1,8 +1,9 @@
-"""Time of each block and flow with pytest-benchmark, float32: one test a workload, mode and block.
+"""Time each block and flow with pytest-benchmark, in float32.
 
     python -m pytest bench/test_speed.py -k "block and cflow/1 and train"
 
-Use ``python -m bench compare`` for ratios: it checks the results first, and takes turns.
+There is one test for each workload, mode and provider. For ratios use ``python -m bench compare``,
+which checks the results first and lets the providers take turns.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def test_speed(benchmark: Any, kind: str, workload: Any, mode: str, provider: An
     benchmark.group = f"{kind} {workload.name} {workload.shape} {mode}"
 
     def setup() -> tuple[Sequence[Callable[[], object]], dict[str, object]]:
-        return subject.ready(mode, 1), {}  # a backward pass needs its forward pass
+        return subject.ready(mode, 1), {}  # runs the forward pass that a backward pass needs
 
     def run(call: Callable[[], object]) -> None:
         call()

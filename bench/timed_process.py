@@ -1,6 +1,7 @@
-"""A process that times one version of the package, by questions and answers through its pipes.
+"""A process that times one version of the package. It answers requests through its pipes.
 
-It runs this tree's benchmarks. Only ``fastflow_kernels`` comes from the folder of the version.
+The process runs the benchmarks of this checkout. Only ``fastflow_kernels`` comes from the folder of
+the version.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from bench.records import ROOT
 from bench.subject import Subject, draw_samples
 from bench.timing import MOST_CALLS, calls_in_a_row, device_time, time_calls
 
-MOST_BACKWARD = 8  # backward passes in a row: the forward pass of each is held
-# Otherwise glibc decides by a process's history whether a large tensor costs page faults. That made
-# equal versions differ by up to 20% (an AMD EPYC with other work); so did running on two cores.
+MOST_BACKWARD = 8  # backward passes in a row, because each holds its forward pass
+# Otherwise a process's history decides whether a large tensor costs page faults (glibc). Equal
+# versions then differed by up to 20% (AMD EPYC with other work), and so they did on two cores.
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(1 << 26),
 }
-SPAN = 5e-3  # seconds of a sample
+SPAN = 5e-3  # seconds of one sample
 SERVE = """\
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -42,7 +43,7 @@ serve()
 
 
 class Case(NamedTuple):
-    """What is timed: a group, which of ours, and where."""
+    """One thing to time: a group, a provider of ours, and a device."""
 
     group: Group
     provider: str
@@ -53,11 +54,11 @@ class Case(NamedTuple):
 
 
 class Failed(Exception):
-    """The version cannot run a case; the message says why."""
+    """The version cannot run a case. The message says why."""
 
 
 class TimedProcess:
-    """A context: the process, with the package that lies in a folder."""
+    """A context manager for a process that times the package in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
@@ -72,33 +73,33 @@ class TimedProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.communicate()  # its input ends, and so does it
+        self.process.communicate()  # closes its input, which ends it
 
     def calls(self, case: Case) -> int:
-        """How many calls in a row fill a sample, after the first ones have warmed up."""
+        """Warm up, and return how many calls in a row fill a sample."""
         return int(self._ask(case, 0))
 
     def seconds(self, case: Case, calls: int) -> float:
-        """Seconds per call, of so many calls in a row."""
+        """Time ``calls`` calls in a row, and return the seconds per call."""
         return self._ask(case, calls)
 
     def _ask(self, case: Case, calls: int) -> float:
-        questions, answers = self.process.stdin, self.process.stdout
-        assert questions is not None
+        requests, answers = self.process.stdin, self.process.stdout
+        assert requests is not None
         assert answers is not None
-        pickle.dump((case, calls), questions)
-        questions.flush()
+        pickle.dump((case, calls), requests)
+        requests.flush()
         try:
             answer = pickle.load(answers)
         except EOFError:
-            raise Failed("the process that times has ended") from None
+            raise Failed("the process that times this version has ended") from None
         if isinstance(answer, str):
             raise Failed(answer)
         return float(answer)
 
 
 def serve() -> None:
-    """Answer questions until the input ends."""
+    """Answer requests until the input ends."""
     import fastflow_kernels
 
     assert str(fastflow_kernels.__file__).startswith(sys.argv[1]), fastflow_kernels.__file__
@@ -106,7 +107,7 @@ def serve() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # both versions on one core
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # what libraries print goes to stderr, not among the answers
     subject, subject_key = None, None
     while True:
         try:

@@ -1,5 +1,7 @@
-"""Times of several subjects in one interleaved run: on a GPU the device's own and those of the
-calls, on a CPU the wall clock's.
+"""Time several subjects in one interleaved run.
+
+On a CPU the wall clock counts. On a GPU two times are measured: the GPU's own, and the time as
+called, which is the wall clock's.
 """
 
 from __future__ import annotations
@@ -16,18 +18,20 @@ from typing import Any, Protocol
 
 import torch
 
-# Seconds of calls in a row that one sample averages over: small inputs are measured as a loop runs
-# them, not from cold.
+# One sample averages over calls in a row that last so many seconds, so that small inputs are
+# measured with warm caches, as in a loop.
 SPAN = {"cpu": 10e-3, "cuda": 3e-3}
 MOST_CALLS = 64
-HEAD_START = 1 << 30  # bytes of one write ahead of a sample of the device's time
+HEAD_START = 1 << 30  # bytes of one write that keeps the GPU busy ahead of a sample
 QUEUED = 4e-3  # seconds of calls that are queued behind such writes
-# bytes copied to measure the bandwidth: far above any cache
-COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes of the copy, far more than any cache holds
 
 
 class Timeable(Protocol):
-    """Gives calls that are ready to be timed in a row; what must not be timed has been done."""
+    """An object whose calls can be timed.
+
+    ``ready`` returns calls to run in a row, and has already done what must not be timed.
+    """
 
     def ready(self, mode: str, calls: int) -> list[Callable[[], Any]]: ...
 
@@ -37,10 +41,9 @@ class Times:
     """Seconds per call, one entry per repetition.
 
     Attributes:
-        seconds: On a GPU the device's own time, see :func:`device_time`. On a CPU by the wall
-            clock.
-        wall: As called: by the wall clock on both, until the device is done.
-        hidden: Whether Python was hidden from all of the GPU's own times.
+        seconds: The GPU's own time, see :func:`device_time`. On a CPU the wall clock's.
+        wall: The time as called: by the wall clock, until the device is done.
+        hidden: Whether none of the GPU's own times includes waiting for Python.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -56,29 +59,32 @@ def interleaved(
     most_seconds: float,
     most_calls: int = MOST_CALLS,
 ) -> dict[str, Times]:
-    """Time every subject once per repetition, in turn, so that what slows the machine for a while
-    slows all of them.
+    """Time every subject once per repetition, in turn.
+
+    What slows the machine for a while then slows all subjects alike.
 
     Args:
-        subjects: By name.
+        subjects: What to time, by name.
         mode: Passed to ``ready``.
-        device: Whose clock counts.
-        repeats: The least and the most repetitions; between them it is what fits into
-            ``most_seconds``.
-        most_seconds: See ``repeats``.
-        most_calls: Calls in a row of one sample, at most.
+        device: The device on which the calls run.
+        repeats: The least and the most repetitions. ``most_seconds`` decides between them.
+        most_seconds: Time limit, which holds once there are the least repetitions.
+        most_calls: The most calls in a row of one sample.
+
+    Returns:
+        The times by the names of ``subjects``.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     calls = {
         name: calls_in_a_row(subject, mode, device, most_calls, SPAN[device.type])
         for name, subject in subjects.items()
     }
-    spent = time.perf_counter() - began
-    began = time.perf_counter()
+    spent = time.perf_counter() - start
+    start = time.perf_counter()
     times = {name: Times() for name in subjects}
     least, most = repeats
     for done in range(most):
-        if done >= least and (time.perf_counter() - began) * (done + 1) / done > max(
+        if done >= least and (time.perf_counter() - start) * (done + 1) / done > max(
             most_seconds - spent, 0.0
         ):
             break
@@ -98,7 +104,7 @@ def interleaved(
 def calls_in_a_row(
     subject: Timeable, mode: str, device: torch.device, most: int, span: float
 ) -> int:
-    """As many as fill ``span`` seconds, a power of two; the first calls warm up."""
+    """Warm up, and return how many calls fill ``span`` seconds: a power of 2, at most ``most``."""
     time_calls(subject.ready(mode, 1), device)
     calls = 1
     while calls < most and time_calls(subject.ready(mode, calls), device) * calls < span:
@@ -111,45 +117,50 @@ def time_calls(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds per call, until the device is done, of calls in a row."""
+    """Run calls in a row until the device is done, and return the seconds per call."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with _no_collector():
+    with _without_garbage_collector():
         wait()
-        begin = clock()
+        start = clock()
         for run in ready:
             run()
         wait()
-        return (clock() - begin) / len(ready)
+        return (clock() - start) / len(ready)
 
 
 def device_time(subject: Timeable, mode: str, calls: int, wall: float) -> tuple[float, bool]:
-    """Seconds per call on the GPU alone, and whether what Python and the launches take was hidden,
-    as is meant.
+    """Measure the GPU's own time of a call, without Python and the launches.
 
-    The calls are queued behind writes that take longer than queueing does, so that the GPU finds
-    each launch ready. The writes also empty the L2 cache.
+    The calls are queued behind long writes. Queueing takes less time than the writes, so that the
+    GPU never waits for Python. The writes also empty the L2 cache.
 
     Args:
-        subject, mode: What is called.
+        subject: What is called.
+        mode: Passed to ``ready``.
         calls: The most calls in a row.
         wall: Seconds that a call takes by the wall clock.
+
+    Returns:
+        Seconds per call, and whether the writes lasted until all calls were queued.
     """
     calls = max(1, min(calls, int(QUEUED / wall)))
-    found = (0.0, False)
-    # of a subject that waits for the device itself nothing can be hidden
+    measured = (0.0, False)
+    # Two tries only: if the subject itself waits for the device, no writes are long enough.
     for patience in (1.5, 3.0):
-        if not found[1]:
-            found = queued_time(subject.ready(mode, calls), patience * wall * calls)
-    return found
+        if not measured[1]:
+            measured = queued_time(subject.ready(mode, calls), patience * wall * calls)
+    return measured
 
 
 def queued_time(ready: Sequence[Callable[[], Any]], delay: float) -> tuple[float, bool]:
-    """Seconds per call of calls that are queued while the GPU is busy for ``delay`` seconds, and
-    whether it was for long enough.
+    """Time calls that are queued while the GPU is busy for ``delay`` seconds.
+
+    Returns:
+        Seconds per call, and whether the GPU was busy until all calls were queued.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     writes = math.ceil(delay / _write_seconds())
-    with _no_collector():
+    with _without_garbage_collector():
         torch.cuda.synchronize()
         for _ in range(writes):
             _head_start().zero_()
@@ -164,7 +175,7 @@ def queued_time(ready: Sequence[Callable[[], Any]], delay: float) -> tuple[float
 
 @cache
 def _write_seconds() -> float:
-    """Seconds of one write ahead of a sample."""
+    """Return the seconds of one write that keeps the GPU busy."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _head_start().zero_()
     torch.cuda.synchronize()
@@ -177,14 +188,14 @@ def _write_seconds() -> float:
 
 
 @contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
-    """Python's garbage collector must not run inside the timed region."""
-    collecting = gc.isenabled()
+def _without_garbage_collector() -> Iterator[None]:
+    """Keep Python's garbage collector out of the timed region."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if collecting:
+        if was_enabled:
             gc.enable()
 
 
@@ -203,8 +214,10 @@ class _Copy:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written together, of a large copy on this device with the threads
-    that torch uses.
+    """Measure the bandwidth of a large copy on this device, with torch's number of threads.
+
+    Returns:
+        Bytes per second, read and written together.
     """
     copy = _Copy(device)
     times = interleaved({"copy": copy}, "", device, (5, 25), 0.5)["copy"]

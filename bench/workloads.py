@@ -1,4 +1,4 @@
-"""The workloads: shapes and options of the models that people run. Plain data."""
+"""The workloads: shapes and options of models that people run, as plain data."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Workload:
-    """One block as a published model uses it, and the flow that the model chains of it.
+    """A block as a published model uses it, and the flow that the model builds from such blocks.
 
     Attributes:
         name: The model and its stage.
         shape: (B, C, *S) of the input.
         options: Constructor options of the block.
         conditions: Channels of each condition.
-        declared: Spatial shape the model declares where it is not the real one. Only anomalib's
-            formula is free in that.
-        steps: Blocks of the whole flow. 0: only the single block is measured.
-        subnet: "conv" (3x3 and 1x1 in turn), "conv3" (3x3) or "fc" (linear layers): two layers with
-            a ReLU between them.
-        hidden: Width of the subnet's hidden layer, as a multiple of its input's.
-        conditional_steps: How many of the steps, the first ones, take the conditions. None: all.
-        cpu_batch: Batch on a CPU, where the whole one would only cost time.
-        cpu_flow_batch: The same for the whole flow. None: ``cpu_batch``.
-        channels_last: The memory format of every tensor.
+        declared: Spatial shape that the model declares, if it is not that of the input. Only
+            anomalib's formula allows this.
+        steps: Blocks of the whole flow. With 0 only the single block is measured.
+        subnet: "conv" (3x3 and 1x1 in turn), "conv3" (3x3) or "fc" (linear). A subnet has two
+            layers with a ReLU between them.
+        hidden: Width of the subnet's hidden layer, as a multiple of its input's width.
+        conditional_steps: How many of the first steps take the conditions. None means all.
+        cpu_batch: Batch size on a CPU. None means that of ``shape``.
+        cpu_flow_batch: Batch size of the whole flow on a CPU. None means ``cpu_batch``.
+        channels_last: Whether every tensor has this memory format.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Workload:
     channels_last: bool = False
 
     def on_cpu(self, kind: str) -> Workload:
-        """The same with the batch that a CPU is measured with."""
+        """Return the workload with the batch size for a CPU."""
         batch = self.cpu_batch
         if kind in WHOLE and self.cpu_flow_batch is not None:
             batch = self.cpu_flow_batch
@@ -73,7 +73,7 @@ _MSFLOW: dict[str, Any] = {
     "hidden": 1.0,
 }
 
-# The order is that of importance: a run that has to stop early has measured what matters most.
+# In the order of importance: a run that stops early has measured what matters most.
 WORKLOADS = (
     *_stages(
         "fastflow-wrn50", [(32, 256, 64, 64), (32, 512, 32, 32), (32, 1024, 16, 16)], **_FASTFLOW
@@ -120,19 +120,19 @@ WORKLOADS = (
     Workload("tabular soft", (4096, 64), {"permute_soft": True}, steps=8),
     Workload("tabular Householder 8", (4096, 64), {"learned_householder_permutation": 8}, steps=8),
     Workload("tabular GIN", (4096, 64), {"gin_block": True}, steps=8),
-    # One image, as in inference; and a fibre batch as CFlow's training has it.
+    # One image, as in inference. And a fiber batch of the size that CFlow trains with.
     Workload("fastflow-wrn50/1 one image", (1, 256, 64, 64)),
     Workload("fastflow-r18/1 one image", (1, 64, 64, 64)),
     Workload("fastflow-r18/3 one image", (1, 256, 16, 16)),
     Workload("cflow large batch", (2048, 512), **_CFLOW),
-    # What no published model is known to run and the block offers all the same.
+    # What the block offers although no published model is known to use it.
     Workload("soft large batch", (2048, 512), {"permute_soft": True}),
     Workload("Householder 4/1", (256, 256), {"learned_householder_permutation": 4}),
     Workload("Householder 4/2", (256, 512), {"learned_householder_permutation": 4}),
     Workload("channels-last/1", (32, 256, 64, 64), cpu_batch=4, channels_last=True),
     Workload("channels-last/2", (32, 1024, 16, 16), cpu_batch=4, channels_last=True),
     Workload("channels-last/3", (32, 64, 32, 32), cpu_batch=4, channels_last=True),
-    # Where Python is most of the time: posteriors, single samples, images of few channels, signals.
+    # Inputs for which Python takes most of the time.
     Workload("small/posterior", (128, 5), conditions=(10,), steps=6),
     Workload("small/sample", (1, 64), steps=6),
     Workload("small/image", (2, 3, 16, 16), subnet="conv", steps=4),
@@ -147,9 +147,7 @@ _SWEEP_CPU = (2, 256, 16, 16)
 
 
 def sweep(on_cpu: bool) -> tuple[Workload, ...]:
-    """Shapes along three lines through one point: the batch grows, the channels grow, the pixels
-    grow.
-    """
+    """Return shapes in which the batch, the channels or the pixels grow from one common shape."""
     batch, channels, height, width = _SWEEP_CPU if on_cpu else _SWEEP
     batches = (1, 2, 4, 8, 16, 32) if on_cpu else (1, 2, 4, 8, 16, 32, 64, 128)
     channel_counts = (16, 64, 256, 1024) if on_cpu else (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -161,7 +159,7 @@ def sweep(on_cpu: bool) -> tuple[Workload, ...]:
     )
 
 
-# One of each kind of input, for a run of a minute or two.
+# One of each kind of input, which together take a minute or two.
 TYPICAL = (
     "fastflow-wrn50/3",
     "cflow/1",
@@ -174,12 +172,12 @@ TYPICAL = (
     "small/image",
 )
 KINDS = ("block", "flow", "reversible", "sweep")
-WHOLE = ("flow", "reversible")  # flows with their subnets, as a plain chain or a reversible one
+WHOLE = ("flow", "reversible")  # whole flows with their subnets: a plain or a reversible chain
 DTYPES = ("float32", "bfloat16")
 
 
 def workloads(kind: str, on_cpu: bool) -> list[Workload]:
-    """The workloads of one of KINDS, with the batches of this kind of device."""
+    """Return the workloads of one of KINDS, with the batch sizes for a CPU or a GPU."""
     if kind == "sweep":
         return list(sweep(on_cpu))
     chosen = [w for w in WORKLOADS if w.steps or kind not in WHOLE]

@@ -1,4 +1,7 @@
-"""Check what the built distributions hold: ``python ci/package_contents.py SOURCE DIST``."""
+"""Check the files in the built distributions: ``python ci/package_contents.py SOURCE DIST``.
+
+SOURCE is a clean copy of the checkout. DIST is a folder with one wheel and one source distribution.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,18 @@ def main(source: Path, dist: Path) -> None:
 
     files = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     (metadata,) = {name.split("/")[0] for name in files} - {PACKAGE}
-    inside, wanted = (
+    actual, expected = (
         {name for name in names if name.startswith(f"{PACKAGE}/")} for names in (files, tracked)
     )
     expect(
-        inside == wanted,
-        f"the package as it is in the source; they differ in {sorted(inside ^ wanted)}",
+        actual == expected,
+        f"the files of {PACKAGE} in the wheel, as in the source; missing: "
+        f"{sorted(expected - actual)}; unexpected: {sorted(actual - expected)}",
     )
-    expect(f"{PACKAGE}/py.typed" in inside, "py.typed in the wheel")
+    expect(f"{PACKAGE}/py.typed" in actual, "py.typed in the wheel")
     expect(
         f"{metadata}/licenses/LICENSE" in files,
-        f"the licence in the wheel, got {sorted(files - inside)}",
+        f"the licence in the wheel, got {sorted(files - actual)}",
     )
 
     with tarfile.open(sdist) as archive:
@@ -39,18 +43,19 @@ def main(source: Path, dist: Path) -> None:
     }
     expect(
         tracked <= names,
-        "all files in the source distribution; missing, or left in the checkout: "
-        f"{sorted(tracked - names)}",
+        "all files of the checkout in the source distribution; missing (or left over in the "
+        f"checkout): {sorted(tracked - names)}",
     )
     expect(
-        names <= tracked, f"nothing else in the source distribution, got {sorted(names - tracked)}"
+        names <= tracked,
+        f"no other files in the source distribution, got {sorted(names - tracked)}",
     )
     print(f"{wheel.name}: {len(files)} files; {sdist.name}: {len(names)} files")
 
 
-def expect(condition: bool, what: str) -> None:
+def expect(condition: bool, expectation: str) -> None:
     if not condition:
-        raise SystemExit(f"package: expected {what}")
+        raise SystemExit(f"package: expected {expectation}")
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,5 +1,6 @@
-"""Use the installed package as its users do: ``python ci/package_use.py alone|freia``, run outside
-of the checkout.
+"""Use the installed package as its users do: ``python ci/package_use.py alone|freia``.
+
+The script has to run outside the checkout.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastflow_kernels import AllInOneBlock, accelerate, report, restore
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 assert CHECKOUT not in Path(fastflow_kernels.__file__).resolve().parents, (
-    "the checkout was imported, not the installed package"
+    "expected the installed package, but the checkout was imported: run outside the checkout"
 )
 
 
@@ -23,23 +24,23 @@ def subnet(channels_in: int, channels_out: int) -> torch.nn.Module:
 
 
 def alone() -> None:
-    """A block forward, back and inverse where nothing but torch is installed."""
+    """Run a block forward, backward and inverse where only torch is installed."""
     block = AllInOneBlock([(16, 32, 32)], subnet_constructor=subnet)
     x = torch.randn(4, 16, 32, 32)
     (y,), logdet = block([x])
     (y.square().mean() - logdet.mean()).backward()
     assert block.global_scale.grad is not None
     with torch.no_grad():
-        (back,), minus = block([y], rev=True)
-    torch.testing.assert_close(back, x, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(minus, -logdet, atol=1e-2, rtol=1e-4)
+        (inverse,), inverse_logdet = block([y], rev=True)
+    torch.testing.assert_close(inverse, x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(inverse_logdet, -logdet, atol=1e-2, rtol=1e-4)
     assert not {"numpy", "scipy", "FrEIA", "anomalib"} & {
         name for name in sys.modules if "." not in name
     }
 
 
 def freia() -> None:
-    """A model of FrEIA's, accelerated: the same outputs, and back."""
+    """Accelerate a model of FrEIA and restore it. The outputs must stay the same."""
     from FrEIA.framework import SequenceINN
     from FrEIA.modules import AllInOneBlock as Stock
 

@@ -1,4 +1,4 @@
-"""What every test shares: fixed seeds, one CPU thread, full precision on GPUs."""
+"""Settings and fixtures of all tests: fixed seeds, one CPU thread, full precision on GPUs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest.register_assert_rewrite("tests.support")  # before it is imported
+pytest.register_assert_rewrite("tests.support")  # must come before its import
 
 from tests.support.cases import seed_cpu  # noqa: E402
 from tests.support.small_inputs import small_up_to  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(1)  # sums in one order; and small tensors are faster so
-    # TF32 would make the peers' and the reference's products inexact, and the allowed errors with
-    # them.
+    torch.set_num_threads(1)  # one order of summation, and small tensors are faster
+    # TF32 would make the products of the peers and the reference inexact, and the criterion wider.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
@@ -33,21 +32,21 @@ def _seed() -> None:
 
 @pytest.fixture
 def fused() -> Iterator[None]:
-    """Small inputs run the fused path, as large ones do: files of tests with small inputs ask."""
+    """Let small inputs run the fused path, as large ones do. Tests with small inputs request it."""
     with small_up_to(0):
         yield
 
 
 @pytest.fixture
 def small(request: pytest.FixtureRequest) -> Iterator[int]:
-    """What :data:`tests.support.small_inputs.plain_and_fused` sets."""
+    """Set the limit of small inputs, as :data:`tests.support.small_inputs.plain_and_fused` asks."""
     with small_up_to(request.param):
         yield request.param
 
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """torch.compile has seen nothing yet, and keeps nothing."""
+    """Reset torch.compile before and after the test."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -56,7 +55,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
-        # what only a GPU can show comes first: a run may be cut off
+        # Tests that need a GPU come first, because a run may be interrupted.
         items.sort(key=lambda item: "gpu" not in item.keywords)
         return
     for item in items:
@@ -65,24 +64,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Say at once what failed: a run takes minutes, and one that is cut off says nothing at its
-    end.
+    """Print each failure at once.
+
+    A run takes minutes, and pytest prints its summary only if the run reaches its end.
     """
     if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
-        said = (
+        message = (
             report.longrepr.reprcrash.message
             if hasattr(report.longrepr, "reprcrash")
             else report.longreprtext
         )
-        line = f"\nFAILED {report.nodeid}: {said.partition(chr(10))[0]}"
+        line = f"\nFAILED {report.nodeid}: {message.partition(chr(10))[0]}"
         print(line, file=sys.__stderr__, flush=True)
 
 
 def pytest_runtest_logfinish() -> None:
-    """End a process of pytest-xdist's whose CUDA context a kernel has wrecked, for it would fail
-    every test that follows.
+    """End a pytest-xdist worker if a kernel has broken its CUDA context.
 
-    Another one takes its place; the culprit is reported as failed and once more as crashed.
+    Otherwise every later test of this worker would fail. Another worker takes its place. The test
+    that broke the context is reported twice, as failed and as crashed.
     """
     if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
         try:

@@ -1,4 +1,4 @@
-"""The benchmark harness: what is counted, when a row is written, what a report makes of rows."""
+"""Tests of the benchmarks: what they count, which rows they write, and how names select groups."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ FIGURES = {
 
 @pytest.fixture(autouse=True)
 def _without_peers_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in in place of the real stock classes, whether or not they are installed; and
-    samples of single calls.
-    """
+    """Use the stand-in for the stock classes, installed or not, and samples of single calls."""
 
     def missing() -> None:
         raise providers.peers.PeerMissing
@@ -94,7 +92,7 @@ def test_rates_count_minimal_bytes() -> None:
 
 
 class Wrong(reference.AllInOneBlock):
-    """One term of the log-determinant is off."""
+    """A block whose log-determinant is wrong by a factor."""
 
     def _affine(
         self, x: torch.Tensor, a: torch.Tensor, rev: bool = False
@@ -113,6 +111,8 @@ def test_gradients_past_a_kink_are_judged_by_rms() -> None:
 
 
 class Unable(reference.AllInOneBlock):
+    """A block that cannot run."""
+
     def forward(self, *_: Any, **__: Any) -> Any:
         raise RuntimeError("not in this dtype\nmore")
 
@@ -161,24 +161,24 @@ def test_interleaved_takes_turns() -> None:
 def test_a_gpu_s_own_time_is_measured_behind_a_long_enough_queue(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Few enough calls to fill 4 ms, and a longer wait where the GPU ran dry."""
-    asked = []
+    """The calls fill 4 ms at most. If the GPU had to wait for Python, the writes last longer."""
+    tries = []
 
     def queued(ready: list[Callable[[], None]], delay: float) -> tuple[float, bool]:
-        asked.append((len(ready), round(delay, 4)))
+        tries.append((len(ready), round(delay, 4)))
         return 5e-5, delay > 0.01
 
     monkeypatch.setattr(timing, "queued_time", queued)
     subject = SimpleNamespace(ready=lambda mode, calls: [lambda: None] * calls)
     assert timing.device_time(subject, "train", 64, wall=1e-3) == (5e-5, True)
-    assert asked == [(4, 0.006), (4, 0.012)]
-    asked.clear()
+    assert tries == [(4, 0.006), (4, 0.012)]
+    tries.clear()
     assert timing.device_time(subject, "train", 64, wall=0.1) == (5e-5, True)
-    assert asked == [(1, 0.15)]
-    asked.clear()
-    # tried twice, and said so
+    assert tries == [(1, 0.15)]
+    tries.clear()
+    # Neither of the two tries was long enough, and the result says so.
     assert timing.device_time(subject, "train", 1, wall=1e-3) == (5e-5, False)
-    assert asked == [(1, 0.0015), (1, 0.003)]
+    assert tries == [(1, 0.0015), (1, 0.003)]
 
 
 def test_workload_table() -> None:
@@ -230,7 +230,7 @@ def test_names_choose_groups() -> None:
         ("flow", "bgad", "forward"),
         ("flow", "bgad", "train"),
     ]
-    # in the order that is asked for, and a whole name means nothing else ("tabular soft")
+    # In the order of the names. "tabular" is a whole name, so it does not select "tabular soft".
     chosen = choice(workloads=["tabular", "cflow/"]).groups()
     assert [g.workload.name for g in chosen] == ["tabular", "cflow/1", "cflow/2", "cflow/3"]
     assert str(chosen[0]) == "block tabular 4096x64 train float32"
@@ -245,7 +245,7 @@ def test_names_on_the_command_line_are_checked(capsys: pytest.CaptureFixture[str
     assert names_among(MODES)("train,forward") == ["forward", "train"]
     for arguments, message in (
         (["--modes", "sideways"], "expected names among forward, inverse, backward, train; got"),
-        (["--providers", "theirs"], "expected names among ours, "),
+        (["--providers", "zuko"], "expected names among ours, "),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["compare", *arguments])
@@ -308,6 +308,6 @@ def test_pytest_benchmark_times_each_block(tmp_path: Path) -> None:
     chosen = ["-k", "block and small and sample and train", f"--benchmark-json={table}"]
     done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(table.read_text())["benchmarks"]
-    assert len(found) == 4
-    assert all(entry["stats"]["median"] > 0 for entry in found)
+    entries = json.loads(table.read_text())["benchmarks"]
+    assert len(entries) == 4
+    assert all(entry["stats"]["median"] > 0 for entry in entries)

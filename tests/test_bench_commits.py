@@ -1,4 +1,4 @@
-"""``python -m bench compare COMMIT``: turns, ratios, what is marked, and one real comparison."""
+"""Tests of ``python -m bench compare COMMIT``: turns, ratios, marks, and a real comparison."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Fake:
 def test_processes_take_turns_and_neither_always_goes_first() -> None:
     order: list[str] = []
     before, after = Fake("before", 8, order), Fake("after", 4, order)
-    outcome = commits.in_turn(before, after, CASE, seconds=0.0)
+    outcome = commits.time_in_turn(before, after, CASE, seconds=0.0)
     assert order == ["before", "after", "after", "before"] * (commits.ROUNDS[0] // 2)
     assert outcome.ratio == 1.5
     assert len(outcome.before) == len(outcome.after) == commits.ROUNDS[0]
@@ -48,23 +48,25 @@ def test_processes_take_turns_and_neither_always_goes_first() -> None:
 def test_a_ratio_is_that_of_medians() -> None:
     outcome = Outcome(CASE, [2.0, 2.0, 90.0] * 5, [1.0, 50.0, 1.0] * 5)
     assert outcome.ratio == 2.0
-    assert outcome.parts() == [2.0] * 5
+    assert outcome.part_ratios() == [2.0] * 5
     assert outcome.line(0.98).endswith("2.000  (2.000 to 2.000)")
     assert outcome.line(2.5).endswith("<-- below")
 
 
-def outcomes(monkeypatch: pytest.MonkeyPatch, ratios: Sequence[Sequence[float]]) -> list[list[str]]:
-    """Let every pass find these ratios; the returned list fills with the cases of each."""
-    asked: list[list[str]] = []
+def fake_outcomes(
+    monkeypatch: pytest.MonkeyPatch, ratios: Sequence[Sequence[float]]
+) -> list[list[str]]:
+    """Give every pass these ratios, and return a list that fills with the cases of each pass."""
+    passes: list[list[str]] = []
 
-    def found(folder: Path, cases: Sequence[Case], seconds: float) -> Iterator[Outcome]:
-        asked.append([case.group.workload.name for case in cases])
-        for case, ratio in zip(cases, ratios[len(asked) - 1], strict=False):
+    def outcomes_of(folder: Path, cases: Sequence[Case], seconds: float) -> Iterator[Outcome]:
+        passes.append([case.group.workload.name for case in cases])
+        for case, ratio in zip(cases, ratios[len(passes) - 1], strict=False):
             yield Outcome(case, [ratio] * 10, [1.0] * 10)
 
-    monkeypatch.setattr(commits, "outcomes_of", found)
+    monkeypatch.setattr(commits, "outcomes_of", outcomes_of)
     monkeypatch.setattr(commits, "extract", lambda commit, folder: None)
-    return asked
+    return passes
 
 
 NAMES = ["small/posterior", "small/sample", "small/image", "small/image channels-last"]
@@ -80,19 +82,19 @@ def test_rows_below_the_threshold_are_measured_again(
     again: tuple[float, float],
     expected: int,
 ) -> None:
-    """The median of the three decides."""
-    asked = outcomes(monkeypatch, [[1.0, 0.95, 1.0, 1.1, 1.0], [again[0]], [again[1]]])
+    """The median of the three ratios decides."""
+    passes = fake_outcomes(monkeypatch, [[1.0, 0.95, 1.0, 1.1, 1.0], [again[0]], [again[1]]])
     assert commits.compare("HEAD", CHOICE, 1.0, 0.98) == expected
-    assert asked == [NAMES, ["small/sample"], ["small/sample"]]
-    said = capsys.readouterr().out
-    assert "5 rows, before / after: geometric mean" in said
-    assert ("below 0.98: " in said) == bool(expected)
+    assert passes == [NAMES, ["small/sample"], ["small/sample"]]
+    output = capsys.readouterr().out
+    assert "5 rows, before / after: geometric mean" in output
+    assert ("below 0.98: " in output) == bool(expected)
 
 
 def test_a_row_that_could_not_be_timed_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = outcomes(monkeypatch, [[1.0, 1.0]])
+    passes = fake_outcomes(monkeypatch, [[1.0, 1.0]])
     assert commits.compare("HEAD", CHOICE, 1.0, 0.98) == 1
-    assert asked == [NAMES]
+    assert passes == [NAMES]
 
 
 def test_only_ours_can_be_compared_with_a_commit() -> None:
@@ -113,7 +115,7 @@ def test_a_commit_that_is_not_there_is_an_error() -> None:
 @pytest.mark.slow
 @in_a_repository
 def test_a_planted_delay_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working tree's package with 200 us of work more in every call, as the version before."""
+    """The version before is the working tree's package with 200 us of extra work in every call."""
 
     def extract(commit: str, folder: Path) -> None:
         subprocess.run(["cp", "-r", str(ROOT / "fastflow_kernels"), str(folder)], check=True)

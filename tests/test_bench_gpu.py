@@ -1,4 +1,4 @@
-"""What prepares, measures and inspects a run on a GPU, as far as that can be seen without one."""
+"""Tests of the programs for a run on a GPU, as far as they can run without one."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
         "block", False
     )
     assert {name for _, _, name in todo} == {"ours", "ours-freia"}
-    calls = warm.todo("cuda")
+    calls = warm.calls_to_warm("cuda")
     assert len(calls) == len(todo) + 2 * len(warm.every_kernel.SHAPES) + len(warm.check.GPU_SHAPES)
-    assert all(map(pickle.dumps, calls.values()))  # for other processes
+    assert all(map(pickle.dumps, calls.values()))  # because other processes run them
     modes = []
     monkeypatch.setattr(
         warm.Subject,
@@ -52,8 +52,8 @@ def gpu_run(
     )
 
 
-# Says that there is a GPU, collects tests instead of running them, and runs modules up to where
-# they miss the GPU.
+# A stand-in for Python. It pretends that there is a GPU, and collects tests instead of running
+# them. Other programs run until they miss the GPU.
 REHEARSING = """#!/usr/bin/env bash
 case "$*" in
 *is_available*) ;;
@@ -67,8 +67,9 @@ esac
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["first", "second"])
 def test_a_gpu_run_rehearsed(mode: str, tmp_path: Path) -> None:
-    """Every step up to where it needs a GPU: options are known, tests and workloads exist. And the
-    clock.
+    """Every step runs until it needs a GPU: its options are valid, its tests and workloads exist.
+
+    The limits of the steps add up to at most the limit of the run.
     """
     python = tmp_path / "python"
     python.write_text(REHEARSING.format(python=sys.executable))
@@ -97,17 +98,17 @@ def test_a_gpu_run_rehearsed(mode: str, tmp_path: Path) -> None:
 
 
 def test_a_gpu_run_explains_itself() -> None:
-    """The list of parts in its help, with the limits that hold."""
-    asked, unasked = gpu_run("--help"), gpu_run()
-    assert (asked.returncode, unasked.returncode) == (0, 2)
-    assert asked.stdout == unasked.stdout
+    """Its help lists every part with its limit."""
+    with_help, without_arguments = gpu_run("--help"), gpu_run()
+    assert (with_help.returncode, without_arguments.returncode) == (0, 2)
+    assert with_help.stdout == without_arguments.stdout
     limits = dict(re.findall(r"\[(\w+)\]=(\d+)", (ROOT / "ci/gpu.sh").read_text()))
-    assert dict(re.findall(r"^  (\w+) +(\d+) s  ", asked.stdout, re.M)) == limits
+    assert dict(re.findall(r"^  (\w+) +(\d+) s  ", with_help.stdout, re.M)) == limits
     assert sum(map(int, limits.values())) <= 75 * 60
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["tests:90", "everything"], "no part is called everything; parts: "),
         (["goals:soon"], "expected PART:SECONDS, got goals:soon"),
@@ -118,16 +119,18 @@ def test_a_gpu_run_explains_itself() -> None:
         ),
     ],
 )
-def test_a_gpu_run_refuses_before_any_work(arguments: list[str], said: str, tmp_path: Path) -> None:
+def test_a_gpu_run_refuses_before_any_work(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
     done = gpu_run(str(tmp_path / "out"), *arguments)
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("mode", "minutes"), [("first", 6.5), ("second", 5.5)])
 def test_first_and_second_end_in_time(mode: str, minutes: float) -> None:
-    """The limits of all steps together; a part of benchmarks ends 15 seconds before its own."""
+    """The limits of all steps add up to at most the documented minutes."""
     (line,) = (
         line
         for line in (ROOT / "ci/gpu.sh").read_text().splitlines()

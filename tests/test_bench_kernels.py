@@ -1,4 +1,4 @@
-"""The kernels' passes, their times and the questions of tuning, with a driver that does nothing."""
+"""Tests of the kernels' passes, times and tuning questions, with a driver that does nothing."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_a_variant_launches_what_its_value_cuts(
 
     with mock_gpu():
         passes = Passes(workload, torch.float32, CPU)
-        now, other = (tune.Variant(setting, passes) for setting in question.settings[:2])
-        assert launches(other) != launches(now)
-        assert launches(other) == launches(other)
+        present, changed = (tune.Variant(setting, passes) for setting in question.settings[:2])
+        assert launches(changed) != launches(present)
+        assert launches(changed) == launches(changed)
 
 
 def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
@@ -66,7 +66,7 @@ def test_tuning_times_every_value_and_leaves_the_code_as_it_was(
     monkeypatch.setattr(tune, "REPEATS", (2, 2))
     question = tune.Question(
         "tile",
-        tune.tried("plan", "TILE_BYTES", 4096, 2048),
+        tune.settings_of("plan", "TILE_BYTES", 4096, 2048),
         ("planes",),
         ("forward", "inverse", "reversible"),
     )
@@ -102,12 +102,12 @@ def test_passes_launch_every_kernel(workload: Workload, monkeypatch: pytest.Monk
         for name in vars(module)
         if name.endswith("_kernel")
     } - {"_gin_sums_kernel"}
-    other = (
+    of_the_other_shape = (
         {"_coupling_fwd_kernel", "_logdet_kernel"}
         if workload is ROWS
         else {"_coupling_rows_fwd_kernel"}
     )
-    assert set(launched) == defined - other
+    assert set(launched) == defined - of_the_other_shape
 
 
 def test_kernel_times_are_medians_of_the_device_s_own() -> None:

@@ -1,1 +1,1 @@
-"""The texture demo: ``python -m bench.demo``."""
+"""The demo: an anomaly detector trained on photographs, ``python -m bench.demo``."""

@@ -1,11 +1,11 @@
-"""A real anomaly detector on real photographs, trained with anomalib's block and with ours.
+"""Train a real anomaly detector on real photographs, with anomalib's block and with ours.
 
-Run ``python -m bench.demo`` (a minute or two on two CPU cores), or with ``--short`` (seconds).
+Run ``python -m bench.demo`` (a minute or two on two CPU cores). With ``--short`` it takes seconds.
 
-For each texture the same FastFlow is trained with each block: same weights, same batches, one step
-of each in turn, so that a busy machine slows both alike. A third run is stock again, with its input
-changed by one rounding error per value. It shows how far rounding alone carries a training run, and
-so how far ours may stray.
+For each texture the same FastFlow is trained with each block, from the same weights and on the same
+batches. The runs take one step each in turn, so that a busy machine slows both alike. A third run
+uses the stock block again, with its input changed by one rounding error per value. It shows how far
+rounding alone carries a training run, and so how far ours may differ.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FastFlow, an anomaly detector, trained on photographs: the stock block and ours 
 machine  {machine}
 stock    anomalib 2.7.0's own AllInOneBlock
 ours     fastflow_kernels.AllInOneBlock{chain}: same weights, same batches, one step of each in turn
-data     {textures} (in scikit-image); trained on clean crops, tested on held-out ones
-         with painted defects
+data     photographs of {textures} from scikit-image; trained on clean crops, tested on
+         held-out crops with painted defects
 model    {blocks} flow steps on filter-bank features {channels} x {size} x {size}, float32
 training {steps} steps per texture, batches of {batch}"""
 
@@ -44,13 +44,21 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description="Train FastFlow on photographs, with anomalib's block and with ours.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--short", action="store_true", help="5 steps only: shows that it works")
     parser.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="for picture and numbers"
+        "--short", action="store_true", help="train 5 steps only, to see that it works"
     )
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="steps per texture")
-    # With 2 threads on 2 shared cores of an AMD EPYC a step took 120 ms while they were idle and
-    # 600 to 1100 ms while they were not, because threads wait for one another. With 1: 130 to 170.
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="DIR",
+        help="folder for the picture and the numbers",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=60, metavar="N", help="training steps per texture"
+    )
+    # Threads wait for each other: on 2 cores of an AMD EPYC, 2 threads took 120 ms a step if the
+    # cores were idle and 600 to 1100 ms if they were shared. One thread took 130 to 170 ms.
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
     parser.add_argument(
         "--reversible",
@@ -58,7 +66,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="train ours as a reversible chain, which keeps no activations",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the weights, crops and defects"
+        "--seed", type=int, default=0, metavar="N", help="seed of the weights, crops and defects"
     )
     options = parser.parse_args(arguments)
     for name, least in (("steps", 1), ("threads", 1), ("seed", 0)):
@@ -69,7 +77,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def introduce(options: argparse.Namespace) -> None:
-    """Say what is about to happen."""
+    """Print what is compared, on which data and how."""
     text = INTRODUCTION.format(
         machine=describe_machine(),
         chain=" in a reversible chain" if options.reversible else "",
@@ -87,13 +95,13 @@ def train_all(options: argparse.Namespace) -> tuple[list[Result], dict[str, dict
     """Train on every texture.
 
     Returns:
-        The result of each texture, and the bytes kept for backward, which are the same for all.
+        The result of each texture, and the bytes kept for backward, which all textures share.
     """
     photographs = {name: load_photograph(name) for name in TEXTURES}
     crops, per_kind = (16, 2) if options.short else (96, 4)
     results: list[Result] = []
     kept: dict[str, dict[str, int]] = {}
-    # Off a terminal a bar is a mess of carriage returns. One line per texture is printed anyway.
+    # No bar where there is no terminal: a log would fill with carriage returns.
     with tqdm(
         total=len(TEXTURES) * options.steps,
         file=sys.stdout,
@@ -121,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 1 if stock and ours disagree or the detector has not learnt.
     """
     options = parse_arguments(arguments)
-    started = time.perf_counter()
+    start = time.perf_counter()
     torch.set_num_threads(options.threads)
     introduce(options)
     try:
@@ -145,11 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
     save_picture(picture, textures, numbers, DEFECTS)
     figures.write_text(json.dumps(numbers, indent=2) + "\n")
     print(f"\npicture  {picture.resolve()}\nnumbers  {figures.resolve()}")
-    print(f"took     {time.perf_counter() - started:.0f} s")
-    found = failures(results, numbers["pixel_auroc"], options.short)
-    for failure in found:
-        print(f"FAILED   {failure}", file=sys.stderr)
-    return 1 if found else 0
+    print(f"took     {time.perf_counter() - start:.0f} s")
+    problems = failures(results, numbers["pixel_auroc"], options.short)
+    for problem in problems:
+        print(f"FAILED   {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

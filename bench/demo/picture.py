@@ -1,4 +1,4 @@
-"""The demo's picture: crops, their defects, and the heat maps of both blocks."""
+"""Draw the demo's picture: crops, their defects, and the heat maps of both blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # the demo writes a file; a machine without a screen must not matter
+matplotlib.use("Agg")  # only writes files, so that no screen is needed
 from matplotlib import pyplot as plt
 from matplotlib.figure import SubFigure
 from matplotlib.image import AxesImage
@@ -25,14 +25,13 @@ def save_picture(
     numbers: dict,
     kinds: Sequence[str],
 ) -> None:
-    """Draw one example of each texture and defect: image, defect, heat map of stock, heat map of
-    ours.
+    """Draw one example of each texture and kind of defect, with the heat maps of stock and ours.
 
     Args:
         path: The PNG to write.
-        textures: Per texture its name, its test examples, and the heat maps (B, H, W) of stock and
-            ours.
-        numbers: The demo's summary, for the title.
+        textures: Of each texture the name, the test examples, and the heat maps (B, H, W) of stock
+            and of ours.
+        numbers: The demo's summary, for the titles.
         kinds: The kinds of defect, in the order of the rows.
     """
     figure = plt.figure(figsize=(17, 7.6), dpi=110, facecolor="white")
@@ -44,7 +43,7 @@ def save_picture(
     bar = figure.add_axes((0.3, 0.055, 0.4, 0.016))
     figure.colorbar(heat, cax=bar, orientation="horizontal")
     bar.set_title(
-        "anomaly score: 1 - likelihood of the features under the flow; one scale for all heat maps",
+        "anomaly score: 1 - likelihood of the features under the flow (same scale everywhere)",
         fontsize=9,
         pad=4,
     )
@@ -71,7 +70,7 @@ def _draw_texture(
     scale: tuple[float, float],
     numbers: dict,
 ) -> AxesImage:
-    """Draw the rows of one texture; returns the last heat map's image, for the colour bar."""
+    """Draw the rows of one texture, and return the last heat map's image for the colour bar."""
     name, examples, stock, ours = texture
     margins = {
         "wspace": 0.04,
@@ -86,7 +85,7 @@ def _draw_texture(
     title = f"{name}: pixel AUROC {auroc['stock']:.3f} stock, {auroc['ours']:.3f} ours"
     block.text(0.53, 0.862, title, ha="center", fontsize=11, weight="bold")
     for row, kind in zip(axes, kinds, strict=True):
-        # The last of its kind: a fixed choice, made without looking at the result.
+        # The last of its kind: the choice must not depend on the result.
         i = max(j for j, example in enumerate(examples) if example.kind == kind)
         row[0].imshow(examples[i].image, cmap="gray", vmin=0, vmax=1)
         row[1].imshow(examples[i].mask, cmap="gray", vmin=0, vmax=1)
@@ -101,8 +100,9 @@ def _draw_texture(
 
 
 def _common_scale(textures: Sequence[tuple]) -> tuple[float, float]:
-    """One colour scale for every heat map, from the lowest score to the highest, so that equal
-    colours are equal scores.
+    """Return the lowest and the highest score of all heat maps.
+
+    With one scale for all, equal colours are equal scores.
     """
     scores = [1 + heat_map for _, _, stock, ours in textures for heat_map in (stock, ours)]
     return min(s.min().item() for s in scores), max(s.max().item() for s in scores)

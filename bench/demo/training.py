@@ -1,4 +1,4 @@
-"""Training the demo's detector: the data of a texture, the same flow with each block, heat maps."""
+"""Train the demo's detector: data of a texture, the same flow with each block, heat maps."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.support.textures import CROP, TEXTURES, Example, held_out_examples, t
 FLOW_STEPS = 8
 SHAPE = (CHANNELS, CROP // STRIDE, CROP // STRIDE)
 BATCH = 4
-LEARNING_RATE = 1e-3  # this and the weight decay as in anomalib's FastFlow
-WEIGHT_DECAY = 1e-5
+LEARNING_RATE = 1e-3  # as in anomalib's FastFlow
+WEIGHT_DECAY = 1e-5  # likewise
 GRADIENT_NORM = 1.0
 EPS = torch.finfo(torch.float32).eps
 
@@ -40,9 +40,9 @@ class Run:
 
     Attributes:
         model: The flow.
-        nudge: Relative size of a random error put on every input value; 0 for none.
-        losses: Loss of each step, nats per dimension.
-        seconds: Duration of each step: forward, backward and the optimizer's update.
+        nudge: Relative size of a random error added to every input value. 0 adds none.
+        losses: Loss of each step, in nats per dimension.
+        seconds: Duration of each step: forward, backward and optimizer step.
     """
 
     model: SequenceFlow
@@ -56,7 +56,7 @@ class Run:
         )
 
     def step(self, batch: Tensor, signs: Tensor) -> None:
-        """Train on one batch; ``signs`` are the random signs of the nudge."""
+        """Train on one batch. ``signs`` holds the random signs (1 or -1) of the nudge."""
         if self.nudge:
             batch = batch * (1 + self.nudge * signs)
         start = time.perf_counter()
@@ -71,8 +71,13 @@ class Run:
 
 @dataclass
 class Task:
-    """The data of one texture: standardised features of the training crops, of the test crops, and
-    the test crops themselves.
+    """The data of one texture.
+
+    Attributes:
+        name: One of :data:`tests.support.textures.TEXTURES`.
+        train: Standardised features of the training crops, (N, *SHAPE).
+        test: Standardised features of the test crops, (B, *SHAPE).
+        examples: The test crops.
     """
 
     name: str
@@ -82,15 +87,23 @@ class Task:
 
     @property
     def masks(self) -> Tensor:
-        """Where the defects are, (B, CROP, CROP) bool."""
+        """The masks of the defects in the test crops, (B, CROP, CROP) bool."""
         return torch.from_numpy(np.stack([e.mask for e in self.examples]))
 
 
 def prepare(
     name: str, photographs: dict[str, np.ndarray], crops: int, per_kind: int, seed: int
 ) -> Task:
-    """Cut and paint the crops of one texture and compute their features, standardised by the
-    training crops' statistics.
+    """Cut and paint the crops of one texture, and compute their features.
+
+    The features are standardised by the statistics of the training crops.
+
+    Args:
+        name: The texture.
+        photographs: The photographs of all textures, by name.
+        crops: Number of training crops.
+        per_kind: Number of test crops of each kind of defect.
+        seed: Seed of the places and defects.
     """
     rng = np.random.default_rng([seed, TEXTURES.index(name)])
     train = torch.cat(
@@ -103,13 +116,19 @@ def prepare(
 
 
 def our_block() -> Callable[..., nn.Module]:
-    """This package's block, with anomalib's formula."""
+    """Return the constructor of this package's block with anomalib's formula."""
     return partial(fastflow_kernels.AllInOneBlock, dialect="anomalib")
 
 
 def equal_runs(seed: int, reversible: bool = False) -> dict[str, Run]:
-    """Build the three runs with equal weights: stock, ours (perhaps as a reversible chain), and
-    stock with nudged inputs.
+    """Build the three runs with equal weights: stock, ours, and stock with nudged inputs.
+
+    Args:
+        seed: Seed of the weights.
+        reversible: Whether ours is a reversible chain.
+
+    Returns:
+        The runs ``"stock"``, ``"ours"`` and ``"nudged"``.
 
     Raises:
         tests.support.peers.PeerMissing: If anomalib or FrEIA is not installed.
@@ -133,8 +152,9 @@ def equal_runs(seed: int, reversible: bool = False) -> dict[str, Run]:
 
 
 def train(task: Task, runs: dict[str, Run], steps: int, seed: int, bar: tqdm) -> None:
-    """Train the runs in turns, each step on the same batch, each time starting with another run so
-    that none always finds warm caches.
+    """Train the runs in turn, each step on the same batch.
+
+    Each step starts with another run, so that none always finds warm caches.
     """
     generator = torch.Generator().manual_seed(seed)
     names = list(runs)
@@ -152,15 +172,18 @@ def train(task: Task, runs: dict[str, Run], steps: int, seed: int, bar: tqdm) ->
 
 @torch.no_grad()
 def heat_maps(model: SequenceFlow, features: Tensor) -> Tensor:
-    """Heat maps (B, CROP, CROP) of features, computed a few images at a time."""
+    """Compute the heat maps (B, CROP, CROP) of features, a few images at a time."""
     return torch.cat(
         [anomaly_map(model(batch)[0], (CROP, CROP)) for batch in features.split(BATCH)]
     )
 
 
 def all_heat_maps(task: Task, runs: dict[str, Run]) -> dict[str, Tensor]:
-    """Heat maps of the test crops: of "stock", of "ours", and of ours with the weights that stock
-    was trained to ("same weights").
+    """Compute the heat maps of the test crops.
+
+    Returns:
+        Those of ``"stock"``, of ``"ours"``, and as ``"same weights"`` those of ours with the
+        trained weights of stock.
     """
     maps = {name: heat_maps(runs[name].model, task.test) for name in ("stock", "ours")}
     exchanged = fastflow(our_block(), SHAPE, FLOW_STEPS)
@@ -169,8 +192,10 @@ def all_heat_maps(task: Task, runs: dict[str, Run]) -> dict[str, Tensor]:
 
 
 def kept_bytes(runs: dict[str, Run], batch: Tensor) -> dict[str, dict[str, int]]:
-    """Bytes kept for backward by stock and ours: of the whole flow, and with the subnets' own left
-    out.
+    """Measure the bytes that stock and ours keep for backward.
+
+    Returns:
+        By run: ``"whole"``, of the whole flow, and ``"blocks"``, without the subnets' own.
     """
     kept = {}
     for name in ("stock", "ours"):

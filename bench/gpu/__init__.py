@@ -1,1 +1,1 @@
-"""What prepares, measures and inspects a run on a GPU (ci/gpu.sh)."""
+"""Programs that prepare, measure and inspect the kernels on a GPU (``ci/gpu.sh``)."""

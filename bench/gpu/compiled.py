@@ -1,9 +1,10 @@
-"""What the compiler makes of the kernels for GPUs that are not here, to compare before and after.
+"""Compile the kernels for several GPUs, without one, and print figures of the machine code.
 
     python -m bench.gpu.compiled [--only cflow/1] [--targets sm_90]
 
-A line a kernel: registers, spilled bytes, shared memory, and the number of global accesses of each
-width in bits. The tests hold the same figures to limits (tests/test_kernels_compiled.py).
+Run it before and after a change of a kernel. It prints a line for each kernel: registers, spilled
+bytes, shared memory, and the number of global accesses of each width in bits. The tests hold the
+same figures to limits (tests/test_kernels_compiled.py).
 """
 
 from __future__ import annotations
@@ -19,18 +20,23 @@ from tests.support.kernel_passes import spec_of
 DEFAULT = "fastflow-wrn50/1,cflow/1,tabular GIN"
 
 
-def widths(counts: dict[int, int]) -> str:
+def format_widths(counts: dict[int, int]) -> str:
     return " ".join(f"{count}x{bits}" for bits, count in sorted(counts.items(), reverse=True))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.compiled",
-        description="Registers, spills and accesses of every kernel.",
+        description="Compile every kernel without a GPU, and print its registers, spilled bytes, "
+        "bytes of shared memory, and loads and stores (COUNTxBITS).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--only", default=DEFAULT, help="names of workloads")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="what to compile for")
+    parser.add_argument(
+        "--only", metavar="NAME,...", default=DEFAULT, help="workloads (bench/workloads.py)"
+    )
+    parser.add_argument(
+        "--targets", metavar="NAME,...", default=",".join(TARGETS), help="GPUs to compile for"
+    )
     options = parser.parse_args(arguments)
     print(
         f"{'target':<7} {'workload':<17} {'dtype':<9} {'pass':<9} {'kernel':<30} warps regs spills "
@@ -48,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
                             f"{target:<7} {workload.name:<17} {dtype:<9} {name:<9} "
                             f"{code.kernel:<30} {code.warps:>5} {code.registers:>4} "
                             f"{code.spills:>6} {code.shared:>6}  "
-                            f"{widths(code.loads)} | {widths(code.stores)}",
+                            f"{format_widths(code.loads)} | {format_widths(code.stores)}",
                             flush=True,
                         )
 

@@ -1,12 +1,12 @@
-"""What each kernel takes by itself on this GPU.
+"""Measure what each kernel takes by itself on this GPU.
 
     python -m bench.gpu.kernel_times [--only NAME,...] [--out FILE.jsonl]
     ncu --clock-control none --section SpeedOfLight python -m bench.gpu.kernel_times --once
 
-The second form is for a profiler of your own.
+The second form runs every kernel once under a profiler such as ncu.
 
-Times are the device's own (CUPTI, through torch.profiler): neither Python nor the launch is in
-them. Inputs take turns, so that none is found in the L2 cache.
+Times are the GPU's own (CUPTI, through torch.profiler), without Python and without the launch.
+Inputs take turns, so that none is still in the L2 cache.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ DEFAULT = (
 
 
 def measure(workload: Workload, dtype: str, device: torch.device) -> list[Row]:
-    """A row for every kernel of every pass."""
+    """Return a row for every kernel of every pass."""
     passes, rows = Passes(workload, getattr(torch, dtype), device), []
     for name in PASSES:
-        for call in passes.calls(name, 3):  # compiled, and the allocator's pool filled
+        for call in passes.calls(name, 3):  # compile, and fill the allocator's pool
             call()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for call in passes.calls(name, CALLS):
                 call()
             torch.cuda.synchronize()
-        rows += rows_of(found.events(), workload, name, dtype)
+        rows += rows_of(profiler.events(), workload, name, dtype)
     return rows
 
 
 def run_once(workload: Workload, dtype: str, device: torch.device) -> None:
-    """Every kernel of every pass once."""
+    """Run every kernel of every pass once."""
     passes = Passes(workload, getattr(torch, dtype), device, most=1)
     for name in PASSES:
         passes.calls(name, 1)[0]()
@@ -66,7 +66,7 @@ def run_once(workload: Workload, dtype: str, device: torch.device) -> None:
 
 
 def rows_of(events: Iterable[Any], workload: Workload, mode: str, dtype: str) -> list[Row]:
-    """A row for every kernel of ours among a profiler's events."""
+    """Return a row for every kernel of ours among a profiler's events."""
     times: dict[str, list[float]] = defaultdict(list)
     for event in events:
         if event.name.endswith("_kernel") and event.device_time:
@@ -94,24 +94,30 @@ def rows_of(events: Iterable[Any], workload: Workload, mode: str, dtype: str) ->
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.kernel_times",
-        description="What each kernel takes by itself on this GPU.",
+        description="Measure what each kernel takes by itself on this GPU.",
     )
     parser.add_argument(
-        "--only", default=",".join(DEFAULT), help="names of workloads (default: %(default)s)"
+        "--only",
+        metavar="NAME,...",
+        default=",".join(DEFAULT),
+        help="workloads (bench/workloads.py; default: %(default)s)",
     )
-    parser.add_argument("--once", action="store_true", help="run every pass once and time nothing")
+    parser.add_argument(
+        "--once", action="store_true", help="run every kernel once for a profiler, time nothing"
+    )
     parser.add_argument(
         "--out",
         type=Path,
+        metavar="FILE.jsonl",
         default=Path("out/kernels.jsonl"),
-        help="a .jsonl file to append the rows to",
+        help="file to append the rows to (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     known = {workload.name: workload for workload in WORKLOADS}
     names = [name for name in options.only.split(",") if name]
     if unknown := [name for name in names if name not in known]:
         parser.error(
-            f"--only: unknown workloads {', '.join(unknown)}; known are {', '.join(known)}"
+            f"--only: expected workloads among {', '.join(known)}; got {', '.join(unknown)}"
         )
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu.kernel_times: torch finds no GPU")

@@ -14,13 +14,14 @@ from tests.support.kernel_passes import Inputs, run_pass, spec_of
 
 
 class Passes:
-    """The launches of one workload and dtype.
+    """The kernel launches of one workload and dtype.
 
     Args:
-        workload: Its shape and constants count; the permutation is a hard one.
-        dtype: Of all tensors but the gradient of the log-determinant.
+        workload: Its shape and constants are used. The permutation is always a hard one.
+        dtype: The dtype of all tensors except the gradient of the log-determinant.
         device: A GPU.
-        most: The most inputs to take turns; by default so many that none is found in the L2 cache.
+        most: The most inputs that take turns. By default there are so many that none is still in
+            the L2 cache.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Passes:
         self.next = 0
 
     def calls(self, name: str, count: int) -> list[Callable[[], object]]:
-        """Calls of a pass that can run in a row, each on the next inputs."""
+        """Return calls of a pass that can run in a row, each on the next inputs."""
         chosen = [(self.next + i) % len(self.inputs) for i in range(count)]
         self.next = (self.next + count) % len(self.inputs)
         return [partial(run_pass, name, self.inputs[i]) for i in chosen]

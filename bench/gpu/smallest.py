@@ -1,4 +1,4 @@
-"""Run every kernel once on a small, odd shape: what compute-sanitizer watches (ci/gpu.sh)."""
+"""Run every kernel once on small, odd shapes. ``ci/gpu.sh`` runs this under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> None:
         raise SystemExit("bench.gpu.smallest: torch finds no GPU")
     every_kernel.run("cuda")
     torch.cuda.synchronize()
-    print("every kernel ran")
+    print("every kernel has run")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Compile kernels on all cores at once, ahead of what launches them from a single process: time on
-a GPU may be short.
+"""Compile kernels on all cores, so that programs that run in one process find them compiled.
 
     python -m bench.gpu.warm
 
-Compiled is what bench/gpu/smallest.py, ``python -m fastflow_kernels check`` and the benchmarks of a
-block launch: 546 binaries, for which one process takes 5 minutes (Triton 3.6 for sm_90, AMD EPYC).
-Triton has the C compiler make a launcher as well, for each combination of argument types: 24 for
-``check``, 0.7 s each. Later processes find all of it in Triton's cache.
+Use it where time on a GPU is limited. It compiles what bench/gpu/smallest.py, ``python -m
+fastflow_kernels check`` and the benchmarks of a block launch: 546 binaries. One process would take
+5 minutes for them (Triton 3.6 for sm_90, AMD EPYC). Triton also lets the C compiler make a launcher
+for each combination of argument types: 24 for ``check``, 0.7 s each. Later processes find
+everything in Triton's cache.
 """
 
 from __future__ import annotations
@@ -32,22 +32,19 @@ Job = tuple[Workload, str, str]
 
 
 def jobs() -> list[Job]:
-    """The (workload, dtype, provider) that launch kernels of ours, in the order of the
-    benchmarks.
-    """
-    ours = [provider for provider in EAGER if provider.ours]
-    found = workloads("block", on_cpu=False)
+    """Return each (workload, dtype, provider) that launches our kernels, in benchmark order."""
+    ours = [provider for provider in EAGER if provider.is_ours]
     return [
-        (w, dtype, p.name)
-        for w in found
+        (workload, dtype, provider.name)
+        for workload in workloads("block", on_cpu=False)
         for dtype in DTYPES
-        for p in ours
-        if not why_not(p, w, on_cpu=False)
+        for provider in ours
+        if not why_not(provider, workload, on_cpu=False)
     ]
 
 
 def run(job: Job, device: str) -> None:
-    """A training step and an inverse, as the benchmarks run them."""
+    """Run a training step and an inverse, as the benchmarks do."""
     workload, dtype, name = job
     samples = draw_samples("block", workload, getattr(torch, dtype), torch.device(device))[:1]
     subject = Subject("block", workload, PROVIDERS[name], samples)
@@ -56,32 +53,34 @@ def run(job: Job, device: str) -> None:
 
 
 def run_check(name: str) -> None:
-    """What the check launches on one of its shapes."""
+    """Run what ``python -m fastflow_kernels check`` launches on one of its shapes."""
     with mock.patch.object(check, "GPU_SHAPES", {name: check.GPU_SHAPES[name]}):
         check.check(repeats=1)
 
 
-def todo(device: str) -> dict[str, Callable[[], None]]:
-    """What is to be run, by its name."""
-    found: dict[str, Callable[[], None]] = {
+def calls_to_warm(device: str) -> dict[str, Callable[[], None]]:
+    """Return the calls that launch every kernel to compile, by name."""
+    calls: dict[str, Callable[[], None]] = {
         f"smallest {shape} GIN {gin}": partial(every_kernel.run_one, shape, gin, device)
         for shape in every_kernel.SHAPES
         for gin in (False, True)
     }
-    found |= {f"check {name}": partial(run_check, name) for name in check.GPU_SHAPES}
-    return found | {
+    calls |= {f"check {name}": partial(run_check, name) for name in check.GPU_SHAPES}
+    return calls | {
         f"{job[0].name} {job[0].shape} {job[1]} {job[2]}": partial(run, job, device)
         for job in jobs()
     }
 
 
-def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
-    """Call everything, in as many processes as there are cores; the names of what failed, after
-    saying why.
+def run_in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
+    """Run all calls in as many processes as there are cores, and print why a call failed.
+
+    Returns:
+        The names of the calls that failed.
     """
-    started, failed = time.perf_counter(), []
+    start, failed = time.perf_counter(), []
     processes = min(MOST_PROCESSES, os.cpu_count() or 1)
-    # one thread each: all cores are taken
+    # One thread each, because the processes use all cores.
     with ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
     ) as pool:
@@ -94,9 +93,9 @@ def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     print(
-        f"compiled {len(calls) - len(failed)} of {len(calls)} cases in {seconds:.0f} s, "
+        f"compiled {len(calls) - len(failed)} of {len(calls)} cases in {seconds:.0f} s with "
         f"{processes} processes",
         flush=True,
     )
@@ -106,7 +105,7 @@ def in_parallel(calls: dict[str, Callable[[], None]]) -> list[str]:
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu.warm: torch finds no GPU")
-    if in_parallel(todo("cuda")):
+    if run_in_parallel(calls_to_warm("cuda")):
         raise SystemExit(1)
 
 
