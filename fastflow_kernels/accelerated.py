@@ -1,7 +1,7 @@
 """The classes that accelerate gives to stock blocks and chains.
 
-What a block computes was found by :mod:`fastflow_kernels.probe`. Where that has changed since,
-``forward`` is the stock block's own.
+:mod:`fastflow_kernels.probe` finds out what a block computes. If the block has changed since then,
+its ``forward`` runs the stock block's own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FusedForward
 from fastflow_kernels.probe import Maths
-from fastflow_kernels.reversible import OWN_ATTRIBUTES, Reversible, is_reversible
+from fastflow_kernels.reversible import OWN_ATTRIBUTES, ReversibleChain, is_reversible
 from fastflow_kernels.seen import Activation, Seen, is_number
 from fastflow_kernels.stock import SEQUENCE
 
 
 @dataclass(frozen=True)
 class Held:
-    """What an accelerated block knows beside its own attributes."""
+    """What an accelerated block keeps beside its own attributes: mainly the probe's result."""
 
     dialect: str
     activation: str
@@ -38,13 +38,13 @@ class Held:
 
 
 if TYPE_CHECKING:
-    _Stock = nn.Module  # the stock block's class, which an accelerated one derives from beside this
+    _Stock = nn.Module  # stands for the stock block's class, the other base class
 else:
     _Stock = object
 
 
 class AcceleratedBlock(FusedForward, _Stock):
-    """What the class of an accelerated block adds to its own."""
+    """A mixin that makes a stock block run fused."""
 
     _fastflow_prefix = "Accelerated"
     _fastflow_attributes: tuple[str, ...] = ("_fastflow",)
@@ -65,27 +65,27 @@ class AcceleratedBlock(FusedForward, _Stock):
     subnet: nn.Module
 
     def _why_not_fused(self) -> str | None:
-        changed = self._changed()
-        return changed and f"its {changed} is another one than when it was accelerated"
+        changed = self._find_change()
+        return changed and f"its {changed} has changed since it was accelerated"
 
-    def _changed(self) -> str | None:
-        """The name of what the stock block reads and what has changed since it was probed."""
+    def _find_change(self) -> str | None:
+        """Return the name of something that the stock block reads and that has changed, or None."""
         held, clamp = self._fastflow, self.__dict__.get("clamp")
         if not is_number(clamp) or (held.dialect == "freia" and clamp == 0):
             return "clamp"
-        return held.seen.changed(self)
+        return held.seen.find_change(self)
 
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
     ) -> BlockCall | None:
         held = self._fastflow
-        if self._changed() is not None:
+        if self._find_change() is not None:
             return None
         shape = tuple(self.dims_in[0]) if held.is_sized else None
         x = single_input(x, self.in_channels, self.input_rank, shape)
-        if not x.is_floating_point():  # integers promote, step by step
+        if not x.is_floating_point():  # the stock block's steps promote integers
             return None
-        # inline parameter_of: 1% of a small call
+        # parameter_of, inlined: calling it takes 1% of a small call
         own = self._parameters
         scale, offset = own.get("global_scale"), own.get("global_offset")
         return BlockCall(
@@ -117,12 +117,13 @@ class AcceleratedBlock(FusedForward, _Stock):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self._changed() is None:
+        if self._find_change() is None:
             self._fastflow.index.refresh(self)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """As torch has it, without what no copy takes: FrEIA's lambdas, and the product of
-        reflections that a stock pass leaves behind.
+        """Reduce the block as torch does, without what cannot be copied.
+
+        That is FrEIA's lambdas, and the product of reflections that a stock pass leaves behind.
         """
         state, held = self.__dict__.copy(), self._fastflow
         for name in ("w_perm", "w_perm_inv"):
@@ -135,7 +136,7 @@ class AcceleratedBlock(FusedForward, _Stock):
             name: stand_in
             for name, stand_in in stand_ins.items()
             if "<lambda>" in getattr(state.get(name), "__qualname__", "")
-            and held.seen.holds(name, state[name])
+            and held.seen.is_unchanged(name, state[name])
         }
         if stand_ins:
             seen = held.seen.with_values(**stand_ins)
@@ -144,24 +145,24 @@ class AcceleratedBlock(FusedForward, _Stock):
 
 
 def _take_channels(x: Tensor, index: Tensor) -> Tensor:
-    """The permute_function of FrEIA's main branch for an index."""
+    """Permute channels by an index, as the permute_function of FrEIA's main branch does."""
     return x[:, index]
 
 
-class AcceleratedChain(Reversible):
-    """What the class of a SequenceINN that was made reversible adds to its own."""
+class AcceleratedChain(ReversibleChain):
+    """A mixin that makes a SequenceINN reversible."""
 
     _fastflow_prefix = "Reversible"
     _fastflow_attributes = OWN_ATTRIBUTES
     _fastflow_stock: Any
 
     def __getitem__(self, item: int | slice) -> Any:
-        """As the stock class has it; the chain of a slice is reversible, too."""
+        """Return what the stock class does; the chain of a slice is reversible, too."""
         stock: Any = super()
         part = stock.__getitem__(item)
         if isinstance(item, slice):
             make_reversible(part)
-            if isinstance(part, Reversible):
+            if isinstance(part, ReversibleChain):
                 part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
         return part
 
@@ -173,8 +174,9 @@ class AcceleratedChain(Reversible):
 
 
 def hold(block: Any, maths: Maths, backend: str) -> None:
-    """Make a stock block an accelerated one; or renew what an accelerated one knows of itself."""
-    # a stock pass leaves its product here, which keeps a graph alive and breaks deepcopy
+    """Turn a stock block into an accelerated one, or renew what an accelerated block holds."""
+    # A stock pass leaves the product of reflections here, which keeps a graph alive and breaks
+    # deepcopy.
     if block.householder:
         block.w_perm = block.w_perm_inv = None
     held = Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
@@ -182,23 +184,27 @@ def hold(block: Any, maths: Maths, backend: str) -> None:
     block.__dict__["_fastflow"] = held
     if not isinstance(block, AcceleratedBlock):
         cls: Any = type(block)
-        block.__class__ = _derived(AcceleratedBlock, cls)
+        block.__class__ = _derive(AcceleratedBlock, cls)
 
 
 def held_by(block: Any) -> Held:
-    """What an accelerated block knows beside its own attributes."""
+    """Return what an accelerated block keeps beside its own attributes."""
     held: Held = block._fastflow
     return held
 
 
 def set_backend(block: Any, backend: str) -> None:
-    """Exchange the backend of an accelerated block."""
+    """Set the backend of an accelerated block."""
     block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
 
 
 def make_reversible(chain: Any) -> tuple[bool, str] | None:
-    """Make a SequenceINN reversible: whether that was done, and why; None for another module."""
-    if isinstance(chain, Reversible):
+    """Make a SequenceINN reversible, if it computes what FrEIA's does.
+
+    Returns:
+        Whether it was made reversible now, and the reason in words. None for any other module.
+    """
+    if isinstance(chain, ReversibleChain):
         return False, "is reversible already"
     cls: type = type(chain)
     bases = (base for base in cls.__mro__ if base.__name__ == SEQUENCE)
@@ -208,63 +214,69 @@ def make_reversible(chain: Any) -> tuple[bool, str] | None:
     if getattr(cls, "forward", None) is not stock.forward or "forward" in vars(chain):
         return False, f"{cls.__name__} overrides forward"
     try:
-        reversible = _derived(AcceleratedChain, cls)
+        reversible = _derive(AcceleratedChain, cls)
         is_alike = all(
-            _answers(cls, chain, rev) == _answers(reversible, chain, rev) for rev in (False, True)
+            _run_as(cls, chain, rev) == _run_as(reversible, chain, rev) for rev in (False, True)
         )
     except Exception as error:
         return False, f"could not be probed: {type(error).__name__}: {error}"
     if not is_alike:
         return False, "it computes something else than FrEIA's SequenceINN"
     chain.__class__ = reversible
-    return True, reversible_in_words(chain)
+    return True, describe_reversible(chain)
 
 
-def reversible_in_words(chain: Any) -> str:
-    """How many modules of a chain are reversible."""
+def describe_reversible(chain: Any) -> str:
+    """Say how many modules of a chain are reversible."""
     count = sum(map(is_reversible, chain.module_list))
     return f"{count} of its {len(chain.module_list)} modules are reconstructed in the backward pass"
 
 
 def class_before(part: Any) -> Any:
-    """The class that a block or chain had before accelerate; else its own."""
+    """Return the class that a block or chain had before accelerate, or has if it is unchanged."""
     is_changed = isinstance(part, AcceleratedBlock | AcceleratedChain)
     return part._fastflow_stock if is_changed else type(part)
 
 
 def can_be_restored(part: Any) -> bool:
-    """Whether the class of a changed block or chain is the one that accelerate gave it."""
-    return type(part) is _derived(_addition(part), part._fastflow_stock)
+    """Return whether the class of a changed block or chain is the one that accelerate gave it."""
+    return type(part) is _derive(_mixin_of(part), part._fastflow_stock)
 
 
 def give_back_class(part: Any) -> None:
-    """Give a changed block or chain its own class back."""
-    for attribute in _addition(part)._fastflow_attributes:
+    """Give a changed block or chain its stock class back."""
+    for attribute in _mixin_of(part)._fastflow_attributes:
         part.__dict__.pop(attribute, None)
     part.__class__ = part._fastflow_stock
 
 
-def _addition(part: Any) -> Any:
-    """What accelerate has added to the class of a block or chain."""
+def _mixin_of(part: Any) -> Any:
+    """Return the mixin that accelerate has added to the class of a block or chain."""
     return AcceleratedBlock if isinstance(part, AcceleratedBlock) else AcceleratedChain
 
 
 @cache
-def _derived(addition: Any, cls: Any) -> Any:
-    """The subclass of a stock class that has what ``addition`` adds."""
+def _derive(mixin: Any, cls: Any) -> Any:
+    """Return the subclass of a stock class with a mixin as its first base."""
     attributes = {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls}
-    return type(f"{addition._fastflow_prefix}{cls.__name__}", (addition, cls), attributes)
+    return type(f"{mixin._fastflow_prefix}{cls.__name__}", (mixin, cls), attributes)
 
 
-def _new(addition: type, cls: type) -> nn.Module:
-    """An empty instance, for pickle, which finds no class of :func:`_derived` by its name."""
-    derived = _derived(addition, cls)
+def _new(mixin: type, cls: type) -> nn.Module:
+    """Return an empty instance of a class of :func:`_derive`, which pickle cannot find by name.
+
+    Pickles refer to this function: it keeps its name.
+    """
+    derived = _derive(mixin, cls)
     instance: nn.Module = derived.__new__(derived)
     return instance
 
 
 class _Step(nn.Module):
-    """A module of one number: x -> factor * x + c, with itself for a log-determinant."""
+    """A module that computes factor * x + c.
+
+    Its log-determinant tells the factor and how it was called.
+    """
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -276,9 +288,13 @@ class _Step(nn.Module):
         return (self.factor * x[0] + sum(c),), self.factor * (1 + 2 * rev + 4 * jac)
 
 
-def _answers(cls: type, chain: Any, rev: bool) -> list[float]:
-    """What a chain of two such modules, the second with a condition, returns as one of class
-    ``cls``.
+def _run_as(cls: type, chain: Any, rev: bool) -> list[float]:
+    """Run a copy of a chain as an instance of ``cls``, with two :class:`_Step` for modules.
+
+    The second module takes a condition.
+
+    Returns:
+        The output and the log-determinant.
     """
     probe = copy.copy(chain)
     probe.__class__ = cls

@@ -22,10 +22,11 @@ _TORCH_NAMES = {"nn", "functional", "exp", "sigmoid", "softplus", "Softplus"}
 
 
 def activation_of(block: Any, cls: Any) -> tuple[Callable[[Tensor], Tensor], Any]:
-    """The block's activation, and the module whose softplus it calls, if it calls one.
+    """Return a block's activation, and the module whose softplus it calls, if it calls one.
 
     Raises:
-        Left: It may read something that changes later: then no answer of today holds for tomorrow.
+        Left: The activation may read something that changes later, when a probe's result would not
+            hold any more.
     """
     own = vars(block).get(ACTIVATION)
     function = own if own is not None else inspect.getattr_static(cls, ACTIVATION, None)
@@ -40,7 +41,8 @@ def activation_of(block: Any, cls: Any) -> tuple[Callable[[Tensor], Tensor], Any
     if not isinstance(function, FunctionType):
         kind = type(getattr(block, ACTIVATION, None)).__name__
         raise Left(
-            f"its {ACTIVATION} is no function, but of class {kind}, and what that reads may change"
+            f"its {ACTIVATION} is not a function but of class {kind}, and what that reads may "
+            "change"
         )
     for cell in function.__closure__ or ():
         owner = cell.cell_contents
@@ -63,8 +65,9 @@ def activation_of(block: Any, cls: Any) -> tuple[Callable[[Tensor], Tensor], Any
 
 
 def _foreign_name(function: FunctionType, owner: Any) -> str | None:
-    """Something that an activation reads beside torch's functions of the known forms and its
-    block's softplus.
+    """Return something that an activation reads and no known form does, or None.
+
+    The known forms read some of torch's functions and their block's softplus.
     """
     code = function.__code__
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -85,8 +88,12 @@ def _foreign_name(function: FunctionType, owner: Any) -> str | None:
 
 
 def known_activation(function: Callable[[Tensor], Tensor], like: Tensor) -> str:
-    """The name of the activation, by its values over the whole range of its dtype, relative to
-    their size.
+    """Return the name of an activation, recognised by its values.
+
+    They are compared over the whole range of the dtype of ``like``, relative to their size.
+
+    Raises:
+        Left: It is not one of the known activations.
     """
     dense, far = (700.0, 8.0) if like.dtype is torch.float64 else (80.0, 8.0)
     sizes = torch.logspace(-6.0, far, 500, dtype=torch.float64, device="cpu")
@@ -102,4 +109,4 @@ def known_activation(function: Callable[[Tensor], Tensor], like: Tensor) -> str:
             and ((values == known) | ((values - known).abs() <= tolerance * known.abs())).all()
         ):
             return name
-    raise Left(f"its {ACTIVATION} is none of {', '.join(ACTIVATIONS)}")
+    raise Left(f"its {ACTIVATION} is not one of {', '.join(ACTIVATIONS)}")

@@ -1,5 +1,6 @@
-"""``Accelerate``: a callback for Lightning's Trainer and anomalib's Engine. Needs Lightning;
-importing ``fastflow_kernels`` does not.
+"""``Accelerate``: a callback for Lightning's Trainer and anomalib's Engine.
+
+This module needs Lightning; importing ``fastflow_kernels`` does not.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from fastflow_kernels.reporting import report
 
 
 class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
-    """Accelerate the model once training, validation, testing or prediction sets up, before a
-    checkpoint is loaded into it.
+    """A callback that accelerates the model before training, validation, testing or prediction.
 
-    The model stays accelerated; :func:`fastflow_kernels.restore` gives its own blocks back. Blocks
-    that a module builds in ``configure_model`` come too late for this callback: call
+    It does so in ``setup``, before a checkpoint is loaded into the model. The model stays
+    accelerated; :func:`fastflow_kernels.restore` gives its own blocks back. Blocks that a module
+    builds in ``configure_model`` come too late for this callback: call
     :func:`fastflow_kernels.accelerate` there.
 
     Args:
@@ -26,7 +27,7 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
             :func:`fastflow_kernels.accelerate`.
 
     Raises:
-        TypeError, ValueError: An unknown backend.
+        TypeError, ValueError: ``backend`` is not the name of a backend.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -36,14 +37,16 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, backend: str = "auto", reversible: bool = False) -> None:
         self.backend, self.reversible = backends.validated(backend), reversible
-        self._said = ""
+        self._last_message = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called by Lightning in every stage; logs what runs, once.
-        :func:`fastflow_kernels.accelerate` warns if no block runs fused.
+        """Accelerate the model and log what runs, once.
+
+        Lightning calls this in every stage. :func:`fastflow_kernels.accelerate` warns if no block
+        runs fused.
         """
         result = report(accelerate(pl_module, backend=self.backend, reversible=self.reversible))
-        said = str(result) if result.left else str(result).splitlines()[0]
-        if result.changed and said != self._said:
-            rank_zero_info(f"fastflow_kernels: {said}")
-            self._said = said
+        message = str(result) if result.left else str(result).splitlines()[0]
+        if result.changed and message != self._last_message:
+            rank_zero_info(f"fastflow_kernels: {message}")
+            self._last_message = message

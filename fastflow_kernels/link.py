@@ -1,6 +1,6 @@
 """One block of a reversible chain, as an autograd node that keeps no activations.
 
-The activation that a block has reconstructed travels to the block before it by way of their links.
+The activation that a block has reconstructed travels to the block before it through their links.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from fastflow_kernels.drift import Checkpoints, Differences, Segment, error_of
 from fastflow_kernels.permutations import HouseholderPermutation, Permutation
 from fastflow_kernels.predicates import is_capturing
 from fastflow_kernels.reconstruct import reconstruct
-from fastflow_kernels.replay import ReplayedSubnet, swapping, without_autocast
+from fastflow_kernels.replay import ReplayedSubnet, swap_lock, without_autocast
 from fastflow_kernels.torch_private import needs_plain, version_of
 
 
 class Pass:
-    """One forward pass of a chain.
+    """One forward pass of a chain, and the backward pass after it.
 
     Attributes:
-        checkpoints: The chain's.
+        checkpoints: The chain's checkpoints.
         keeps_all: Whether every activation is kept, to compare with.
-        drift: The errors found in the backward pass, by block.
-        differences: Of second runs.
+        drift: The errors found in the backward pass, by the block's index.
+        differences: Differences between the blocks' first and second outputs.
     """
 
     def __init__(self, checkpoints: Checkpoints, keeps_all: bool) -> None:
@@ -40,16 +40,16 @@ class Pass:
 
 
 class Link:
-    """One block's place in a pass: evaluates it without keeping its input or output.
+    """A block's place in a pass, which evaluates it without keeping its input or output.
 
     Attributes:
-        block: The block; its subnet is read when it runs.
-        place: The block's, in the chain.
-        segment: The part of the chain that it belongs to.
-        previous: The link of the block before it, unless that keeps its activations.
-        output: The block's output, as the block after it has reconstructed it; only while the
-            backward pass is between the two.
-        seen: Which tensors came in and went out.
+        block: The block. Its subnet is read when it runs.
+        place: Index of the block in the chain.
+        segment: The part of the chain that the block belongs to.
+        previous: The link of the block before it; None if that block keeps its activations.
+        output: The block's output, as reconstructed by the block after it. It is only there while
+            the backward pass is between the two.
+        seen: Identities of the tensors that came in and went out.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Link:
         return self.place == self.segment.last
 
     def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """As :func:`fastflow_kernels.block.evaluate`."""
+        """Evaluate a call as :func:`fastflow_kernels.block.evaluate` does."""
         replayed = ReplayedSubnet(self.block.subnet, call.subnet, call.x.device)
         for p in replayed.parameters:
             if type(p) is not Tensor and type(p) is not nn.Parameter:
@@ -103,45 +103,45 @@ class Link:
             *call.conditions,
             *replayed.parameters,
         )
-        self.seen = identity(call.x), identity(y)
+        self.seen = identity_of(call.x), identity_of(y)
         return y, log_det
 
     def take_output(self) -> Tensor:
-        """The block's output, which the block after it has reconstructed."""
+        """Return the output that the block after this one has reconstructed, and let go of it."""
         y, self.output = self.output, None
         if y is None:
             raise RuntimeError(
                 f"block {self.place} of the reversible chain has no output to start from: "
-                "gradients were asked of it without those of the block after it. Make the loss "
+                "its gradients were asked for without those of the block after it. Make the loss "
                 "depend on the chain's result, or use a chain that is not reversible."
             )
         return y
 
     def compare(self, reconstructed: Tensor, x: Tensor, y: Tensor) -> None:
-        """Note how far the reconstructed input is from the kept one.
+        """Record how far the reconstructed input is from the kept one.
 
-        Say so where that is too much for the gradients to be right.
+        At the first block of a segment, also act on it: keep more activations, warn or raise.
         """
         if is_capturing(x):
             return
         error = error_of(reconstructed, x, y, self.segment)
         self.chain_pass.drift[self.place] = error
         if self.is_first:
-            self.chain_pass.checkpoints.heed(error, self.segment, x.dtype)
+            self.chain_pass.checkpoints.act_on(error, self.segment, x.dtype)
 
     def finish(self, dtype: torch.dtype, want_x: bool) -> None:
-        """Look at the second runs' differences where the backward pass ends."""
+        """Check the differences of the second runs, if the backward pass ends here."""
         if self.previous is None or not want_x:
-            self.chain_pass.differences.refuse(dtype)
+            self.chain_pass.differences.check(dtype)
 
 
-def identity(x: Tensor) -> tuple[Any, ...]:
-    """What changes when another tensor stands in the place of x, or when x is written to."""
+def identity_of(x: Tensor) -> tuple[Any, ...]:
+    """Return what changes when another tensor takes the place of x, or when x is written to."""
     return x.data_ptr(), x.shape, x.dtype, version_of(x)
 
 
 class _Linked(NamedTuple):
-    """What a linked block is evaluated with, beside the tensors that take gradients."""
+    """The inputs of a linked block that take no gradients."""
 
     link: Link
     subnet: ReplayedSubnet
@@ -159,11 +159,11 @@ class _LinkedBlock(Function):
     def forward(ctx: Any, linked: _Linked, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.linked, link = linked, linked.link
-        # of x and of the conditions, which come after three other tensors
+        # For x and the conditions, which come after the parameters and vectors.
         wanted = ctx.needs_input_grad[1], *ctx.needs_input_grad[5 : 5 + linked.condition_count]
         linked.subnet.input_takes_gradient = any(wanted)
         with without_autocast(x.device):
-            y, log_det = evaluate(_call(linked, x, tensors, linked.subnet))
+            y, log_det = evaluate(_make_call(linked, x, tensors, linked.subnet))
         if y.dtype is not x.dtype:
             raise TypeError(
                 f"expected block {link.place} of the reversible chain to return {x.dtype}, its "
@@ -171,8 +171,8 @@ class _LinkedBlock(Function):
             )
         kept_x = x if link.is_first or link.chain_pass.keeps_all else None
         kept_y = y if link.is_last else None
-        # the parameters, constant buffers and indices too, for autograd to notice if one is changed
-        # before the backward pass
+        # Parameters, constant buffers and indices are saved, too, so that autograd notices if one
+        # changes before the backward pass.
         unchanged = *linked.subnet.constants(), *_fixed_tensors(linked.permutation)
         ctx.save_for_backward(kept_x, kept_y, *tensors, *unchanged)
         return y, log_det
@@ -197,12 +197,12 @@ class _LinkedBlock(Function):
             zip(linked.subnet.parameters, parameters, strict=True)
         )
         with (
-            swapping,
+            swap_lock,
             without_autocast(linked.subnet.device),
             linked.subnet.as_it_was(stand_ins),
         ):
             if link.is_first and link.is_last:
-                dx = _run_again(
+                dx = _differentiate_kept(
                     linked, x.detach().requires_grad_(want_x), y, leaves, (dy, dlog_det)
                 )
                 return None, dx, *(None if t is None else t.grad for t in leaves)
@@ -211,35 +211,35 @@ class _LinkedBlock(Function):
             else:
                 link.segment.largest = torch.linalg.vector_norm(y, torch.inf)
             dy = torch.zeros_like(y) if dy is None else dy
-            call = _call(linked, y, leaves, linked.subnet.again)
+            call = _make_call(linked, y, leaves, linked.subnet.run_again)
             block = reconstruct(call, OutputGrads(dy, dlog_det), want_x, wanted[0] or wanted[1])
         link.finish(y.dtype, want_x)
         if x is not None:
             link.compare(block.x, x, y)
         if want_x and not link.is_first and link.previous is not None:
             link.previous.output = block.x
-        others = (None if t is None else t.grad for t in leaves[2:])
+        from_leaves = (None if t is None else t.grad for t in leaves[2:])
         dx = block.dx if want_x else None
-        return None, dx, block.dglobal_scale, block.dglobal_offset, *others
+        return None, dx, block.dglobal_scale, block.dglobal_offset, *from_leaves
 
 
-def _call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnet: Any) -> BlockCall:
-    """The call of a linked block.
+def _make_call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnet: Any) -> BlockCall:
+    """Make the call of a linked block.
 
     Args:
         linked: The block.
-        x: Its input, or its output where it is to be reconstructed.
+        x: The block's input, or its output if the input is to be reconstructed.
         tensors: global_scale, global_offset, the reflections' vectors or None, the conditions, the
             subnet's parameters.
         subnet: What runs the subnet.
     """
-    global_scale, global_offset, vectors, *others = tensors
+    global_scale, global_offset, vectors, *conditions_and_parameters = tensors
     permutation = linked.permutation
     if isinstance(permutation, HouseholderPermutation):
         permutation = permutation._replace(vectors=vectors)
     return BlockCall(
         x,
-        tuple(others[: linked.condition_count]),
+        tuple(conditions_and_parameters[: linked.condition_count]),
         subnet,
         global_scale,
         global_offset,
@@ -250,7 +250,7 @@ def _call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnet: Any) -> Bl
     )
 
 
-def _run_again(
+def _differentiate_kept(
     linked: _Linked,
     x: Tensor,
     y: Tensor,
@@ -260,8 +260,8 @@ def _run_again(
     """Differentiate a block whose input and output are kept, and return the gradient of x."""
     link = linked.link
     with torch.enable_grad():
-        results = evaluate(_call(linked, x, leaves, linked.subnet.again))
-    link.chain_pass.differences.note(link.place, results[0], y)
+        results = evaluate(_make_call(linked, x, leaves, linked.subnet.run_again))
+    link.chain_pass.differences.record(link.place, results[0], y)
     link.finish(y.dtype, x.requires_grad)
     pairs = [
         (t, dt)
@@ -274,7 +274,7 @@ def _run_again(
 
 
 def _fixed_tensors(permutation: Permutation) -> tuple[Tensor, ...]:
-    """The tensors of a permutation that take no gradient."""
+    """Return the tensors of a permutation that take no gradient."""
     if isinstance(permutation, HouseholderPermutation):
         return _fixed_tensors(permutation.base)
     return tuple(permutation)

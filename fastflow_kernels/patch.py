@@ -1,8 +1,8 @@
 """``accelerate(model)`` and ``restore(model)``, for models of FrEIA and anomalib.
 
 A stock block stays the object it is, with its parameters, hooks and state-dict keys. Only its class
-is exchanged for a subclass of its own whose ``forward`` is the fused one. Containers that keep
-references of their own (GraphINN's nodes) and optimizers notice nothing.
+is exchanged for a subclass whose ``forward`` is fused. Containers that keep references to blocks
+(GraphINN's nodes) and optimizers notice nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastflow_kernels import accelerated, backends, probe
 from fastflow_kernels.accelerated import AcceleratedBlock, AcceleratedChain
 from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.reporting import modules_of
-from fastflow_kernels.reversible import Reversible
+from fastflow_kernels.reversible import ReversibleChain
 from fastflow_kernels.stock import Left, is_named
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -25,30 +25,33 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False) -> _Model:
     """Make every AllInOneBlock of FrEIA or anomalib in ``model`` run fused, in place.
 
-    Parameters and their identity, hooks, state-dict keys and values stay what they are. Each block
-    is asked, by running a copy of it on a small input with random parameters, which maths it
-    computes; a block that computes something else than expected, or whose class overrides a step of
-    it, is left alone. :func:`report` says what was done. Something that a stock block reads in
-    every call and that is exchanged later (``permute_function``, a step, the activation, ``clamp``
-    for a tensor) takes effect: such a call runs the stock maths.
+    Parameters stay the same objects. Hooks, state-dict keys and values do not change either.
+
+    To find out which maths a block computes, a copy of it runs on a small input with random
+    parameters. A block that computes something else than expected is left alone, and so is one
+    whose class overrides a step. :func:`report` says what was done.
+
+    Some things that a stock block reads in every call may be exchanged later:
+    ``permute_function``, a step, the activation, or ``clamp`` for a tensor. The change takes
+    effect, because such a call runs the stock maths.
 
     Args:
-        model: Any module; a block itself will do.
+        model: Any module, also a single block.
         backend: "auto", "eager" or "triton", for the changed blocks.
         reversible: Also make every SequenceINN of FrEIA train in memory that does not grow with its
-            depth, as :class:`~fastflow_kernels.ReversibleSequence` does; its ``checkpoint_every``,
-            ``debug`` and ``drift`` are attributes then, which can be set.
+            depth, as :class:`~fastflow_kernels.ReversibleSequence` does. The chain then has the
+            attributes ``checkpoint_every``, ``debug`` and ``drift``, which can be set.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        TypeError: ``model`` is not a ``torch.nn.Module``.
-        ValueError: An unknown backend.
+        TypeError: ``model`` is not a ``torch.nn.Module``, or ``backend`` is not a string.
+        ValueError: ``backend`` is unknown.
 
     Warns:
-        UserWarning: No block of the model runs fused afterwards, or no chain is reversible where
-            that was asked for.
+        UserWarning: No block of the model runs fused afterwards, or no chain is reversible although
+            ``reversible`` is set.
 
     Example:
         >>> import torch
@@ -71,7 +74,7 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
     missing = []
     if not any(isinstance(part, FusedForward) and why_not_fused(part) is None for part in parts):
         missing.append("no block of the model runs fused")
-    if reversible and not any(isinstance(part, Reversible) for part in parts):
+    if reversible and not any(isinstance(part, ReversibleChain) for part in parts):
         missing.append(
             "no chain of the model was made reversible (a SequenceINN can be, a GraphINN cannot)"
         )
@@ -85,18 +88,18 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
 
 
 def restore(model: _Model) -> _Model:
-    """Give every block and chain that :func:`accelerate` changed its own class back, in place.
+    """Give the stock class back to every block and chain that :func:`accelerate` changed, in place.
 
     Args:
-        model: The model given to :func:`accelerate`, a copy of it, or a part.
+        model: The model that was passed to :func:`accelerate`, a copy of it, or a part of it.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        RuntimeError: The class of a changed block or chain was changed again since, by a
-            parametrization for instance. Nothing is restored then.
+        RuntimeError: The class of an accelerated block or chain was changed again afterwards, for
+            example by a parametrization. Nothing is restored then.
     """
     changed = [
         (name, part)
@@ -110,8 +113,8 @@ def restore(model: _Model) -> _Model:
     ]
     if stuck:
         raise RuntimeError(
-            f"cannot restore {', '.join(stuck)}: the class was changed again since accelerate (by "
-            "a parametrization or by FSDP, perhaps). Undo that first; nothing was restored"
+            f"cannot restore {', '.join(stuck)}: the class was changed again after accelerate (by "
+            "a parametrization or by FSDP, perhaps). Revert that change first; nothing was restored"
         )
     for _, part in changed:
         accelerated.give_back_class(part)
@@ -121,7 +124,7 @@ def restore(model: _Model) -> _Model:
 def _accelerate_block(block: Any, backend: str) -> None:
     """Exchange the class of a stock block, if it computes one of the known forms.
 
-    An accelerated one is probed again if it has changed since.
+    An accelerated block is probed again if it has changed since then.
     """
     cls: Any = type(block)
     if isinstance(block, AcceleratedBlock):

@@ -1,4 +1,4 @@
-"""Which maths a foreign AllInOneBlock computes, found by running a copy of it."""
+"""Finds out which maths a foreign AllInOneBlock computes, by running a copy of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastflow_kernels.call import BlockCall, starts_in_place
 from fastflow_kernels.coupling import DIALECTS, CouplingSpec
 from fastflow_kernels.foreign_activation import activation_of, known_activation
 from fastflow_kernels.index_cache import IndexCache
-from fastflow_kernels.seen import ACTIVATION, Seen, is_number, look, reads_more
+from fastflow_kernels.seen import ACTIVATION, Seen, is_number, may_read_state, record_reads
 from fastflow_kernels.steps import STEPS
 from fastflow_kernels.stock import Left, shallow_copy, stock_class
 
@@ -22,13 +22,13 @@ _STEPS = ("forward", *STEPS)
 
 
 class Maths(NamedTuple):
-    """What a block computes.
+    """The maths that a block computes.
 
     Attributes:
         dialect: "anomalib" or "freia".
         activation: "SIGMOID", "SOFTPLUS" or "EXP".
-        is_sized: Whether it takes inputs of the declared spatial size only.
-        seen: What it read of itself for that.
+        is_sized: Whether it only takes inputs of the declared spatial size.
+        seen: What it reads of itself and of its class for that.
     """
 
     dialect: str
@@ -38,11 +38,15 @@ class Maths(NamedTuple):
 
 
 def identify(block: Any, cls: Any) -> Maths:
-    """What a block of class ``cls`` computes; nothing about the block changes.
+    """Find out what a block computes, without changing the block.
+
+    Args:
+        block: The block.
+        cls: Its class, or the class that it had before it was accelerated.
 
     Raises:
-        Left: It computes something else than the fused block, or may come to do so unnoticed, or it
-            cannot be asked.
+        Left: The block computes something else than the fused block, may later do so unnoticed, or
+            cannot be probed.
     """
     stock = stock_class(cls)
     for step in _STEPS:
@@ -72,45 +76,45 @@ def identify(block: Any, cls: Any) -> Maths:
             torch.autocast(device.type, enabled=False),
             torch.device(device),
         ):
-            return _asked(block, cls, stock)
+            return _identify_values(block, cls, stock)
     except Left:
         raise
     except Exception as error:
         raise Left(f"could not be probed: {type(error).__name__}: {error}") from error
 
 
-def _asked(block: Any, cls: Any, stock: Any) -> Maths:
+def _identify_values(block: Any, cls: Any, stock: Any) -> Maths:
+    """Find out what a block computes, where tensors have values."""
     function, softplus_of = activation_of(block, cls)
-    seen = look(block, cls, softplus_of)
-    if (name := seen.changed(block)) is not None:
+    seen = record_reads(block, cls, softplus_of)
+    if (name := seen.find_change(block)) is not None:
         raise Left(f"its {name} is not one of the known forms")
     probe = _Probe(block, cls, stock)
     activation = known_activation(function, probe.scale)
-    dialects = probe.dialects(block.clamp, block.GIN, activation)
+    dialects = probe.find_dialects(block.clamp, block.GIN, activation)
     if not dialects:
         raise Left("it computes something else than either known form of the block")
-    # with a clamp of 1, or where GIN takes the mean of one value, both forms agree: another clamp,
-    # and no GIN, tell them apart
+    # Both forms agree with a clamp of 1, and where GIN takes the mean of one value. Another clamp,
+    # and a run without GIN, tell them apart.
     clamp = 1.7 if abs(abs(block.clamp) - 1.7) > 0.2 else 2.3
-    dialects = [
-        dialect for dialect in probe.dialects(clamp, block.GIN, activation) if dialect in dialects
-    ]
+    with_other_clamp = probe.find_dialects(clamp, block.GIN, activation)
+    dialects = [dialect for dialect in with_other_clamp if dialect in dialects]
     if not dialects:
         raise Left(
             "with another clamp it computes something else than either known form of the block"
         )
     if len(dialects) > 1 and block.GIN:
-        dialects = probe.dialects(clamp, False, activation)
+        dialects = probe.find_dialects(clamp, False, activation)
         if not dialects:
             raise Left("without GIN it computes something else than either known form of the block")
     for name, value in zip(seen.attributes, seen.values, strict=True):
-        if name != ACTIVATION and reads_more(value):
+        if name != ACTIVATION and may_read_state(value):
             raise Left(f"its {name} reads variables around it, and those may change")
     return Maths(dialects[0], activation, probe.is_sized, seen)
 
 
-class _Fixed(nn.Module):
-    """A subnet that returns the same coefficients whatever it is given, and keeps that."""
+class _FixedSubnet(nn.Module):
+    """A subnet that returns the same coefficients for any input, and keeps that input."""
 
     def __init__(self, a: Tensor) -> None:
         super().__init__()
@@ -118,12 +122,16 @@ class _Fixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.received = x.clone()
-        return self.a.clone()  # the stock block writes to what it gets
+        return self.a.clone()  # because the stock block writes to it
 
 
 class _Probe:
-    """A shallow copy of a block with random global affine and a fixed subnet: the block itself is
-    not touched.
+    """A shallow copy of a block, with a random global affine and a fixed subnet.
+
+    The block itself is not touched.
+
+    Attributes:
+        is_sized: Whether the block only takes inputs of the declared spatial size.
     """
 
     def __init__(self, block: Any, cls: Any, stock: Any) -> None:
@@ -142,18 +150,19 @@ class _Probe:
         own["_modules"] = dict(block._modules)
         self.spatial = self._find_spatial(tuple(block.dims_in[0][1:]))
 
-    def dialects(self, clamp: float, gin: bool, activation: str) -> list[str]:
-        """The dialects in which the fused block gives the same answers, were the block's clamp and
-        GIN these.
+    def find_dialects(self, clamp: float, gin: bool, activation: str) -> list[str]:
+        """Return the dialects in which the fused block gives the same results as the stock block.
+
+        Both get ``clamp`` and ``gin``, whatever the block has.
         """
         self.block.__dict__.update(clamp=clamp, GIN=gin)
-        x, c, a, answers = self._ask(self.spatial)
+        x, c, a, stock_results = self._run_stock(self.spatial)
         permutation = IndexCache().permutation(self.block)
         matching = []
         for dialect in DIALECTS:
             if clamp == 0 and dialect == "freia":
                 continue
-            subnet, ours = _Fixed(a), []
+            subnet, fused_results = _FixedSubnet(a), []
             call = BlockCall(
                 x,
                 c,
@@ -166,31 +175,32 @@ class _Probe:
                 backend="eager",
             )
             for rev in (False, True):
-                ours.append((*evaluate(call._replace(rev=rev)), subnet.received))
+                fused_results.append((*evaluate(call._replace(rev=rev)), subnet.received))
             if all(
-                _are_alike(of_stock, of_ours)
-                for pair in zip(answers, ours, strict=True)
-                for of_stock, of_ours in zip(*pair, strict=True)
+                _are_alike(of_stock, of_fused)
+                for pair in zip(stock_results, fused_results, strict=True)
+                for of_stock, of_fused in zip(*pair, strict=True)
             ):
                 matching.append(dialect)
         return matching
 
     def _find_spatial(self, declared: tuple[int, ...]) -> tuple[int, ...]:
-        """A small spatial size that the block takes, and whether it takes others than the declared
-        one: FrEIA's main branch does not.
+        """Return a small spatial size that the block takes, and set ``is_sized``.
+
+        FrEIA's main branch takes the declared size only.
         """
         small = (2,) * len(declared)
         if small == declared and small:
             small = (3,) * len(declared)
         try:
-            self._ask(small)
+            self._run_stock(small)
             return small
         except (RuntimeError, ValueError):
             self.is_sized = True
         dims_in = self.block.dims_in
         self.block.__dict__["dims_in"] = [(dims_in[0][0], *small)]
         try:
-            self._ask(small)
+            self._run_stock(small)
             return small
         except (RuntimeError, ValueError):
             self.block.__dict__["dims_in"] = dims_in
@@ -201,29 +211,33 @@ class _Probe:
             like
         )
 
-    def _ask(
+    def _run_stock(
         self, spatial: Sequence[int]
     ) -> tuple[Tensor, list[Tensor], Tensor, list[tuple[Tensor, ...]]]:
-        """Input, conditions, coefficients and the stock block's answers, forward and in reverse: y,
-        log-det, what the subnet was given.
+        """Run the stock block on a random input, forward and in reverse.
+
+        Returns:
+            Input, conditions and coefficients. Then for each direction: y, the log-determinant and
+            the subnet's input.
         """
         channels, active = self.block.in_channels, sum(self.block.splits[1:])
         x = self._random((2, channels, *spatial), self.scale)
         # so that exp(clamp * tanh(0.1 * a)) does not overflow
         size = 10.0 / max(1.0, abs(self.block.clamp) / 5.0)
         a = size * self._random((2, 2 * active, *spatial), self.scale)
-        self.block._modules["subnet"] = subnet = _Fixed(a)
+        self.block._modules["subnet"] = subnet = _FixedSubnet(a)
         c = [self._random((2, shape[0], *spatial), self.scale) for shape in self.block.dims_c]
-        answers: list[tuple[Tensor, ...]] = []
+        results: list[tuple[Tensor, ...]] = []
         for rev in (False, True):
             (y,), logdet = self.stock.forward(self.block, [x], c, rev=rev)
-            answers.append((y, logdet, subnet.received))
-        return x, c, a, answers
+            results.append((y, logdet, subnet.received))
+        return x, c, a, results
 
 
 def _widest(parameter: Tensor) -> torch.dtype:
-    """float64, in which the two formulas differ visibly also with a clamp near 1, or float32 on a
-    device that has no float64.
+    """Return float64, or float32 on a device that has no float64.
+
+    In float64 the two formulas differ visibly also with a clamp near 1.
     """
     try:
         parameter.to(torch.float64)
@@ -232,9 +246,9 @@ def _widest(parameter: Tensor) -> torch.dtype:
     return torch.float64
 
 
-def _are_alike(stock: Tensor, ours: Tensor) -> bool:
-    # far above rounding, far below what tells two formulas apart
-    tolerance = 1e-9 if stock.dtype is torch.float64 else 1e-3
-    return stock.shape == ours.shape and bool(
-        (stock - ours).abs().max() <= tolerance * ours.abs().max().clamp(min=1.0)
+def _are_alike(of_stock: Tensor, of_fused: Tensor) -> bool:
+    # Far above rounding errors, and far below the difference between two formulas.
+    tolerance = 1e-9 if of_stock.dtype is torch.float64 else 1e-3
+    return of_stock.shape == of_fused.shape and bool(
+        (of_stock - of_fused).abs().max() <= tolerance * of_fused.abs().max().clamp(min=1.0)
     )

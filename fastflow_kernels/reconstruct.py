@@ -22,13 +22,13 @@ from fastflow_kernels.route import choose_engine
 
 
 class Reconstructed(NamedTuple):
-    """What :func:`reconstruct` finds.
+    """The result of :func:`reconstruct`.
 
     Attributes:
-        x: The block's input, computed from its output.
-        dx: Its gradient.
-        dglobal_scale, dglobal_offset: Gradients of the parameters; None unless wanted, the first
-            one also for GIN.
+        x: The block's input (B, C, *S), computed from its output.
+        dx: The input's gradient (B, C, *S).
+        dglobal_scale, dglobal_offset: The parameters' gradients, None unless wanted. The first one
+            is None for GIN, too.
     """
 
     x: Tensor
@@ -43,14 +43,14 @@ def reconstruct(
     """Invert a block and differentiate it, running the subnet once for both.
 
     The gradients of the conditions, of a :class:`HouseholderPermutation`'s vectors and of what the
-    subnet depends on are added to the ``grad`` of those tensors. They therefore should be leaves
+    subnet depends on are added to the ``grad`` of those tensors. They should therefore be leaves
     that nobody else holds.
 
     Args:
         call: The forward call, but with the block's output, (B, C, *S), as its x.
-        grads: Of the block's two results.
+        grads: Gradients of the block's two results.
         want_x: Whether the gradient of the block's input is wanted.
-        want_params: Whether those of global_scale and global_offset are.
+        want_params: Whether the gradients of global_scale and global_offset are wanted.
     """
     route = choose_engine(call, requested(call.backend))
     engine, permutation = route.engine, call.permutation
@@ -58,18 +58,18 @@ def reconstruct(
     coupling = engine_coupling(call, route._replace(unpermutes_inside=False))
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
     if not isinstance(permutation, IndexPermutation):
-        v = _preimage(permutation, v, False)
-        dv = _pulled_back(permutation, v, dv, False)
+        v = _invert_permutation(permutation, v, False)
+        dv = _pull_back(permutation, v, dv, False)
     x = engine.invert_passive(v, coupling)
-    # reflections ahead of the coupling learn from the gradient of its input
+    # Reflections ahead of the coupling learn from the gradient of the coupling's input.
     want_dx = want_x or (
         call.reverse_permutation
         and isinstance(permutation, HouseholderPermutation)
         and permutation.vectors.requires_grad
     )
     with torch.enable_grad():
-        # .data: otherwise autograd sees the write to the active channels below as a change to a
-        # tensor that the subnet saved
+        # Use .data: otherwise autograd sees the write to the active channels below as a change to a
+        # tensor that the subnet saved.
         passive = x.data.narrow(1, 0, x.shape[1] - x.shape[1] // 2).requires_grad_(want_dx)
         a = coefficients(call, for_subnet(passive, route))
     dx, da, dg, doffset = engine.invert_and_backward(
@@ -80,48 +80,48 @@ def reconstruct(
         coupling,
         want_params,
     )
-    del v, dv  # freed ahead of the subnet's backward
+    del v, dv  # frees them before the subnet's backward
     if a.requires_grad:
         torch.autograd.backward(a, da)
     if passive.grad is not None:
         dx.narrow(1, 0, passive.shape[1]).add_(passive.grad)
     if call.reverse_permutation:
-        x = _preimage(permutation, x, True)
-        dx = _pulled_back(permutation, x, dx, True)
+        x = _invert_permutation(permutation, x, True)
+        dx = _pull_back(permutation, x, dx, True)
     return Reconstructed(in_layout(x, route.layout), in_layout(dx, route.layout), dg, doffset)
 
 
-def _permuted(permutation: Permutation, x: Tensor, rev: bool) -> Tensor:
+def _permute(permutation: Permutation, x: Tensor, rev: bool) -> Tensor:
     return permutation.unpermute(x) if rev else permutation.permute(x)
 
 
-def _preimage(permutation: Permutation, y: Tensor, rev: bool) -> Tensor:
-    """x with permute(x) = y, or with unpermute(x) = y if ``rev``.
+def _invert_permutation(permutation: Permutation, y: Tensor, rev: bool) -> Tensor:
+    """Return x with permute(x) = y, or with unpermute(x) = y if ``rev``.
 
-    A rotation made in float32 is orthogonal to 1e-7, which float64 sees. Each step of refinement
-    multiplies the error by that: after two, 12 blocks are inverted as exactly as with rotations
-    made in float64; after one, the input is 5 to 60 times as far off. Both together make a float64
-    train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with (4096, 64), AMD
-    EPYC.
+    A rotation made in float32 is orthogonal to 1e-7 only, which shows in float64. Each step of
+    refinement multiplies the error by that. After two steps, 12 blocks are inverted as exactly as
+    with rotations made in float64; after one, the input is 5 to 60 times as far off. Both together
+    make a float64 train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with
+    (4096, 64), on an AMD EPYC.
     """
-    x = _permuted(permutation, y, not rev)
+    x = _permute(permutation, y, not rev)
     base = permutation.base if isinstance(permutation, HouseholderPermutation) else permutation
     if y.dtype is torch.float64 and isinstance(base, MatrixPermutation):
         for _ in range(2):
-            error = y - _permuted(permutation, x, rev)
-            x = x + _permuted(permutation, error, not rev)
+            error = y - _permute(permutation, x, rev)
+            x = x + _permute(permutation, error, not rev)
     return x
 
 
-def _pulled_back(permutation: Permutation, x: Tensor, dy: Tensor, rev: bool) -> Tensor:
-    """The gradient of x from that of permute(x), or of unpermute(x) if ``rev``.
+def _pull_back(permutation: Permutation, x: Tensor, dy: Tensor, rev: bool) -> Tensor:
+    """Return the gradient of x from that of permute(x), or of unpermute(x) if ``rev``.
 
-    Those of the permutation's parameters are added to their ``grad``.
+    The gradients of the permutation's parameters are added to their ``grad``.
     """
     if not isinstance(permutation, HouseholderPermutation):
         return permutation.permute_backward(dy, rev)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        torch.autograd.backward(_permuted(permutation, x, rev), dy)
+        torch.autograd.backward(_permute(permutation, x, rev), dy)
     assert x.grad is not None  # no permutation ignores its input
     return x.grad

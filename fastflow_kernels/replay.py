@@ -1,4 +1,4 @@
-"""Running a subnet a second time, with all that its result depends on beside its input."""
+"""Runs a subnet a second time, with all that its result depends on beside its input."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastflow_kernels import torch_private
 from fastflow_kernels.predicates import is_autocast, is_capturing
 from fastflow_kernels.torch_private import version_of
 
-# elements: on a GPU, asking whether a buffer has changed costs more time than keeping a copy costs
-# memory
+# Elements of a buffer. On a GPU, asking whether a smaller one has changed costs more time than
+# keeping a copy costs memory.
 _SMALL_BUFFER = 1 << 16
 
-swapping = threading.RLock()  # of a subnet's parameters, while a backward pass runs it again
+swap_lock = threading.RLock()  # held while a backward pass swaps a subnet's parameters
 
 
 class ReplayedSubnet:
-    """A block's subnet in one forward pass, with all that its result depends on beside its input:
-    so that it can run again.
+    """A block's subnet in one forward pass, with all that it needs to run again.
 
-    That is: parameters, buffers, training flags, autocast, and the state of the random numbers.
+    Beside its input, its result depends on parameters, buffers, training flags, autocast, and the
+    state of the random number generators.
     """
 
     def __init__(
@@ -50,19 +50,21 @@ class ReplayedSubnet:
             for name, b in m._buffers.items()
             if b is not None
         ]
-        # buffers that a run changes, as they were before it
+        # Buffers that the run changes, with their values before it.
         self.changed: list[tuple[dict[str, Any], str, Tensor]] = []
         self.input_takes_gradient = False
         self.random: list[Tensor] | None = None
         self.autocast = _autocast(device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The first run: with gradients enabled, as in a plain chain, for a subnet may ask; what
+        """Run the subnet for the first time.
+
+        Gradients are enabled as in a plain chain, because a subnet may ask whether they are. What
         autograd records is dropped at once.
         """
         random = self._random_state()
         before = [(version_of(b), b.clone()) for _, _, b, _ in self.buffers]
-        # by the user's hooks
+        # The user's hooks would otherwise keep what autograd saves here.
         unseen = (
             saved_tensors_hooks(Tensor.detach, _itself)
             if torch_private.has_saved_tensor_hooks()
@@ -83,12 +85,12 @@ class ReplayedSubnet:
         return a.detach() if isinstance(a, Tensor) else a
 
     def constants(self) -> list[Tensor]:
-        """The buffers that the run has left alone."""
+        """Return the buffers that the run has left alone."""
         changed = {(id(holder), name) for holder, name, _ in self.changed}
         return [b for holder, name, b, _ in self.buffers if (id(holder), name) not in changed]
 
-    def again(self, x: Tensor) -> Tensor:
-        """What the run returned, from the same random numbers."""
+    def run_again(self, x: Tensor) -> Tensor:
+        """Run the subnet again, from the same random numbers."""
         if self.random is None:
             with self.autocast():
                 return self.evaluate(x)
@@ -102,17 +104,17 @@ class ReplayedSubnet:
 
     @contextmanager
     def as_it_was(self, stand_ins: dict[Tensor, Tensor]) -> Iterator[None]:
-        """Within: the run's training flags, its buffers as they were before it, and stand-ins for
-        its parameters.
+        """Restore the state before the first run within the context.
 
-        Stand-ins collect the gradients, so that a parameter's own hooks fire when autograd
-        accumulates what the block's node returns, and only then.
+        Training flags and buffers are what they were, and stand-ins take the parameters' places.
+        The stand-ins collect the gradients, so that a parameter's own hooks fire only when autograd
+        accumulates what the block's node returns.
         """
         now = [(m, m.training) for m, _ in self.training]
         replacements: list[tuple[dict[str, Any], str, Tensor]] = [
             (holder, name, stand_ins[p]) for holder, name, p in self.places
         ]
-        # a copy, because a run changes it
+        # A copy, because a run changes it.
         replacements += [(holder, name, value.clone()) for holder, name, value in self.changed]
         outside = [(holder, name, holder.get(name)) for holder, name, _ in replacements]
         try:
@@ -122,10 +124,11 @@ class ReplayedSubnet:
             _assign(now, outside)
 
     def _random_state(self) -> list[Tensor] | None:
+        """Return the random number generators' states: the CPU's, then the device's."""
         if self.device.type == "cpu":
             return [torch.get_rng_state()]
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None  # neither can it be read then; a graph advances it by itself
+            return None  # it cannot be read then, and a graph advances it by itself
         return [
             torch.get_rng_state(),
             torch.get_device_module(self.device).get_rng_state(self.device),
@@ -137,8 +140,10 @@ def _itself(x: Tensor) -> Tensor:
 
 
 class _Sealed(Function):
-    """A subnet's input in its first run: what is computed from it takes gradients, which nobody may
-    ask for beside the block's backward.
+    """The identity, for a subnet's input in its first run.
+
+    What is computed from the input requires gradients, as in a plain chain. Only the block's
+    backward pass may ask for them; any other use raises.
     """
 
     @staticmethod
@@ -149,17 +154,18 @@ class _Sealed(Function):
     def backward(ctx: Any, dx: Tensor) -> None:
         raise RuntimeError(
             "a subnet in a reversible chain handed out something beside its result (an auxiliary "
-            "loss, a feature map), whose gradient "
-            "cannot reach the blocks before it: use a chain that is not reversible"
+            "loss, a feature map), whose gradient cannot reach the blocks before it: use a chain "
+            "that is not reversible"
         )
 
 
 def _is_written(b: Tensor, before: Tensor, training: bool) -> bool:
-    """Whether a buffer has changed without a sign, as a batch norm's statistics do, and what is
-    written through ``.data``.
+    """Return whether a buffer has changed although its version has not.
+
+    The statistics of a batch norm do, and so does what is written through ``.data``.
     """
     if b.device.type != "cpu" and (not training or b.numel() <= _SMALL_BUFFER or is_capturing(b)):
-        return training  # to ask would be to wait for the device
+        return training  # because a comparison would wait for the device
     return not torch.equal(b, before)
 
 
@@ -173,7 +179,7 @@ def _assign(
 
 
 def _autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """A context manager's constructor: autocast as it is now."""
+    """Return a function that makes a context with autocast as it is now."""
     if not is_autocast(device):
         return nullcontext
     return partial(
@@ -186,5 +192,5 @@ def _autocast(device: torch.device) -> Callable[[], AbstractContextManager[Any]]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast is off."""
+    """Return a context in which autocast is off."""
     return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()

@@ -12,14 +12,14 @@ from fastflow_kernels.accelerated import (
     AcceleratedBlock,
     AcceleratedChain,
     class_before,
+    describe_reversible,
     held_by,
     make_reversible,
-    reversible_in_words,
 )
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.permutations import IndexPermutation
-from fastflow_kernels.reversible import Reversible
+from fastflow_kernels.reversible import ReversibleChain
 from fastflow_kernels.stock import SEQUENCE, Left, is_named, shallow_copy
 
 
@@ -30,9 +30,9 @@ class Entry:
     Attributes:
         name: Its name in the model, as ``named_modules`` gives it ("" for the model itself).
         kind: Its class, with the module that defines it.
-        state: What runs. Of a block: "accelerated" or "fused" (built so), "stock maths"
-            (accelerated or fused, but something that it reads was exchanged), "left" (a stock
-            block, as it is). Of a chain: "reversible" or "left".
+        state: What runs. A block is "accelerated", "fused" (built so), "stock maths" (accelerated
+            or fused, but something that it reads was exchanged) or "left" (an unchanged stock
+            block). A chain is "reversible" or "left".
         changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
         reason: How it was recognised, or why it runs as it does.
     """
@@ -46,11 +46,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What runs in a model, and why; see :func:`report`. ``print`` it.
+    """What runs in a model, and why: the result of :func:`report`, to be printed.
 
     Attributes:
         entries: One per block, in the model's order.
-        chains: One per chain that is a SequenceINN or was made from one.
+        chains: One per SequenceINN, reversible or not.
     """
 
     entries: tuple[Entry, ...]
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def left(self) -> tuple[Entry, ...]:
-        """The stock blocks that are as they were."""
+        """The stock blocks that were left alone."""
         return tuple(entry for entry in self.entries if entry.state == "left")
 
     def __str__(self) -> str:
@@ -86,13 +86,15 @@ def _line(entry: Entry) -> str:
 
 
 def report(model: nn.Module) -> Report:
-    """Say of every block and every chain in a model what runs, and why.
+    """Say for every block and every chain in a model what runs, and why.
 
-    It is found by asking the model as it is now, at any time, accelerated or not; nothing about the
-    model changes.
+    The model is probed as it is now, accelerated or not. Nothing about it changes.
 
     Args:
-        model: Any module; a block itself will do.
+        model: Any module, also a single block.
+
+    Returns:
+        One entry per block and per chain; its ``str`` is a line for each.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
@@ -119,43 +121,43 @@ def _entry_of_block(name: str, block: Any) -> Entry | None:
         if (reason := why_not_fused(block)) is not None:
             return Entry(name, kind, "stock maths", is_changed, reason)
         state = "accelerated" if is_changed else "fused"
-        return Entry(name, kind, state, is_changed, _in_words_of_fused(block))
+        return Entry(name, kind, state, is_changed, _describe_fused(block))
     if not is_named(type(block)):
         return None
     try:
         maths = probe.identify(block, type(block))
     except Left as reason:
         return Entry(name, kind, "left", False, str(reason))
-    words = _in_words(block, maths.dialect, maths.activation)
+    words = _describe(block, maths.dialect, maths.activation)
     return Entry(name, kind, "left", False, f"accelerate(model) would take it: computes {words}")
 
 
 def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     kind = _kind(chain)
-    if isinstance(chain, Reversible):
+    if isinstance(chain, ReversibleChain):
         is_changed = isinstance(chain, AcceleratedChain)
-        return Entry(name, kind, "reversible", is_changed, reversible_in_words(chain))
+        return Entry(name, kind, "reversible", is_changed, describe_reversible(chain))
     if not is_named(type(chain), SEQUENCE):
         return None
-    tried = make_reversible(shallow_copy(chain, type(chain)))
-    if tried is None:
+    outcome = make_reversible(shallow_copy(chain, type(chain)))
+    if outcome is None:
         return None
-    would_be, reason = tried
-    if would_be:
+    can_be_reversible, reason = outcome
+    if can_be_reversible:
         reason = f"accelerate(model, reversible=True) would take it: {reason}"
     return Entry(name, kind, "left", False, reason)
 
 
-def _in_words_of_fused(block: Any) -> str:
+def _describe_fused(block: Any) -> str:
     if isinstance(block, AllInOneBlock):
-        words = _in_words(block, block.dialect, block.global_affine_type)
+        words = _describe(block, block.dialect, block.global_affine_type)
         return f"{words}; backend {block.backend!r}"
     held = held_by(block)
-    words = _in_words(block, held.dialect, held.activation)
+    words = _describe(block, held.dialect, held.activation)
     return f"computes {words}; backend {held.backend!r}"
 
 
-def _in_words(block: Any, dialect: str, activation: str) -> str:
+def _describe(block: Any, dialect: str, activation: str) -> str:
     if block.householder:
         permutation = f"{block.householder} Householder reflections"
     elif torch_private.is_symbolic() or block.w_perm.is_meta:
@@ -175,6 +177,7 @@ def _kind(part: Any) -> str:
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return all modules of a model with their names; raise TypeError if it is not a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     return list(model.named_modules())

@@ -1,6 +1,6 @@
 """Chains of invertible blocks whose training memory does not grow with their depth.
 
-A flow's activations need not be kept: the backward pass walks the chain from its output, inverts
+A flow's activations need not be kept. The backward pass walks the chain from its output, inverts
 one block at a time and differentiates it. Every block is an autograd node of its own, so that
 hooks, distributed training and frozen parameters see an ordinary graph.
 """
@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from fastflow_kernels import torch_private
 from fastflow_kernels.drift import Checkpoints, Segment
 from fastflow_kernels.dtypes import promoted
-from fastflow_kernels.link import Link, Pass, identity
+from fastflow_kernels.link import Link, Pass, identity_of
 from fastflow_kernels.modules import FusedForward, takes_link
 from fastflow_kernels.predicates import is_autocast
 from fastflow_kernels.torch_private import needs_plain
 
-# what a reversible chain holds beside the attributes of FrEIA's SequenceINN
+# The attributes of a reversible chain that FrEIA's SequenceINN does not have.
 OWN_ATTRIBUTES = ("_checkpoints", "debug", "drift")
 
 
-class Reversible:
-    """What the class of a reversible chain adds to that of FrEIA's SequenceINN; see
-    :class:`ReversibleSequence`.
+class ReversibleChain:
+    """A mixin that makes a chain with the attributes of FrEIA's SequenceINN reversible.
+
+    See :class:`ReversibleSequence`.
     """
 
     module_list: Any  # an nn.ModuleList of modules of which no type tells the attributes
@@ -42,8 +43,9 @@ class Reversible:
 
     @property
     def checkpoint_every(self) -> int | None:
-        """How many blocks lie between two activations that are kept, None for as many as the
-        measured error allows; can be set.
+        """The number of blocks between two activations that are kept; it can be set.
+
+        None means as many as the measured error allows.
         """
         return None if self._checkpoints is None else self._checkpoints.every
 
@@ -53,7 +55,7 @@ class Reversible:
             raise TypeError(f"expected checkpoint_every as an integer or None, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"expected checkpoint_every of 1 or more, got {value}")
-        # a new one, because a shallow copy of the chain shares the former
+        # A new object, because a shallow copy of the chain shares the old one.
         measured = math.inf if self._checkpoints is None else self._checkpoints.measured
         self._checkpoints = Checkpoints(value, measured)
 
@@ -68,9 +70,10 @@ class Reversible:
 
         Args:
             x_or_z: (B, C, *S), or a list or tuple with that one tensor.
-            c: The conditions, in which the blocks' ``cond`` count.
-            rev: Compute the inverse. Its gradients, if asked for, are those of an ordinary chain.
-            jac: Whether the log-determinant is wanted; the blocks return it anyway, other modules
+            c: The conditions (B, C_k, *S). A block's ``cond`` is an index into them.
+            rev: Compute the inverse. Gradients through it are those of an ordinary chain, which
+                keeps its activations.
+            jac: Whether the log-determinant is wanted. The blocks return it anyway; other modules
                 of the chain are told.
 
         Returns:
@@ -79,13 +82,13 @@ class Reversible:
 
         Raises:
             RuntimeError: A hook exchanged a block's input or output.
-            TypeError: A subnet's parameters are no plain tensors while its block runs, or it widens
-                the dtype.
+            TypeError: A subnet's parameters are not plain tensors while its block runs, or a block
+                returns another dtype than its input's.
         """
         x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
         links = {} if rev else self._links(x, c)
         order = range(len(self.module_list))
-        # as FrEIA's, also where no module has one
+        # FrEIA starts from zeros, too, which stay if no module has a log-determinant.
         log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if _is_batch(x) else 0
         for i in reversed(order) if rev else order:
             module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
@@ -98,18 +101,19 @@ class Reversible:
             )
             if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]
-            x, j = module(x, **arguments)
-            if link is not None and link.seen != (identity(x_in), identity(x[0])):
+            x, log_det_of_module = module(x, **arguments)
+            if link is not None and link.seen != (identity_of(x_in), identity_of(x[0])):
                 raise RuntimeError(
                     f"a hook exchanged the input or the output of block {i}, which a reversible "
                     "chain cannot reconstruct"
                 )
-            log_det = j + log_det
+            log_det = log_det_of_module + log_det
         return x if self.force_tuple_output else x[0], log_det
 
     def drift_report(self) -> str:
-        """The reconstruction's errors in the last backward pass, and with ``debug`` the block that
-        has made them grow most.
+        """Describe the reconstruction's errors in the last backward pass.
+
+        With ``debug`` this names the block that has made them grow most.
         """
         if not self.drift:
             return "nothing was compared yet"
@@ -131,9 +135,9 @@ class Reversible:
         return "\n".join(lines)
 
     def _links(self, x: Sequence[Tensor], c: Sequence[Tensor] | None) -> dict[int, Link]:
-        """A link for every block that is to be reconstructed.
+        """Make a link for every block whose input the backward pass will reconstruct.
 
-        None where plain operations must do, or where no gradients are wanted.
+        There are no links where plain operations must run or where no gradients are wanted.
         """
         if not torch.is_grad_enabled() or not _is_reconstructible(x):
             return {}
@@ -143,8 +147,8 @@ class Reversible:
         self.drift = chain_pass.drift
         links: dict[int, Link] = {}
         is_needed = x[0].requires_grad  # whether the backward pass reaches the block
-        for i, (module, place) in enumerate(zip(self.module_list, self.conditions, strict=True)):
-            condition = None if place is None or c is None else c[place]
+        for i, (module, cond) in enumerate(zip(self.module_list, self.conditions, strict=True)):
+            condition = None if cond is None or c is None else c[cond]
             is_needed = (
                 is_needed
                 or any(p.requires_grad for p in module.parameters())
@@ -162,16 +166,16 @@ class Reversible:
 
 
 def _is_reconstructible(x: Sequence[Any]) -> bool:
-    """Whether blocks can be reconstructed for this input of a chain."""
+    """Return whether blocks can be reconstructed for this input of a chain."""
     return (
         len(x) == 1
         and isinstance(x[0], Tensor)
         and x[0].numel() > 0
         and not needs_plain(x[0])
-        # there is nothing to look at for drift; integers run step by step
+        # Without values there is no drift to measure; integers run step by step.
         and not x[0].is_meta
         and x[0].is_floating_point()
-        # the cache would hand a first run's parameters to the second
+        # The cache would give a first run's parameters to the second.
         and not torch_private.is_parametrization_cached()
     )
 
@@ -181,8 +185,8 @@ def _is_batch(x: Sequence[Any]) -> bool:
 
 
 def is_reversible(module: nn.Module) -> bool:
-    """Whether a module is a block whose every gradient the reversible backward knows."""
-    # of its own type, for wrappers hand on what they are asked for
+    """Return whether a module is a block all of whose gradients the reversible backward knows."""
+    # Look at its own type, because a wrapper may pass on the ``__class__`` of what it wraps.
     if not issubclass(type(module), FusedForward):
         return False
     block: Any = module
@@ -195,8 +199,9 @@ def is_reversible(module: nn.Module) -> bool:
 
 
 def _runs_twice(subnet: Any) -> bool:
-    """Whether a subnet can run again with stand-ins for its parameters, which collect their
-    gradients.
+    """Return whether a subnet can run again with stand-ins for its parameters.
+
+    The stand-ins collect the parameters' gradients.
     """
     if not isinstance(subnet, nn.Module):
         return False
@@ -204,5 +209,5 @@ def _runs_twice(subnet: Any) -> bool:
         map(nn.parameter.is_lazy, subnet.parameters())
     ):
         return False
-    # takes no other tensors for its parameters
+    # A ScriptModule takes no other tensors for its parameters.
     return not any(isinstance(m, torch.jit.ScriptModule) for m in subnet.modules())

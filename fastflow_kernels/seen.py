@@ -2,7 +2,7 @@
 
 A stock block reads its attributes, and the functions of its class, in every call. The fused block
 reads some of them too: the parameters, the subnet, the clamp. All others are recorded here, so that
-a call can tell whether the answer of the probe still holds.
+a call can tell whether the probe's result still holds.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ class Activation:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a stock block reads in a call and the fused one does not, as it was when the block was
-    asked.
+    """What a stock block reads in a call and the fused block does not, as it was when probed.
 
     Attributes:
         cls: The block's class.
         attributes: Names of the block's own attributes, in the order of ``values``.
-        values: Their values; of lists and dictionaries, copies.
-        steps: Names of what the block finds on its class, in the order of ``functions``; "forward"
+        values: Their values. Lists and dictionaries are copies.
+        steps: Names that the block looks up on its class, in the order of ``functions``. "forward"
             is the first.
-        functions: What it found.
+        functions: What the class had by these names.
         softplus_of: The module whose ``softplus`` the activation calls, if it calls one.
     """
 
@@ -59,22 +58,23 @@ class Seen:
     functions: tuple[Any, ...]
     softplus_of: Any = None
 
-    def changed(self, block: Any) -> str | None:
-        """The name of what is another one now, or None. Asked in every call: see
-        :meth:`_is_current`.
+    def find_change(self, block: Any) -> str | None:
+        """Return the name of something that has changed, or None.
+
+        This runs in every call; :meth:`_is_current` makes it fast.
         """
-        # a compiled call is tied to all that the loops look at
+        # A compiled call takes the loops, so that it is guarded by all that they look at.
         if not torch.compiler.is_compiling() and self._is_current(block):
             return None
         own, cls = block.__dict__, type(block)
         for name, value in zip(self.attributes, self.values, strict=True):
             now = own.get(name, _GONE)
-            # Dynamo of torch 2.7 knows no identity of lists
+            # Dynamo of torch 2.7 cannot compare lists by identity.
             same = False if isinstance(value, (list, dict)) else now is value
             if not same and (type(now) is not type(value) or now != value):
                 return name
         for name, function in zip(self.steps, self.functions, strict=True):
-            # so that a compiled call is tied to there being none on the block itself
+            # This guards a compiled call against such an attribute on the block itself.
             getattr(block, name, None)
             if (
                 name in own
@@ -88,8 +88,9 @@ class Seen:
         return None
 
     def _is_current(self, block: Any) -> bool:
-        """Whether nothing is another one, by few calls of C: 0.8 to 1.0 us for the stock blocks,
-        the loops 1.8 to 2.0 (AMD EPYC).
+        """Return whether nothing has changed, in few calls to C.
+
+        It takes 0.8 to 1.0 us for the stock blocks, the loops take 1.8 to 2.0 us (AMD EPYC).
         """
         own = block.__dict__
         try:
@@ -99,7 +100,7 @@ class Seen:
             ):
                 return False
         except (AttributeError, KeyError, RuntimeError, ValueError):
-            # one is gone, or has become a tensor or an array
+            # Something is gone, or has become a tensor or an array.
             return False
         if self.cls.forward is not self.functions[0] or not own.keys().isdisjoint(self.steps):
             return False
@@ -109,14 +110,14 @@ class Seen:
 
     @cached_property
     def _read_attributes(self) -> Callable[[Any], tuple[Any, ...]]:
-        return _reader(operator.itemgetter, self.attributes)
+        return _make_reader(operator.itemgetter, self.attributes)
 
     @cached_property
     def _read_steps(self) -> Callable[[Any], tuple[Any, ...]]:
-        return _reader(operator.attrgetter, self.steps[1:])
+        return _make_reader(operator.attrgetter, self.steps[1:])
 
-    def holds(self, name: str, value: Any) -> bool:
-        """Whether an attribute is what it was, and reads what it read."""
+    def is_unchanged(self, name: str, value: Any) -> bool:
+        """Return whether an attribute is what it was, and the activation's softplus is known."""
         if (
             name == ACTIVATION
             and self.softplus_of is not None
@@ -126,8 +127,9 @@ class Seen:
         return name in self.attributes and self.values[self.attributes.index(name)] is value
 
     def with_values(self, **values: Any) -> Seen:
-        """The same with other values of some attributes, and with an activation that reads nothing
-        if that is one of them.
+        """Return a copy with other values of some attributes.
+
+        An activation among them must be one that reads nothing.
         """
         softplus_of = None if ACTIVATION in values else self.softplus_of
         pairs = zip(self.attributes, self.values, strict=True)
@@ -139,32 +141,34 @@ class Seen:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Seen:
         values = copy.deepcopy(self.values, memo)
-        place = self.attributes.index(ACTIVATION) if ACTIVATION in self.attributes else None
-        # a bound method is bound to the copy; a lambda goes on reading the block that made it, as
-        # in a copy of a stock block
-        stays = place is not None and values[place] is self.values[place]
+        index = self.attributes.index(ACTIVATION) if ACTIVATION in self.attributes else None
+        # A bound method gets bound to the copy. A lambda keeps reading the block that made it, as
+        # in a copy of a stock block.
+        is_kept = index is not None and values[index] is self.values[index]
         return replace(
             self,
             values=values,
-            softplus_of=self.softplus_of if stays else copy.deepcopy(self.softplus_of, memo),
+            softplus_of=self.softplus_of if is_kept else copy.deepcopy(self.softplus_of, memo),
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle: functions of the class are looked up again where they are still those;
-        otherwise none of them will do.
+        """Replace the functions, for pickle, by whether they are still those of the class.
+
+        If they are, unpickling looks them up again. Otherwise the copy counts as changed.
         """
         state = {each.name: getattr(self, each.name) for each in fields(self)}
-        return state | {"functions": self.functions == _functions(self.cls, self.steps)}
+        return state | {"functions": self.functions == _find_functions(self.cls, self.steps)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         cls, steps = state["cls"], state["steps"]
         self.__dict__.update(
-            state, functions=_functions(cls, steps) if state["functions"] else (_GONE,) * len(steps)
+            state,
+            functions=_find_functions(cls, steps) if state["functions"] else (_GONE,) * len(steps),
         )
 
 
 _GONE = object()
-# read by the fused block in every call, too
+# The fused block reads these in every call, too.
 _LIVE = {
     "global_scale",
     "global_offset",
@@ -176,8 +180,8 @@ _LIVE = {
     "clamp",
 }
 
-# read by the fused block, too, but not all by every stock block: where only one of the two would
-# notice, the stock maths runs
+# The fused block reads these, too, but not every stock block reads all of them. A change that only
+# one of the two would notice makes the stock maths run.
 _FIXED = (
     "householder",
     "reverse_pre_permute",
@@ -191,20 +195,25 @@ _FIXED = (
 )
 
 
-def _reader(getter: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """What reads all the names at once, as a tuple."""
+def _make_reader(getter: Any, names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
+    """Return a function that reads all the names at once, as a tuple."""
     if len(names) > 1:
         return getter(*names)
     return lambda source: tuple(getter(name)(source) for name in names)
 
 
-def _functions(cls: Any, steps: Sequence[str]) -> tuple[Any, ...]:
+def _find_functions(cls: Any, steps: Sequence[str]) -> tuple[Any, ...]:
     return tuple(getattr(cls, name, None) for name in steps)
 
 
-def look(block: Any, cls: Any, softplus_of: Any) -> Seen:
-    """What the block's forward reads, by the names in its code and in that of the methods it calls
-    on itself.
+def record_reads(block: Any, cls: Any, softplus_of: Any) -> Seen:
+    """Record what a block's ``forward`` reads.
+
+    The names come from its code and from that of the methods that it calls on itself.
+
+    Raises:
+        Left: A step reads something that the fused block does not know, or that may change
+            unnoticed.
     """
     names = dict.fromkeys((*_FIXED, *_names_from(cls, "forward")))
     tensors = {**block._parameters, **block._buffers, **block._modules}
@@ -213,7 +222,7 @@ def look(block: Any, cls: Any, softplus_of: Any) -> Seen:
         if name in _LIVE or hasattr(nn.Module, name):
             continue
         if tensors.get(name) is not None and name not in ("softplus", ACTIVATION):
-            raise Left(f"a step reads its {name}, which the fused block knows nothing of")
+            raise Left(f"a step reads its {name}, which the fused block does not know")
         if name in vars(block):
             if not _is_comparable(vars(block)[name]):
                 raise Left(
@@ -230,11 +239,13 @@ def look(block: Any, cls: Any, softplus_of: Any) -> Seen:
         copy.deepcopy(value) if isinstance(value, (list, dict)) else value
         for value in (vars(block)[name] for name in attributes)
     )
-    return Seen(cls, tuple(attributes), values, tuple(steps), _functions(cls, steps), softplus_of)
+    return Seen(
+        cls, tuple(attributes), values, tuple(steps), _find_functions(cls, steps), softplus_of
+    )
 
 
 def _is_comparable(value: Any) -> bool:
-    """Whether a value that has changed, also within, differs from a copy of what it was."""
+    """Return whether a change of a value, also inside it, shows in a comparison with a copy."""
     if isinstance(value, (tuple, list)):
         return all(map(_is_comparable, value))
     if isinstance(value, dict):
@@ -244,9 +255,10 @@ def _is_comparable(value: Any) -> bool:
     return isinstance(value, (FunctionType, BuiltinFunctionType, MethodType, Activation))
 
 
-def reads_more(function: Any) -> bool:
-    """Whether a function among a block's attributes, such as permute_function, may read more than
-    it is given and torch's functions.
+def may_read_state(function: Any) -> bool:
+    """Return whether a function may read more than its arguments and torch's functions.
+
+    It is one among a block's attributes, such as permute_function.
     """
     if isinstance(function, MethodType):
         return True
@@ -259,15 +271,13 @@ def reads_more(function: Any) -> bool:
 
 
 def is_of_torch(value: Any) -> bool:
-    """Whether this is torch, a module of it, or a function or class from there."""
+    """Return whether this is torch, a module of it, or a function or class from there."""
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
     return (name or "").partition(".")[0] == "torch"
 
 
 def _names_from(cls: Any, start: str) -> list[str]:
-    """Every name in the code of a method, and of the methods of ``cls`` that are among those
-    names.
-    """
+    """Return every name in the code of a method, and in that of methods of ``cls`` named there."""
     names, pending = [start], [start]
     while pending:
         function = inspect.getattr_static(cls, pending.pop(), None)
@@ -288,7 +298,8 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def is_number(clamp: Any) -> bool:
-    """Whether the fused block takes this for its clamp; asked as torch.compile can trace it, also
-    with a symbolic number.
+    """Return whether the fused block takes this for its clamp.
+
+    torch.compile can trace it, also with a symbolic number.
     """
     return (type(clamp) is float or isinstance(clamp, numbers.Real)) and clamp - clamp == 0

@@ -8,41 +8,46 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastflow_kernels.freia import InvertibleModule, adopt
-from fastflow_kernels.reversible import Reversible
+from fastflow_kernels.reversible import ReversibleChain
 
 
-class ReversibleSequence(Reversible, InvertibleModule):
+class ReversibleSequence(ReversibleChain, InvertibleModule):
     """A chain of invertible modules whose training memory does not grow with its depth.
 
-    A drop-in for FrEIA's SequenceINN: same methods, attributes and state dict, and where FrEIA is
-    imported an instance of it. The backward pass starts from the chain's output and reconstructs
-    one input at a time. It does so for :class:`AllInOneBlock` only; other modules in between keep
-    what they keep anyway.
+    A drop-in for FrEIA's SequenceINN, with the same methods, attributes and state dict. Where FrEIA
+    is imported, it is an instance of it. The backward pass starts from the chain's output and
+    reconstructs one input at a time. It does so for :class:`AllInOneBlock` only; other modules in
+    between keep the activations that they keep anyway.
 
-    The reconstruction loses digits. Where its input is alive anyway, at the start of the chain and
-    wherever an activation is kept, it is compared, relative to its norm: an error above 8e-6 (1e-10
-    in float64) makes the passes to come keep activations, so many that it stays below if every
-    block multiplies it alike; above 5e-4 there is a RuntimeWarning, above 2e-2 a RuntimeError. In
-    half precision every activation is kept, and only the coefficients are not.
+    The reconstruction loses digits. It is compared with the true input where that is in memory
+    anyway: at the start of the chain and wherever an activation is kept. What happens then depends
+    on the error relative to the input's norm:
+
+    - Above 8e-6 (1e-10 in float64), later passes keep activations. They keep so many that the error
+      stays below this if every block multiplies it alike.
+    - Above 5e-4 there is a RuntimeWarning.
+    - Above 2e-2 there is a RuntimeError.
+
+    In half precision every activation is kept, and only the coefficients are not.
 
     A block's inverse multiplies errors of its active half by exp(-s) / scale, at most exp(clamp) /
-    scale, and adds what the subnet makes of those of the passive half. That is the bound; a trained
-    FastFlow of 32 blocks (clamp 2) is off by 3e-7 in all, 3 eps.
+    scale. It adds what the subnet makes of the errors of the passive half. That is the bound; a
+    trained FastFlow of 32 blocks (clamp 2) is off by 3e-7 in all, 3 eps.
 
     Args:
         dims: The input's shape without the batch, C, *S.
         force_tuple_output: Return the result in a tuple, as other invertible modules do.
-        checkpoint_every: Blocks between two activations that are kept. None: as many as the
-            measured error allows, at first all.
-        debug: Keep every activation and compare it; see :meth:`drift_report`. It takes the memory
+        checkpoint_every: Number of blocks between two activations that are kept. None means as many
+            as the measured error allows, at first all.
+        debug: Keep every activation and compare it; see :meth:`drift_report`. This takes the memory
             that is saved otherwise.
 
     Attributes:
-        drift: Of the last backward pass, by block: the error of its reconstructed input relative to
-            the norm, where it was compared.
+        drift: Errors in the last backward pass, by the block's index. Each is that of the block's
+            reconstructed input relative to its norm. Blocks that were not compared are left out.
 
     Raises:
-        ValueError, TypeError: ``checkpoint_every`` is no positive integer.
+        ValueError, TypeError: ``checkpoint_every`` is not a positive integer.
 
     Example:
         >>> import torch
@@ -87,13 +92,13 @@ class ReversibleSequence(Reversible, InvertibleModule):
         Args:
             module_class: An invertible module's class, called as ``module_class([shape],
                 **kwargs)``; or an instance.
-            cond: Which of the conditions given to ``forward`` the module takes.
-            cond_shape: That condition's shape without the batch; an instance knows it.
-            kwargs: For the class.
+            cond: Index of the module's condition among those that ``forward`` takes.
+            cond_shape: That condition's shape without the batch. An instance knows it.
+            kwargs: Arguments of the class.
 
         Raises:
-            TypeError: Arguments for an instance (a ValueError, too), or a condition without a
-                shape.
+            TypeError: An instance came with arguments (then it is a ValueError, too), or ``cond``
+                came without ``cond_shape``.
             ValueError: The module has more than one output, or an instance was built for another
                 shape.
         """
@@ -125,10 +130,10 @@ class ReversibleSequence(Reversible, InvertibleModule):
         self.shapes.append(tuple(dims_out[0]))
 
     def __getitem__(self, item: int | slice) -> nn.Module:
-        """A module; or the chain of those in a slice, which shares them.
+        """Return a module, or for a slice a chain that shares the modules in it.
 
-        Where the slice runs backwards, the chain holds their inverses. Conditions are numbered
-        anew, in the order in which the modules of the new chain first ask for them.
+        If the slice runs backwards, the chain holds their inverses. Conditions are numbered anew,
+        in the order in which the modules of the new chain first use them.
         """
         if not isinstance(item, slice):
             return self.module_list[item]
@@ -149,29 +154,33 @@ class ReversibleSequence(Reversible, InvertibleModule):
         return part
 
     def __setitem__(self, key: int, value: nn.Module) -> None:
-        """Put another module in the place of one.
+        """Replace a module.
+
+        Args:
+            key: Index of the module.
+            value: The new module.
 
         Raises:
             NotImplementedError: ``key`` is a slice.
-            TypeError: The module is not an invertible one.
+            TypeError: The new module is not invertible.
             ValueError: Its inputs, outputs or conditions have other shapes than those of the module
                 that it replaces.
         """
         if isinstance(key, slice):
-            raise NotImplementedError("expected the place of one module, got a slice")
+            raise NotImplementedError("expected the index of one module, got a slice")
         before, place = self.module_list[key], range(len(self))[key]
         output_dims = getattr(value, "output_dims", None)
         if not isinstance(value, nn.Module) or output_dims is None:
             raise TypeError(f"expected an invertible module, got {type(value).__name__}")
         dims_in, dims_out = [self.shapes[place]], [self.shapes[place + 1]]
-        for what, expected, actual in (
+        for kind, expected, actual in (
             ("inputs", dims_in, _shapes(value, "dims_in", dims_in)),
             ("outputs", dims_out, [tuple(shape) for shape in output_dims(dims_in)]),
             ("conditions", _shapes(before, "dims_c", []), _shapes(value, "dims_c", [])),
         ):
             if actual != expected:
                 raise ValueError(
-                    f"expected a module with {what} of shape {expected} at place {place}, got one "
+                    f"expected a module with {kind} of shape {expected} at place {place}, got one "
                     f"with {actual}"
                 )
         self.module_list[place] = value
@@ -185,14 +194,18 @@ class ReversibleSequence(Reversible, InvertibleModule):
     def output_dims(
         self, input_dims: Sequence[Sequence[int]] | None = None
     ) -> list[tuple[int, ...]]:
-        """The output's shape.
+        """Return the output's shape.
 
         Args:
-            input_dims: ``[(C, *S)]``, the input's shape; or None.
+            input_dims: ``[(C, *S)]``, the input's shape, or None. A container passes the shape, and
+                needs a chain with ``force_tuple_output``.
+
+        Returns:
+            ``[(C, *S)]``.
 
         Raises:
-            ValueError: Another input shape than the chain's; or one without ``force_tuple_output``,
-                for then the chain is no module of another container.
+            ValueError: ``input_dims`` is not the chain's input shape, or the chain was built
+                without ``force_tuple_output``.
         """
         if input_dims is not None:
             if not self.force_tuple_output:
@@ -210,11 +223,12 @@ class ReversibleSequence(Reversible, InvertibleModule):
 
 
 class Inverse(InvertibleModule):
-    """The inverse of an invertible module, in the part of a chain that runs backwards; with the
-    state dict of FrEIA's Inverse.
+    """The inverse of an invertible module, for a slice of a chain that runs backwards.
+
+    Its state dict is that of FrEIA's Inverse.
 
     Args:
-        module: The other module.
+        module: The module to invert.
     """
 
     module: Any  # an nn.Module of which no type tells the attributes
@@ -226,21 +240,21 @@ class Inverse(InvertibleModule):
     def forward(
         self, *args: Any, rev: bool = False, **kwargs: Any
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Evaluate the other module in the other direction; the arguments are its own."""
+        """Evaluate the module in the other direction, with its own arguments."""
         results: tuple[tuple[Tensor, ...], Tensor] = self.module(*args, rev=not rev, **kwargs)
         return results
 
     def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The shapes of the other module's inputs."""
+        """Return the shapes of the module's inputs."""
         return [tuple(shape) for shape in self.module.dims_in]
 
 
 class _ArgumentError(TypeError, ValueError):
-    """Arguments that a call does not take, which FrEIA calls a ValueError."""
+    """Unexpected arguments: a TypeError in Python, a ValueError in FrEIA."""
 
 
 def _shapes(module: nn.Module, name: str, default: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """An invertible module's dims_in or dims_c."""
+    """Return an invertible module's dims_in or dims_c."""
     return [tuple(shape) for shape in getattr(module, name, default)]
 
 

@@ -136,7 +136,7 @@ def test_clamp_that_becomes_a_parameter_and_a_number_again(
             b.clamp = nn.Parameter(value)
         else:
             b.register_buffer("clamp", value)
-    assert "its clamp is another one" in report(block).entries[0].reason
+    assert "its clamp has changed" in report(block).entries[0].reason
     assert_same(block, stock)
     for b in (block, stock):
         del b.clamp
@@ -223,7 +223,7 @@ def test_a_step_patched_on_the_class_takes_effect(
     with mock.patch.object(type(stock), step, STEPS[step]):
         assert (
             report(block).entries[0].reason
-            == f"its {step} is another one than when it was accelerated"
+            == f"its {step} has changed since it was accelerated"
         )
         assert_same(block, stock, name)
         copied = copy.deepcopy(block)

@@ -245,12 +245,12 @@ def test_small_differences_of_one_channel_show() -> None:
         )
         for dtype, off in ((torch.float32, 1e-3), (torch.float64, 1e-9)):
             again = y.clone()
-            differences.note(0, again.to(dtype), y.to(dtype))
+            differences.record(0, again.to(dtype), y.to(dtype))
             again[:, 1] *= 1 + off
             with pytest.raises(
                 RuntimeError, match="block 0 of the reversible chain returned something else"
             ):
-                differences.note(0, again.to(dtype), y.to(dtype))
+                differences.record(0, again.to(dtype), y.to(dtype))
 
 
 # --- compiled and scripted subnets and blocks -----------------------------------------------------

@@ -174,7 +174,7 @@ def test_parametrized_block(kind: str) -> None:
     if kind == "accelerated":
         with pytest.raises(
             RuntimeError,
-            match="cannot restore the model itself: the class was changed again since accelerate",
+            match="cannot restore the model itself: the class was changed again after accelerate",
         ):
             restore(block)
     parametrize.remove_parametrizations(block, "global_scale")
