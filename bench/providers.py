@@ -61,6 +61,7 @@ PROVIDERS = {
 EAGER = tuple(p for p in PROVIDERS.values() if p.execution == "eager")
 
 
+# By dialect: functions that return the stock class, and its name. The first one installed counts.
 STOCK_CLASSES: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "anomalib": [
         (peers.anomalib_block, f"anomalib {peers.VERSIONS['anomalib']}"),

@@ -51,8 +51,8 @@ def _without_peers_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise providers.peers.PeerMissing
 
-    monkeypatch.setattr(providers.peers, "anomalib_block", missing)
-    monkeypatch.setattr(providers.peers, "freia_block", missing)
+    absent = {dialect: [(missing, "absent")] for dialect in providers.STOCK_CLASSES}
+    monkeypatch.setattr(providers, "STOCK_CLASSES", absent)
     monkeypatch.setattr(timing, "SPAN", {"cpu": 0.0})
 
 
