@@ -1,4 +1,4 @@
-"""The goals that result rows can decide: a table, and what was found."""
+"""The goals that result rows can decide, and the verdicts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ DEPTH = {"kind": "depth", "provider": "reversible"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """A line of the table.
+    """A goal: a number, and the rows that decide whether it is reached.
 
     Attributes:
         device: "gpu", "cpu", or "any".
-        text: What is wanted.
+        text: The goal in words.
         number: The number to reach.
         key: The figure of a row that decides.
-        where: Which rows count: values of a row's keys, or several in a tuple. ``workload`` is how
-            the name begins, ``but`` what it does not contain.
-        by: "least" (all rows have to reach it), "most" (all have to stay below it) or "mean"
-            (geometric).
+        where: The rows that count: a key of a row with its value, or with several in a tuple.
+            ``workload`` is how the name begins, ``but`` what it does not contain.
+        by: "least" (all rows must reach the number), "most" (none may exceed it) or "mean" (their
+            geometric mean must reach it).
     """
 
     device: str
@@ -102,31 +102,31 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal and what was found on one device and in one dtype.
+    """What was measured of a goal on one device and in one dtype.
 
     Attributes:
-        wanted: The line of the table.
-        found: The number found, None if it was not measured.
-        where: The row that decides, or how many rows the mean is over.
+        wanted: The goal.
+        value: The number measured, or None.
+        where: The row that decides, or the number of rows of a mean.
     """
 
     wanted: Wanted
-    found: float | None = None
+    value: float | None = None
     where: str = ""
 
     @property
     def verdict(self) -> str:
-        if self.found is None:
+        if self.value is None:
             return "not measured"
         if self.wanted.by == "most":
-            is_reached = self.found <= self.wanted.number
+            is_reached = self.value <= self.wanted.number
         else:
-            is_reached = self.found >= self.wanted.number
+            is_reached = self.value >= self.wanted.number
         return "reached" if is_reached else "NOT reached"
 
 
 def goals(rows: Iterable[Row]) -> list[Goal]:
-    """What the rows of one device and dtype say about the goals of such a device."""
+    """Decide the goals of a device by its rows in one dtype."""
     rows = [
         row for row in rows if "skipped" not in row and row["kind"] in ("block", "flow", "depth")
     ]
@@ -136,7 +136,7 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
     rows = [_with_shares(row, rows) for row in rows]
     kinds = {"depth" if row["kind"] == "depth" else "block" for row in rows}
     return [
-        _found(wanted, rows)
+        _decide(wanted, rows)
         for wanted in GOALS
         if wanted.device in (device, "any")
         and ("depth" if wanted.where["kind"] == "depth" else "block") in kinds
@@ -144,7 +144,7 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
 
 
 def _with_shares(row: Row, rows: list[Row]) -> Row:
-    """The row and its figures divided by another row's: anomalib's, or a shorter chain's."""
+    """Return the row with its figures divided by those of anomalib's or a shorter chain's."""
 
     def share(figure: str, **changes: object) -> float | None:
         keys = ("kind", "workload", "shape", "mode", "provider", "depth")
@@ -164,7 +164,7 @@ def _with_shares(row: Row, rows: list[Row]) -> Row:
     return row | {"kept_growth": growth, "times_anomalib": times_anomalib}
 
 
-def _found(wanted: Wanted, rows: list[Row]) -> Goal:
+def _decide(wanted: Wanted, rows: list[Row]) -> Goal:
     chosen = [r for r in rows if _is_meant(r, wanted.where) and r.get(wanted.key) is not None]
     if not chosen:
         return Goal(wanted)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files are written; a machine without a screen must not matter
+matplotlib.use("Agg")  # it draws into files, also on a machine without a screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,8 +17,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from bench.records import Row
 from bench.subject import MODES
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; a marker each for those who print
-# in grey.
+# The colours of Okabe and Ito, which colour-blind people can tell apart. Each has a marker of its
+# own for those who print in grey.
 BLACK, SKY, GREEN, BLUE, RED = "#000000", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
 DEPTH_STYLES = {
@@ -33,7 +33,7 @@ MARGIN = {"left": 2.9, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
 
 
 def label(row: Row) -> str:
-    """A workload and its shape, for an axis or a table."""
+    """Return a workload and its shape, for an axis or a table."""
     return f"{row['workload']}  {'x'.join(map(str, row['shape']))}"
 
 
@@ -43,15 +43,17 @@ def _provider_style(name: str) -> tuple[str, str]:
 
 
 def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -> bool:
-    """Per mode a panel: how many times as long every peer takes as ours; False if there is nothing
-    to draw.
+    """Draw a panel per mode with every peer's time divided by ours.
 
     Args:
-        rows: Of one device and dtype.
+        rows: The rows of one device and dtype.
         kind: "block" or "flow".
-        key: "ratio", on a GPU that of the device's own times, or "ratio_wall", that of the calls.
-        title: Second line of the picture's.
-        path: Where to.
+        key: "ratio" (on a GPU of the device's own times) or "ratio_wall" (of the calls).
+        title: The second line of the picture's title.
+        path: The file to write.
+
+    Returns:
+        Whether there was something to draw.
     """
     rows = [
         row
@@ -94,7 +96,7 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
     ]
     _finish(
         figure,
-        f"Time of the others / time of ours, {what}\n{title}; right of the line ours is faster",
+        f"Time of the stock block / ours, {what}\n{title}; right of the line ours is faster",
         handles,
         path,
     )
@@ -102,12 +104,12 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
 
 
 def against_ours(row: Row, key: str) -> float:
-    """How many times as long a row's provider takes as ours; of CUDA graphs, as ours in one."""
+    """Return a provider's time divided by ours, which runs in a CUDA graph where it does."""
     return row.get(f"{key}_alike") or row[key] if row["provider"].endswith("-graphs") else row[key]
 
 
 def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
-    """Time per call as batch, channels and pixels grow; False if there is nothing to draw."""
+    """Draw the time per call as batch, channels and pixels grow; return whether there is any."""
     rows = [
         row
         for row in rows
@@ -149,13 +151,13 @@ def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
         _plain_ticks(axis, sorted({grown[name](row["shape"]) for row in here}))
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(True, which="major", color="0.88")
-    axes[0][0].set_ylabel("microseconds per train step")
+    axes[0][0].set_ylabel("microseconds per training step")
     axes[0][0].yaxis.set_major_locator(LogLocator(base=10))
     axes[0][0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     figure.tight_layout(rect=(0, 0.1, 1, 0.88))
     _finish(
         figure,
-        f"Cost as the input grows: train step of the block alone\n{title}",
+        f"Cost as the input grows: training step of the block alone\n{title}",
         [_handle(p, p) for p in providers],
         path,
     )
@@ -163,14 +165,14 @@ def save_sweep(rows: list[Row], title: str, path: Path) -> bool:
 
 
 def save_depth(rows: list[Row], title: str, path: Path) -> None:
-    """Peak memory and time of a train step as a chain gets longer."""
+    """Draw peak memory and time of a training step as a chain gets longer."""
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.6), dpi=120, squeeze=False)
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     for axis, key, unit, text in zip(
         axes[0],
         ("peak_bytes", "median_us"),
         (1e-6, 1e-3),
-        ("peak, MB", "ms per train step"),
+        ("peak, MB", "ms per training step"),
         strict=True,
     ):
         for provider in providers:
@@ -205,8 +207,9 @@ def _fixed_part(name: str, shape: Sequence[int]) -> str:
 
 
 def _panels(count: int, rows: int, width: float) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, each with a line per row; sizes in inches, so that labels have the same
-    room whatever is drawn.
+    """Return panels side by side, each with a line per row.
+
+    Sizes are in inches, so that labels always have the same room.
     """
     total = (
         MARGIN["left"] + count * width + MARGIN["right"],

@@ -1,18 +1,20 @@
-"""Result files as Markdown and plots: goals, every figure, speedups, and the cost as shapes grow.
+"""The report: result files as Markdown and plots.
 
     python -m bench report [FILE.jsonl or FOLDER ...] [--out DIR]
 
-Of rows that measure the same thing the newest counts.
+It shows the goals, every figure, the speedups, and the cost as shapes grow. Where several rows
+measure the same thing, the newest counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from bench.cells import EMPTY, grouped, number, speedup, table
 from bench.goals import Goal, goals
+from bench.libraries_report import library_tables
+from bench.performance import save_tables
 from bench.plots import label, save_depth, save_speedup, save_sweep
 from bench.providers import PROVIDERS
 from bench.records import Row, newest
@@ -27,28 +29,28 @@ HEADINGS = {
 
 
 def write_report(rows: list[Row], out: Path) -> Path:
-    """Write ``report.md`` and its plots into a folder.
+    """Write ``report.md``, its plots, and the tables of the documentation into a folder.
 
     Args:
-        rows: Of any number of runs and devices.
+        rows: The rows of any number of runs and devices.
         out: The folder; it is made.
 
     Returns:
-        The Markdown file.
+        The path of the Markdown file.
     """
     out.mkdir(parents=True, exist_ok=True)
+    rows = sorted(newest(rows), key=_place)
+    save_tables(rows, out / "performance")
     parts = ["# Benchmarks", ""]
-    for setting, found in _grouped(sorted(newest(rows), key=_place), _setting):
-        parts += _section(setting, found, out)
+    for setting, group in grouped(rows, _setting):
+        parts += _section(setting, group, out)
     path = out / "report.md"
     path.write_text("\n".join(parts).rstrip() + "\n")
     return path
 
 
 def _place(row: Row) -> tuple:
-    """Where a row stands: as in the tables of workloads, modes and providers, whatever was measured
-    first.
-    """
+    """Return a sort key: the order of the tables of workloads, modes and providers."""
 
     def index(known: list[str], name: str) -> int:
         return known.index(name) if name in known else len(known)
@@ -65,7 +67,7 @@ def _place(row: Row) -> tuple:
 
 
 def _setting(row: Row) -> tuple[str, int, str]:
-    """What belongs into one section: a device, its threads, and a dtype."""
+    """Return what makes a section: a device, its threads, and a dtype."""
     return row["device"], row["threads"] or 0, row["dtype"]
 
 
@@ -101,7 +103,7 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
             if threads == 0:
                 parts += [f"### {heading}, as called from Python", "", *called_table(chosen), ""]
             parts += _notes(chosen)
-    return parts + _kernels(rows)
+    return parts + library_tables(rows) + _kernels(rows)
 
 
 def _image(file: str) -> list[str]:
@@ -109,90 +111,57 @@ def _image(file: str) -> list[str]:
 
 
 def _kernels(rows: list[Row]) -> list[str]:
-    """What each kernel takes by itself, if that was measured."""
+    """Return the table of what each kernel takes by itself, if that was measured."""
     chosen = [row for row in rows if row["kind"] == "kernel"]
     if not chosen:
         return []
     lines = [
-        "### Kernels by themselves",
-        "",
-        "| workload | pass | kernel | us (p20 to p80) |",
-        "|---|---|---|---:|",
+        [label(row), row["mode"], row["provider"].strip("_").removesuffix("_kernel"), *_times(row)]
+        for row in chosen
     ]
-    for row in chosen:
-        kernel = row["provider"].strip("_").removesuffix("_kernel")
-        times = f"{row['median_us']:.1f} ({row['p20_us']:.1f} to {row['p80_us']:.1f})"
-        lines.append(f"| {label(row)} | {row['mode']} | {kernel} | {times} |")
-    return [*lines, ""]
+    heads = ["workload", "pass", "kernel", "us", "p20", "p80"]
+    return ["### Kernels by themselves", "", *table(heads, lines, texts=3), ""]
 
 
 def called_table(rows: list[Row]) -> list[str]:
-    """A line per workload and mode as Markdown: the wall clock's time of a call of ours, and the
-    others' as multiples of it.
-    """
-    names = [
-        name
-        for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row)
-        if name != "ours"
-    ]
-    lines = [
-        f"| workload | mode | ours, us | {' | '.join(names)} |",
-        "|---|---|" + "---:|" * (1 + len(names)),
-    ]
-    for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
+    """Return the times as called, by the wall clock: ours, and the peers' divided by ours."""
+    peers = _peers(rows)
+    lines = []
+    for (workload, mode), group in grouped(rows, _case):
         by_name = {row["provider"]: row for row in group}
-        cells = [_number(by_name.get("ours", {}), "wall_us", "{:,.0f}")]
-        for name in names:
-            key, form = (
-                ("wall_us", "{:,.0f}") if name.startswith("ours") else ("ratio_wall", "{:.2f}x")
+        cells = [workload, mode, number(by_name.get("ours"), "wall_us", "{:,.0f}")]
+        for name in peers:
+            row = by_name.get(name)
+            is_ours = name.startswith("ours")
+            cells.append(
+                number(row, "wall_us", "{:,.0f}") if is_ours else speedup(row, "ratio_wall")
             )
-            cells.append(_number(by_name.get(name, {}), key, form))
-        lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
-    return lines
+        lines.append(cells)
+    return table(["workload", "mode", "ours, us", *map(_title, peers)], lines, texts=2)
 
 
 def _depths(rows: list[Row], title: str, name: str, out: Path) -> list[str]:
-    """Memory and time against depth: for every shape a plot and a table."""
+    """Return memory and time against depth: for every shape a plot and two tables."""
     parts = []
-    for shape, found in _grouped(
-        (row for row in rows if row["kind"] == "depth"),
-        lambda row: "x".join(map(str, row["shape"])),
-    ):
+    chosen = [row for row in rows if row["kind"] == "depth"]
+    for shape, group in grouped(chosen, lambda row: "x".join(map(str, row["shape"]))):
         file = f"depth-{shape}-{name}.png"
-        save_depth(found, f"{shape}, {title}", out / file)
-        parts += [
-            f"### Against depth, {shape}",
-            "",
-            *_image(file),
-            *depth_table(found),
-            "",
-        ]
+        save_depth(group, f"{shape}, {title}", out / file)
+        parts += [f"### Against depth, {shape}", "", *_image(file)]
+        parts += ["Peak memory of a training step, MB:", ""]
+        parts += [*_depth_table(group, "peak_bytes", "{:,.1f}", 1e-6), ""]
+        parts += ["Time of a training step, divided by the plain chain's:", ""]
+        parts += [*_depth_table(group, "times_plain", "{:.2f}"), ""]
     return parts
 
 
-def depth_table(rows: list[Row]) -> list[str]:
-    """A line per depth: peak memory and time per step of every chain, the time also as a multiple
-    of the plain chain's.
-    """
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
-    lines = [
-        "Peak MB of a train step; ms, and times the plain chain's.",
-        "",
-        f"| blocks | {' | '.join(providers)} |",
-    ]
-    lines.append("|---:|" + "---:|" * len(providers))
-    for depth, group in _grouped(
-        sorted(rows, key=lambda row: row["depth"]), lambda row: row["depth"]
-    ):
-        cells = [
-            f"{row['peak_bytes'] * 1e-6:,.1f} MB; {row['median_us'] * 1e-3:,.0f} ms "
-            f"({row['times_plain']:.2f}x)"
-            for provider in providers
-            for row in group
-            if row["provider"] == provider
-        ]
-        lines.append(f"| {depth} | {' | '.join(cells)} |")
-    return lines
+def _depth_table(rows: list[Row], key: str, form: str, unit: float = 1.0) -> list[str]:
+    chains = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = []
+    for depth, group in grouped(sorted(rows, key=lambda r: r["depth"]), lambda r: r["depth"]):
+        by_name = {row["provider"]: row for row in group}
+        lines.append([str(depth), *(number(by_name.get(c), key, form, unit) for c in chains)])
+    return table(["blocks", *chains], lines)
 
 
 def _provenance(rows: list[Row]) -> str:
@@ -216,98 +185,78 @@ def _provenance(rows: list[Row]) -> str:
     )
 
 
-def goal_table(found: list[Goal]) -> list[str]:
-    """The goals as Markdown: number found / number wanted."""
-    lines = ["| goal | found / wanted | | decided by |", "|---|---:|---|---|"]
-    for goal in found:
-        wanted, number = goal.wanted, "–" if goal.found is None else f"{goal.found:.2f}"
-        limit = f"{'<= ' if wanted.by == 'most' else ''}{wanted.number:.2f}"
-        lines.append(f"| {wanted.text} | {number} / {limit} | {goal.verdict} | {goal.where} |")
-    return lines
+def goal_table(decided: list[Goal]) -> list[str]:
+    """Return the goals as Markdown: what was measured, and what was wanted."""
+    lines = []
+    for goal in decided:
+        wanted = goal.wanted
+        value = EMPTY if goal.value is None else f"{goal.value:.2f}"
+        limit = f"{'<=' if wanted.by == 'most' else '>='} {wanted.number:.2f}"
+        lines.append([wanted.text, goal.where or EMPTY, value, limit, goal.verdict])
+    return table(["goal", "decided by", "measured", "wanted", "verdict"], lines, texts=2)
 
 
 def figure_table(rows: list[Row]) -> list[str]:
-    """A line per workload and mode as Markdown: our times and rates, and the others' times as
-    multiples of ours.
-    """
-    names = [
-        name
-        for name in dict.fromkeys(row["provider"] for row in rows if "skipped" not in row)
-        if name != "ours"
-    ]
-    head = [
-        "workload",
-        "mode",
-        "ours, us (p20 to p80)",
-        "wall, us",
-        "GB/s",
-        "share of copy",
-        "kept, in inputs",
-        "allocated, MB",
-    ]
-    lines = [
-        "Others of ours in us; the rest as multiples of ours called eagerly, in brackets of ours "
-        "run in the same way.",
-        "",
-        f"| {' | '.join(head + names)} |",
-        "|---|---|" + "---:|" * (len(head) - 2 + len(names)),
-    ]
-    for (workload, mode), group in _grouped(rows, lambda row: (label(row), row["mode"])):
+    """Return a line per workload and mode: our times and rates, and the peers' times."""
+    peers = _peers(rows)
+    heads = ["workload", "mode", "ours, us", "p20", "p80", "wall, us", "GB/s", "share of copy"]
+    heads += ["kept, in inputs", "allocated, MB"]
+    for name in peers:
+        heads += [_title(name)] + [f"{name} / ours alike"] * _has_alike(name)
+    lines = []
+    for (workload, mode), group in grouped(rows, _case):
         by_name = {row["provider"]: row for row in group}
-        ours = by_name.get("ours", {})
-        cells = [
-            _time(ours),
-            _number(ours, "wall_us", "{:,.0f}"),
-            _number(ours, "gbs", "{:.1f}"),
-            _number(ours, "share", "{:.0%}"),
-        ]
+        ours = by_name.get("ours")
+        cells = [workload, mode, *_times(ours)]
         cells += [
-            _number(ours, "kept_in_inputs", "{:.1f}"),
-            _number(ours, "call_bytes", "{:,.0f}", 1e-6),
+            number(ours, "wall_us", "{:,.0f}"),
+            number(ours, "gbs", "{:.1f}"),
+            number(ours, "share", "{:.0%}"),
+            number(ours, "kept_in_inputs", "{:.1f}"),
+            number(ours, "call_bytes", "{:,.0f}", 1e-6),
         ]
-        cells += [_other(by_name.get(name, {}), name) for name in names]
-        lines.append(f"| {workload} | {mode} | {' | '.join(cells)} |")
-    return lines
+        for name in peers:
+            row = by_name.get(name)
+            is_ours = name.startswith("ours")
+            cells.append(number(row, "median_us", "{:,.0f}") if is_ours else speedup(row))
+            cells += [speedup(row, "ratio_alike")] * _has_alike(name)
+        lines.append(cells)
+    return table(heads, lines, texts=2)
 
 
-def _other(row: Row, name: str) -> str:
-    if name.startswith("ours"):
-        return _number(row, "median_us", "{:,.0f}")
-    alike = (
-        _number(row, "ratio_alike", " ({:.2f}x)") if name.endswith(("-compiled", "-graphs")) else ""
-    )
-    return _number(row, "ratio", "{:.2f}x") + alike
+def _case(row: Row) -> tuple[str, str]:
+    return label(row), row["mode"]
 
 
-def _time(row: Row) -> str:
-    return (
-        f"{row['median_us']:,.0f} ({row['p20_us']:,.0f} to {row['p80_us']:,.0f})"
-        if "median_us" in row
-        else ""
-    )
+def _peers(rows: list[Row]) -> list[str]:
+    """Return the providers beside ours, in their order."""
+    names = dict.fromkeys(row["provider"] for row in rows if "skipped" not in row)
+    return [name for name in names if name != "ours"]
 
 
-def _number(row: Row, key: str, form: str, unit: float = 1.0) -> str:
-    return "" if row.get(key) is None else form.format(row[key] * unit)
+def _title(name: str) -> str:
+    """Return a column's heading: another form of ours has times, a peer a ratio."""
+    return f"{name}, us" if name.startswith("ours") else f"{name} / ours"
+
+
+def _has_alike(name: str) -> bool:
+    """Return whether a column compares with ours run in the same way, not called eagerly."""
+    return not name.startswith("ours") and name.endswith(("-compiled", "-graphs"))
+
+
+def _times(row: Row | None) -> list[str]:
+    """Return the cells of the median and of its spread, in microseconds."""
+    form = "{:.1f}" if row and row.get("median_us", 0) < 100 else "{:,.0f}"
+    return [number(row, key, form) for key in ("median_us", "p20_us", "p80_us")]
 
 
 def _notes(rows: Iterable[Row]) -> list[str]:
-    """Why cells are empty: a line per provider and reason."""
+    """Return why cells are empty: a line per provider and reason."""
     skipped = [row for row in rows if "skipped" in row]
     lines = []
-    for (provider, reason), group in _grouped(
+    for (provider, reason), group in grouped(
         skipped, lambda row: (row["provider"], row["skipped"])
     ):
         where = ", ".join(dict.fromkeys(f"{row['workload']}" for row in group))
         lines.append(f"- {provider} not measured on {where}: {reason}")
     return [*lines, ""] if lines else []
-
-
-def _grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
-    """Rows by key, keys and rows in the order of their first appearance."""
-    rows = list(rows)
-    order = {value: i for i, value in enumerate(dict.fromkeys(map(key, rows)))}
-    return [
-        (value, list(group))
-        for value, group in groupby(sorted(rows, key=lambda row: order[key(row)]), key=key)
-    ]

@@ -1,5 +1,6 @@
-"""Sphinx's settings: pages in Markdown (MyST), the API from Google-style docstrings, the furo
-theme. ``make docs`` builds the site.
+"""Sphinx's settings: Markdown pages (MyST), an API from Google-style docstrings, the furo theme.
+
+``make docs`` builds the site.
 """
 
 from __future__ import annotations
@@ -16,15 +17,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fastflow_kernels  # noqa: E402
+from fastflow_kernels import route  # noqa: E402
 
 project = "fastflow_kernels"
 author = copyright = "The fastflow_kernels authors"
 version = release = fastflow_kernels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["build", "requirements.txt"]
-myst_enable_extensions = ["dollarmath", "deflist"]
+exclude_patterns = ["build", "requirements.txt", "generated/performance"]
+myst_enable_extensions = ["dollarmath", "deflist", "substitution"]
 myst_heading_anchors = 3
+
+
+def _case_table(head: str, cases: tuple[route.Case, ...]) -> str:
+    """Return the Markdown table of the cases by which route.py decides."""
+    lines = [f"| {head} | what runs |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {case.call} | {case.runs} |" for case in cases)])
+
+
+myst_substitutions = {
+    "what_runs_where": _case_table("call", route.WHAT_RUNS_WHERE),
+    "permutations": _case_table("permutation", route.PERMUTATIONS),
+}
 
 autodoc_typehints = "none"  # the signature has them, and the docstrings say shapes
 autodoc_member_order = "bysource"
@@ -32,8 +46,11 @@ napoleon_custom_sections = ["Shape"]
 python_maximum_signature_line_length = 100
 nitpicky = True
 nitpick_ignore_regex = [
-    # what blocks and chains share with those that accelerate has changed
-    ("py:class", r"fastflow_kernels\.(reversible\.Reversible|steps\.\w+|modules\.FusedForward)"),
+    # base classes that blocks and accelerated blocks share
+    (
+        "py:class",
+        r"fastflow_kernels\.(reversible\.ReversibleChain|steps\.\w+|modules\.FusedForward)",
+    ),
     ("py:class", r"(torch|collections|nn|typing)\..*|Tensor|Path|optional"),
     ("py:.*", r"FrEIA\..*|(fastflow_kernels\.)?(block|call|coupling|engines)\..*"),
 ]
@@ -46,8 +63,9 @@ html_math_renderer = "mathml"
 
 
 def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
-    """``(B, C, *S)`` in a docstring is no emphasis; examples and what stands in double backquotes
-    stay as they are.
+    """Escape the star of ``(B, C, *S)``, which would start emphasis.
+
+    Examples and text in double backquotes stay as they are.
     """
     for i, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
@@ -57,9 +75,7 @@ def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def _constructor(app, what, name, obj, options, signature, returns) -> tuple[str, str] | None:
-    """A class's arguments as its ``__init__`` has them; ours have a ``__new__`` that takes
-    anything.
-    """
+    """Return a class's signature from its ``__init__``: our ``__new__`` takes anything."""
     if what != "class" or "__init__" not in vars(obj):
         return None
     own = inspect.signature(obj.__init__)
@@ -81,7 +97,7 @@ def _display(translator, node: nodes.math_block) -> None:
 
 
 def setup(app) -> None:
-    """Formulas as MathML, which browsers draw themselves: nothing is loaded from elsewhere."""
+    """Render formulas as MathML: browsers draw it themselves, and pages load nothing."""
     app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before napoleon
     app.connect("autodoc-process-signature", _constructor)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))

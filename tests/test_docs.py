@@ -1,6 +1,6 @@
 """The examples of the pages and of the docstrings run, and print what they say.
 
-A ``pycon`` block is a session whose output is compared, a ``python`` block runs; the blocks of a
+A ``pycon`` block is a session whose output is compared. A ``python`` block runs. The blocks of a
 page share their names. An HTML comment ``<!-- not run: reason -->`` in the line before a block
 excuses it.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastflow_kernels import route
+from bench import performance, records
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,7 +23,7 @@ MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("fastflow_kernels", "reference")
     for path in (ROOT / folder).glob("*.py")
-    # which needs Lightning: tests/ecosystem runs its example
+    # tests/ecosystem runs the example of this one, which needs Lightning
     if ">>>" in path.read_text() and path.stem != "lightning"
 )
 BLOCK = re.compile(
@@ -33,7 +33,7 @@ BLOCK = re.compile(
 
 
 def blocks(page: str) -> list[tuple[str, int, str]]:
-    """Kind, line number and code of every block that is to run."""
+    """Return kind, line number and code of every block that must run."""
     return [
         (m["kind"], page[: m.start("code")].count("\n"), m["code"])
         for m in BLOCK.finditer(page)
@@ -42,10 +42,10 @@ def blocks(page: str) -> list[tuple[str, int, str]]:
 
 
 def run(page: str, name: str) -> int:
-    """Run a page's blocks in order; returns how many there were."""
+    """Run a page's blocks in order, and return their number."""
     names: dict = {"__name__": "__main__"}
-    found = blocks(page)
-    for kind, line, code in found:
+    examples = blocks(page)
+    for kind, line, code in examples:
         if kind == "python":
             exec(compile("\n" * line + code, name, "exec"), names)
             continue
@@ -57,7 +57,7 @@ def run(page: str, name: str) -> int:
         names = test.globs
         assert attempted, f"{name}, line {line}: a session without a command"
         assert not failed, "".join(report)
-    return len(found)
+    return len(examples)
 
 
 def page_of(path: Path) -> Any:
@@ -100,8 +100,41 @@ def test_a_wrong_example_is_noticed() -> None:
         run("```python\n1 / 0\n```\n", "page")
 
 
-def test_readme_says_what_runs_where() -> None:
-    """The tables of route.py, by which calls are decided, word by word."""
-    page = (ROOT / "README.md").read_text()
-    for cases in (route.WHAT_RUNS_WHERE, route.PERMUTATIONS):
-        assert "\n".join(f"| {case.call} | {case.runs} |" for case in cases) in page
+def test_headline_of_the_readme_is_measured() -> None:
+    """The table of the first screen is the one that the newest recorded rows make."""
+    rows = records.newest(records.read([records.RESULTS]))
+    assert "\n".join(performance.headline(rows)) in (ROOT / "README.md").read_text()
+
+
+def test_readme_fits_a_front_page() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_every_table_of_the_performance_page_is_made() -> None:
+    pages = [path.read_text() for path in (ROOT / "docs").glob("*.md")]
+    included = {name for page in pages for name in re.findall(r"performance/([\w-]+)\.md", page)}
+    assert included == set(performance.TABLES)
+
+
+def test_badges_say_what_the_project_requires() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    required = {
+        "python": re.search(r'requires-python = ">=([\d.]+)"', project),
+        "torch": re.search(r'"torch>=([\d.]+)"', project),
+        "triton": re.search(r'"triton>=([\d.]+);', project),
+        "license": re.search(r'license = "(\w+)"', project),
+    }
+    for name, match in required.items():
+        assert match, name
+        badge = (ROOT / f"docs/figures/badges/{name}.svg").read_text()
+        assert f">{match[1]}" in badge, name
+
+
+def test_release_has_one_version() -> None:
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    citation, changes = (ROOT / "CITATION.cff").read_text(), (ROOT / "CHANGELOG.md").read_text()
+    released = re.search(r"^date-released: (.+)$", citation, re.MULTILINE)
+    assert released
+    assert f"\nversion: {version[1]}\n" in citation
+    assert f"## [{version[1]}] - {released[1]}\n" in changes

@@ -1,0 +1,65 @@
+"""Cells and tables of Markdown: one number a cell, faster and slower told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, TypeVar
+
+from bench.records import Row
+
+NOISE = 0.02  # ratios this close to 1 differ no more than two runs of the same code
+EMPTY = "–"
+
+Item = TypeVar("Item")
+
+
+def table(heads: list[str], lines: Iterable[list[str]], texts: int = 1) -> list[str]:
+    """Return the lines of a table, whose first columns are texts and the others numbers."""
+    return [
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * texts + "---:|" * (len(heads) - texts),
+        *(f"| {' | '.join(cells)} |" for cells in lines),
+    ]
+
+
+def number(row: Row | None, key: str, form: str, unit: float = 1.0) -> str:
+    """Format a figure of a row, or a dash where there is none.
+
+    Args:
+        row: The row, or None.
+        key: The figure.
+        form: How it is written, as for ``str.format``.
+        unit: What it is multiplied by.
+    """
+    if row is None or row.get(key) is None:
+        return EMPTY
+    return form.format(row[key] * unit)
+
+
+def speedup(row: Row | None, key: str = "ratio") -> str:
+    """Format a stock time divided by ours, marked as faster, slower, or neither."""
+    if row is None or row.get(key) is None:
+        return EMPTY
+    ratio = row[key]
+    text = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.1f}"
+    if ratio > 1 + NOISE:
+        return f'<span class="faster">{text}</span>'
+    if ratio < 1 - NOISE:
+        return f'<span class="slower">{text} ▼</span>'
+    return text
+
+
+def shape_of(row: Row) -> str:
+    """Return a row's shape as Python writes it."""
+    return f"({', '.join(map(str, row['shape']))})"
+
+
+def grouped(items: Iterable[Item], key: Any) -> list[tuple[Any, list[Item]]]:
+    """Group by a key, keys and items in the order of their first appearance."""
+    items = list(items)
+    order = {value: i for i, value in enumerate(dict.fromkeys(map(key, items)))}
+    return [
+        (value, list(group))
+        for value, group in groupby(sorted(items, key=lambda item: order[key(item)]), key=key)
+    ]

@@ -1,0 +1,260 @@
+"""The tables that the documentation's pages include, made of result rows.
+
+``python -m bench report`` writes each to a file of its own. A cell holds one number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.cells import grouped, number, shape_of, speedup, table
+from bench.records import Row
+
+CPU, GPU = "cpu-amd-epyc", "nvidia-h200"
+PEERS = {"anomalib": "anomalib 2.7.0", "freia": "FrEIA main"}
+CHAINS = {
+    "plain": "plain chain",
+    "checkpoint": "`checkpoint`",
+    "anomalib": "anomalib's blocks",
+    "reversible": "reversible",
+}
+# Workloads by how their names begin, in words.
+MODELS = {
+    "fastflow-wrn50": "FastFlow, wide-resnet50",
+    "fastflow-r18": "FastFlow, resnet18",
+    "fastflow-cait": "FastFlow, CaiT",
+    "uflow-mcait": "UFlow, CaiT",
+    "cflow-ad": "CFlow-AD, soft permutation",
+    "cflow": "CFlow, conditional",
+    "bgad": "BGAD, soft permutation",
+    "msflow": "MSFlow, conditional",
+    "hyperspectral": "hyperspectral, `reverse_permutation`",
+    "calo": "CaloINN, conditional",
+    "tabular Householder 8": "tabular, 8 reflections",
+    "tabular GIN": "tabular, GIN",
+    "tabular soft": "tabular, soft permutation",
+    "tabular": "tabular",
+    "soft large batch": "soft permutation",
+    "Householder 4": "4 reflections",
+    "channels-last": "channels-last",
+    "small/posterior": "posterior, conditional",
+    "small/sample": "one sample",
+    "small/image channels-last": "small images, channels-last",
+    "small/image": "small images",
+    "small/signal": "one signal",
+}
+
+
+def save_tables(rows: list[Row], folder: Path) -> None:
+    """Write every table into a folder, as ``NAME.md``.
+
+    Args:
+        rows: The newest rows of all devices, in the order of the tables.
+        folder: The folder; it is made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines_of in TABLES.items():
+        (folder / f"{name}.md").write_text("\n".join(lines_of(rows)) + "\n")
+
+
+def headline(rows: list[Row]) -> list[str]:
+    """Return four figures of a training step, ours against anomalib's block, on two machines."""
+    block = {"kind": "block", "workload": "fastflow-wrn50/1", "mode": "train", "dtype": "float32"}
+    flow = block | {"kind": "flow"}
+    depth = {"kind": "depth", "workload": "depth-64", "shape": [4, 64, 32, 32]}
+
+    def faster(device: str, where: Row, key: str) -> str:
+        row = _one(rows, device, where, "anomalib")
+        return f"{row[key]:.1f}x faster" if row and key in row else "not measured"
+
+    def share(device: str, where: Row, key: str, provider: str) -> str:
+        ours, stock = (_one(rows, device, where, name) for name in (provider, "anomalib"))
+        if not ours or not stock or key not in ours or key not in stock:
+            return "not measured"
+        part = ours[key] / stock[key]
+        return f"{part:.0%}" if part > 0.1 else f"{part:.1%}"
+
+    return table(
+        ["a training step, against anomalib's block", "NVIDIA H200", "AMD EPYC"],
+        [
+            ["one block: time", faster(GPU, block, "ratio"), faster(CPU, block, "ratio")],
+            [
+                "a whole flow, 8 blocks with their subnets: time",
+                faster(GPU, flow, "ratio_wall"),
+                faster(CPU, flow, "ratio"),
+            ],
+            [
+                "one block: memory kept for backward",
+                *(share(device, block, "kept_bytes", "ours") for device in (GPU, CPU)),
+            ],
+            [
+                "a reversible chain of 64 blocks: peak memory",
+                *(share(device, depth, "peak_bytes", "reversible") for device in (GPU, CPU)),
+            ],
+        ],
+    )
+
+
+def cpu_blocks(peer: str) -> Callable[[list[Row]], list[str]]:
+    """Return the maker of a table: a peer's time divided by ours, of blocks on a CPU."""
+
+    def lines_of(rows: list[Row]) -> list[str]:
+        chosen = _chosen(rows, CPU, kind="block", provider=peer, dtype="float32")
+        modes = ("forward", "train", "inverse")
+        return table(
+            ["input", "forward", "training step", "inverse"],
+            [
+                [name, *(speedup(_first(group, mode=mode)) for mode in modes)]
+                for name, group in grouped(chosen, _input)
+            ],
+        )
+
+    return lines_of
+
+
+def freia_class(rows: list[Row]) -> list[str]:
+    """Return a sentence: which class was timed as FrEIA main's."""
+    chosen = _chosen(rows, CPU, kind="block", provider="freia")
+    names = list(dict.fromkeys(row["class"] for row in chosen))
+    return [f"The branch has no release. Timed was: {'; '.join(names)}."]
+
+
+def kept(rows: list[Row]) -> list[str]:
+    """Return a table: what a block keeps for backward, as multiples of its input."""
+    chosen = _chosen(rows, CPU, kind="block", mode="train", dtype="float32")
+    return table(
+        ["input", "ours", *PEERS.values()],
+        [
+            [
+                name,
+                *(
+                    number(_first(group, provider=p), "kept_in_inputs", "{:.1f}")
+                    for p in ("ours", *PEERS)
+                ),
+            ]
+            for name, group in grouped(chosen, _input)
+        ],
+    )
+
+
+def gpu(kind: str, dtype: str) -> Callable[[list[Row]], list[str]]:
+    """Return the maker of a table: training steps on a GPU, its own time and the time as called.
+
+    Args:
+        kind: "block", in microseconds, or "flow", in milliseconds.
+        dtype: "float32" or "bfloat16".
+    """
+    name, form, unit = ("us", "{:,.0f}", 1.0) if kind == "block" else ("ms", "{:.2f}", 1e-3)
+
+    def lines_of(rows: list[Row]) -> list[str]:
+        chosen = _chosen(rows, GPU, kind=kind, mode="train", dtype=dtype)
+        heads, lines = ["input"], []
+        for time in ("GPU", "as called"):
+            heads += [f"ours, {time}, {name}", *(f"{peer}, {time}" for peer in PEERS.values())]
+        for title, group in grouped(chosen, _input):
+            cells = [title]
+            for time, ratio in (("median_us", "ratio"), ("wall_us", "ratio_wall")):
+                cells.append(number(_first(group, provider="ours"), time, form, unit))
+                cells += [speedup(_first(group, provider=peer), ratio) for peer in PEERS]
+            lines.append(cells)
+        return table(heads, lines)
+
+    return lines_of
+
+
+def cpu_flows(rows: list[Row]) -> list[str]:
+    """Return a table: training steps of whole flows on a CPU, a peer's time divided by ours."""
+    chosen = _chosen(rows, CPU, kind="flow", mode="train", dtype="float32")
+    return table(
+        ["flow", *PEERS.values()],
+        [
+            [name, *(speedup(_first(group, provider=peer)) for peer in PEERS)]
+            for name, group in grouped(chosen, _input)
+        ],
+    )
+
+
+def depths(key: str, form: str, unit: float = 1.0) -> Callable[[list[Row]], list[str]]:
+    """Return the maker of a table: one figure of chains that grow, on a CPU.
+
+    Args:
+        key: The figure of a row.
+        form: How it is written, as for ``str.format``.
+        unit: What it is multiplied by.
+    """
+
+    def lines_of(rows: list[Row]) -> list[str]:
+        chosen = sorted(_chosen(rows, CPU, kind="depth"), key=lambda r: (r["shape"], r["depth"]))
+        chosen.sort(key=lambda row: len(row["shape"]), reverse=True)
+        return table(
+            ["input", "blocks", *CHAINS.values()],
+            [
+                [*names, *(number(_first(group, provider=c), key, form, unit) for c in CHAINS)]
+                for names, group in grouped(chosen, lambda r: (shape_of(r), str(r["depth"])))
+            ],
+        )
+
+    return lines_of
+
+
+def libraries(mode: str) -> Callable[[list[Row]], list[str]]:
+    """Return the maker of a table: other libraries' time divided by ours, on a CPU."""
+
+    def lines_of(rows: list[Row]) -> list[str]:
+        chosen = _chosen(rows, CPU, kind="library", mode=mode)
+        shapes = list(dict.fromkeys(map(shape_of, chosen)))
+        lines = []
+        for name, group in grouped(chosen, lambda row: row["provider"]):
+            by_shape = {shape_of(row): row for row in group}
+            cells = [
+                number(by_shape.get(shape), "median_us", "{:.2f}", 1e-3)
+                if name == "ours"
+                else speedup(by_shape.get(shape))
+                for shape in shapes
+            ]
+            lines.append(["ours, ms" if name == "ours" else name, *cells])
+        return table(["library", *shapes], lines)
+
+    return lines_of
+
+
+def _chosen(rows: list[Row], device: str, **where: object) -> list[Row]:
+    """Return the rows of a device whose values are those of ``where``, without skipped ones."""
+    return [row for row in rows if row["device"] == device and _agrees(row, where)]
+
+
+def _one(rows: list[Row], device: str, where: Row, provider: str) -> Row | None:
+    return _first(rows, device=device, provider=provider, **where)
+
+
+def _first(rows: list[Row], **where: object) -> Row | None:
+    return next((row for row in rows if _agrees(row, where)), None)
+
+
+def _agrees(row: Row, where: Row) -> bool:
+    return "skipped" not in row and all(row.get(key) == value for key, value in where.items())
+
+
+def _input(row: Row) -> str:
+    """Return a row's model and shape in words."""
+    names = (name for key, name in MODELS.items() if row["workload"].startswith(key))
+    return f"{next(names, row['workload'])} {shape_of(row)}"
+
+
+TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "headline": headline,
+    "cpu-blocks-anomalib": cpu_blocks("anomalib"),
+    "cpu-blocks-freia": cpu_blocks("freia"),
+    "cpu-freia-class": freia_class,
+    "cpu-flows": cpu_flows,
+    "kept": kept,
+    "libraries-train": libraries("train"),
+    "libraries-inverse": libraries("inverse"),
+    "gpu-blocks-float32": gpu("block", "float32"),
+    "gpu-blocks-bfloat16": gpu("block", "bfloat16"),
+    "gpu-flows-float32": gpu("flow", "float32"),
+    "gpu-flows-bfloat16": gpu("flow", "bfloat16"),
+    "depth-memory": depths("peak_bytes", "{:,.1f}", 1e-6),
+    "depth-time": depths("times_plain", "{:.2f}"),
+}
