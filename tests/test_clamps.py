@@ -1,8 +1,9 @@
-"""Every clamp and size of coefficients, by the one criterion of accuracy: the eager functions and
-the kernels, each pass by itself.
+"""Test the eager functions and the kernels at many clamps and sizes of coefficients.
 
-TRITON_INTERPRET=1 pytest tests/test_clamps.py   # the kernels in Triton's interpreter; otherwise as
-tests/test_kernels.py says
+Each pass is checked by itself, by the criterion of tests/support/compare.py. The kernels run as in
+tests/test_kernels.py. In Triton's interpreter::
+
+    TRITON_INTERPRET=1 pytest tests/test_clamps.py
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from tests.support.coupling import (
 )
 from tests.support.modes import INTERPRETED
 
-# numpy's: overflow to inf is meant
+# NumPy warns of overflows to inf, which are intended.
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
 CLAMPS = (1e-3, 0.5, 1.9, 2.0, 2.1, 5.0, 8.0, 20.0, 50.0, -1.0, -8.0)
 GAINS = (1e-3, 0.1, 1.0, 5.0, 30.0, 300.0)  # standard deviation of a
-# The kernels get a few, for each clamp is compiled.
+# The kernels run with fewer clamps, because each one is compiled.
 KERNEL_CLAMPS = (*CLAMPS[::2], 50.0) if INTERPRETED else (2.0, 50.0)
 KERNEL_GAINS = (0.1, 5.0, 300.0)
 both_kinds = pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
@@ -76,9 +77,7 @@ def test_eager_functions_at_any_clamp(
 def test_eager_functions_where_all_coefficients_are_alike(
     z: float, clamp: float, gin: bool
 ) -> None:
-    """The criterion measures by the largest value, and here none is larger than others: no error
-    hides behind it.
-    """
+    """All values have about the same size, so that no error hides behind a larger value."""
     x, a, coupling = make((4, 6, 9, 7), gin=gin, clamp=clamp)
     size = z / coupling.spec.tanh_scale * (0.9 + 0.1 * torch.rand(a.shape))
     a = torch.cat(((size * torch.randn(a.shape).sign())[:, :3], a[:, 3:]), 1)
@@ -91,7 +90,7 @@ def test_eager_functions_where_all_coefficients_are_alike(
 def test_eager_functions_overflow_only_where_plain_pytorch_does(
     dtype: torch.dtype, clamp: float, gin: bool
 ) -> None:
-    """Where exp leaves the dtype's range there is no truth to compare with."""
+    """Only overflows are compared, because no truth exists where exp leaves the dtype's range."""
     for gain in (1.0, 30.0, 300.0):
         x, a, coupling = inputs_of((4, 6, 9, 7), clamp, "anomalib", gin, gain, dtype)
         y, log_det = eager.forward(x, a, coupling)
@@ -103,13 +102,14 @@ def test_eager_functions_overflow_only_where_plain_pytorch_does(
             *plain_gradients(x, a, coupling, grads),
             *plain_inverse(x, a, coupling),
         ]
-        for ours, expected in zip(actual, plain, strict=True):
-            assert ours is None or (ours.isfinite() | ~expected.isfinite()).all()
+        for value, expected in zip(actual, plain, strict=True):
+            assert value is None or (value.isfinite() | ~expected.isfinite()).all()
 
 
 def test_coefficients_of_the_cheap_form_fit_in_float32() -> None:
-    """At the least clamp that takes it, where dialect "freia" makes tanh_scale largest, and just
-    below, where it does not.
+    """The smallest clamp with the cheap form, and clamps below it, which do not take it.
+
+    Dialect "freia" makes tanh_scale largest there.
     """
     for clamp in (soft_clamp.LEAST_FAST_CLAMP, 0.5 * soft_clamp.LEAST_FAST_CLAMP, 1e-15):
         for dialect in DIALECTS:
@@ -129,8 +129,8 @@ def test_kernels_at_any_clamp(
 ) -> None:
     if gin and abs(clamp) > 20.0:
         pytest.skip(
-            "the sums ahead of GIN's backward are taken before the mean is known: exp(clamp) of "
-            "range is lost"
+            "the sums before GIN's backward are taken before the mean is known, which loses "
+            "exp(clamp) of the range"
         )
     with modes.kernels_run(), DEVICE:
         for gain in KERNEL_GAINS:

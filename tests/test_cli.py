@@ -1,4 +1,4 @@
-"""The command line."""
+"""Test the command line."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def test_check_passes_and_prints_a_table(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.usefixtures("small")
 def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["passed"]
-    assert {row["dtype"] for row in found["rows"]} == {"float32", "bfloat16"}
-    assert all(0 < row["fraction"] <= 1 for row in found["rows"])
+    results = json.loads(capsys.readouterr().out)
+    assert results["passed"]
+    assert {row["dtype"] for row in results["rows"]} == {"float32", "bfloat16"}
+    assert all(0 < row["fraction"] <= 1 for row in results["rows"])
 
 
 @pytest.mark.usefixtures("small")
@@ -60,13 +60,14 @@ def test_check_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_fails_on_an_inaccurate_backend(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A relative error of 1e-4 in one function of a backend, in float32 only (the truth is computed
-    in float64).
+    """One function of a backend has a relative error of 1e-4.
+
+    The error is in float32 only, because the truth is computed in float64.
     """
-    right = getattr(eager, name)
+    original = getattr(eager, name)
 
     def wrong(*arguments: object) -> object:
-        result = right(*arguments)
+        result = original(*arguments)
         first = result[0] if isinstance(result, tuple) else result
         if first.dtype == torch.float32:
             first.mul_(1.0001)
@@ -99,20 +100,21 @@ def test_check_refuses_an_unknown_default_backend(
 
 
 def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that the GPU would keep: a copy takes 0.1 ms, a call 0.05 ms, and 1 ms until
-    Python has queued it.
+    """The test mocks a GPU's clock.
+
+    A copy takes 0.1 ms, a call 0.05 ms, and Python takes 1 ms to queue a call.
     """
     clock = 0.0
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
-            self.at = 0.0
+            self.time = 0.0
 
         def record(self) -> None:
-            self.at = clock
+            self.time = clock
 
         def elapsed_time(self, end: Event) -> float:
-            return end.at - self.at
+            return end.time - self.time
 
     def advance(milliseconds: float) -> None:
         nonlocal clock
@@ -133,7 +135,7 @@ def test_the_device_s_own_time_is_taken_behind_copies(monkeypatch: pytest.Monkey
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 20)
     )
     assert device.share(2**28, 1e-4) == pytest.approx(0.5)
-    assert device.share(2**21, 1e-6) is None  # the cache serves it
+    assert device.share(2**21, 1e-6) is None  # fits into the cache
     copies.clear()
     assert device.seconds(lambda: advance(0.05), as_called=1e-3) == pytest.approx(5e-5)
-    assert len(copies) == device.REPEATS * 2 * device.CALLS * 10  # twice as long as queueing takes
+    assert len(copies) == device.REPEATS * 2 * device.CALLS * 10  # last twice as long as queueing

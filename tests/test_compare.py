@@ -1,4 +1,4 @@
-"""The criterion itself: that it lets pass what it should and, above all, that it fails."""
+"""Test the criterion of accuracy itself: it passes and, above all, fails as it should."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_rms_fails_where_the_maximum_does_not() -> None:
 
 
 def test_float64_is_measured_by_the_reference_in_float32() -> None:
-    # an error of 32 eps, the same number of eps is 2^-47 in float64
+    # The baseline's error is 32 eps, and 32 eps of float64 are 2^-47.
     baseline = (TRUTH + 2.0**-18).float()
     assert_close(TRUTH + 2.5 * 2.0**-47, TRUTH, baseline)
     with pytest.raises(AssertionError, match="max error"):
@@ -70,13 +70,13 @@ def test_non_finite_pattern_must_match(value: float) -> None:
     truth = TRUTH.clone()
     truth[5] = value
     assert_close(truth.float(), truth, truth.float())
-    for other in (
+    for wrong in (
         TRUTH.float(),
         truth.neg().float() if value == value else TRUTH.float() / 0,
         truth.roll(1).float(),
     ):
         with pytest.raises(AssertionError, match="differ in being"):
-            assert_close(other, truth, truth.float())
+            assert_close(wrong, truth, truth.float())
     with pytest.raises(AssertionError, match="differ in being"):
         assert_close(truth.float(), TRUTH, TRUTH.float())
 

@@ -1,4 +1,4 @@
-"""torch.compile: one graph without breaks, and one for every batch and image size."""
+"""Test torch.compile: one graph for every batch and image size, without breaks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.support.cases import Case, Shape, both_directions, make_block
 pytestmark = pytest.mark.usefixtures("fused", "fresh_compiler")
 
 
-def _compiled(block: nn.Module) -> Any:
+def _compile(block: nn.Module) -> Any:
     return torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
 
 
-def _graphs() -> int:
+def _count_graphs() -> int:
     assert not counters["graph_break"]
     return counters["stats"]["unique_graphs"]
 
 
-# On both sides of predicates.SMALL, which must decide nothing here. The first one's sizes differ:
-# torch takes equal ones for one symbol.
+# Sizes on both sides of predicates.SMALL, which must not matter here. Those of the first input
+# differ, because torch uses one symbol for equal sizes.
 SIZES = [(4, 9, 7), (2, 8, 8), (9, 64, 40), (4, 64, 64)]
 
 
@@ -38,7 +38,7 @@ SIZES = [(4, 9, 7), (2, 8, 8), (9, 64, 40), (4, 64, 64)]
 def test_every_batch_and_image_size_runs_the_same_graph(name: str, rev: bool) -> None:
     case = Case(Shape(2, 6, (8, 8)), name)
     block = make_block(AllInOneBlock, case, torch.float32)
-    compiled = _compiled(block)
+    compiled = _compile(block)
     for batch, *spatial in SIZES:
         x = torch.randn(batch, 6, *spatial, requires_grad=True)
         c = [torch.randn(batch, width, *spatial) for width in case.conditions]
@@ -51,35 +51,35 @@ def test_every_batch_and_image_size_runs_the_same_graph(name: str, rev: bool) ->
             torch.testing.assert_close(
                 actual, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
             )
-    assert _graphs() == 1
+    assert _count_graphs() == 1
 
 
 def test_every_batch_of_rows_runs_the_same_graph() -> None:
     block = make_block(AllInOneBlock, Case(Shape(2, 64), "cond"), torch.float32)
-    compiled = _compiled(block)
+    compiled = _compile(block)
     for batch in (5, 2, 600, 64):
         x, c = torch.randn(batch, 64), [torch.randn(batch, 3)]
         for actual, expected in zip(compiled([x], c), block([x], c), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
-    assert _graphs() == 1
+    assert _count_graphs() == 1
 
 
 @pytest.mark.parametrize("name", ["hard", "soft", "hh1"])
 def test_autocast_runs_one_graph(name: str) -> None:
     block = make_block(AllInOneBlock, Case(Shape(2, 6, (8, 8)), name), torch.float32)
-    compiled, x = _compiled(block), torch.randn(2, 6, 8, 8)
+    compiled, x = _compile(block), torch.randn(2, 6, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         actual, expected = compiled([x]), block([x])
-    for mine, other in zip((actual[0][0], actual[1]), (expected[0][0], expected[1]), strict=True):
-        assert mine.dtype == other.dtype
-        torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05 * other.abs().max().item())
-    assert _graphs() == 1
+    for a, e in zip((actual[0][0], actual[1]), (expected[0][0], expected[1]), strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.05, atol=0.05 * e.abs().max().item())
+    assert _count_graphs() == 1
 
 
 def test_calls_without_compilation_in_between_cost_no_other_graph() -> None:
-    """They refresh what is known of the permutation, which the graph takes as an input."""
+    """Such calls refresh the cached permutation, which is an input of the graph."""
     block = make_block(AllInOneBlock, Case(Shape(2, 6, (8, 8)), "hard"), torch.float32)
-    compiled, x = _compiled(block), torch.randn(2, 6, 8, 8)
+    compiled, x = _compile(block), torch.randn(2, 6, 8, 8)
     before = compiled([x])[0][0]
     with torch.no_grad():
         block.w_perm.copy_(block.w_perm.roll(1, 0))
@@ -88,7 +88,7 @@ def test_calls_without_compilation_in_between_cost_no_other_graph() -> None:
     after = compiled([x])[0][0]
     torch.testing.assert_close(after, expected)
     assert not torch.allclose(before, after)
-    assert _graphs() == 1
+    assert _count_graphs() == 1
 
 
 MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -106,7 +106,7 @@ MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
 )
 @pytest.mark.parametrize("stock", [True, False], ids=["accelerated", "ours"])
 def test_block_is_compiled_straight_away(stock: bool, move: str) -> None:
-    """Without an ordinary pass before it, which would look for the index where it is now."""
+    """No ordinary pass comes first, which would already put the index on the right device."""
     block = make_block(
         reference.AllInOneBlock if stock else AllInOneBlock,
         Case(Shape(2, 6, (4, 4)), "hard"),
@@ -127,7 +127,7 @@ def test_block_is_compiled_straight_away(stock: bool, move: str) -> None:
     torch.testing.assert_close(actual.to(x), expected, rtol=1e-4, atol=1e-4)
     names = [str(node.target) for node in operations]
     assert names.count("index_select") == 1
-    # the subnet's
+    # The two convolutions are the subnet's.
     assert (
         sum(
             "conv" in name and node.op != "placeholder"
@@ -146,4 +146,4 @@ def test_index_does_not_stay_on_the_device_that_the_block_left(stock: bool) -> N
     )
     if stock:
         assert report(accelerate(block)).changed
-    assert _compiled(block.to("meta"))([torch.randn(2, 6, 4, 4, device="meta")])[0][0].is_meta
+    assert _compile(block.to("meta"))([torch.randn(2, 6, 4, 4, device="meta")])[0][0].is_meta

@@ -1,5 +1,6 @@
-"""A permutation is that of the weights a call is given: exchanged, loaded, broadcast or handed in,
-in eager mode and in recorded graphs.
+"""Test that a call permutes by its current weights, in eager mode and in recorded graphs.
+
+The weights are exchanged, loaded, broadcast or passed in.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def make(kind: str, case: Case, seed: int = 0) -> nn.Module:
 
 
 def truth(block: nn.Module, case: Case, x: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
-    """What the reference computes with the weights that the block holds now."""
+    """Return the reference's results with the weights that the block holds now."""
     stock = make_block(reference.AllInOneBlock, case, dialect=case.dialect)
     with torch.no_grad():
         for name, p in stock.named_parameters():
@@ -68,8 +69,9 @@ def assert_same(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) 
 # --- recorded graphs ------------------------------------------------------------------------------
 
 
-def _traced(model: nn.Module, x: Tensor) -> nn.Module:
-    with warnings.catch_warnings():  # that it is deprecated, and that shapes are constants in it
+def _trace(model: nn.Module, x: Tensor) -> nn.Module:
+    # Tracing warns that it is deprecated, and that shapes are constants in it.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.jit.trace(copy.deepcopy(model), (x,))
 
@@ -79,7 +81,7 @@ RECORDERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "strict export": lambda model, x: torch.export.export(
         copy.deepcopy(model), (x,), strict=True
     ).module(),
-    "trace": _traced,
+    "trace": _trace,
     "compile": lambda model, x: torch.compile(
         copy.deepcopy(model), fullgraph=True, backend="eager"
     ),
@@ -93,13 +95,13 @@ RECORDERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 def test_a_recorded_block_takes_another_checkpoint(
     case: Case, kind: str, recorder: str, rev: bool
 ) -> None:
-    model, other = (TakesTensor(make(kind, case, seed), rev) for seed in (0, 1))
+    model, source = (TakesTensor(make(kind, case, seed), rev) for seed in (0, 1))
     x, _ = make_input(case)
     with torch.no_grad():
         recorded = RECORDERS[recorder](model, x)
         assert_same(recorded(x), truth(model.block, case, x, rev))
-        state = other.state_dict()
-        # which leaves out what the graph does not use, of the stock block, too
+        state = source.state_dict()
+        # A strict export, also of a stock block, leaves out weights that the graph does not use.
         if recorder == "strict export":
             state = {key: value for key, value in state.items() if key in recorded.state_dict()}
         recorded.load_state_dict(
@@ -107,36 +109,36 @@ def test_a_recorded_block_takes_another_checkpoint(
             if "compile" in recorder
             else state
         )
-        assert_same(recorded(x), truth(other.block, case, x, rev))
+        assert_same(recorded(x), truth(source.block, case, x, rev))
 
 
 @cases
 @kinds
 @both_directions
 def test_a_compiled_block_sees_what_is_written_past_it(case: Case, kind: str, rev: bool) -> None:
-    """As DDP's broadcast does, through ``.data`` and without a hook of the block's."""
-    block, other = make(kind, case, 0), make(kind, case, 1)
+    """DDP's broadcast also writes through ``.data``, without calling a hook of the block."""
+    block, source = make(kind, case, 0), make(kind, case, 1)
     x, _ = make_input(case)
     compiled = torch.compile(TakesTensor(block, rev), fullgraph=True, backend="eager")
     with torch.no_grad():
         compiled(x)
-        for p, q in zip(block.parameters(), other.parameters(), strict=True):
+        for p, q in zip(block.parameters(), source.parameters(), strict=True):
             p.data.copy_(q)
-        assert_same(compiled(x), truth(other, case, x, rev))
+        assert_same(compiled(x), truth(source, case, x, rev))
 
 
 @cases
 @kinds
 @both_directions
 def test_functional_call_in_a_graph(case: Case, kind: str, rev: bool) -> None:
-    model, other = (TakesTensor(make(kind, case, seed), rev) for seed in (0, 1))
+    model, source = (TakesTensor(make(kind, case, seed), rev) for seed in (0, 1))
     x, _ = make_input(case)
-    parameters = dict(other.named_parameters())
+    parameters = dict(source.named_parameters())
 
     def call(parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
         return functional_call(model, parameters, (x,))
 
-    expected = truth(other.block, case, x, rev)
+    expected = truth(source.block, case, x, rev)
     with torch.no_grad():
         assert_same(torch.compile(call, backend="eager")(parameters, x), expected)
         assert_same(make_fx(call)(dict(model.named_parameters()), x)(parameters, x), expected)
@@ -162,8 +164,9 @@ def test_a_compiled_ensemble(case: Case, kind: str, rev: bool) -> None:
 def test_a_graph_of_a_permutation_raises_if_it_is_given_a_rotation(
     recorder: str, rev: bool
 ) -> None:
-    """It holds a gather, and cannot compute the product; a compiled block, whose own method loads,
-    is compiled anew.
+    """The graph holds a gather and cannot compute the rotation's product.
+
+    A compiled block loads by its own method, and is compiled again.
     """
     case = Case(Shape(3, 6), "hard")
     model = TakesTensor(make("ours", case), rev)
@@ -176,7 +179,7 @@ def test_a_graph_of_a_permutation_raises_if_it_is_given_a_rotation(
             recorded.load_state_dict({f"_orig_mod.{key}": value for key, value in state.items()})
             model.load_state_dict(state)
             assert_same(recorded(x), truth(model.block, case, x, rev))
-            # past every hook: the form of the graph stays, and its values are asked
+            # Write past every hook: the graph computes a product, and reads the new values.
             recorded._orig_mod.block.w_perm.data.copy_(-w)
             recorded._orig_mod.block.w_perm_inv.data.copy_(-w.T)
             model.block.w_perm.data.copy_(-w)
@@ -198,10 +201,10 @@ def test_matrices_that_take_gradients_keep_them_when_compiled(kind: str) -> None
     x, _ = make_input(case)
     (y, _) = torch.compile(TakesTensor(block, False), fullgraph=True, backend="eager")(x)
     y.square().sum().backward()
-    found, block.w_perm.grad = block.w_perm.grad, None
-    assert found is not None
+    actual, block.w_perm.grad = block.w_perm.grad, None
+    assert actual is not None
     block([x])[0][0].square().sum().backward()
-    torch.testing.assert_close(found, block.w_perm.grad)
+    torch.testing.assert_close(actual, block.w_perm.grad)
 
 
 @kinds
@@ -224,19 +227,19 @@ PERMUTATION = [1, 2, 3, 4, 5, 0]
 
 
 def _exchange(p: nn.Parameter, through: str) -> None:
-    """Another permutation where this one was."""
-    other = (
+    """Write another permutation into a parameter."""
+    permutation = (
         torch.tensor(PERMUTATION)
         if p.dim() == 1
         else torch.eye(6, dtype=p.dtype)[PERMUTATION].view(p.shape)
     )
     if through == "data":
-        p.data.copy_(other)
+        p.data.copy_(permutation)
     elif through == "new data":
-        p.data = other
+        p.data = permutation
     else:
         with torch.no_grad():
-            p.copy_(other)
+            p.copy_(permutation)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("hard", "rev")], ids=str)
@@ -248,11 +251,11 @@ def _exchange(p: nn.Parameter, through: str) -> None:
 def test_one_matrix_exchanged_without_the_other(
     case: Case, kind: str, through: str, name: str, small: int, rev: bool
 ) -> None:
-    """Results and gradients of the matrix that is there, whatever the other one is."""
+    """Results and gradients are those of the matrix in use, whatever the second matrix is."""
     block = make(kind, case)
     x, _ = make_input(case)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    block([x])  # so that something is kept
+    block([x])  # fills the cache
     _exchange(getattr(block, name), through)
     results = TakesTensor(block, rev)(leaves[0]), truth(block, case, leaves[1], rev)
     assert_same(*results)
@@ -272,7 +275,7 @@ def test_one_matrix_exchanged_without_the_other(
 def test_values_written_past_the_version_are_seen(
     name: str, written: str, channels: int, rev: bool, small: int, dtype: torch.dtype
 ) -> None:
-    """Beside the ones, in pairs that cancel in a sum, and into the ones."""
+    """A value is written beside the ones, into a one, or as a pair that cancels in a sum."""
     case = Case(Shape(70, channels), name)
     block = make_block(AllInOneBlock, case, dtype)
     x, _ = make_input(case, dtype)

@@ -1,5 +1,6 @@
-"""What users' code does to a block of our own class in a stock block's place: attributes exchanged,
-hooks, transforms, few channels.
+"""Test our own class in place of a stock block, under what users' code does to it.
+
+Users exchange attributes, register hooks, apply transforms, and take few channels.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ ROWS, PLANES = Shape(3, 6), Shape(2, 6, (4, 5))
 
 
 def pair(case: Case, dialect: str = "anomalib") -> tuple[nn.Module, nn.Module]:
-    """A block of ours and the reference with the same weights."""
+    """Return a block of ours and the reference with the same weights."""
     block, stock = (
         make_block(cls, case, dialect=dialect) for cls in (AllInOneBlock, reference.AllInOneBlock)
     )
-    stock.load_state_dict(block.state_dict())  # the two draw their rotations in their own ways
+    stock.load_state_dict(block.state_dict())  # each draws its rotation in its own way
     return block, stock
 
 
 def assert_same(actual: nn.Module, expected: nn.Module, case: Case, rev: bool) -> None:
-    """Results, and gradients of everything that takes one."""
+    """Assert that results and all gradients agree."""
     x, c = make_input(case)
-    found = []
+    results = []
     for block in (actual, expected):
         block.zero_grad()
         leaf = x.clone().requires_grad_()
         (y,), log_det = block([leaf], c, rev=rev)
         (y.sin().sum() + log_det.sum()).backward()
-        found.append(
+        results.append(
             {
                 "y": y,
                 "log-det": log_det,
@@ -56,12 +57,12 @@ def assert_same(actual: nn.Module, expected: nn.Module, case: Case, rev: bool) -
                 **{name: p.grad for name, p in block.named_parameters()},
             }
         )
-    for name, value in found[1].items():
+    for name, value in results[1].items():
         if value is None:
-            assert found[0][name] is None or not found[0][name].any(), name
+            assert results[0][name] is None or not results[0][name].any(), name
         else:
             torch.testing.assert_close(
-                found[0][name],
+                results[0][name],
                 value,
                 rtol=1e-9,
                 atol=1e-9 * max(1.0, value.abs().max().item()),
@@ -69,11 +70,11 @@ def assert_same(actual: nn.Module, expected: nn.Module, case: Case, rev: bool) -
             )
 
 
-# --- what the stock block reads when it is called -------------------------------------------------
+# --- attributes that the stock block reads in each call -------------------------------------------
 
 
 def _other_softplus(block: Any) -> None:
-    """The stock blocks' activation asks the block's own softplus."""
+    """Exchange the softplus: the stock blocks' activation calls the block's own one."""
     if hasattr(block, "softplus"):
         block.softplus.beta = 0.8
     else:
@@ -81,7 +82,7 @@ def _other_softplus(block: Any) -> None:
 
 
 def _other_splits(block: Any) -> None:
-    """Two passive channels and four active ones."""
+    """Split the channels into two passive and four active ones."""
     block.splits = [2, 4]
     w1, w2 = (
         block.subnet.w1.detach()[:, :2],
@@ -208,7 +209,7 @@ def test_without_hooks_no_gradient_is_copied() -> None:
         return clone(t, *args, **kwargs)
 
     with mock.patch.object(Tensor, "clone", noted):
-        for _ in range(2):  # the first one finds out what a gradient without holders looks like
+        for _ in range(2):  # the first pass counts the references of a gradient that nobody holds
             clones.clear()
             (y,), log_det = block([torch.randn(40, 6, dtype=torch.float64, requires_grad=True)])
             (y.sum() + log_det.sum()).backward()
@@ -220,7 +221,7 @@ def test_without_hooks_no_gradient_is_copied() -> None:
 TRANSFORMED = [
     Case(shape, name) for shape in (ROWS, PLANES) for name in ("rev", "soft", "hh1", "gin")
 ]
-# more reflections than half the channels: one dense matrix
+# More reflections than half the channels make one dense matrix.
 TRANSFORMED += [Case(Shape(3, 2), "hh1"), Case(Shape(3, 3), "hh3-rev-cond")]
 
 
@@ -242,8 +243,8 @@ def test_recorded_and_linearized(case: Case, rev: bool) -> None:
     call, v = function_of(block, c, rev), torch.randn_like(x)
     expected, tangents, *_ = jvp(call, (x,), (v,))
     value, linear = linearize(call, x)
-    for found in (make_fx(call)(x)(x), value):
-        for a, e in zip(found, expected, strict=True):
+    for actual in (make_fx(call)(x)(x), value):
+        for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
     for a, e in zip(linear(v), tangents, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
@@ -256,20 +257,20 @@ def test_vmap_takes_samples_in_any_layout(name: str, rev: bool) -> None:
     call = function_of(block, [], rev)
     x = torch.randn(2, 3, 6, 4, 5, dtype=torch.float64)
     expected = torch.stack([call(sample)[0] for sample in x])
-    for dim, given in (
+    for dim, samples in (
         (0, torch.stack([sample.to(memory_format=torch.channels_last) for sample in x])),
         (1, x.transpose(0, 1)),
         (-1, x.movedim(0, -1)),
     ):
-        torch.testing.assert_close(vmap(call, in_dims=dim)(given)[0], expected)
+        torch.testing.assert_close(vmap(call, in_dims=dim)(samples)[0], expected)
     each = x[0].to(memory_format=torch.channels_last)
-    found = vmap(grad(lambda sample: call(sample[None])[0].sin().sum()))(each)
+    actual = vmap(grad(lambda sample: call(sample[None])[0].sin().sum()))(each)
     leaf = x[0].clone().requires_grad_()
     call(leaf)[0].sin().sum().backward()
-    torch.testing.assert_close(found, leaf.grad)
+    torch.testing.assert_close(actual, leaf.grad)
 
 
-# every pair of values; each takes Inductor some seconds
+# Every pair of values, but not every combination: each takes Inductor some seconds.
 @pytest.mark.parametrize(
     ("channels", "reflections", "soft", "spatial"),
     [(3, 5, False, ()), (3, 5, True, (8, 8)), (6, 2, True, ()), (6, 2, False, (8, 8))],
@@ -278,7 +279,7 @@ def test_vmap_takes_samples_in_any_layout(name: str, rev: bool) -> None:
 def test_reflections_of_few_channels_compile_with_dynamic_sizes(
     channels: int, reflections: int, soft: bool, spatial: tuple[int, ...]
 ) -> None:
-    """Sizes that are alike, and products of them, are what Inductor stumbled on."""
+    """Inductor once failed on equal sizes and on their products."""
     torch._dynamo.reset()
     layer = (nn.Linear, nn.Conv1d, nn.Conv2d)[len(spatial)]
     block = AllInOneBlock(
@@ -294,16 +295,16 @@ def test_reflections_of_few_channels_compile_with_dynamic_sizes(
             if len(spatial) == 2
             else (torch.contiguous_format,)
         ):
-            given = x.contiguous(memory_format=layout)
-            found = torch.compile(lambda x: block([x])[0][0], fullgraph=True, dynamic=True)(given)
-            torch.testing.assert_close(found, block([given])[0][0], rtol=1e-4, atol=1e-4)
+            x = x.contiguous(memory_format=layout)
+            compiled = torch.compile(lambda x: block([x])[0][0], fullgraph=True, dynamic=True)
+            torch.testing.assert_close(compiled(x), block([x])[0][0], rtol=1e-4, atol=1e-4)
 
 
 # --- inside a chain -------------------------------------------------------------------------------
 
 
 class Field(nn.Module):
-    """The gradient of a potential, by torch.func."""
+    """A subnet with the gradient of a potential, computed by torch.func."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -325,7 +326,7 @@ def test_subnets_in_a_reversible_chain(subnet: Callable[[int, int], nn.Module]) 
     for _ in range(2):
         z, log_det = chain(x)
         (z.sin().sum() - log_det.sum()).backward()
-    found = [p.grad / 2 for p in chain.parameters() if p.grad is not None]
+    actual = [p.grad / 2 for p in chain.parameters() if p.grad is not None]
     chain.zero_grad()
     y: Any = (x,)
     total = torch.zeros(5)
@@ -334,13 +335,13 @@ def test_subnets_in_a_reversible_chain(subnet: Callable[[int, int], nn.Module]) 
         total = total + log_det
     (y[0].sin().sum() - total.sum()).backward()
     expected = [p.grad for p in chain.parameters() if p.grad is not None]
-    assert len(found) == len(expected)
-    for a, e in zip(found, expected, strict=True):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
 class Drawn(nn.Module):
-    """Dropout from a generator of its own, if ``odd``."""
+    """A subnet; if ``odd``, with dropout from a generator of its own."""
 
     def __init__(self, channels_in: int, channels_out: int, odd: bool) -> None:
         super().__init__()
@@ -365,7 +366,7 @@ class Drawn(nn.Module):
 def test_a_second_run_that_differs_is_an_error_wherever_it_is(
     blocks: int, every: int | None, odd: int
 ) -> None:
-    """Also in a segment of one block after longer ones."""
+    """The segments include one of a single block after longer ones."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8, checkpoint_every=every)
     for k in range(blocks):
@@ -383,7 +384,7 @@ def test_a_reversible_chain_of_integers_is_a_plain_one() -> None:
             AllInOneBlock, subnet_constructor=lambda i, o: nn.Linear(i, o, dtype=torch.float64)
         )
     for module in chain:
-        module.subnet.register_forward_pre_hook(lambda _, given: (given[0].double(),))
+        module.subnet.register_forward_pre_hook(lambda _, args: (args[0].double(),))
     x = torch.arange(18).view(3, 6)
     z, log_det = chain(x)
     expected, expected_log_det = chain(x.double())

@@ -1,4 +1,4 @@
-"""The eager engine's functions by themselves; at every clamp: tests/test_clamps.py."""
+"""Test the eager engine's functions by themselves. tests/test_clamps.py tests all clamps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fastflow_kernels.engines import eager, soft_clamp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
-    """Also across the bound of the cheap form; and a value's result does not depend on its
-    neighbours.
+    """The magnitudes cross the bound of the cheap form.
+
+    A value's result must not depend on its neighbours.
     """
     magnitudes = torch.cat(
         [
@@ -36,12 +37,12 @@ def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
         clamp = soft_clamp.SoftClamp(spec, 1, is_fast=True)
         return clamp.log_factors(a, 1.0, torch.empty_like(a), torch.empty_like(a))
 
-    found, truth = tanh(a), 2.0 / math.log(2.0) * torch.tanh(a.double())
-    error = (found - truth).abs() / torch.finfo(dtype).eps
-    # 4 units in the last place, or the truth's own
+    actual, truth = tanh(a), 2.0 / math.log(2.0) * torch.tanh(a.double())
+    error = (actual - truth).abs() / torch.finfo(dtype).eps
+    # At most 4 units in the last place. In float64 these include the truth's own error.
     assert (error <= 2.0 * truth.abs()).all(), (error / truth.abs()).nan_to_num().max()
     small = a.abs() < 1.0
-    assert torch.equal(tanh(a[small].view(1, -1, 1)), found[small].view(1, -1, 1))
+    assert torch.equal(tanh(a[small].view(1, -1, 1)), actual[small].view(1, -1, 1))
     assert tanh(torch.tensor([[[math.nan], [0.5]]], dtype=dtype)).isnan().flatten().tolist() == [
         True,
         False,
@@ -50,20 +51,22 @@ def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_tanh_and_its_slope_from_a_sigmoid(dtype: torch.dtype) -> None:
-    """What the backward takes: tanh within the error that the bound of the clamp is derived from,
-    and the slope to a few ulp of itself.
+    """The backward pass uses both.
+
+    The error of tanh is the one from which the bound of the clamp is derived. The slope is exact to
+    a few ulp of itself.
     """
     a = torch.cat(
         [sign * torch.logspace(-30, 1, 20001, dtype=torch.float64) for sign in (1.0, -1.0)]
     ).to(dtype)
     sigma = soft_clamp._small_sigmoid(a, 0.3, torch.empty_like(a))
-    found = soft_clamp._tanh_from_sigmoid(sigma, a, 1.0, torch.empty_like(a))
+    actual = soft_clamp._tanh_from_sigmoid(sigma, a, 1.0, torch.empty_like(a))
     unit = torch.finfo(dtype).eps / 2.0
-    assert ((found - torch.tanh(0.3 * a.double())).abs() <= 2.0 * unit).all()
+    assert ((actual - torch.tanh(0.3 * a.double())).abs() <= 2.0 * unit).all()
     z = 0.3 * a.double()
     slope = 1.0 / torch.cosh(z).square()
-    # exp(-2 |z|) feels the two roundings of its argument, half a unit of 2 |z| each; the rest are a
-    # few more, the truth's own included
+    # The argument of exp(-2 |z|) has two roundings of half a unit of 2 |z| each. The other 6 units
+    # are for the remaining roundings, including the truth's own.
     assert (
         (4.0 * sigma * (1.0 - sigma) - slope).abs() <= (6.0 + 2.0 * z.abs()) * unit * slope
     ).all()
@@ -91,11 +94,11 @@ def test_inverse_and_backward_in_one_are_those_apart(shape: tuple[int, ...], gin
         together = x.clone()
         eager.invert_active(y, x, a, coupling)
         expected = (x, *eager.backward(x, a, grads, coupling, True))
-        found = (together, *eager.invert_and_backward(y, together, a, grads, coupling, True))
-        for mine, theirs in zip(found, expected, strict=True):
-            assert (mine is None) == (theirs is None)
-            if theirs is not None:
-                eps = torch.finfo(theirs.dtype).eps
+        actual = (together, *eager.invert_and_backward(y, together, a, grads, coupling, True))
+        for value, truth in zip(actual, expected, strict=True):
+            assert (value is None) == (truth is None)
+            if truth is not None:
+                eps = torch.finfo(truth.dtype).eps
                 torch.testing.assert_close(
-                    mine, theirs, rtol=8 * eps, atol=64 * eps * theirs.abs().max().item()
+                    value, truth, rtol=8 * eps, atol=64 * eps * truth.abs().max().item()
                 )

@@ -1,4 +1,4 @@
-"""The executor of compiled kernels itself: it computes what PTX says."""
+"""Test that the executor of compiled kernels computes what PTX specifies."""
 
 from __future__ import annotations
 
@@ -82,8 +82,9 @@ def test_an_integer_overflows_as_on_a_gpu():
 
 
 def test_a_fused_multiply_add_is_rounded_once():
-    """The exact sum lies just above the middle between two float32 numbers, and its float64
-    rounding in the middle.
+    """The exact sum lies just above the middle between two float32 numbers.
+
+    Rounded to float64, it lies in the middle.
     """
     x = torch.full((32,), 1 + 2.0**-12)
     tiny = f"0f{int(torch.tensor(2.0**-80).view(torch.int32)):08X}"
@@ -149,13 +150,13 @@ def test_zeros_nans_and_subnormal_numbers(instruction, expected):
 def test_more_integer_instructions(instruction, expected):
     x = torch.randint(0, 2**30, (64,), dtype=torch.int32)
     result = of_float32("mov.b32 {%h1, %h2}, %r2;\nmov.b32 %r4, 0;\n" + instruction, x)
-    # what a division by 0 gives is unspecified
+    # The result of a division by 0 is unspecified.
     assert expected is None or torch.equal(result, expected(x))
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
 def test_matrices_in_shared_memory(trans):
-    """Two 8 x 8 matrices of 16 bits through stmatrix and ldmatrix; the second transposes."""
+    """An 8 x 8 matrix of 16-bit values goes through stmatrix and ldmatrix, which may transpose."""
     x = torch.arange(32, dtype=torch.int32)
     body = f"""ld.global.b32 %r2, [%rd4];
     shl.b32 %r4, %r1, 4;
@@ -180,8 +181,9 @@ def test_half_precision_is_rounded_to_nearest(kind, dtype):
 
 
 def test_float64_is_rounded_to_bfloat16_once():
-    """By way of float32 a value just above a tie would become the tie, and then go to the even
-    neighbour.
+    """Rounding to float32 first would turn a value just above a tie into the tie.
+
+    The tie would then round to the even neighbour.
     """
     x = torch.full((32,), 1 + 2.0**-8 + 2.0**-40, dtype=torch.float64)
     x[1::2] *= -1
@@ -233,8 +235,8 @@ def test_threads_take_different_ways():
 )
 def test_perturbed_instructions_stay_within_their_documented_error(instruction):
     x = torch.rand(1024) + 0.5
-    exact, *others = (of_float32(instruction, x, perturb=seed) for seed in (None, 1, 1, 2))
-    units = [(other.view(torch.int32) - exact.view(torch.int32)) for other in others]
+    exact, *perturbed = (of_float32(instruction, x, perturb=seed) for seed in (None, 1, 1, 2))
+    units = [(result.view(torch.int32) - exact.view(torch.int32)) for result in perturbed]
     assert all(set(u.tolist()) == {-2, -1, 0, 1, 2} for u in units)
     assert torch.equal(units[0], units[1])
     assert not torch.equal(units[0], units[2])

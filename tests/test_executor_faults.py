@@ -1,4 +1,4 @@
-"""The executor of compiled kernels itself: it notices every kind of fault."""
+"""Test that the executor of compiled kernels notices every kind of fault."""
 
 from __future__ import annotations
 

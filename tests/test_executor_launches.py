@@ -1,4 +1,4 @@
-"""The executor of compiled kernels itself: it runs what Triton launches."""
+"""Test that the executor of compiled kernels runs what Triton launches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_triton_kernel_runs():
     x = torch.randn(100)
     with gpu():
         assert torch.equal(copy(True, x, copying), x)
-        assert torch.equal(copy(True, x, copying), x)  # straight to the binary
+        assert torch.equal(copy(True, x, copying), x)  # takes the cached binary
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -53,7 +53,7 @@ def test_a_triton_kernel_runs():
     [torch.int32, torch.int64, torch.int8, torch.uint8, torch.bool, torch.bfloat16, torch.float64],
 )
 def test_a_triton_kernel_that_is_launched_as_usual(dtype):
-    """Without options, or with any; Triton warns of what it will take for fp fusion some day."""
+    """Launch with and without options; Triton warns about its future default for fp fusion."""
     x = torch.randint(2, (100,)).to(dtype)
     with gpu():
         for options in ({}, {"num_warps": 2}, {"num_stages": 2, "num_warps": 1}):
@@ -79,19 +79,19 @@ def test_a_fault_names_the_line_the_element_and_the_program():
         (lambda copying, x: copy(True, x[1:], copying), "taken for a multiple of 16"),
         (lambda copying, x: copy(True, x.double(), copying), "torch.float64 for \\*fp32"),
         (
-            lambda copying, x: copy(True, x, _changed(copying, (96, 1, 64))),
+            lambda copying, x: copy(True, x, _change(copying, (96, 1, 64))),
             "would choose another binary",
         ),
         (
-            lambda copying, x: copy(True, x, _changed(copying, (100, 1, 32))),
+            lambda copying, x: copy(True, x, _change(copying, (100, 1, 32))),
             "where 64 was compiled in",
         ),
         (
-            lambda copying, x: copy(True, x, _changed(copying, (100, 2, 64))),
+            lambda copying, x: copy(True, x, _change(copying, (100, 2, 64))),
             "where 1 was compiled in",
         ),
-        (lambda copying, x: copy(True, x, _changed(copying, (2**31, 1, 64))), "as i32"),
-        (lambda copying, x: copy(True, x, _changed(copying, (100, 1))), "4 arguments for 5"),
+        (lambda copying, x: copy(True, x, _change(copying, (2**31, 1, 64))), "as i32"),
+        (lambda copying, x: copy(True, x, _change(copying, (100, 1))), "4 arguments for 5"),
     ],
     ids=["pointer", "dtype", "divisible", "constexpr", "one", "too large", "too few"],
 )
@@ -104,7 +104,7 @@ def test_a_binary_that_was_compiled_for_other_arguments(change, message):
             change(copying, x)
 
 
-def _changed(copying: launch.Launch, tail: tuple[int, ...]) -> launch.Launch:
+def _change(copying: launch.Launch, tail: tuple[int, ...]) -> launch.Launch:
     copying._tail = tail
     return copying
 

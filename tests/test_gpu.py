@@ -1,6 +1,4 @@
-"""What only a GPU can show: graph capture, bitwise repeatability and sizes beyond 32-bit
-offsets.
-"""
+"""Test graph capture, bitwise repeatability and sizes beyond 32-bit offsets on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 class Flow(nn.Module):
-    """A few blocks and their summed log-determinant, as a plain function of one tensor."""
+    """A few blocks, as a module that maps a tensor to the output and the summed log-determinant."""
 
     def __init__(self, shape: tuple[int, ...], steps: int = 3, **options: object) -> None:
         super().__init__()
@@ -34,7 +32,7 @@ class Flow(nn.Module):
 
 
 def step(flow: nn.Module, x: Tensor) -> list[Tensor]:
-    """Results and gradients of one training step."""
+    """Return the results and gradients of one training step."""
     x = x.detach().requires_grad_()
     flow.zero_grad(set_to_none=True)
     z, logdet = flow(x)
@@ -53,7 +51,7 @@ shapes = pytest.mark.parametrize("shape", [(64, 512), (4, 32, 16, 16)], ids=["ro
 @shapes
 @pytest.mark.parametrize("how", ["graphed callables", "reduce-overhead"])
 def test_cuda_graph_of_a_whole_flow(shape: tuple[int, ...], how: str) -> None:
-    """Captured once, replayed on other values: the same as eager calls, three times in a row."""
+    """Capture once and replay on other values, three times in a row."""
     flow = Flow(shape[1:]).cuda()
     plain = copy.deepcopy(flow)
     example = torch.randn(shape, device="cuda", requires_grad=True)
@@ -66,8 +64,9 @@ def test_cuda_graph_of_a_whole_flow(shape: tuple[int, ...], how: str) -> None:
         x = torch.randn(shape, device="cuda")
         if how != "graphed callables":
             torch.compiler.cudagraph_mark_step_begin()
-        for mine, eager in zip(step(flow, x), step(plain, x), strict=True):
-            torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
+        for actual, eager in zip(step(flow, x), step(plain, x), strict=True):
+            tolerance = 1e-4 * eager.abs().max().item()
+            torch.testing.assert_close(actual, eager, rtol=1e-4, atol=tolerance)
 
 
 @shapes
@@ -79,20 +78,21 @@ def test_steps_repeat_bit_for_bit(shape: tuple[int, ...], options: dict) -> None
     a = torch.randn(shape, device="cuda", requires_grad=True)
     block.subnet.forward = lambda x: a
     x = torch.randn(shape, device="cuda", requires_grad=True)
-    found = []
+    results = []
     for _ in range(3):
         x.grad = a.grad = None
         block.zero_grad(set_to_none=True)
         (y,), logdet = block([x])
         torch.autograd.backward([y, logdet], [torch.ones_like(y), torch.ones_like(logdet)])
-        found.append([y, logdet, x.grad, a.grad, block.global_offset.grad])
-    for again in found[1:]:
-        assert all(map(torch.equal, found[0], again))
+        results.append([y, logdet, x.grad, a.grad, block.global_offset.grad])
+    for again in results[1:]:
+        assert all(map(torch.equal, results[0], again))
 
 
 class Twice(nn.Module):
-    """A subnet that copies: a convolution may refuse this many elements, and round one sample
-    otherwise than many.
+    """A subnet that copies its input.
+
+    A convolution may refuse this many elements, and may round one sample differently than many.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class Twice(nn.Module):
 
 
 def test_more_elements_than_32_bits_count() -> None:
-    """Batch offsets are 64-bit: the last samples of 2.2e9 elements come out as they do alone."""
+    """Batch offsets are 64-bit, so the last sample of 2.2e9 elements comes out as it does alone."""
     shape = (33, 1024, 256, 256)
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")

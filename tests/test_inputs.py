@@ -1,4 +1,4 @@
-"""What bad input gets: a clear error before any work, and nothing half-changed."""
+"""Test that bad input raises a clear error before any work, and leaves nothing half-changed."""
 
 from __future__ import annotations
 
@@ -37,16 +37,14 @@ def function_subnet(function: Callable[[Tensor], Any]) -> Callable[[int, int], n
 
 @contextmanager
 def nothing_happens(block: nn.Module) -> Iterator[None]:
-    """The block's parameters, its attributes, the subnet's count and torch's generator are the same
-    afterwards.
-    """
+    """Assert that the block's contents, the subnet's count and torch's generator do not change."""
     before, attributes, state = contents(block), dict(vars(block)), torch.random.get_rng_state()
     yield
     after = contents(block)
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert vars(block) == attributes
-    assert block.subnet.calls == 0, "the subnet was asked"
+    assert block.subnet.calls == 0, "the subnet was called"
     assert torch.equal(torch.random.get_rng_state(), state), "random numbers were drawn"
 
 
@@ -54,8 +52,8 @@ def nothing_happens(block: nn.Module) -> Iterator[None]:
 
 GOOD_X, GOOD_C = torch.randn(2, 6, 3, 4), [torch.randn(2, 3, 3, 4), torch.randn(2, 1, 3, 4)]
 
-# Name: (input, conditions, exception, what the message must say). For a block of 6 channels, rank
-# 2, conditions of 3 and 1 channels.
+# Input, conditions, exception, and a pattern of the message, by name. They are for a block of 6
+# channels, rank 2, and conditions of 3 and 1 channels.
 BAD_CALLS: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "too few channels": (
         [GOOD_X[:, :5]],
@@ -155,7 +153,7 @@ def test_call_refuses(bad: str, rev: bool, reverse_permutation: bool) -> None:
     )
     with nothing_happens(block), pytest.raises(error, match=match) as raised:
         block(x, c, rev=rev)
-    assert isinstance(raised.value, RuntimeError)  # which callers of the stock blocks catch
+    assert isinstance(raised.value, RuntimeError)  # callers of the stock blocks catch it
 
 
 LABELS = F.one_hot(torch.tensor([[[0, 1, 2], [1, 1, 0]], [[2, 2, 0], [0, 1, 2]]]), 3).movedim(-1, 1)
@@ -168,7 +166,7 @@ LABELS = F.one_hot(torch.tensor([[[0, 1, 2], [1, 1, 0]], [[2, 2, 0], [0, 1, 2]]]
 @both_directions
 @with_and_without_grad
 def test_labels_and_masks_as_conditions(name: str, labels: Tensor, rev: bool, grad: bool) -> None:
-    """torch.cat promotes them."""
+    """Labels and masks are promoted by torch.cat."""
     case = Case(Shape(2, 6, (2, 3)), name)
     block = make_block(AllInOneBlock, case, torch.float64)
     x, _ = make_input(case)
@@ -184,14 +182,14 @@ def test_labels_and_masks_as_conditions(name: str, labels: Tensor, rev: bool, gr
 @pytest.mark.parametrize("name", ["hard", "rev", "gin"])
 @both_directions
 def test_integer_input_promotes(name: str, dtype: torch.dtype, rev: bool) -> None:
-    """Where the subnet takes it, as an embedding does."""
+    """The subnet must take integers, as an embedding does."""
     case = Case(Shape(2, 6, (2, 3)), name)
     block, stock = (
         make_block(cls, case, torch.float64) for cls in (AllInOneBlock, reference.AllInOneBlock)
     )
     x = (3 * make_input(case)[0]).abs().to(dtype)
     for b in (block, stock):
-        b.subnet.register_forward_pre_hook(lambda _, given: (given[0].double(),))
+        b.subnet.register_forward_pre_hook(lambda _, args: (args[0].double(),))
     (y,), logdet = block([x], rev=rev)
     (expected,), expected_logdet = stock([x], rev=rev)
     torch.testing.assert_close(y, expected, rtol=1e-13, atol=1e-13)
@@ -200,7 +198,7 @@ def test_integer_input_promotes(name: str, dtype: torch.dtype, rev: bool) -> Non
 
 @both_directions
 def test_conditions_may_be_undeclared_or_split_otherwise(rev: bool) -> None:
-    """As in the stock blocks, which ignore the former and join the latter."""
+    """The stock blocks ignore undeclared conditions and join all others."""
     block = AllInOneBlock([(6, 3, 4)], subnet_constructor=Counting)
     assert torch.equal(block([GOOD_X], GOOD_C, rev=rev)[0][0], block([GOOD_X], rev=rev)[0][0])
     block = AllInOneBlock([(6, 3, 4)], [(3, 3, 4), (1, 3, 4)], make_subnet(2))
@@ -292,7 +290,7 @@ def test_environment_sets_the_default_backend(rev: bool, monkeypatch: pytest.Mon
         monkeypatch.setenv("FASTFLOW_KERNELS_BACKEND", value)
         with nothing_happens(auto), torch.no_grad(), pytest.raises(error, match=match):
             auto([GOOD_X], rev=rev)
-        eager([GOOD_X], rev=rev)  # says what it wants
+        eager([GOOD_X], rev=rev)  # its own backend takes precedence
     for value in ("eager", "auto", ""):
         monkeypatch.setenv("FASTFLOW_KERNELS_BACKEND", value)
         auto([GOOD_X], rev=rev)
@@ -365,12 +363,12 @@ BAD_SUBNETS: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
 def test_subnet_that_returns_something_else(bad: str, rev: bool, grad: bool) -> None:
     function, error, match = BAD_SUBNETS[bad]
     block = AllInOneBlock([(6, 5)], subnet_constructor=function_subnet(function))
-    before, x = contents(block), torch.randn(2, 6, 5)
-    given = x.clone()
+    parameters, x = contents(block), torch.randn(2, 6, 5)
+    before = x.clone()
     with torch.set_grad_enabled(grad), pytest.raises(error, match=match):
         block([x], rev=rev)
-    assert torch.equal(x, given)
-    assert all(torch.equal(value, before[name]) for name, value in block.named_parameters())
+    assert torch.equal(x, before)
+    assert all(torch.equal(value, parameters[name]) for name, value in block.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -381,7 +379,7 @@ def test_subnet_that_returns_something_else(bad: str, rev: bool, grad: bool) -> 
             for name in ("hard", "rev", "gin", "soft", "hh1")
             for dtype in (torch.bfloat16, torch.float16)
         ],
-        # a product, the stock block's and ours, takes no two dtypes
+        # A matrix product, in the stock block and in ours, does not take two dtypes.
         *[(name, torch.float64) for name in ("hard", "rev", "gin")],
     ],
     ids=str,
@@ -389,8 +387,9 @@ def test_subnet_that_returns_something_else(bad: str, rev: bool, grad: bool) -> 
 @both_directions
 @with_and_without_grad
 def test_subnet_of_another_dtype(name: str, rev: bool, grad: bool, dtype: torch.dtype) -> None:
-    """A float64 subnet in a float32 block, autocast inside a subnet: what comes out is promoted, as
-    in the stock blocks.
+    """The results are promoted, as in the stock blocks.
+
+    Examples are a float64 subnet in a float32 block, and autocast inside a subnet.
     """
     case = Case(Shape(3, 6, (2, 3)), name)
     block, stock = (
@@ -414,11 +413,11 @@ def test_subnet_of_another_dtype(name: str, rev: bool, grad: bool, dtype: torch.
     (exact,), exact_logdet = truth([x.double()], rev=rev)
     assert y.dtype is torch.promote_types(torch.float32, dtype)
     passes = (y, exact, plain), (logdet, exact_logdet, plain_logdet)
-    for (actual, expected, baseline), what in zip(passes, ("output", "log-det"), strict=True):
-        if dtype is torch.float64:  # everything ahead of the subnet is in float32, here and there
+    for (actual, expected, baseline), name in zip(passes, ("output", "log-det"), strict=True):
+        if dtype is torch.float64:  # in both blocks, everything before the subnet is in float32
             torch.testing.assert_close(actual, baseline.double(), rtol=1e-5, atol=1e-5)
         else:
-            assert_close(actual, expected, baseline, what)
+            assert_close(actual, expected, baseline, name)
 
 
 modes = pytest.mark.parametrize("mode", ["input needs a gradient", "grad", "no_grad", "inference"])
@@ -433,8 +432,9 @@ def in_mode(mode: str) -> Any:
 @both_directions
 @modes
 def test_subnet_that_starts_in_place(rev: bool, mode: str) -> None:
-    """The stock block takes what the subnet has made of x1 for x1, and nobody notices; ours gives
-    such a subnet a copy.
+    """Our block gives such a subnet a copy.
+
+    The stock block silently continues with what the subnet has written to x1.
     """
     torch.manual_seed(0)
     block = AllInOneBlock(
@@ -448,10 +448,10 @@ def test_subnet_that_starts_in_place(rev: bool, mode: str) -> None:
     proper.load_state_dict(block.state_dict())
     with in_mode(mode):
         x = torch.randn(2, 6, 5, requires_grad=mode.startswith("input"))
-        given = x.clone()
+        before = x.clone()
         (y,), logdet = block([x], rev=rev)
         (expected,), expected_logdet = proper([x], rev=rev)
-        assert torch.equal(x, given)
+        assert torch.equal(x, before)
         assert torch.equal(y, expected)
         assert torch.equal(logdet, expected_logdet)
 
@@ -464,7 +464,7 @@ def test_subnet_that_starts_in_place(rev: bool, mode: str) -> None:
 def test_in_inference_mode_a_write_is_noticed_or_has_the_stock_effect(
     small: int, dtype: torch.dtype, layout: str, rev: bool, name: str
 ) -> None:
-    """Nobody counts the versions of views there; of a copy they are counted."""
+    """Inference mode does not count the versions of views, but counts those of a copy."""
     with torch.inference_mode():
         noticed = notices_write(name, rev, layout, dtype=dtype)
     if dtype is torch.bfloat16 or not small:  # otherwise the subnet is given a view of u
@@ -474,7 +474,7 @@ def test_in_inference_mode_a_write_is_noticed_or_has_the_stock_effect(
 @both_directions
 @pytest.mark.parametrize("mode", ["input needs a gradient", "grad", "no_grad"])
 def test_subnet_that_writes_to_its_input(rev: bool, mode: str) -> None:
-    """Further in, it cannot be seen beforehand; it is an error, and not another result."""
+    """A write deep inside a subnet cannot be foreseen, so it raises instead of giving a result."""
     block = AllInOneBlock(
         [(6, 5)],
         subnet_constructor=function_subnet(lambda x: x.relu_().mul(2.0)[:, :1].expand(-1, 6, -1)),
@@ -485,7 +485,7 @@ def test_subnet_that_writes_to_its_input(rev: bool, mode: str) -> None:
 
 
 def test_subnet_that_writes_to_its_own_values() -> None:
-    """Only the very input is out of bounds."""
+    """The subnet may write to all tensors except its input."""
     block = AllInOneBlock(
         [(6, 5)],
         subnet_constructor=lambda i, o: nn.Sequential(Counting(i, o), nn.ReLU(inplace=True)),
