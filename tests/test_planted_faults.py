@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "two programs that store one sum": Planted(
         (SUMS,),
-        "tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))",
-        "tl.store(sums_ptr + b * PARTS, tl.sum(sum_t))",
+        "tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_s))",
+        "tl.store(sums_ptr + b * PARTS, tl.sum(sum_s))",
         "gin_parity_of",
     ),
     "a program that skips a tile": Planted(

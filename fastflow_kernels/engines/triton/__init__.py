@@ -1,1 +1,1 @@
-"""The Triton kernels. Importing this package imports no Triton; its modules do."""
+"""The Triton kernels. Importing this package does not import Triton; its modules do."""

@@ -1,5 +1,7 @@
-"""The backward on a GPU: the gradients in one pass over memory. For chains that keep no activations
-the same pass writes the active half of the inverse.
+"""The backward pass on a GPU: the gradients in one pass over memory.
+
+For reversible chains, which keep no activations, the same pass writes the active half of the
+inverse.
 
 Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
@@ -42,33 +44,41 @@ def _coupling_bwd_kernel(
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """With dv = dy[:, inv] and du = dv * scale, and s, u computed again:
+    """Compute the gradients; with INVERT also reconstruct the active half of x.
 
-        dx = cat(du1, du2 * exp(s)),  da_t = 0.1 * du2,  da_s = (du2 * x2 * exp(s) + dlogdet) *
-        clamp * tanh_scale * (1 - tanh**2)
+    With dv = dy[:, inv], du = dv * scale and t = tanh(tanh_scale * a_s)::
 
-    and per channel the sums of dv (for offset) and dv * u (for scale). GIN: no dlogdet; du2 * x2 *
-    exp(s) less its mean per sample. With UNPERMUTES_INPUT x1, x2 are those of x[:, inv], and dx
-    lies as x does. With INVERT, which GIN does not take, x2 is not read but written: u2 = (y[:,
-    inv[C1:]] - offset) / scale, x2 * exp(s) = u2 - 0.1 * a_t.
+        dx   = cat(du1, du2 * exp(s))
+        da_t = 0.1 * du2
+        da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * tanh_scale * (1 - t**2)
 
-    Program: one tile of channel pairs, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and the
-    strides of x and a come divided by ALIGN.
+    Per channel it also sums dv (for offset) and dv * u (for scale). s = clamp * t and u are
+    computed again.
 
-    y_ptr: (B, C, P) contiguous with INVERT, otherwise None.
-    dy_ptr: (B, C, P) contiguous.
-    dlogdet_ptr: (B,) with stride_l, or None.
-    x_ptr: (B, C, P), stride_xb between samples; with INVERT contiguous, x2 is out.
-    a_ptr: (B, 2*C2, P), stride_ab between samples.
-    g_ptr: (C,).
-    offset_ptr: (C,) with INVERT, otherwise None.
-    inv_ptr: int64 (C,), or None for the identity.
-    sums_ptr: (2, B, PARTS), partial sums of s and of dv2 * x2 * exp(s) before the mean is taken off
-    s (GIN); or None.
-    dx_ptr: (B, C, P) contiguous, out.
-    da_ptr: (B, 2*C2, P) contiguous, out.
-    part_ptr: (2, groups, C), out: sums of dv and of dv * u, the latter not for ACTIVATION = None
-    (GIN); or None.
+    - GIN: there is no dlogdet. The mean per sample is subtracted from s and from du2 * x2 * exp(s).
+    - UNPERMUTES_INPUT: x1 and x2 are those of x[:, inv], and dx has the channel order of x.
+    - INVERT, not with GIN: x2 is written, not read. With u2 = (y[:, inv[C1:]] - offset) / scale,
+      x2 * exp(s) = u2 - 0.1 * a_t.
+
+    A program computes one tile of channel pairs in TILES_PER_PROGRAM tiles of columns. P (unless
+    ROWS) and the strides of x and a arrive divided by ALIGN.
+
+    Args:
+        y_ptr: Input (B, C, P), contiguous, with INVERT; otherwise None.
+        dy_ptr: Input (B, C, P), contiguous.
+        dlogdet_ptr: Input (B,), stride_l between samples, or None.
+        x_ptr: Input (B, C, P), stride_xb between samples. With INVERT it is contiguous, and x2 is
+            an output.
+        a_ptr: Input (B, 2*C2, P), stride_ab between samples.
+        g_ptr: Input (C,), the global scale before its activation.
+        offset_ptr: Input (C,) with INVERT; otherwise None.
+        inv_ptr: Input (C,), int64, or None for the identity.
+        sums_ptr: Input (2, B, PARTS) for GIN, or None: partial sums of s and of
+            dv2 * x2 * exp(s), both before the mean is subtracted from s.
+        dx_ptr: Output (B, C, P), contiguous.
+        da_ptr: Output (B, 2*C2, P), contiguous.
+        part_ptr: Output (2, groups, C), or None: sums of dv and of dv * u. For ACTIVATION = None
+            (GIN) it is (1, groups, C), the sums of dv.
     """
     if not ROWS:
         P = P * ALIGN
@@ -108,8 +118,8 @@ def _coupling_bwd_kernel(
         dx_sample_ptr = dx_ptr + b * C * P
         da_tile_ptr = da_ptr + b * (2 * C2) * P + offs
 
-        # The order of loads and stores decides how many registers the compilers take:
-        # bench/TUNING.md, log of changes.
+        # The order of loads and stores decides how many registers the compilers need:
+        # see bench/TUNING.md.
         a_s = load(a_tile_ptr, mask_active, ACC_DTYPE)
         if INVERT:
             a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
@@ -132,7 +142,7 @@ def _coupling_bwd_kernel(
             x2_e = x2 * e
         ds = tl.zeros((1, 1), ACC_DTYPE)
         if sums_ptr is not None:
-            # the sum was taken with exp(s + mean), and before the scale, which is 1
+            # The sum was taken with exp(s + mean), and without the scale, which is 1 for GIN.
             sum_h = total(sums_ptr + B * PARTS, b, B, PARTS)
             ds -= sum_h * exp_of_factor(-mean, CLAMP) / (C2 * P)
         if dlogdet_ptr is not None:
@@ -168,13 +178,14 @@ def _coupling_bwd_kernel(
 
 @lru_cache(maxsize=1024)
 def _prepare(*key: Any) -> Prepared:
+    """Prepare the backward pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype = operands.dtype, operands.acc_dtype
     stride_xb, stride_ab, stride_l = operands.strides
     has_y = operands.dtypes[1] is not None
     gin_sums = prepare_gin_sums(operands, stride_ab, stride_xb)
-    # cut by the accumulator's size: six tensors' values are alive at once, so registers bound the
-    # tile and not the width of an access
+    # The tile is sized by the accumulator's dtype. Values of six tensors are alive at once, so that
+    # registers limit the tile, not the width of an access.
     tiles = operands.plan(
         operands.passive_channels,
         acc_dtype.itemsize,
@@ -183,7 +194,7 @@ def _prepare(*key: Any) -> Prepared:
     )
     values = values_of(operands, tiles, stride_xb=None if has_y else stride_xb, stride_ab=stride_ab)
     values |= {
-        # the gradient of each row is in a new tensor where rows make a sample
+        # If several rows make a sample, the gradient was repeated for each row in a new tensor.
         "stride_l": stride_l if operands.rows_per_sample == 1 else 1,
         "INVERT": has_y,
         "PARTS": 1 if gin_sums is None else gin_sums.shape[-1],
@@ -200,7 +211,10 @@ def _prepare(*key: Any) -> Prepared:
 def backward(
     x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
 ) -> CouplingGrads:
-    """See :class:`~fastflow_kernels.engines.Engine`; the gradients are contiguous."""
+    """Return the gradients.
+
+    See :class:`~fastflow_kernels.engines.Engine`. The gradients are contiguous.
+    """
     return _backward(None, x, a, grads, coupling, want_params)
 
 
@@ -208,8 +222,11 @@ def backward(
 def invert_and_backward(
     y: Tensor, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
 ) -> CouplingGrads:
-    """See :class:`~fastflow_kernels.engines.Engine`; the gradients are contiguous."""
-    if coupling.spec.gin:  # its means would have to be taken first, and then everything read again
+    """Write the active channels of x and return the gradients.
+
+    See :class:`~fastflow_kernels.engines.Engine`. The gradients are contiguous.
+    """
+    if coupling.spec.gin:  # the means are needed first, so everything is read twice in any case
         write_active(y, x, a, coupling)
         return _backward(None, x, a, grads, coupling, want_params)
     return _backward(y.contiguous(), x, a, grads, coupling, want_params)
@@ -223,7 +240,7 @@ def _backward(
     coupling: Coupling,
     want_params: bool,
 ) -> CouplingGrads:
-    """The gradients; with y the active channels of x are written too."""
+    """Compute the gradients. With y, also write the active channels of x."""
     g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     a, dy = packed(a), grads.y.contiguous()
     log_det = None if coupling.spec.gin else grads.log_det

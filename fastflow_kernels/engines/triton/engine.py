@@ -1,4 +1,4 @@
-"""The kernels as an engine: see :class:`~fastflow_kernels.engines.Engine`. Imports Triton."""
+"""The kernels as an :class:`~fastflow_kernels.engines.Engine`. Importing it imports Triton."""
 
 from fastflow_kernels.engines.triton.backward import backward, invert_and_backward
 from fastflow_kernels.engines.triton.forward import forward

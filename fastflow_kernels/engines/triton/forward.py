@@ -1,15 +1,30 @@
-"""The forward on a GPU: one pass over memory for coupling, global affine and permutation.
+"""The forward pass on a GPU: coupling, global affine and permutation in one pass over memory.
 
-Notation of all kernels, beside that of coupling.py: x (B, C, *S), C1 = C - C//2 passive and C2 =
-C//2 active channels, a (B, 2*C2, *S) the halves (a_s, a_t), P = prod(S), y[:, j] = v[:, perm[j]],
-inv = argsort(perm).
+Notation of all kernels, in addition to that of coupling.py:
 
-Every kernel walks channel pairs (c, C1 + c) and finds the permuted channel of each through ``inv``,
-except the forward on rows: there scattered stores of single values would be slow, and values are
-gathered through ``perm`` instead.
+- x is (B, C, *S), with P = prod(S) pixels, C1 = C - C//2 passive and C2 = C//2 active channels.
+- a is (B, 2*C2, *S), with the halves (a_s, a_t).
+- y[:, j] = v[:, perm[j]] and inv = argsort(perm).
+- Indices: b is a sample, p a pixel, c a channel, j a permuted channel.
 
-Constants are constexpr: a Python float that arrives as an argument is float32 on the device and
-would spoil float64.
+Constants of all kernels:
+
+- C, CLAMP, TANH_SCALE: from the coupling.
+- ACTIVATION: the activation of the global scale; None for GIN.
+- UNPERMUTES_INPUT: whether the permutation is inverted ahead of the coupling, so that x is read
+  through ``inv`` too.
+- ROWS: whether a column is a whole sample of one pixel (see plan.py).
+- PARTS: number of partial sums per sample.
+- ALIGN: the divisor of P and of the strides (see ``alignment`` in plan.py).
+- BLOCK_CHANNELS, BLOCK_COLUMNS: the size of a tile.
+- TILES_PER_PROGRAM: number of tiles that a program walks along the columns.
+- ACC_DTYPE: the dtype of the computation.
+
+They are constexpr. A Python float argument would be float32 on the device and spoil float64.
+
+Every kernel walks channel pairs (c, C1 + c) and finds their permuted channels through ``inv``. The
+forward on rows is the exception: it gathers values through ``perm``, because scattered stores of
+single values would be slow there.
 """
 
 from functools import lru_cache
@@ -53,22 +68,29 @@ def _coupling_fwd_kernel(
     UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """y[:, inv] = u * scale + offset, u = cat(x1, x2 * exp(s) + 0.1 * a_t), s = clamp *
-    tanh(tanh_scale * a_s).
+    """Compute y, and partial sums of s for the log-determinant.
 
-    With UNPERMUTES_INPUT x1, x2 are those of x[:, inv]: channel j of y is computed from channel j
-    of x.
+    With t = tanh(tanh_scale * a_s)::
 
-    Program: one tile of channel pairs by pixels of one sample. P and the strides come divided by
-    ALIGN.
+        s         = clamp * t                            minus its mean per sample (GIN)
+        u         = cat(x1, x2 * exp(s) + 0.1 * a_t)
+        y[:, inv] = u * scale + offset
 
-    x_ptr: (B, C, P), stride_xb between samples.
-    a_ptr: (B, 2*C2, P), stride_ab between samples.
-    g_ptr, offset_ptr: (C,).
-    inv_ptr: int64 (C,), or None for the identity.
-    sums_ptr: (B, PARTS), partial sums of s per sample, whose mean is taken off s (GIN); or None.
-    y_ptr: (B, C, P) contiguous, out.
-    part_ptr: (B, programs per sample) sums of s, out; or None.
+    With UNPERMUTES_INPUT x1 and x2 are those of x[:, inv]: channel j of y comes from channel j of
+    x.
+
+    A program computes one tile of channel pairs by pixels of one sample. P and the strides arrive
+    divided by ALIGN.
+
+    Args:
+        x_ptr: Input (B, C, P), stride_xb between samples.
+        a_ptr: Input (B, 2*C2, P), stride_ab between samples.
+        g_ptr: Input (C,), the global scale before its activation.
+        offset_ptr: Input (C,).
+        inv_ptr: Input (C,), int64, or None for the identity.
+        sums_ptr: Input (B, PARTS), partial sums of s per sample for its mean (GIN), or None.
+        y_ptr: Output (B, C, P), contiguous.
+        part_ptr: Output (B, programs per sample), sums of s, or None.
     """
     P = P * ALIGN
     C2: tl.constexpr = C // 2
@@ -120,18 +142,30 @@ def _coupling_rows_fwd_kernel(
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The same for one pixel, P = 1, gathering each output channel's input through perm; with the
-    log-determinant.
+    """Compute y and the log-determinant for one pixel, P = 1.
 
-    Program: TILES_PER_PROGRAM tiles of all channels by samples. The strides come divided by ALIGN.
+    With t = tanh(tanh_scale * a_s)::
 
-    x_ptr: (B, C), stride_xb between samples.
-    a_ptr: (B, 2*C2), stride_ab between samples.
-    g_ptr, offset_ptr: (C,).
-    perm_ptr: int64 (C,), or None for the identity.
-    sums_ptr: (B,), sum of s per sample, whose mean is taken off s (GIN); or None.
-    y_ptr: (B, C) contiguous, out.
-    logdet_ptr: (B,), out; or None.
+        s      = clamp * t                            minus its mean per sample (GIN)
+        u      = cat(x1, x2 * exp(s) + 0.1 * a_t)
+        y      = (u * scale + offset)[:, perm]
+        logdet = sum(s) + sum(log(scale))
+
+    The kernel gathers the input of each output channel through perm. With UNPERMUTES_INPUT channel
+    j of y comes from channel j of x.
+
+    A program computes TILES_PER_PROGRAM tiles of all channels by samples. The strides arrive
+    divided by ALIGN.
+
+    Args:
+        x_ptr: Input (B, C), stride_xb between samples.
+        a_ptr: Input (B, 2*C2), stride_ab between samples.
+        g_ptr: Input (C,), the global scale before its activation.
+        offset_ptr: Input (C,).
+        perm_ptr: Input (C,), int64, or None for the identity.
+        sums_ptr: Input (B,), the sum of s per sample for its mean (GIN), or None.
+        y_ptr: Output (B, C), contiguous.
+        logdet_ptr: Output (B,), or None.
     """
     C2: tl.constexpr = C // 2
     C1: tl.constexpr = C - C2
@@ -166,6 +200,7 @@ def _coupling_rows_fwd_kernel(
 
 @lru_cache(maxsize=1024)
 def _prepare(*key: Any) -> Prepared:
+    """Prepare the forward pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype, pixels = operands.dtype, operands.acc_dtype, operands.pixels
     stride_xb, stride_ab = operands.strides
@@ -177,7 +212,7 @@ def _prepare(*key: Any) -> Prepared:
         launch = Launch(_coupling_rows_fwd_kernel, tiles.programs, tiles.warps, values)
         partials = (operands.batch,) if is_affine else None
         return Prepared(dtype, acc_dtype, launch, gin_sums, partials)
-    # for one column at least: this kernel has no loop over tiles
+    # The default, one column a program at least: this kernel has no loop over tiles.
     tiles = plan.make_plan(
         operands.passive_channels, operands.batch, pixels, dtype.itemsize, rows=None
     )
@@ -193,7 +228,10 @@ def _prepare(*key: Any) -> Prepared:
 
 @on_its_device
 def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """See :class:`~fastflow_kernels.engines.Engine`; y is contiguous."""
+    """Return y and the log-determinant.
+
+    See :class:`~fastflow_kernels.engines.Engine`. y is contiguous.
+    """
     a = packed(a)
     prepared = _prepare(*key_of(x, coupling, (x.dtype, a.dtype), (x.stride(0), a.stride(0))))
     g, offset = coupling.global_scale, coupling.global_offset

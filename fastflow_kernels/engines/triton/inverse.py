@@ -1,5 +1,6 @@
-"""The inverse on a GPU, in two passes: the passive channels, which the subnet needs, and then the
-active ones.
+"""The inverse on a GPU, in two passes: first the passive channels, then the active ones.
+
+The subnet runs in between, because it needs the passive channels.
 
 Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
@@ -47,16 +48,19 @@ def _coupling_inv_passive_kernel(
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x[:, :C1] = (y[:, inv[:C1]] - offset) / scale; with UNPERMUTES_INPUT in the channels
-    inv[:C1] of x.
+    """Compute x[:, :C1] = (y[:, inv[:C1]] - offset) / scale, the passive channels of x.
 
-    Program: one tile of passive channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
-    the stride come divided by ALIGN.
+    With UNPERMUTES_INPUT the results are the channels inv[:C1] of x.
 
-    y_ptr: (B, C, P), stride_yb between samples.
-    g_ptr, offset_ptr: (C,).
-    inv_ptr: int64 (C,), or None for the identity.
-    x_ptr: (B, C, P) contiguous, out.
+    A program computes one tile of passive channels in TILES_PER_PROGRAM tiles of columns. P (unless
+    ROWS) and the stride arrive divided by ALIGN.
+
+    Args:
+        y_ptr: Input (B, C, P), stride_yb between samples.
+        g_ptr: Input (C,), the global scale before its activation.
+        offset_ptr: Input (C,).
+        inv_ptr: Input (C,), int64, or None for the identity.
+        x_ptr: Output (B, C, P), contiguous.
     """
     if not ROWS:
         P = P * ALIGN
@@ -86,20 +90,28 @@ def _coupling_inv_active_kernel(
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s), s as in the forward;
-    with UNPERMUTES_INPUT in the channels inv[C1:] of x.
+    """Compute the active channels of x, and the log-determinant or partial sums for it.
 
-    Program: one tile of active channels, TILES_PER_PROGRAM tiles of columns. P (unless ROWS) and
-    the strides come divided by ALIGN.
+    With t = tanh(tanh_scale * a_s)::
 
-    y_ptr: (B, C, P), stride_yb between samples.
-    a_ptr: (B, 2*C2, P), stride_ab between samples.
-    g_ptr, offset_ptr: (C,).
-    inv_ptr: int64 (C,), or None for the identity.
-    sums_ptr: (B, PARTS), partial sums of s per sample, whose mean is taken off s (GIN); or None.
-    x_ptr: (B, C, P) contiguous, out.
-    logdet_ptr: out. ROWS: (B,), the log-determinant -(sum of s + sum of log(scale)). Otherwise (B,
-    programs per sample), sums of s. Or None.
+        s         = clamp * t                            minus its mean per sample (GIN)
+        x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s)
+
+    With UNPERMUTES_INPUT the results are the channels inv[C1:] of x.
+
+    A program computes one tile of active channels in TILES_PER_PROGRAM tiles of columns. P (unless
+    ROWS) and the strides arrive divided by ALIGN.
+
+    Args:
+        y_ptr: Input (B, C, P), stride_yb between samples.
+        a_ptr: Input (B, 2*C2, P), stride_ab between samples.
+        g_ptr: Input (C,), the global scale before its activation.
+        offset_ptr: Input (C,).
+        inv_ptr: Input (C,), int64, or None for the identity.
+        sums_ptr: Input (B, PARTS), partial sums of s per sample for its mean (GIN), or None.
+        x_ptr: Output (B, C, P), contiguous.
+        logdet_ptr: Output or None. With ROWS it is (B,), the log-determinant
+            -(sum(s) + sum(log(scale))). Otherwise it is (B, programs per sample), sums of s.
     """
     if not ROWS:
         P = P * ALIGN
@@ -114,7 +126,7 @@ def _coupling_inv_active_kernel(
     factor, boost = inverse_scale(scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None])
     offset = load(offset_ptr + C1 + c, is_active, ACC_DTYPE)[:, None]
     if ROWS and logdet_ptr is not None:
-        # channels 0 to C2 - 1, then C2 to C - 1: as many as are passive, also where C is odd
+        # The sum runs over channels 0 to C2 - 1, then over the C1 channels from C2 on.
         log_scale = log_scale_sum(g_ptr, c, is_active, ACTIVATION, ACC_DTYPE) + log_scale_sum(
             g_ptr, C2 + c, c < C1, ACTIVATION, ACC_DTYPE
         )
@@ -129,8 +141,8 @@ def _coupling_inv_active_kernel(
         offs_y = j * P + p
         offs_x = offs_y if UNPERMUTES_INPUT else C1 * P + offs
         y = load(y_ptr + b * stride_yb * ALIGN + offs_y, mask_active, ACC_DTYPE)
-        # Keeps the loads together: ptxas 12.8 would put half of them off until the others were
-        # used, 36.6 us for a minimum of 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).
+        # The barrier keeps the loads together. ptxas 12.8 delayed half of them: 36.6 us, where the
+        # bytes alone take 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).
         tl.debug_barrier()
         t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
         s = CLAMP * t
@@ -149,6 +161,7 @@ def _coupling_inv_active_kernel(
 
 @lru_cache(maxsize=1024)
 def _prepare_passive(*key: Any) -> Prepared:
+    """Prepare the first pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype = operands.dtype
     (stride_yb,) = operands.strides
@@ -162,7 +175,10 @@ def _prepare_passive(*key: Any) -> Prepared:
 
 @on_its_device
 def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
-    """See :class:`~fastflow_kernels.engines.Engine`; x is contiguous."""
+    """Return a new x whose passive channels are final.
+
+    See :class:`~fastflow_kernels.engines.Engine`. x is contiguous.
+    """
     g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     y = packed(y)
     prepared = _prepare_passive(*key_of(y, coupling, (y.dtype,), (y.stride(0),)))
@@ -175,13 +191,16 @@ def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _prepare_active(*key: Any) -> Prepared:
+    """Prepare the second pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype, batch = operands.dtype, operands.acc_dtype, operands.batch
     stride_yb, stride_ab = operands.strides
     gin_sums = prepare_gin_sums(operands, stride_ab)
-    # rows: a tile of all passive channels, because the sum of log(scale) runs over them too
-    walked = operands.passive_channels if operands.is_rows else max(1, operands.channels // 2)
-    tiles = operands.plan(walked, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
+    # On rows a tile has as many channels as are passive, because it also sums their log(scale).
+    tiled_channels = (
+        operands.passive_channels if operands.is_rows else max(1, operands.channels // 2)
+    )
+    tiles = operands.plan(tiled_channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
     values = values_of(operands, tiles, stride_yb=stride_yb, stride_ab=stride_ab)
     values["PARTS"] = 1 if gin_sums is None else gin_sums.shape[-1]
     launch = Launch(_coupling_inv_active_kernel, tiles.programs, tiles.warps, values)
@@ -196,7 +215,10 @@ def _prepare_active(*key: Any) -> Prepared:
 
 @on_its_device
 def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor:
-    """See :class:`~fastflow_kernels.engines.Engine`."""
+    """Write the active channels of x and return the inverse's log-determinant.
+
+    See :class:`~fastflow_kernels.engines.Engine`.
+    """
     prepared, is_aligned, sums, partials = write_active(y, x, a, coupling)
     return log_det_of(prepared, is_aligned, x, coupling.global_scale, sums, partials)
 
@@ -204,11 +226,11 @@ def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor
 def write_active(
     y: Tensor, x: Tensor, a: Tensor, coupling: Coupling
 ) -> tuple[Prepared, bool, Tensor | None, Tensor | None]:
-    """Write the active channels of x; the rest of :func:`invert_active` is left to the caller.
+    """Write the active channels of x, without finishing the log-determinant.
 
     Returns:
-        What :func:`~fastflow_kernels.engines.triton.sums.log_det_of` takes: what was prepared,
-        whether pointers are aligned, GIN's sums and the partial sums.
+        Arguments of :func:`~fastflow_kernels.engines.triton.sums.log_det_of`: the prepared
+        launches, whether the pointers are aligned, GIN's sums and the partial sums.
     """
     g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
     y, a = packed(y), packed(a)

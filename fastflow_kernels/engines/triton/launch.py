@@ -1,9 +1,8 @@
-"""What the launchers share: what a launch is prepared for, once for all calls of one kind, and how
-it is launched.
+"""How launches are prepared, once for all calls of one kind, and how they are launched.
 
-On small inputs the launches' Python is what a step takes: Triton's own dispatcher binds,
-specializes and looks up some twenty arguments per launch (15.6 us on an AMD EPYC, of which 2.0 are
-left here).
+On small inputs the overhead of Python in the launches decides how long a step takes. Triton's own
+dispatcher binds, specializes and looks up some twenty arguments per launch. That takes 15.6 us on
+an AMD EPYC, a prepared launch 2.0 us.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fastflow_kernels.engines.triton.plan import (
     Plan,
     RowTiles,
     alignment,
-    is_cut_by_rows,
+    columns_are_samples,
     make_plan,
 )
 
@@ -34,21 +33,23 @@ Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
 class Operands(NamedTuple):
-    """What a pass is prepared for: all that its binaries, grids and sizes depend on.
+    """What a pass is prepared for: everything that its binaries, grids and sizes depend on.
 
-    One thing is left to every call: whether pointers are aligned (:func:`aligned`).
+    Only the alignment of the pointers is checked in every call (:func:`aligned`).
 
     Attributes:
-        shape: Of x or y, (B, C, *S).
-        dtypes: Of x, of y, or of both, and last of a, if the pass takes it; None for one that is
-            not given.
-        strides: Between samples, of the tensors whose samples may lie apart.
-        grad_dtypes: Of the gradients that the pass takes; None for one that is not given.
-        parameter_dtypes: Of global_scale and global_offset.
-        spec, unpermutes_input, rows_per_sample: The coupling's.
+        shape: The shape of x or y, (B, C, *S).
+        dtypes: The dtypes of x, of y, or of both. The last one is that of a, if the pass takes a.
+            None stands for a tensor that is not passed.
+        strides: The strides between samples, of the tensors that may have gaps there.
+        grad_dtypes: The dtypes of the gradients that the pass takes. None stands for a gradient
+            that is not passed.
+        parameter_dtypes: The dtypes of global_scale and global_offset.
+        spec, unpermutes_input, rows_per_sample: See
+            :class:`~fastflow_kernels.coupling.Coupling`.
         has_index: Whether there is a permutation.
         want_params: Whether the gradients of global_scale and global_offset are wanted.
-        device: The number of the GPU.
+        device: The index of the GPU.
     """
 
     shape: tuple[int, ...]
@@ -73,7 +74,7 @@ class Operands(NamedTuple):
 
     @property
     def passive_channels(self) -> int:
-        """As many as there are channel pairs, the last one half where they are odd."""
+        """Number of passive channels, and of channel pairs. An odd C leaves half a pair."""
         return self.channels - self.channels // 2
 
     @property
@@ -82,32 +83,39 @@ class Operands(NamedTuple):
 
     @property
     def a_dtype(self) -> torch.dtype:
-        assert self.dtypes[-1] is not None  # every pass with coefficients is given them
+        assert self.dtypes[-1] is not None  # a pass that asks for it takes a
         return self.dtypes[-1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the result: what the operands' are promoted to."""
+        """The dtype of the result: the promoted dtype of the operands."""
         dtypes = [dtype for dtype in self.dtypes if dtype is not None]
         return functools.reduce(torch.promote_types, dtypes, self.parameter_dtypes[0])
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        """In which is computed."""
+        """The dtype of the computation."""
         return accumulator(self.dtype)
 
     @property
     def activation(self) -> str | None:
-        """None for GIN, whose scale is 1."""
+        """The activation of the global scale; None for GIN, whose scale is 1."""
         return None if self.spec.gin else self.spec.activation
 
     @property
     def is_rows(self) -> bool:
         """Whether a kernel's columns are samples."""
-        return is_cut_by_rows(self.channels, self.pixels, self.acc_dtype.itemsize)
+        return columns_are_samples(self.channels, self.pixels, self.acc_dtype.itemsize)
 
     def plan(self, channels: int, itemsize: int, rows: RowTiles, columns: int) -> Plan:
-        """See :func:`~fastflow_kernels.engines.triton.plan.make_plan`."""
+        """Plan a launch: see :func:`~fastflow_kernels.engines.triton.plan.make_plan`.
+
+        Args:
+            channels: Channels, or channel pairs, that the kernel walks.
+            itemsize: Bytes of the widest element.
+            rows: How rows are tiled, if a column is a sample.
+            columns: Columns that one program should see.
+        """
         kind = rows if self.is_rows else None
         return make_plan(channels, self.batch, self.pixels, itemsize, kind, columns)
 
@@ -120,13 +128,14 @@ def key_of(
     grad_dtypes: tuple[torch.dtype | None, ...] = (),
     want_params: bool = False,
 ) -> tuple[Any, ...]:
-    """The attributes of a call's :class:`Operands`, by which it finds what was prepared for them.
+    """Return the attributes of a call's :class:`Operands`, the key of the cache of launches.
 
-    A plain tuple, because every call makes one: the class takes 0.3 us more (AMD EPYC).
+    It is a plain tuple, because every call makes one. The class takes 0.3 us more (AMD EPYC).
 
     Args:
         x: The pass's x or y, (B, C, *S).
-        coupling, dtypes, strides, grad_dtypes, want_params: See the class.
+        coupling: The coupling to compute.
+        dtypes, strides, grad_dtypes, want_params: See :class:`Operands`.
     """
     return (
         x.shape,
@@ -144,21 +153,22 @@ def key_of(
 
 
 def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str, Any]:
-    """The sizes and constants of the kernels that walk tiles, by the names of their parameters.
+    """Return the sizes and constants of a kernel that walks tiles, by parameter name.
 
-    Lengths and strides come divided by ``ALIGN``: see
+    Lengths and strides are divided by ``ALIGN``: see
     :func:`~fastflow_kernels.engines.triton.plan.alignment`.
 
     Args:
-        operands, plan: What the launch is for, and how it is cut.
-        strides: By parameter; None for one that the kernel does not use.
+        operands: What the launch is prepared for.
+        plan: How its work is divided into tiles.
+        strides: The strides by parameter name; None for one that the kernel does not use.
     """
     pixels = operands.pixels
     align = alignment(0 if plan.is_rows else pixels, *(stride or 0 for stride in strides.values()))
     return {
         "B": operands.batch,
         "P": pixels if plan.is_rows else pixels // align,
-        **{n: None if stride is None else stride // align for n, stride in strides.items()},
+        **{name: None if stride is None else stride // align for name, stride in strides.items()},
         "C": operands.channels,
         "CLAMP": operands.spec.clamp,
         "TANH_SCALE": operands.spec.tanh_scale,
@@ -176,16 +186,17 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
 class Launch:
     """A kernel with everything that stays the same between calls of one kind.
 
-    The first call goes through Triton's dispatcher, which compiles the kernel or finds its binary;
-    later ones hand the pointers straight to that binary. Whoever keeps a launch must key it by what
-    the dispatcher looks at: device, dtypes, which pointers are None, and all ``values``. Alignment
-    is asked for per call.
+    The first call goes through Triton's dispatcher, which compiles the kernel or finds its binary.
+    Later calls hand the pointers straight to that binary.
+
+    A cache of launches must use as its key what the dispatcher looks at: device, dtypes, which
+    pointers are None, and all ``values``. Alignment is passed in each call.
 
     Args:
-        kernel: The kernel; its first parameters are the pointers, named ``..._ptr``.
-        programs: Length of the grid.
+        kernel: The kernel. Its first parameters are the pointers, named ``..._ptr``.
+        programs: Number of programs, the length of the grid.
         warps: Warps of a program.
-        values: What its other parameters are, by name; more than these are left out.
+        values: The other parameters by name. Names that the kernel does not have are ignored.
     """
 
     def __init__(self, kernel: Any, programs: int, warps: int, values: dict[str, Any]) -> None:
@@ -200,23 +211,24 @@ class Launch:
         """Launch on the current device's current stream.
 
         Args:
-            is_aligned: Whether :func:`aligned` holds for the pointers that come from outside.
-            pointers: The kernel's pointers.
+            is_aligned: Whether :func:`aligned` holds for the pointers that the caller passed in.
+            pointers: The kernel's pointers, in the order of its parameters.
         """
         if self._run is not None and is_aligned:
             self._run(*pointers, *self._tail)
             return
         compiled = self.kernel[self.grid](*pointers, **self.values, **self.options)
-        if is_aligned and isinstance(compiled, CompiledKernel):  # not in the interpreter
+        if is_aligned and isinstance(compiled, CompiledKernel):  # False in the interpreter
             self._run = compiled[self.grid]
 
 
 class Sums(NamedTuple):
-    """A launch that leaves sums in a new tensor, its last pointer.
+    """A launch that writes sums to a new tensor, its last pointer.
 
     Attributes:
         launch: The launch.
-        shape, dtype: Of the tensor.
+        shape: The shape of the tensor.
+        dtype: The dtype of the tensor.
     """
 
     launch: Launch
@@ -224,6 +236,7 @@ class Sums(NamedTuple):
     dtype: torch.dtype
 
     def __call__(self, is_aligned: bool, first: Tensor, *pointers: Tensor | None) -> Tensor:
+        """Launch with the pointers but the last, and return the sums."""
         sums = torch.empty(self.shape, dtype=self.dtype, device=first.device)
         self.launch(is_aligned, first, *pointers, sums)
         return sums
@@ -233,12 +246,12 @@ class Prepared(NamedTuple):
     """What a launcher needs for operands of one kind.
 
     Attributes:
-        dtype: Of the result.
-        acc_dtype: Of sums.
+        dtype: The dtype of the result.
+        acc_dtype: The dtype of sums.
         launch: The pass over the tensors.
-        gin_sums: GIN's sums per sample, ahead of the pass; None without.
-        partials: Shape of the sums that each program of the pass leaves; None without.
-        finish: What adds them up; None where nothing is left to add.
+        gin_sums: GIN's sums per sample, which run ahead of the pass, or None.
+        partials: The shape of the partial sums that the pass leaves, or None.
+        finish: The launch that adds the partial sums. None if nothing is left to add.
     """
 
     dtype: torch.dtype
@@ -250,7 +263,10 @@ class Prepared(NamedTuple):
 
 
 def on_its_device(launcher: Launcher) -> Launcher:
-    """Run a launcher on the device of its first argument: Triton launches on the current one."""
+    """Make a launcher run on the device of its first argument.
+
+    Triton launches on the current device.
+    """
 
     @functools.wraps(launcher)
     def launch(*args: Any, **kwargs: Any) -> Any:
@@ -264,8 +280,9 @@ def on_its_device(launcher: Launcher) -> Launcher:
 
 
 def aligned(*tensors: Tensor | None) -> bool:
-    """Whether all tensors start at a multiple of 16 bytes, which the compiled binary of a
-    :class:`Launch` counts on.
+    """Return whether all tensors start at a multiple of 16 bytes.
+
+    The binary that a :class:`Launch` calls directly was compiled for such pointers.
     """
     merged = 0
     for t in tensors:
@@ -275,8 +292,9 @@ def aligned(*tensors: Tensor | None) -> bool:
 
 
 def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new contiguous tensor of this shape; ``empty_like``, where it will do, is three times
-    cheaper to call than ``empty``.
+    """Return a new contiguous tensor of the shape and device of ``like``.
+
+    It uses ``empty_like`` where it can, which is three times cheaper to call than ``empty``.
     """
     if like.dtype is dtype and like.is_contiguous():
         return torch.empty_like(like)
@@ -284,7 +302,7 @@ def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def empty_partials(prepared: Prepared, device: torch.device) -> Tensor | None:
-    """Where the pass leaves its programs' sums; None without."""
+    """Return a new tensor for the partial sums of a pass, or None if it leaves none."""
     if prepared.partials is None:
         return None
     return torch.empty(prepared.partials, dtype=prepared.acc_dtype, device=device)

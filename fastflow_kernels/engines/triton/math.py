@@ -1,5 +1,6 @@
-"""Elementary functions for kernels, in float32 and float64. Plain Triton, so that the interpreter
-runs them too.
+"""Elementary functions for kernels, in float32 and float64.
+
+They are written in Triton alone, so that its interpreter runs them too.
 """
 
 import triton
@@ -9,39 +10,39 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LN5 = tl.constexpr(1.6094379124341003)
 LN10 = tl.constexpr(2.302585092994046)
-# few digits: its product with an integer below 2**11 is exact in float32
+# It has few digits, so that its product with an integer below 2**11 is exact in float32.
 LN2_HIGH = tl.constexpr(0.693359375)
-LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 less that
-# 1.5 * 2**23: float32 numbers near it are integers, in the low bits of their representation
+LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 - LN2_HIGH
+# 1.5 * 2**23. Float32 numbers near it are integers, in the low bits of their representation.
 INTEGERS = tl.constexpr(12582912.0)
 INTEGERS_BITS = tl.constexpr(0x4B400000)
 
 
 @triton.jit
 def product(a, b):
-    """a * b of two tiles, rounded before it is added to anything: for the terms of a sum.
+    """Return a * b of two tiles, rounded before it is added to a sum.
 
-    The compiler may fuse a bare product into the first addition. Threads that hold copies of a sum
-    add in different orders, so that their copies would differ by a rounding, and which of them is
-    stored would decide the result.
+    The compiler may fuse a plain product into the first addition. Threads that hold copies of a sum
+    add in different orders, so their copies would differ by a rounding. The result would depend on
+    which copy is stored.
     """
     return tl.fma(a, b, tl.zeros_like(a))
 
 
 @triton.jit
 def exp(x):
-    """exp(x) with a relative error below 4 * 2**-23 where the result is normal; subnormal results
-    are rounded like any product.
+    """Return exp(x), with a relative error below 4 * 2**-23 if the result is normal.
 
-    float32: exp2(r / ln 2) * 2**k with |r| < 0.35. The hardware's exp2 would make a subnormal
-    result 0, so that 2**k is multiplied in two halves, each a normal number.
+    Subnormal results are rounded like any product. In float32 it is exp2(r / ln 2) * 2**k with
+    |r| < 0.35. The hardware's exp2 would turn a subnormal result into 0. Therefore 2**k is
+    multiplied in two halves, which are normal numbers.
     """
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
         shifted = tl.minimum(tl.maximum(x, -120.0), 120.0) * LOG2E + INTEGERS
         n = shifted - INTEGERS
-        r = (x - n * LN2_HIGH) - n * LN2_LOW  # inf and nan stay what they are
+        r = (x - n * LN2_HIGH) - n * LN2_LOW  # inf and NaN stay what they are
         k = shifted.to(tl.int32, bitcast=True) - INTEGERS_BITS
         half = k >> 1
         return tl.exp2(r * LOG2E) * power_of_two(half) * power_of_two(k - half)
@@ -49,14 +50,15 @@ def exp(x):
 
 @triton.jit
 def power_of_two(k):
-    """2**k in float32 for an int32 -127 < k < 128."""
+    """Return 2**k in float32, for an int32 -127 < k < 128."""
     return ((k + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exp_of_bounded(x):
-    """exp(x) in fewer instructions; in float32 the relative error grows as |x| * 2**-24, no faster
-    than that of a rounded x.
+    """Return exp(x) in fewer instructions.
+
+    In float32 the relative error grows as |x| * 2**-24, no faster than that of a rounded x.
     """
     if x.dtype == tl.float64:
         return tl.exp(x)
@@ -66,10 +68,10 @@ def exp_of_bounded(x):
 
 @triton.jit
 def log1p_of_unit(x):
-    """log(1 + x) for x in [0, 1], accurate for small x.
+    """Return log(1 + x) for x in [0, 1], accurate for small x.
 
-    float64: the rounding of 1 + x cancels in log(w) / (w - 1). float32: 2 * atanh(x / (2 + x)), by
-    a polynomial to 5e-9 of the result.
+    - float64: with w = 1 + x, the rounding of w cancels in log(w) / (w - 1).
+    - float32: it is 2 * atanh(x / (2 + x)), a polynomial with a relative error of 5e-9.
     """
     if x.dtype == tl.float64:
         w = 1.0 + x
@@ -84,11 +86,11 @@ def log1p_of_unit(x):
 
 @triton.jit
 def log_of_double(w):
-    """log(w), float32 with a relative error of a few 2**-24 also near w = 1, of a float64 that is
-    positive and normal, inf or nan.
+    """Return log(w) in float32, of a float64 that is positive and normal, inf or NaN.
 
-    w = c * 2**n with c in [sqrt(1/2), sqrt(2)); log(c) = 2 * atanh((c - 1) / (c + 1)), by a
-    polynomial to 1e-9 of the result.
+    The relative error is a few 2**-24, also near w = 1. It splits w = c * 2**n with c in
+    [sqrt(1/2), sqrt(2)). log(c) = 2 * atanh((c - 1) / (c + 1)) is a polynomial with a relative
+    error of 1e-9.
     """
     bits = w.to(tl.int64, bitcast=True)
     n = ((bits >> 32).to(tl.int32) - 0x3FE6A09E) >> 20
@@ -104,10 +106,10 @@ def log_of_double(w):
 
 @triton.jit
 def exp_to_double(x):
-    """exp(x) in float64 to 3e-10, for a float64 |x| < 700."""
+    """Return exp(x) in float64 with a relative error of 3e-10, for a float64 |x| < 700."""
     n = tl.floor(x.to(tl.float32) * LOG2E + 0.5)
     r = x - n.to(tl.float64) * LN2
-    # Taylor's series: 1/8!, 1/7!, ...; |r| < 0.35
+    # The Taylor series with 1/8!, 1/7!, ... for |r| < 0.35.
     p = r * 2.480158730158730e-5 + 1.984126984126984e-4
     p = p * r + 1.388888888888889e-3
     p = p * r + 8.333333333333333e-3
@@ -120,11 +122,11 @@ def exp_to_double(x):
 
 @triton.jit
 def tanh(x):
-    """tanh(x) to a few ulp at every magnitude; tanh(inf) = 1, tanh(nan) = nan.
+    """Return tanh(x) to a few ulp at every magnitude. tanh(inf) is 1 and tanh(NaN) is NaN.
 
-    Near 0 Cephes' polynomial (float32) and rational form (float64); 1 - 2 / (exp(2 |x|) + 1) with
-    the sign of x from 0.625 on. Of a negative x the quotient would lie in [1, 2), and its rounding
-    would be twice as large.
+    - Below |x| = 0.625 it is Cephes' polynomial (float32) or rational function (float64).
+    - From there on it is 1 - 2 / (exp(2 * |x|) + 1) with the sign of x. With a negative x instead
+      of |x| the quotient would lie in [1, 2), and its rounding error would be twice as large.
     """
     z = x * x
     if x.dtype == tl.float64:
@@ -143,14 +145,15 @@ def tanh(x):
         p = p * z - 3.33332819422e-1
         e = tl.exp2(tl.abs(x) * (2.0 * LOG2E))
     near_zero = x + x * z * p
-    elsewhere = 1.0 - 2.0 / (e + 1.0)  # exp overflows to inf: 1
+    elsewhere = 1.0 - 2.0 / (e + 1.0)  # 1 if exp overflows to inf
     return tl.where(tl.abs(x) < 0.625, near_zero, with_sign_of(x, elsewhere))
 
 
 @triton.jit
 def tanh_of_factor(x, CLAMP: tl.constexpr):
-    """tanh(x) for s = CLAMP * tanh(x), whose error is CLAMP times as large: a large clamp, which is
-    rare, takes it in float64.
+    """Return tanh(x) for s = CLAMP * tanh(x).
+
+    The error of s is CLAMP times as large. A large clamp, which is rare, computes tanh in float64.
     """
     if CLAMP >= -4.0 and CLAMP <= 4.0:
         return tanh(x)
@@ -160,8 +163,9 @@ def tanh_of_factor(x, CLAMP: tl.constexpr):
 
 @triton.jit
 def exp_of_factor(s, CLAMP: tl.constexpr):
-    """exp(s) for s from :func:`tanh_of_factor`: in fewer instructions while their error, |s| *
-    2**-24, is no larger than that of s.
+    """Return exp(s) for s = CLAMP * tanh_of_factor(...).
+
+    It uses fewer instructions while their error, |s| * 2**-24, is no larger than that of s.
     """
     if CLAMP >= -4.0 and CLAMP <= 4.0:
         return exp_of_bounded(s)
@@ -171,7 +175,7 @@ def exp_of_factor(s, CLAMP: tl.constexpr):
 
 @triton.jit
 def with_sign_of(x, y):
-    """y >= 0 with the sign of x."""
+    """Return y with the sign of x, for y >= 0."""
     if x.dtype == tl.float64:
         return tl.where(x < 0.0, -y, y)
     else:
@@ -181,14 +185,14 @@ def with_sign_of(x, y):
 
 @triton.jit
 def scale_of(g, ACTIVATION: tl.constexpr):
-    """scale = activation(g), as in coupling.CouplingSpec."""
+    """Return scale = activation(g), as defined in coupling.CouplingSpec."""
     if ACTIVATION == "SIGMOID":
         z = g - 2.0
-        e = exp(-tl.abs(z))  # exp(-z) would overflow where the sigmoid is still a number
+        e = exp(-tl.abs(z))  # exp(-z) would overflow although the sigmoid does not
         return 10.0 * tl.where(z < 0.0, e, 1.0) / (1.0 + e)
     elif ACTIVATION == "SOFTPLUS":
         h = 0.5 * g
-        # like torch's softplus: the identity above 20, which in float64 differs from log(1 + e**h)
+        # torch's softplus is the identity above 20. In float64 that differs from log(1 + e**h).
         return tl.where(
             h > 20.0, 0.1 * g, 0.2 * (tl.maximum(h, 0.0) + log1p_of_unit(exp(-tl.abs(h))))
         )
@@ -199,11 +203,11 @@ def scale_of(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def log_scale_of(g, ACTIVATION: tl.constexpr):
-    """log(activation(g)), as accurate near scale 1 as elsewhere, where the log of a rounded scale
-    would be off by the same rounding in every channel, and by P times as much in the sum.
+    """Return log(activation(g)), as accurate near scale 1 as elsewhere.
 
-    float32 takes float64 for what cancels and nothing else: in float64 altogether it would be most
-    of what a small launch computes.
+    The log of a rounded scale would be off by the same rounding in every channel, and by P times as
+    much in the sum. For a float32 g only the steps that cancel are in float64. If all were, they
+    would be most of what a small launch computes.
     """
     if ACTIVATION == "EXP":
         return g
@@ -224,9 +228,9 @@ def log_scale_of(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def scale_slope(g, scale, ACTIVATION: tl.constexpr):
-    """d scale / d g, given scale = activation(g)."""
+    """Return d scale / d g, given scale = activation(g)."""
     if ACTIVATION == "SIGMOID":
-        # a fused product is not rounded: 1 - 0.1 * 10 would be negative
+        # A fused product is not rounded, so that 1 - 0.1 * 10 would be negative.
         return scale * tl.maximum(1.0 - 0.1 * scale, 0.0)
     elif ACTIVATION == "SOFTPLUS":
         return 0.1 / tl.where(g > 40.0, 1.0, 1.0 + exp(-0.5 * g))

@@ -1,27 +1,33 @@
-"""Which inputs the kernels take, and how their work is cut into tiles. Imports no Triton.
+"""Which inputs the kernels take, and how their work is divided into tiles. It imports no Triton.
 
-A kernel works on tiles of channels by columns. A column is one pixel of one sample ("planes": the
-input has pixels) or a whole sample ("rows": it has a single one). Either way the address of a value
-is ``sample * stride + channel * P + pixel``.
+A kernel works on tiles of channels by columns. There are two kinds of columns:
 
-How many bits an access takes follows from the class of the shape (:func:`alignment`; compiled for
-sm_90, tests/test_kernels_compiled.py):
+- Planes: a column is one pixel of one sample.
+- Rows: a column is a whole sample, which has a single pixel.
+
+In both cases the address of a value is ``sample * stride + channel * P + pixel``.
+
+The width of an access in bits depends on the class of the shape (see :func:`alignment`). The table
+holds for sm_90 and is tested by tests/test_kernels_compiled.py:
 
 ======================================== ============================ ============ ============
 class                                    tensors                      float32      bfloat16
 ======================================== ============================ ============ ============
 planes: 8 divides P and the strides      all, permuted channels too   128          128
-planes: 4 does                           all                          128          64
-planes: 2 does                           all                          64           32
-planes: 1 does                           all                          32           16
-rows: the same of C and the strides      in the order of channels     up to 128    up to 128
+planes: 4 divides P and the strides      all                          128          64
+planes: 2 divides P and the strides      all                          64           32
+planes: 1 divides P and the strides      all                          32           16
+rows: the same with C instead of P       in the order of channels     up to 128    up to 128
 rows                                     permuted: x and a forward,   32           16
                                          dy backward, y in reverse
 ======================================== ============================ ============ ============
 
-A channels-last input is rows, one for each pixel. A pointer that is not aligned to 16 bytes gets a
-binary of its own, with single values. Narrower accesses move the same bytes. The values of a sample
-lie together (:func:`~fastflow_kernels.layouts.is_packed`); samples may lie apart.
+- Narrower accesses move the same number of bytes.
+- A channels-last input is rows, one for each pixel.
+- For pointers that are not aligned to 16 bytes there is another binary, which accesses single
+  values.
+- Each sample is contiguous (:func:`~fastflow_kernels.layouts.is_packed`). There may be gaps
+  between samples.
 """
 
 import math
@@ -32,49 +38,56 @@ from typing import NamedTuple
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_SAMPLE = 2**31 - 1  # elements of a sample, and samples with pixels: both are counted in 32 bits
-# The constants' measurements: bench/TUNING.md.
-# planes, of one tensor: 8 float32 or 16 bfloat16 values for each of 128 threads, two 128-bit
-# accesses
+# The most elements of a sample, and the most samples with pixels. Both are counted in 32 bits.
+MAX_SAMPLE = 2**31 - 1
+
+# bench/TUNING.md has the measurements behind the constants below.
+
+# Planes: bytes of one tensor in a tile. Each of 128 threads holds 8 float32 or 16 bfloat16 values,
+# two 128-bit accesses.
 TILE_BYTES = 4096
-# in the accumulator: a row is one tile and must fit in the registers of 16 warps
+# Rows: bytes of a row in the accumulator's dtype. A row is one tile and must fit in the registers
+# of 16 warps.
 MAX_ROW_BYTES = 8192
-BUSY = 256  # programs that keep a GPU busy with planes: two for each multiprocessor of an H100
-GIN_PARTS = 64  # most programs that share the sums of one sample
-# A program's channel constants (index, scale, offset: up to 16 bytes a channel) and partial sums
-# are small against 3 and 5 values a column from these many columns on.
+# Planes: programs that keep a GPU busy, two for each multiprocessor of an H100.
+BUSY = 256
+# The most programs that share the sums of one sample.
+GIN_PARTS = 64
+# From this number of columns on, a program's constants per channel (index, scale, offset: up to 16
+# bytes) and partial sums are small against its values: 3 a column, with sums 5.
 COLUMNS = 32
 COLUMNS_WITH_SUMS = 64
-# The sums of the parameters' gradients wait for memory, not for arithmetic. So a program takes few
-# channels, for many programs, yet a 32-byte sector of float32; and so many groups at a time that
-# all of them (make_plan makes 512 at most, where it can) arrive in two turns.
+# The sums of the parameters' gradients wait for memory, not for arithmetic. Few channels per
+# program make many programs; 8 float32 values fill a 32-byte sector.
 SUMS_BLOCK_CHANNELS = 8
+# All groups arrive in two turns, because make_plan makes at most 512 where it can.
 SUMS_BLOCK_GROUPS = 256
 SUMS_WARPS = 8
 
 
 class RowTiles(NamedTuple):
-    """How rows are cut in one kind of pass.
+    """How rows are tiled in one kind of pass.
+
+    Constants per channel stay in registers. In the backward pass sums per channel do so too.
 
     Attributes:
-        thread_values: Values of a tile that a thread holds, of one tensor, where the accumulator is
-            float32; more where 16 warps do not suffice. 1 where it is float64.
-        busy: Programs that keep a GPU busy; with more work than that they loop.
+        thread_values: Values of one tensor's tile that a thread holds, for a float32 accumulator.
+            A thread holds more if 16 warps do not suffice, and 1 for a float64 accumulator.
+        busy: Programs that keep a GPU busy. With more work than that, programs loop.
     """
 
     thread_values: int
     busy: int
 
 
-# Measured on an H200, `python -m bench.gpu.tune --only rows,forward-rows` (bench/TUNING.md).
-# Channel constants live in registers, and in the backward pass sums do too. There a quarter of the
-# values in twice the programs takes 0.58 to 0.93 of the time; forward 0.94 to 1.52 of it.
+# A quarter of the values in twice the programs: 0.58 to 0.93 times the time backward, 0.94 to 1.52
+# forward (H200, `python -m bench.gpu.tune --only rows,forward-rows`, bench/TUNING.md).
 FORWARD_ROWS = RowTiles(thread_values=4, busy=256)
 BACKWARD_ROWS = RowTiles(thread_values=1, busy=512)
 
 
 class Plan(NamedTuple):
-    """How one launch is cut.
+    """How the work of one launch is divided.
 
     Attributes:
         is_rows: Whether a column is a sample rather than a pixel.
@@ -82,7 +95,7 @@ class Plan(NamedTuple):
         block_columns: Columns in a tile, a power of two.
         channel_tiles: Tiles along the channels.
         column_tiles: Tiles along the columns of all samples.
-        tiles_per_program: Column tiles that one program walks.
+        tiles_per_program: Tiles along the columns that one program walks.
         groups: Programs along the columns, ceil(column_tiles / tiles_per_program).
         warps: Warps of a program.
     """
@@ -102,18 +115,18 @@ class Plan(NamedTuple):
 
 
 def why_unsupported(shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why the kernels do not take a tensor, in words; None if they do.
+    """Return why the kernels do not take a tensor, in words, or None if they take it.
 
-    The layout is no reason: whoever calls makes a tensor contiguous unless its samples are packed.
+    The layout does not matter, because the caller makes a tensor contiguous unless its samples are.
 
     Args:
-        shape: (B, C, *S), of the block's input or output.
+        shape: The shape of the block's input or output, (B, C, *S).
         dtype: Its dtype.
     """
     if dtype not in DTYPES:
-        return f"dtype {dtype} has no kernel"
+        return f"dtype {dtype} has no kernel; it must be float32, bfloat16, float16 or float64"
     if len(shape) < 2:
-        return f"{len(shape)} dimensions; at least (batch, channels) are needed"
+        return f"{len(shape)} dimensions; the kernels need at least two, (batch, channels)"
     if math.prod(shape) <= MAX_SAMPLE:
         return None
     sample = math.prod(shape[1:])
@@ -125,15 +138,15 @@ def why_unsupported(shape: Sequence[int], dtype: torch.dtype) -> str | None:
 
 
 def alignment(*sizes: int) -> int:
-    """The largest power of two up to 16 that divides all sizes.
+    """Return the largest power of two up to 16 that divides all sizes.
 
-    The compiler proves an access aligned only from what it knows about its arguments. It is told of
-    an integer that 16 divides, of nothing less; so lengths travel as quotients, and this factor is
-    a constant of the kernel.
+    The compiler proves that an access is aligned only from what it knows about the arguments. Of an
+    integer it only learns whether 16 divides it. So lengths are passed divided by this factor,
+    which is a constant of the kernel.
     """
     merged = 16
-    for n in sizes:
-        merged |= n
+    for size in sizes:
+        merged |= size
     return merged & -merged
 
 
@@ -141,69 +154,83 @@ def alignment(*sizes: int) -> int:
 def make_plan(
     channels: int, batch: int, pixels: int, itemsize: int, rows: RowTiles | None, columns: int = 1
 ) -> Plan:
-    """Cut channels by columns into tiles.
+    """Divide channels by columns into tiles.
 
     Args:
         channels: Channels, or channel pairs, that the kernel walks.
-        batch: Samples.
+        batch: Number of samples.
         pixels: Pixels of a sample.
         itemsize: Bytes of the widest element.
-        rows: How rows are cut, where a column is a sample; then a tile holds all channels. None for
+        rows: How rows are tiled, if a column is a sample. A tile then holds all channels. None for
             planes.
-        columns: Columns that one program should see for its cost per channel to be small; it loops
-            over that many if there is work enough for the other multiprocessors.
+        columns: Columns that one program should see, so that its cost per channel is small. It
+            loops over that many if enough work remains for the other multiprocessors.
     """
     if rows:
-        values = 1 if itemsize == 8 else rows.thread_values
-        tile = 8 * 32 * values
+        thread_values = 1 if itemsize == 8 else rows.thread_values
+        tile_size = 8 * 32 * thread_values
         block_channels = _power_of_two(channels)
-        block_columns = max(1, min(tile // block_channels, _power_of_two(batch)))
+        block_columns = max(1, min(tile_size // block_channels, _power_of_two(batch)))
         column_tiles = -(-batch // block_columns)
     else:
-        values = TILE_BYTES // itemsize // 128
-        tile = 128 * values
-        block_columns = _pixel_block(pixels, tile)
-        block_channels = min(_power_of_two(channels), tile // block_columns)
+        thread_values = TILE_BYTES // itemsize // 128
+        tile_size = 128 * thread_values
+        block_columns = _choose_pixel_block(pixels, tile_size)
+        block_channels = min(_power_of_two(channels), tile_size // block_columns)
         column_tiles = batch * -(-pixels // block_columns)
     channel_tiles = -(-channels // block_channels)
     busy = rows.busy if rows else BUSY
-    walked = 1
+    tiles_per_program = 1
     if columns > 1:
-        # the finishing sum walks the groups one after the other: fewer than 1024 where that can be
-        # had
+        # The final sum walks the groups one after the other, so there should be at most 512.
         while (
-            walked < 64
-            and (walked * block_columns < columns or column_tiles > 512 * walked)
-            and column_tiles * channel_tiles >= 2 * busy * walked
+            tiles_per_program < 64
+            and (
+                tiles_per_program * block_columns < columns
+                or column_tiles > 512 * tiles_per_program
+            )
+            and column_tiles * channel_tiles >= 2 * busy * tiles_per_program
         ):
-            walked *= 2
+            tiles_per_program *= 2
     return Plan(
         is_rows=rows is not None,
         block_channels=block_channels,
         block_columns=block_columns,
         channel_tiles=channel_tiles,
         column_tiles=column_tiles,
-        tiles_per_program=walked,
-        groups=-(-column_tiles // walked),
-        warps=max(1, min(16, block_channels * block_columns // (32 * values))),
+        tiles_per_program=tiles_per_program,
+        groups=-(-column_tiles // tiles_per_program),
+        warps=max(1, min(16, block_channels * block_columns // (32 * thread_values))),
     )
 
 
-def is_cut_by_rows(channels: int, pixels: int, itemsize: int) -> bool:
-    """Whether whole samples are the columns, given the bytes of the accumulator."""
+def columns_are_samples(channels: int, pixels: int, itemsize: int) -> bool:
+    """Return whether whole samples are the columns ("rows").
+
+    Args:
+        channels: Channels of the tensor.
+        pixels: Pixels of a sample.
+        itemsize: Bytes of an element of the accumulator's dtype.
+    """
     return pixels == 1 and channels * itemsize <= MAX_ROW_BYTES
 
 
 def gin_parts(plan: Plan, batch: int) -> int:
-    """Programs (a power of two) that share one sample's sums, given the plan of its tiles."""
+    """Return how many programs share the sums of one sample, a power of two.
+
+    Args:
+        plan: How the samples are divided into tiles.
+        batch: Number of samples.
+    """
     return min(GIN_PARTS, _power_of_two(plan.channel_tiles * plan.column_tiles // batch))
 
 
-def _pixel_block(pixels: int, tile: int) -> int:
-    """The widest block of pixels among those that pad the row least; 64 pixels or more, where there
-    are so many.
+def _choose_pixel_block(pixels: int, tile_size: int) -> int:
+    """Return the widest block of pixels among those that need the least padding.
+
+    A block has at least 64 pixels, if the sample has that many.
     """
-    best = min(_power_of_two(pixels), tile)
+    best = min(_power_of_two(pixels), tile_size)
     block = best
     while block > 64:
         block //= 2
@@ -213,5 +240,5 @@ def _pixel_block(pixels: int, tile: int) -> int:
 
 
 def _power_of_two(n: int) -> int:
-    """The least power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()

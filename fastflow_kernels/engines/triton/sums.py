@@ -1,8 +1,12 @@
-"""Sums: of a sample, ahead of GIN's main pass, and of the partial results that main passes leave.
+"""The kernels that sum: per sample ahead of GIN's main pass, and the partial sums of main passes.
 
-No atomics: every program writes its own partial result and one program adds them in order, so
-results repeat bit for bit. Loops whose length is known at run time are ``while`` loops: ``range``
-over a run-time value fails in the interpreter of Triton 3.6 with numpy 2.4.
+No kernel uses atomics. Every program writes its own partial result, and one program adds them in
+order, so that results repeat bit for bit.
+
+Loops whose length is only known at run time are ``while`` loops. ``range`` over a run-time value
+fails in the interpreter of Triton 3.6 with numpy 2.4.
+
+Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
 import torch
@@ -37,17 +41,24 @@ def _gin_sums_kernel(
     PARTS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Per sample: sum of t = clamp * tanh(tanh_scale * a_s), and with dy the sum of dv2 * x2 *
-    exp(t), where dv = dy[:, inv], and x2 is of x[:, inv] with UNPERMUTES_INPUT.
+    """Compute per sample the sum of s before its mean is subtracted, and with dy the sum of h.
 
-    Program (b, k) adds every PARTS-th tile of a sample, from tile k on. P and the strides come
-    divided by ALIGN.
+    With dv = dy[:, inv]::
 
-    a_ptr: (B, 2*C2, P), stride_ab between samples.
-    dy_ptr: (B, C, P) contiguous, or None: then the second sum is left out.
-    x_ptr: (B, C, P), stride_xb between samples, or None with dy.
-    inv_ptr: int64 (C,), or None for the identity.
-    sums_ptr: (1 or 2, B, PARTS), out.
+        s = clamp * tanh(tanh_scale * a_s)
+        h = dv2 * x2 * exp(s)
+
+    With UNPERMUTES_INPUT x2 is that of x[:, inv].
+
+    Program (b, k) adds every PARTS-th tile of sample b, starting with tile k. P and the strides
+    arrive divided by ALIGN.
+
+    Args:
+        a_ptr: Input (B, 2*C2, P), stride_ab between samples.
+        dy_ptr: Input (B, C, P), contiguous, or None to leave out the sum of h.
+        x_ptr: Input (B, C, P), stride_xb between samples; None if dy is None.
+        inv_ptr: Input (C,), int64, or None for the identity.
+        sums_ptr: Output (1 or 2, B, PARTS), the sums of s and then those of h.
     """
     P = P * ALIGN
     C2: tl.constexpr = C // 2
@@ -60,7 +71,7 @@ def _gin_sums_kernel(
         x_ptr += b * stride_xb * ALIGN
     pixel_tiles = tl.cdiv(P, BLOCK_COLUMNS)
     tiles = pixel_tiles * tl.cdiv(C2, BLOCK_CHANNELS)
-    sum_t = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
+    sum_s = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
     sum_h = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
     tile = k
     while tile < tiles:
@@ -68,18 +79,18 @@ def _gin_sums_kernel(
         p = (tile % pixel_tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
         offs = c[:, None] * P + p
         mask = (c < C2)[:, None] & (p < P)
-        t = CLAMP * tanh_of_factor(TANH_SCALE * load(a_ptr + offs, mask, ACC_DTYPE), CLAMP)
-        sum_t += t
+        s = CLAMP * tanh_of_factor(TANH_SCALE * load(a_ptr + offs, mask, ACC_DTYPE), CLAMP)
+        sum_s += s
         if dy_ptr is not None:
             offs_y = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
             offs_x = offs_y if UNPERMUTES_INPUT else C1 * P + offs
             sum_h += (
                 load(dy_ptr + offs_y, mask, ACC_DTYPE)
                 * load(x_ptr + offs_x, mask, ACC_DTYPE)
-                * exp_of_factor(t, CLAMP)
+                * exp_of_factor(s, CLAMP)
             )
         tile += PARTS
-    tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_t))
+    tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_s))
     if dy_ptr is not None:
         tl.store(sums_ptr + ((b + B) * PARTS + k), tl.sum(sum_h))
 
@@ -87,14 +98,16 @@ def _gin_sums_kernel(
 def prepare_gin_sums(
     operands: Operands, stride_ab: int, stride_xb: int | None = None
 ) -> Sums | None:
-    """GIN's sums per sample ahead of the main pass, for pointers (a, dy, x, inv).
-
-    They are (1, B, parts), and (2, B, parts) with dy and x. None where no mean is taken off s: the
-    coupling is not GIN, or has one channel.
+    """Prepare GIN's sums per sample, which run ahead of the main pass.
 
     Args:
-        operands: Of the main pass.
-        stride_ab, stride_xb: Between samples of a and x; None without dy and x.
+        operands: The operands of the main pass.
+        stride_ab: The stride of a between samples.
+        stride_xb: The stride of x between samples; None without dy and x.
+
+    Returns:
+        The launch, with pointers (a, dy, x, inv). Its sums are (1, B, parts), with dy and x
+        (2, B, parts). None if s keeps its mean: the coupling is not GIN, or has one channel.
     """
     channels, batch = operands.channels, operands.batch
     if not operands.spec.gin or channels < 2:
@@ -114,32 +127,41 @@ def _logdet_kernel(
     C: tl.constexpr, SIGN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """logdet[b] = SIGN * (sum of part[b, :] + P * sum of log(activation(g))).
+    """Compute logdet[b] = SIGN * (sum(part[b, :]) + P * sum(log(activation(g)))).
 
-    part_ptr: (B, PART_COUNT) contiguous.
-    g_ptr: (C,).
-    logdet_ptr: (B,), out.
+    Program b computes sample b.
+
+    Args:
+        part_ptr: Input (B, PART_COUNT), contiguous: partial sums of s.
+        g_ptr: Input (C,), the global scale before its activation.
+        logdet_ptr: Output (B,).
     """
     b = tl.program_id(0).to(tl.int64)
     part_ptr += b * PART_COUNT
-    s = tl.zeros((BLOCK_PARTS,), ACC_DTYPE)
+    sum_s = tl.zeros((BLOCK_PARTS,), ACC_DTYPE)
     start = 0
     while start < PART_COUNT:
         offs = start + tl.arange(0, BLOCK_PARTS)
-        s += load(part_ptr + offs, offs < PART_COUNT, ACC_DTYPE)
+        sum_s += load(part_ptr + offs, offs < PART_COUNT, ACC_DTYPE)
         start += BLOCK_PARTS
     log_scale = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
     for first in range(0, C, BLOCK_CHANNELS):
         c = first + tl.arange(0, BLOCK_CHANNELS)
         g = load(g_ptr + c, c < C, ACC_DTYPE)
         log_scale += tl.where(c < C, log_scale_of(g, ACTIVATION), 0.0)
-    tl.store(logdet_ptr + b, SIGN * (tl.sum(s) + P * tl.sum(log_scale)))
+    tl.store(logdet_ptr + b, SIGN * (tl.sum(sum_s) + P * tl.sum(log_scale)))
 
 
 def prepare_log_det(operands: Operands, count: int, sign: float) -> Launch:
-    """Adds a main pass's partial sums (B, count) and the log of the scale to the log-determinant.
+    """Prepare the launch that adds partial sums to the log-determinant.
 
-    Its pointers are (partial sums, global_scale, log-determinant).
+    Args:
+        operands: The operands of the main pass.
+        count: Number of partial sums per sample that the main pass leaves.
+        sign: 1.0, or -1.0 for the inverse.
+
+    Returns:
+        The launch, with pointers (partial sums (B, count), global_scale, log-determinant).
     """
     values = {
         "PART_COUNT": count,
@@ -162,14 +184,15 @@ def log_det_of(
     sums: Tensor | None,
     partials: Tensor | None,
 ) -> Tensor:
-    """The log-determinant (B,), from the sums that a pass has left.
+    """Return the log-determinant (B,), in nats, from the sums that a pass has left.
 
     Args:
-        prepared, is_aligned: Of the pass.
-        x: (B, C, *S).
-        global_scale: C elements.
-        sums: GIN's per sample, or None.
-        partials: The pass's partial sums; None for GIN.
+        prepared: What the pass was prepared with.
+        is_aligned: Whether the pointers of the pass are aligned.
+        x: A tensor with the pass's batch and device, (B, C, *S).
+        global_scale: The global scale before its activation, C elements.
+        sums: GIN's sums per sample, or None.
+        partials: The partial sums of the pass; None for GIN.
     """
     batch, dtype = x.shape[0], prepared.acc_dtype
     if partials is not None:
@@ -180,7 +203,7 @@ def log_det_of(
         return log_det
     if sums is None:
         return torch.zeros(batch, dtype=dtype, device=x.device)
-    return sums[0].sum(1).mul_(0.0)  # nan where a sample's sum of s is
+    return sums[0].sum(1).mul_(0.0)  # zero, or NaN for samples whose sum of s is NaN
 
 
 @triton.jit
@@ -190,12 +213,21 @@ def _params_bwd_kernel(
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """doffset = sum of part[0]; dg = (sum of part[1] + P * sum(dlogdet) / scale) * activation'(g).
+    """Compute the gradients of global_scale and global_offset.
 
-    part_ptr: (2, GROUPS, C) contiguous; (1, GROUPS, C) for ACTIVATION = None (GIN).
-    dlogdet_ptr: (B,) with stride_l, or None.
-    g_ptr: (C,).
-    dg_ptr, doffset_ptr: (C,), out; dg is None for ACTIVATION = None.
+    With the sums over the groups::
+
+        doffset = sum(part[0])
+        dg      = (sum(part[1]) + P * sum(dlogdet) / scale) * activation'(g)
+
+    A program computes BLOCK_CHANNELS channels.
+
+    Args:
+        part_ptr: Input (2, GROUPS, C), contiguous; (1, GROUPS, C) for ACTIVATION = None (GIN).
+        dlogdet_ptr: Input (B,), stride_l between samples, or None.
+        g_ptr: Input (C,), the global scale before its activation.
+        dg_ptr: Output (C,), or None for ACTIVATION = None.
+        doffset_ptr: Output (C,).
     """
     BLOCK_SAMPLES: tl.constexpr = BLOCK_GROUPS * BLOCK_CHANNELS
     c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -215,24 +247,30 @@ def _params_bwd_kernel(
     if ACTIVATION is not None:
         g = load(g_ptr + c, is_channel, ACC_DTYPE)
         scale = scale_of(g, ACTIVATION)
-        total = tl.sum(dscale, axis=0)
+        sum_dscale = tl.sum(dscale, axis=0)
         if dlogdet_ptr is not None:
-            # its rounding would be the same in every channel
+            # Sum in float64, because a rounding error here is the same in every channel.
             dlogdet = tl.zeros((BLOCK_SAMPLES,), tl.float64)
             first = tl.full((), 0, tl.int64)  # for offsets beyond 2^31
             while first < B:
                 b = first + tl.arange(0, BLOCK_SAMPLES)
                 dlogdet += load(dlogdet_ptr + b * stride_l, b < B, tl.float64)
                 first += BLOCK_SAMPLES
-            total += (P * tl.sum(dlogdet)).to(ACC_DTYPE) / scale
-        tl.store(dg_ptr + c, total * scale_slope(g, scale, ACTIVATION), mask=is_channel)
+            sum_dscale += (P * tl.sum(dlogdet)).to(ACC_DTYPE) / scale
+        tl.store(dg_ptr + c, sum_dscale * scale_slope(g, scale, ACTIVATION), mask=is_channel)
 
 
 def prepare_params(operands: Operands, groups: int, stride_l: int) -> Launch:
-    """Adds the backward's partial sums (1 or 2, groups, C) to the gradients of the parameters.
+    """Prepare the launch that adds partial sums to the gradients of the parameters.
 
-    Its pointers are (partial sums, gradient of the log-determinant, global_scale, and the gradients
-    of global_scale and global_offset).
+    Args:
+        operands: The operands of the backward pass.
+        groups: Number of partial sums per channel that the backward pass leaves.
+        stride_l: The stride of the log-determinant's gradient.
+
+    Returns:
+        The launch, with pointers (partial sums (1 or 2, groups, C), gradient of the
+        log-determinant, global_scale, gradient of global_scale, gradient of global_offset).
     """
     rows = operands.rows_per_sample
     values = {

@@ -1,12 +1,14 @@
-"""What the kernels share: where a tile's values lie, and the constants of its channels.
+"""Functions that the kernels share: where the values of a tile lie, and the constants of channels.
 
-Tiles are channels (down) by columns (across). What a column has one of is (1, BLOCK_COLUMNS), or a
-scalar if the tile lies in one sample. What a channel has one of is loaded as a vector,
-(BLOCK_CHANNELS,), and made (BLOCK_CHANNELS, 1) by the caller: a block loaded as (1, 1) would be
-loaded by Triton 3.6 once for each value that a thread holds.
+A tile has shape (BLOCK_CHANNELS, BLOCK_COLUMNS): channels down, columns across.
 
-A constexpr ``if`` that returns needs its ``else``: the compiler reads on after the ``if`` and wants
-one return type.
+- One value per column is (1, BLOCK_COLUMNS), or a scalar if the tile lies in one sample.
+- One value per channel is loaded as a vector (BLOCK_CHANNELS,), which the caller turns into
+  (BLOCK_CHANNELS, 1). Triton 3.6 would load a block of shape (1, 1) once for each value that a
+  thread holds.
+
+A constexpr ``if`` that returns needs an ``else``. Otherwise the compiler also reads what follows
+the ``if``, and expects one return type.
 """
 
 import triton
@@ -17,10 +19,10 @@ from fastflow_kernels.engines.triton.math import log_scale_of, scale_of
 
 @triton.jit
 def columns(tile, B, P, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """The samples (int64) and pixels of a tile's columns, and a mask of those that exist.
+    """Return the samples (int64) and pixels of a tile's columns, and a mask of those that exist.
 
-    ROWS: BLOCK_COLUMNS samples of one pixel. Otherwise BLOCK_COLUMNS pixels of one sample; tiles of
-    a sample follow each other.
+    With ROWS a tile has BLOCK_COLUMNS samples of one pixel. Otherwise it has BLOCK_COLUMNS pixels
+    of one sample, and the tiles of a sample follow each other.
     """
     q = tl.arange(0, BLOCK_COLUMNS)[None, :]
     if ROWS:
@@ -37,13 +39,13 @@ def columns(tile, B, P, BLOCK_COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def load(ptr, mask, ACC_DTYPE: tl.constexpr):
-    """Load in the accumulator's dtype; 0 where masked."""
+    """Load values in the accumulator's dtype, with 0 where masked."""
     return tl.load(ptr, mask=mask, other=0.0).to(ACC_DTYPE)
 
 
 @triton.jit
 def index(index_ptr, c, mask):
-    """index[c], int32; c itself without an index."""
+    """Return index[c] as int32, or c itself without an index."""
     if index_ptr is None:
         return c
     else:
@@ -52,7 +54,7 @@ def index(index_ptr, c, mask):
 
 @triton.jit
 def scale(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """activation(g[c]); 1 for ACTIVATION = None (GIN)."""
+    """Return activation(g[c]), or 1 for ACTIVATION = None (GIN)."""
     if ACTIVATION is None:
         return tl.full((1,), 1.0, ACC_DTYPE)
     else:
@@ -61,8 +63,9 @@ def scale(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
 
 @triton.jit
 def inverse_scale(scale):
-    """Two factors whose product is 1 / scale. One alone would overflow where scale is subnormal,
-    and (y - offset) / scale may not.
+    """Return two factors whose product is 1 / scale.
+
+    For a subnormal scale a single factor would overflow, although (y - offset) / scale may not.
     """
     is_tiny = scale < 2.0**-64
     return 1.0 / tl.where(is_tiny, scale * 2.0**64, scale), tl.where(is_tiny, 2.0**64, 1.0)
@@ -70,14 +73,15 @@ def inverse_scale(scale):
 
 @triton.jit
 def log_scale_sum(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """Sum of log(activation(g[c])) over the channels c that exist."""
+    """Return the sum of log(activation(g[c])) over the channels c that exist."""
     return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC_DTYPE), ACTIVATION), 0.0))
 
 
 @triton.jit
 def total(sums_ptr, b, B, PARTS: tl.constexpr):
-    """sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_COLUMNS); always in the same
-    order.
+    """Return sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_COLUMNS).
+
+    The order of additions is always the same.
     """
     k = tl.arange(0, PARTS)[:, None]
     return tl.sum(
