@@ -51,8 +51,8 @@ def speedup(row: Row | None, key: str = "ratio") -> str:
 
 
 def shape_of(row: Row) -> str:
-    """Return a row's shape as Python writes it."""
-    return f"({', '.join(map(str, row['shape']))})"
+    """Return a row's shape as Python writes it, with spaces that do not break."""
+    return f"({',\u00a0'.join(map(str, row['shape']))})"
 
 
 def grouped(items: Iterable[Item], key: Any) -> list[tuple[Any, list[Item]]]:
