@@ -1,5 +1,6 @@
-"""The oracle: a readable, pure-PyTorch `AllInOneBlock`. It imports torch and nothing else, least of
-all ``fastflow_kernels``.
+"""The oracle: a readable `AllInOneBlock` in pure PyTorch, which the fused block is tested against.
+
+It imports only torch, and nothing of ``fastflow_kernels``.
 """
 
 from reference.all_in_one_block import AllInOneBlock

@@ -15,17 +15,17 @@ DIALECTS = ("anomalib", "freia")
 
 
 def sigmoid_scale(g: torch.Tensor) -> torch.Tensor:
-    """``10 * sigmoid(g - 2)``: a scale in (0, 10)."""
+    """Return ``10 * sigmoid(g - 2)``, a scale in (0, 10)."""
     return 10 * torch.sigmoid(g - 2.0)
 
 
 def softplus_scale(g: torch.Tensor) -> torch.Tensor:
-    """``0.1 * softplus(g, beta=0.5) = 0.2 * log(1 + exp(g / 2))``: a scale above 0."""
+    """Return ``0.1 * softplus(g, beta=0.5) = 0.2 * log(1 + exp(g / 2))``, a scale above 0."""
     return 0.1 * F.softplus(g, beta=0.5)
 
 
 def exp_scale(g: torch.Tensor) -> torch.Tensor:
-    """``exp(g)``: a scale above 0, as in Glow."""
+    """Return ``exp(g)``, a scale above 0, as in Glow."""
     return torch.exp(g)
 
 
@@ -33,11 +33,16 @@ SCALE_ACTIVATIONS = {"SIGMOID": sigmoid_scale, "SOFTPLUS": softplus_scale, "EXP"
 
 
 def initial_global_scale(scale: float, activation: str, dialect: str) -> torch.Tensor:
-    """The pre-activation g with ``activation(g) == scale``.
+    """Return the g with ``activation(g) == scale``, before the activation.
 
-    Both peers invert the activation by the same formula, anomalib in the default dtype and FrEIA in
-    float64. The same is done here, so that a fresh block has the peer's very bits, except where the
-    peer's formula overflows or cancels to an infinity.
+    Both peers invert the activation with the same formula, anomalib in the default dtype and FrEIA
+    in float64. This function does the same, so that a fresh block has the bits of the peer's. It
+    differs only where the peer's formula overflows or cancels to an infinity.
+
+    Args:
+        scale: The scale that a fresh block has.
+        activation: "SIGMOID", "SOFTPLUS" or "EXP".
+        dialect: "anomalib" or "freia", the peer whose bits are wanted.
 
     Returns:
         A tensor without dimensions, in the default dtype.
@@ -61,11 +66,11 @@ def initial_global_scale(scale: float, activation: str, dialect: str) -> torch.T
 
 
 def random_rotation(n: int) -> torch.Tensor:
-    """A matrix drawn uniformly (Haar) from SO(n), shape (n, n), float64.
+    """Draw a matrix uniformly (Haar) from SO(n), of shape (n, n), in float64.
 
-    Q of the QR decomposition of a Gaussian matrix is uniform on O(n) once its columns carry the
-    signs of R's diagonal (Mezzadri 2007); turning one column around where the determinant is -1
-    leaves it uniform on SO(n).
+    Q of the QR decomposition of a Gaussian matrix is uniform on O(n) if its columns get the signs
+    of R's diagonal (Mezzadri 2007). Negating one column if the determinant is -1 makes it uniform
+    on SO(n).
     """
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))
     q = q * torch.where(torch.diagonal(r) < 0, -1.0, 1.0)
@@ -75,11 +80,11 @@ def random_rotation(n: int) -> torch.Tensor:
 
 
 class AllInOneBlock(InvertibleModule):
-    r"""Affine coupling, global affine transformation (ActNorm) and channel permutation, invertible,
-    with its log-determinant.
+    r"""An invertible block: affine coupling, global affine (ActNorm) and channel permutation.
 
-    With C channels split into ``x1`` (the first C - C//2, passive) and ``x2`` (the last C//2,
-    active), P pixels, and ``a = subnet(cat(x1, *c))`` split into halves ``(a_s, a_t)``::
+    The C channels are split into ``x1`` (the first C - C//2, passive) and ``x2`` (the last C//2,
+    active). P is the number of pixels. ``a = subnet(cat(x1, *c))`` is split into the halves
+    ``(a_s, a_t)``::
 
         s      = clamp * tanh(0.1 * a_s)            dialect "anomalib" (every anomalib, FrEIA 0.2)
         s      = clamp * tanh(0.1 * a_s / clamp)    dialect "freia"    (FrEIA's main branch)
@@ -88,49 +93,54 @@ class AllInOneBlock(InvertibleModule):
         y      = permute(u * scale + offset)        scale = activation(global_scale); 1 if gin_block
         logdet = sum(s) + P * sum(log(scale))       per sample, in nats; 0 if gin_block
 
-    The inverse runs these lines backwards, with the log-determinant negated. Reading the
-    permutation as a matrix W, ``permute(v) = W v``; W is orthogonal with \|det W\| = 1, so it adds
-    nothing to the log-determinant.
+    The inverse computes these lines backwards and returns the negative log-determinant. As a
+    matrix W, ``permute(v) = W v``. W is orthogonal with \|det W\| = 1, so it adds nothing to the
+    log-determinant.
 
-    Sources: the block is FrEIA's (Ardizzone, Lueth, Kruse, Rother, Koethe 2019, and the FrEIA
-    documentation); affine coupling with a clamped exponent is RealNVP's (Dinh, Sohl-Dickstein,
-    Bengio 2017); the global affine is Glow's ActNorm (Kingma, Dhariwal 2018); GIN is Sorrenson,
-    Rother, Koethe 2020; the learned reflections are Householder flows (Tomczak, Welling 2016);
-    undoing the permutation before the block is Putzky, Welling 2019.
+    Sources:
+
+    - The block is FrEIA's (Ardizzone, Lueth, Kruse, Rother, Koethe 2019, and the FrEIA
+      documentation).
+    - Affine coupling with a clamped exponent is RealNVP's (Dinh, Sohl-Dickstein, Bengio 2017).
+    - The global affine is Glow's ActNorm (Kingma, Dhariwal 2018).
+    - GIN is Sorrenson, Rother, Koethe 2020.
+    - The learned reflections are Householder flows (Tomczak, Welling 2016).
+    - The inverse permutation before the block is Putzky, Welling 2019.
 
     Args:
         dims_in: One shape without the batch dimension, ``[(C, *S)]`` with S of rank 0 to 3 and C at
             least 1.
-        dims_c: Shapes of the conditions, ``[(C_i, *S), ...]``; their channels are appended to the
+        dims_c: Shapes of the conditions, ``[(C_i, *S), ...]``. Their channels are appended to the
             subnet's input.
-        subnet_constructor: ``f(channels_in, channels_out)`` gives the subnet, a module that keeps
+        subnet_constructor: ``f(channels_in, channels_out)`` returns the subnet, a module that keeps
             S.
-        affine_clamping: Bound of \|s\|. 0 makes the coupling additive (not in dialect "freia",
-            which divides by it).
-        gin_block: Volume-preserving coupling (GIN).
-        global_affine_init: Initial ``scale``: above 0, and below 10 for "SIGMOID".
-        global_affine_type: "SIGMOID", 10 * sigmoid(g - 2); "SOFTPLUS", 0.1 * softplus(g, beta=0.5);
-            or "EXP".
-        permute_soft: W is a fixed random rotation from SO(C) and not a permutation.
-        learned_householder_permutation: Number K of learned reflections: W = w_0 H_1 ... H_K with
+        affine_clamping: Bound of \|s\|. 0 makes the coupling additive. Dialect "freia" divides by
+            it and does not allow 0.
+        gin_block: Whether the coupling preserves volume (GIN).
+        global_affine_init: Initial ``scale``, above 0. For "SIGMOID" it is below 10.
+        global_affine_type: The activation: "SIGMOID" (10 * sigmoid(g - 2)), "SOFTPLUS"
+            (0.1 * softplus(g, beta=0.5)) or "EXP" (exp(g)).
+        permute_soft: Whether W is a fixed random rotation from SO(C) instead of a permutation.
+        learned_householder_permutation: Number K of learned reflections. W = w_0 H_1 ... H_K with
             H_k = I - 2 v_k v_k^T / v_k^T v_k.
-        reverse_permutation: Apply W^-1 before the coupling.
-        dialect: "anomalib" or "freia": the formula of s, and the form of a hard permutation in the
-            state dict.
+        reverse_permutation: Whether to apply W^-1 before the coupling.
+        dialect: "anomalib" or "freia". It decides the formula of s and the form of a hard
+            permutation in the state dict.
 
     Attributes:
-        global_scale, global_offset: Parameters, (1, C, 1, ...); ``global_scale`` is before its
-            activation.
-        w_perm, w_perm_inv: W and its inverse, parameters without gradient; None with Householder
-            reflections. A hard permutation is a float one-hot matrix (C, C, 1, ...) in dialect
-            "anomalib" and an int64 index (C,) in "freia": ``y[:, j] = v[:, w_perm[j]]``.
-        vk_householder, w_0: Only with Householder reflections: (K, C), and the float matrix (C, C)
-            that they multiply.
-        subnet: What ``subnet_constructor`` made.
-        in_channels, splits, input_rank, sum_dims, conditional, condition_channels: Sizes;
-        ``splits`` is ``[C - C//2, C//2]``. clamp, GIN, householder, reverse_pre_permute,
-        permute_soft, dialect: The options.
-        global_scale_activation: The function that gives ``scale``.
+        global_scale: Parameter (1, C, 1, ...), before its activation.
+        global_offset: Parameter (1, C, 1, ...).
+        w_perm: W, a parameter without gradient. None with Householder reflections. A hard
+            permutation is a float one-hot matrix (C, C, 1, ...) in dialect "anomalib". In dialect
+            "freia" it is an int64 index (C,) with ``y[:, j] = v[:, w_perm[j]]``.
+        w_perm_inv: The inverse of W, in the form of ``w_perm``.
+        vk_householder: The reflections v_k, a parameter (K, C). Only with Householder reflections.
+        w_0: The float matrix (C, C) that the reflections multiply. Only with them.
+        subnet: The subnet that ``subnet_constructor`` returned.
+        splits: The sizes of the halves, ``[C - C//2, C//2]``.
+        in_channels, input_rank, sum_dims, conditional, condition_channels: Other sizes.
+        clamp, GIN, householder, reverse_pre_permute, permute_soft, dialect: The options.
+        global_scale_activation: The function that computes ``scale`` from ``global_scale``.
 
     Raises:
         ValueError: If an option is outside its range, or the shapes do not fit together.
@@ -144,9 +154,11 @@ class AllInOneBlock(InvertibleModule):
         >>> block = AllInOneBlock([(4, 8, 8)], subnet_constructor=subnet)
         >>> x = torch.randn(2, 4, 8, 8)
         >>> (y,), log_det = block([x])
-        >>> (back,), minus_log_det = block([y], rev=True)
-        >>> torch.allclose(back, x, atol=1e-5), torch.allclose(minus_log_det, -log_det, atol=1e-3)
-        (True, True)
+        >>> (reconstructed,), inverse_log_det = block([y], rev=True)
+        >>> torch.allclose(reconstructed, x, atol=1e-5)
+        True
+        >>> torch.allclose(inverse_log_det, -log_det, atol=1e-3)
+        True
     """
 
     def __init__(
@@ -197,8 +209,8 @@ class AllInOneBlock(InvertibleModule):
         self.global_scale_activation = SCALE_ACTIVATIONS[global_affine_type]
         self.last_jac = None
 
-        # From here on the order matters: of the parameters, and of the random draws (permutation,
-        # reflections, subnet).
+        # From here on the order of the parameters matters, and so does that of the random draws
+        # (permutation, reflections, subnet).
         initial = initial_global_scale(global_affine_init, global_affine_type, dialect)
         self.global_scale = nn.Parameter(torch.ones(1, channels, *ones) * initial)
         self.global_offset = nn.Parameter(torch.zeros(1, channels, *ones))
@@ -232,19 +244,19 @@ class AllInOneBlock(InvertibleModule):
         rev: bool = False,
         jac: bool = True,
     ) -> tuple[tuple[torch.Tensor], torch.Tensor]:
-        """Map ``x`` forward, or back if ``rev``.
+        """Map ``x`` forward, or apply the inverse if ``rev``.
 
         Args:
-            x: One tensor (B, C, *S), B may be 0. S must be the declared one in dialect "freia" and
-                is free in "anomalib".
-            c: The conditions, (B, C_i, *S) each.
-            rev: Apply the inverse.
-            jac: Whether the log-determinant is wanted. It is returned anyway, as the peers do:
-                their users add it to what they have.
+            x: One tensor (B, C, *S), where B may be 0. S must be the declared one in dialect
+                "freia" and may differ in "anomalib".
+            c: The conditions, each (B, C_i, *S).
+            rev: Whether to apply the inverse.
+            jac: Ignored. The log-determinant is always returned, as by the peers, because their
+                users add it to earlier ones.
 
         Returns:
-            ``((y,), log_det)``: y like x; log_det (B,), in nats per sample, of the direction that
-            was evaluated.
+            ``((y,), log_det)``. y has the shape of x. log_det is (B,), in nats per sample, of the
+            direction that was evaluated.
 
         Raises:
             ValueError: If the number or the shape of the inputs is not the declared one.
@@ -268,31 +280,31 @@ class AllInOneBlock(InvertibleModule):
         elif self.reverse_pre_permute:
             v = self._pre_permute(v, rev=True)
 
-        pixels = math.prod(v.shape[2:])  # not numel() of a sample: there may be none
+        pixels = math.prod(v.shape[2:])  # v[0].numel() would fail for an empty batch
         return (v,), log_det + (-pixels if rev else pixels) * log_scale
 
     def output_dims(self, input_dims: list[Shape]) -> list[Shape]:
-        """The shapes of the outputs: those of the inputs."""
+        """Return the shapes of the outputs, which are those of the inputs."""
         return input_dims
 
     def _affine(
         self, x: torch.Tensor, a: torch.Tensor, rev: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The coupling: ``x * exp(s) + t``, or its inverse ``(x - t) * exp(-s)``.
+        """Apply the coupling ``x * exp(s) + t``, or its inverse ``(x - t) * exp(-s)``.
 
         Args:
             x: The active half, (B, C//2, *S).
-            a: The subnet's output, (B, 2 * (C//2), *S); it is read, never written.
-            rev: Apply the inverse.
+            a: The subnet's output, (B, 2 * (C//2), *S). It is not written to.
+            rev: Whether to apply the inverse.
 
         Returns:
-            The mapped half, like x, and its log-determinant, (B,), in nats per sample.
+            The mapped half, of the shape of x, and its log-determinant, (B,), in nats per sample.
         """
-        # Under autocast the subnet answers in half precision; the coupling and its log-det stay in
-        # x's.
+        # Under autocast the subnet returns half precision. The coupling and its log-determinant
+        # keep the dtype of x.
         a = a.to(torch.promote_types(a.dtype, x.dtype))
         active = x.shape[1]
-        # the subnet's part is made small, so that a fresh block is close to the identity
+        # The factor is small, so that a fresh block is close to the identity.
         a = a * 0.1
         s, t = a[:, :active], a[:, active:]
         s = self.clamp * torch.tanh(s / self.clamp if self.dialect == "freia" else s)
@@ -306,16 +318,17 @@ class AllInOneBlock(InvertibleModule):
     def _permute(
         self, x: torch.Tensor, rev: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Global affine and permutation, ``W (x * scale + offset)``, or the inverse, ``(W^-1 x -
-        offset) / scale``.
+        """Apply global affine and permutation, ``W (x * scale + offset)``, or their inverse.
+
+        The inverse is ``(W^-1 x - offset) / scale``.
 
         Args:
-            x: (B, C, *S).
-            rev: Apply the inverse.
+            x: The tensor to map, (B, C, *S).
+            rev: Whether to apply the inverse.
 
         Returns:
-            The mapped tensor, like x, and ``sum(log(scale))``, the forward direction's
-            log-determinant per pixel (for either ``rev``).
+            The mapped tensor, of the shape of x, and ``sum(log(scale))``. This is the
+            log-determinant per pixel of the forward direction, for either ``rev``.
         """
         w, w_inv = self._permutation()
         if self.GIN:
@@ -328,14 +341,15 @@ class AllInOneBlock(InvertibleModule):
         return self.permute_function(x * scale + self.global_offset, w), log_scale
 
     def _pre_permute(self, x: torch.Tensor, rev: bool = False) -> torch.Tensor:
-        """``W^-1 x`` before the coupling, or ``W x`` after the inverse coupling if ``rev``. Only
-        for ``reverse_permutation``.
+        """Return ``W^-1 x``, or ``W x`` if ``rev``. Only for ``reverse_permutation``.
+
+        It runs before the coupling, and with ``rev`` after the inverse coupling.
         """
         w, w_inv = self._permutation()
         return self.permute_function(x, w if rev else w_inv)
 
     def _construct_householder_permutation(self) -> torch.Tensor:
-        """``w_0 H_1 ... H_K``, as a matrix (C, C, 1, ...) with gradients for ``vk_householder``."""
+        """Return ``w_0 H_1 ... H_K`` as a matrix (C, C, 1, ...), differentiable in v_k."""
         w = self.w_0
         eye = torch.eye(self.in_channels, dtype=w.dtype, device=w.device)
         for v in self.vk_householder:
@@ -347,9 +361,8 @@ class AllInOneBlock(InvertibleModule):
         if w.dtype == torch.int64:
             return x[:, w]
         w = w.flatten(1)
-        # A one-hot matrix permutes exactly, also what is infinite or NaN, which a sum over 0 * x
-        # would spread to every channel. The values are asked and not the options, since any
-        # orthogonal matrix may have been loaded.
+        # A one-hot matrix indexes: sums over 0 * x would spread inf and NaN to every channel. Check
+        # the values, not the options, because any orthogonal matrix may have been loaded.
         if not w.requires_grad and bool(
             ((w != 0).sum(dim=1) == 1).all() and (w.amax(dim=1) == 1).all()
         ):
@@ -357,8 +370,9 @@ class AllInOneBlock(InvertibleModule):
         return torch.einsum("oc,bc...->bo...", w, x)
 
     def _permutation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """W and its inverse. The Householder product is built anew each time: kept as an attribute,
-        it would hold on to its graph.
+        """Return W and its inverse.
+
+        The Householder product is computed anew each time. An attribute would keep its graph alive.
         """
         if self.w_perm is None or self.w_perm_inv is None:
             w = self._construct_householder_permutation()
@@ -388,8 +402,9 @@ class AllInOneBlock(InvertibleModule):
 
 
 def _constant(value: torch.Tensor) -> nn.Parameter:
-    """A parameter without gradient: the peers keep their permutations so, and state dicts list them
-    in this order.
+    """Return a parameter without gradient.
+
+    The peers store their permutations like this, and state dicts list them in this order.
     """
     return nn.Parameter(value.contiguous(), requires_grad=False)
 
@@ -403,11 +418,11 @@ def _check_options(
     householder: int,
     dialect: str,
 ) -> None:
-    """Raise a ValueError for the first option that makes no sense."""
+    """Raise a ValueError for the first option that is not valid."""
     if dialect not in DIALECTS:
         raise ValueError(f'dialect must be "anomalib" or "freia", got {dialect!r}')
     if len(dims_in) != 1:
-        raise ValueError(f"dims_in must hold one shape, got {dims_in}")
+        raise ValueError(f"dims_in must be a list of one shape, got {dims_in}")
     if not 1 <= len(dims_in[0]) <= 4:
         raise ValueError(
             "dims_in must be [(C,)] to [(C, D, H, W)], 1 to 4 dimensions without the batch, got "
@@ -436,6 +451,6 @@ def _check_options(
         )
     if householder < 0:
         raise ValueError(
-            "learned_householder_permutation must be a number of reflections, 0 or more, got "
+            "learned_householder_permutation must be 0 or a positive number of reflections, got "
             f"{householder}"
         )

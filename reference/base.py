@@ -1,4 +1,4 @@
-"""The interface that every invertible module of a flow has."""
+"""The interface of an invertible module of a flow."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ Shape = tuple[int, ...]
 
 
 class InvertibleModule(nn.Module):
-    """A bijection with a tractable log-determinant; the interface of
-    ``FrEIA.modules.InvertibleModule``.
+    """A bijection with a tractable log-determinant.
 
-    A subclass maps a tuple of tensors to a tuple of tensors, ``(z,), log_det = module((x,))``, and
-    back, ``(x,), -log_det = module((z,), rev=True)``.
+    It has the interface of ``FrEIA.modules.InvertibleModule``. A subclass maps a tuple of tensors
+    to a tuple of tensors, ``(z,), log_det = module((x,))``. ``module((z,), rev=True)`` is the
+    inverse and returns ``(x,), -log_det``.
 
     Args:
         dims_in: Shape of each input without the batch dimension, such as ``[(64, 32, 32)]``.
-        dims_c: Shape of each condition without the batch dimension; None or empty for none.
+        dims_c: Shape of each condition without the batch dimension. None or empty without
+            conditions.
 
     Attributes:
         dims_in: The input shapes, a list of tuples.
@@ -40,12 +41,12 @@ class InvertibleModule(nn.Module):
         rev: bool = False,
         jac: bool = True,
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Map forward, or back if ``rev``.
+        """Map the inputs forward, or apply the inverse if ``rev``.
 
         Args:
             x_or_z: The inputs, each (B, *dims_in[i]).
             c: The conditions, each (B, *dims_c[i]).
-            rev: Apply the inverse.
+            rev: Whether to apply the inverse.
             jac: Whether the log-determinant is needed.
 
         Returns:
@@ -53,24 +54,25 @@ class InvertibleModule(nn.Module):
             sample.
 
         Raises:
-            NotImplementedError: Always; a subclass defines it.
+            NotImplementedError: Always, because a subclass defines it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x_or_z, c, rev, jac)")
 
     def log_jacobian(self, *args: object, **kwargs: object) -> None:
-        """Removed long ago; `forward` returns the log-determinant.
+        """Refuse, because `forward` returns the log-determinant.
 
         Raises:
             DeprecationWarning: Always.
         """
         raise DeprecationWarning(
-            "log_jacobian() is gone: forward(..., jac=True) returns (outputs, log-determinant)"
+            "log_jacobian() was removed: call forward(..., jac=True), which returns (outputs, "
+            "log-determinant)"
         )
 
     def output_dims(self, input_dims: list[Shape]) -> list[Shape]:
-        """The output shapes that belong to ``input_dims``, both without the batch dimension.
+        """Return the output shapes that belong to ``input_dims``, without the batch dimension.
 
         Raises:
-            NotImplementedError: Always; a subclass defines it.
+            NotImplementedError: Always, because a subclass defines it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define output_dims(input_dims)")
