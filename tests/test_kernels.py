@@ -1,9 +1,8 @@
-"""The Triton kernels against plain PyTorch in float64: shapes, dtypes and layouts.
+"""Test the Triton kernels against plain PyTorch in float64: shapes, dtypes and layouts.
 
-pytest tests/test_kernels.py
-    on a GPU; without one compiled, and executed on the CPU (tests/support/executor)
-TRITON_INTERPRET=1 pytest tests/test_kernels.py
-    in Triton's interpreter, under the memory checker of tests/support/sanitizer.py
+``pytest tests/test_kernels.py`` runs them on a GPU. Without one, they are compiled and executed on
+the CPU (tests/support/executor). ``TRITON_INTERPRET=1 pytest tests/test_kernels.py`` runs them in
+Triton's interpreter, under the memory checker of tests/support/sanitizer.py.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from tests.support.kernels import (  # noqa: F401  (fixtures)
 )
 from tests.support.modes import sanitize, slow_when_executed
 
-# numpy's: overflow to inf is meant
+# NumPy warns of overflows to inf, which are intended.
 pytestmark = [*on_this_machine, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 
@@ -85,21 +84,21 @@ def test_coupling_parity_of_extreme_sizes(shape: tuple[int, ...]) -> None:
     "shape", [(2, 70, 64), pytest.param((1, 3, 80, 1024), marks=not_interpreted)], ids=shape_id
 )
 def test_coupling_gin_parity_of_many_tiles(shape: tuple[int, ...]) -> None:
-    """In the second each program of the sums walks more than one tile."""
+    """In the second case, each program of the sums walks more than one tile."""
     check_everything(*make(shape, gin=True))
 
 
 @both_kinds
 @shapes_but_shortly(PLANES + ROWS + TILED[1:], keep=(PLANES[0], ROWS[0], ROWS[-1], TILED[1]))
 def test_reverse_permutation(shape: tuple[int, ...], gin: bool) -> None:
-    """x read, and its gradient and the inverse written, through the index as well."""
+    """The kernels also read x, and write its gradient and the inverse, through the index."""
     torch.manual_seed(7)
     check_everything(*make(shape, gin=gin, unpermutes_input=True))
 
 
 @not_interpreted
 def test_log_determinant_of_many_programs() -> None:
-    """The sum over more of them than one turn of the loop takes."""
+    """The sum takes more programs than one iteration of the loop reads."""
     x, a, coupling = make((1, 3, 260, 1024))
     log_det = engine.forward(x, a, coupling)[1]
     wide = cast(torch.float64, x, a, coupling)
@@ -166,16 +165,16 @@ def test_coupling_parity_of_layouts(shape: tuple[int, ...]) -> None:
 
 @shapes((3, 7, 4, 5), (5, 8))
 def test_coefficients_in_any_layout(shape: tuple[int, ...]) -> None:
-    """They become contiguous where the values of a sample lie apart; so do their gradients."""
+    """Coefficients whose sample is not contiguous are copied; their gradients are contiguous."""
     x, a, coupling = make(shape)
     grads = OutputGrads(torch.randn(shape), torch.randn(shape[0]))
     every_other = a.repeat_interleave(2, 1)[:, ::2]
     channels_last = a.movedim(1, -1).contiguous().movedim(-1, 1)
-    for apart in (every_other, channels_last) if a.dim() > 2 else (every_other,):
-        assert torch.equal(apart, a)
-        assert not is_packed(apart)
+    for strided in (every_other, channels_last) if a.dim() > 2 else (every_other,):
+        assert torch.equal(strided, a)
+        assert not is_packed(strided)
         results = []
-        for coefficients in (a, apart):
+        for coefficients in (a, strided):
             y, log_det = engine.forward(x, coefficients, coupling)
             gradients = engine.backward(x, coefficients, grads, coupling, True)
             back, minus = inverse(y, coefficients, coupling)
@@ -187,7 +186,7 @@ def test_coefficients_in_any_layout(shape: tuple[int, ...]) -> None:
 
 
 def misaligned(t: Tensor) -> Tensor:
-    """The same values at an address that 16 does not divide."""
+    """Return the same values at an address that is not divisible by 16."""
     return torch.cat((t.new_zeros(1), t.reshape(-1)))[1:].view(t.shape)
 
 
@@ -195,7 +194,7 @@ def misaligned(t: Tensor) -> Tensor:
 @gin_is_slow_when_executed
 @shapes((2, 8, 4, 4), (5, 8))
 def test_coupling_parity_of_misaligned_tensors(shape: tuple[int, ...], gin: bool) -> None:
-    """x, then a, then all others, after a call with aligned tensors has prepared the launches."""
+    """A call with aligned tensors prepares the launches; then x, a and all others are misaligned."""
     x, a, coupling = make(shape, gin=gin)
     grads = OutputGrads(torch.randn(shape), torch.randn(shape[0]))
     check_everything(x, a, coupling, grads)
@@ -209,8 +208,9 @@ def test_coupling_parity_of_misaligned_tensors(shape: tuple[int, ...], gin: bool
 @gin_is_slow_when_executed
 @shapes((2, 4, 16), (2, 16))
 def test_coupling_of_samples_far_apart(shape: tuple[int, ...], gin: bool) -> None:
-    """2**31 elements, as in a slice of a large tensor: no product of the stride fits in 32 bits.
-    Only a few of them are touched.
+    """Samples are 2**31 elements apart, as in a slice of a large tensor.
+
+    No product of the stride fits in 32 bits. Only a few elements are touched.
     """
     x, a, coupling = make(shape, gin=gin, x=torch.float16)
     size, stride = x[0].numel(), 2**31
@@ -272,9 +272,10 @@ def test_coupling_without_a_permutation(shape: tuple[int, ...]) -> None:
     grads = OutputGrads(torch.randn(shape), torch.randn(shape[0]))
     results = []
     for index in (identity, None):
-        of = coupling._replace(perm=index, inv=index)
-        forward, backward = engine.forward(x, a, of), engine.backward(x, a, grads, of, True)
-        results.append([*forward, *backward, *inverse(x, a, of)])
+        permuted = coupling._replace(perm=index, inv=index)
+        forward = engine.forward(x, a, permuted)
+        backward = engine.backward(x, a, grads, permuted, True)
+        results.append([*forward, *backward, *inverse(x, a, permuted)])
     for with_index, without in zip(*results, strict=True):
         assert torch.equal(with_index, without)
 
@@ -296,8 +297,9 @@ def test_an_unknown_activation_is_none_of_the_known_ones(shape: tuple[int, ...])
 @pytest.mark.parametrize(("samples", "stride"), [(2, 0), (2, 3), (1, 2)])
 @pytest.mark.parametrize("engine", [engine, eager], ids=["kernels", "eager"])
 def test_rows_that_share_a_log_determinant(engine: Engine, samples: int, stride: int) -> None:
-    """A gradient for each sample of three rows is what it is repeated for each row; one element is
-    contiguous whatever its stride.
+    """A gradient per sample of three rows gives the same as the gradient repeated for each row.
+
+    A single element is contiguous whatever its stride.
     """
     x, a, coupling = make((3 * samples, 9), a=torch.float32)
     shared = coupling._replace(rows_per_sample=3)
@@ -306,10 +308,10 @@ def test_rows_that_share_a_log_determinant(engine: Engine, samples: int, stride:
     of_rows = OutputGrads(dy, log_det.repeat_interleave(3)), coupling
     back = engine.invert_passive(x, coupling)
     results = []
-    for grads, of in (of_samples, of_rows):
+    for grads, rows in (of_samples, of_rows):
         with sanitize():
-            backward = engine.backward(x, a, grads, of, True)
-            both = engine.invert_and_backward(x, back.clone(), a, grads, of, True)
+            backward = engine.backward(x, a, grads, rows, True)
+            both = engine.invert_and_backward(x, back.clone(), a, grads, rows, True)
         results.append((*backward, *both))
     for per_sample, per_row in zip(*results, strict=True):
         torch.testing.assert_close(per_sample, per_row)

@@ -1,7 +1,6 @@
-"""Blocks and chains on the Triton kernels: routes, layouts, autograd, and the subnet between the
-two halves of the inverse.
+"""Test blocks and chains on the Triton kernels: routes, layouts and autograd.
 
-Run as tests/test_kernels.py says.
+In the inverse, the subnet runs between two kernels. Run the tests as tests/test_kernels.py says.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from tests.support.kernels import (  # noqa: F401  (fixtures)
 from tests.support.modes import EXECUTED, INTERPRETED, sanitize, slow_when_executed
 from tests.support.parity import check_float16_range, compare, compare_fresh, notices_write
 
-# numpy's: overflow to inf is meant
+# NumPy warns of overflows to inf, which are intended.
 pytestmark = [
     *on_this_machine,
     pytest.mark.usefixtures("fused"),
@@ -39,7 +38,7 @@ both_directions = pytest.mark.parametrize("rev", [False, True], ids=["forward", 
 
 
 class _Gathered(TorchDispatchMode):
-    """Collects the sizes of what index operations return."""
+    """A mode that collects the shapes that index operations return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +57,9 @@ class _Gathered(TorchDispatchMode):
 
 @shapes((3, 7, 4, 5), (6, 10))
 def test_reverse_permutation_takes_no_pass_of_its_own(shape: tuple[int, ...]) -> None:
-    """Gathered is what the subnet gets, the passive half, and its gradient is added back; never x,
-    y or their gradients.
+    """Only the passive half is gathered for the subnet, and its gradient is added back.
+
+    x, y and their gradients are never gathered.
     """
     net = torch.nn.Conv2d if len(shape) > 2 else torch.nn.Linear
     kernel_size = (1,) if len(shape) > 2 else ()
@@ -124,9 +124,7 @@ BLOCK_CASES = HARD_CASES[::6]
 )
 @both_directions
 def test_block_on_the_triton_backend(case: Case, rev: bool) -> None:
-    """The kernels through the module: dispatch, autograd and the subnet between the two halves of
-    the inverse.
-    """
+    """The kernels run through the module: dispatch, autograd, and the subnet in the inverse."""
     compare(case, torch.float32, rev, grad=not rev, backend="triton")
 
 
@@ -145,7 +143,7 @@ def test_block_on_the_triton_backend(case: Case, rev: bool) -> None:
 )
 @both_directions
 def test_products_after_the_kernels(shape: Shape, name: str, rev: bool) -> None:
-    """Soft and Householder permutations: the kernels without an index, then products."""
+    """Soft and Householder permutations run the kernels without an index, and then products."""
     compare(Case(shape, name), torch.float32, rev, grad=not rev, backend="triton")
 
 
@@ -156,7 +154,7 @@ def test_products_after_the_kernels(shape: Shape, name: str, rev: bool) -> None:
 )
 @both_directions
 def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
-    """On rows; GIN on a contiguous copy."""
+    """The kernels treat pixels as rows; GIN takes a contiguous copy."""
     compare(case, torch.float32, rev, grad=not rev, backend="triton", layout="channels_last")
 
 
@@ -167,8 +165,9 @@ def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
 @pytest.mark.parametrize("name", ["hard", "gin", "gin-rev-cond"])
 @pytest.mark.parametrize("condition", ["contiguous", "channels_last"])
 def test_a_subnet_is_given_the_layout_of_the_input(shape: Shape, name: str, condition: str) -> None:
-    """As on the eager path. GIN's copy for the kernels does not change it: a convolution would
-    round otherwise than the stock block's.
+    """The layout is that of the eager path, also for GIN, which copies its input for the kernels.
+
+    In another layout, a convolution would round differently than the stock block's.
     """
     case = Case(shape, name)
     x = LAYOUTS["channels_last"](torch.randn(shape.full))
@@ -195,7 +194,7 @@ def test_a_subnet_is_given_the_layout_of_the_input(shape: Shape, name: str, cond
             chain = fastflow_kernels.ReversibleSequence(*case.dims_in[0])
             chain.append(block)
             chain(x)[0].sum().backward()
-        # whether the channels of a pixel lie together
+        # In channels-last layout, the channels of a pixel are contiguous.
         is_channels_last[backend] = [stride[1] == 1 for stride in strides]
     assert is_channels_last["triton"] == is_channels_last["eager"]
     assert len(strides) == (2 if c else 4)
@@ -210,7 +209,7 @@ def test_a_subnet_that_writes_to_its_input_is_noticed(name: str, rev: bool, layo
         assert notices_write(name, rev, layout, backend="triton")
 
 
-# the inverse, reverse_permutation, and GIN in another layout give the subnet a copy
+# The inverse, reverse_permutation, and GIN in another layout give the subnet a copy.
 @pytest.mark.parametrize(
     ("name", "rev", "layout"),
     [
@@ -264,7 +263,7 @@ def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:
         torch.func.vmap(lambda x: block([x])[0][0])(x[None])
     with pytest.raises(RuntimeError, match="no gradient of the inverse"):
         block([x], rev=True)
-    # the subnet's layout is no reason
+    # The subnet's layout is not a reason to raise.
     block.subnet.register_forward_hook(lambda _, __, a: a.to(memory_format=torch.channels_last))
     expected = copy.deepcopy(block)
     expected.backend = "eager"
@@ -282,7 +281,7 @@ def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:
     ids=str,
 )
 def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> None:
-    """A transposed view of one sample has the shape of rows, and not their layout."""
+    """A transposed view of one sample has the shape of rows, but not their layout."""
     torch.manual_seed(0)
     block = fastflow_kernels.AllInOneBlock(
         [(4, 3, 5)],
@@ -296,17 +295,16 @@ def test_one_channels_last_sample_and_a_subnet_that_is_not(options: dict) -> Non
     with torch.no_grad():
         (y,), logdet = block([x])
         (back,), minus = block([y], rev=True)
-    assert (back - x).abs().max() < 1e-5  # the rotation was drawn in float32
-    assert (logdet + minus).abs().max() < 1e-5  # the rotation was drawn in float32
+    # The rotation was drawn in float32.
+    assert (back - x).abs().max() < 1e-5
+    assert (logdet + minus).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"permute_soft": True}, {"learned_householder_permutation": 1}], ids=str
 )
 def test_channels_last_gin_with_reverse_permutation_on_the_triton_backend(options: dict) -> None:
-    """The contiguous copy that the kernels need stays one when the permutation is inverted ahead of
-    them.
-    """
+    """The kernels' contiguous copy stays so when the permutation is inverted before them."""
     torch.manual_seed(0)
     block = fastflow_kernels.AllInOneBlock(
         [(4, 3, 5)],
@@ -345,7 +343,7 @@ def test_a_reversible_chain_runs_the_kernels(shape: tuple[int, ...], gin: bool) 
         z, log_det = chain(x)
         (z**3).sum().sub(log_det.sum()).backward()
     if INTERPRETED or EXECUTED:
-        # GIN writes x in a pass of its own, because its means are needed first
+        # GIN writes x in a separate pass, because its means are needed first.
         backward = [run for run in launches if run.kernel == "_coupling_bwd_kernel"]
         is_inverted = ["x_ptr" in run.stored for run in backward]
         assert is_inverted == [not gin] * 3

@@ -1,7 +1,6 @@
-"""What the compiler makes of the kernels, for GPUs that are not there: nothing spilled, wide
-accesses, few enough registers.
+"""Test that the kernels compile without spills, to wide accesses, and to few enough registers.
 
-pytest tests/test_kernels_compiled.py
+They are compiled for several GPUs; none is needed.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from tests.support.compile_targets import (
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
 
-# 65536 registers a multiprocessor: with 128 a thread, 16 warps are resident, which is 4 programs of
-# 4 warps or 2 of 8.
+# A multiprocessor has 65536 registers. With 128 a thread, 16 warps are resident: 4 programs of 4
+# warps, or 2 of 8.
 REGISTERS = 128
 DTYPES = {
     "fp32": torch.float32,
@@ -52,8 +51,8 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-# Tensors that a kernel reads and writes in 128-bit accesses: halves of x, a, y, dx, da are counted
-# one by one.
+# Tensors that a kernel reads and writes in 128-bit accesses. Halves of x, a, y, dx and da count one
+# by one.
 WIDE = {
     "_coupling_fwd_kernel": (4, 2),
     "_coupling_bwd_kernel": (6, 4),
@@ -70,7 +69,7 @@ def spec_of(gin: bool = False) -> CouplingSpec:
 def launches(
     shape: tuple[int, ...], dtype: torch.dtype, gin: bool = False, unpermutes_input: bool = False
 ) -> list[Recorded]:
-    """All launches of a training step, plain and reversible, and of an inverse."""
+    """Return all launches of a training step, plain and reversible, and of an inverse."""
     passes = launches_of_passes(shape, dtype, spec_of(gin), unpermutes_input)
     if not unpermutes_input:  # a reversible chain permutes by itself
         passes |= {"reconstruction": launches_of_reconstruction(shape, dtype, spec_of(gin))}
@@ -79,7 +78,7 @@ def launches(
 
 @cache
 def compiled(target: str, shape: tuple[int, ...], dtype: str, **options: bool) -> tuple[Code, ...]:
-    """The code of every kernel of one case, each once; the backward's two kinds by two names."""
+    """Return the code of every kernel of one case; the backward's two kinds have two names."""
     codes = {}
     for run in launches(shape, DTYPES[dtype], **options):
         name = run.kernel.__name__ + (", inverting" if run.values.get("INVERT") else "")
@@ -95,13 +94,14 @@ def assert_lean(codes: tuple[Code, ...]) -> None:
 
 
 def assert_wide(codes: tuple[Code, ...], width: int = 128) -> None:
-    """Every large tensor is read and written ``width`` bits at a time; only constants of a channel
-    and sums take less, a few each.
+    """Assert that every large tensor is read and written ``width`` bits at a time.
+
+    Only a few accesses, to constants of a channel and to sums, may be narrower.
     """
     for code in codes:
         if code.kernel in WIDE:
             loads, stores = WIDE[code.kernel]
-            # one access each, or two; in between where half precision meets float32
+            # One access for each, or two. The count lies between if dtypes are mixed.
             assert (
                 loads <= sum(n for bits, n in code.loads.items() if bits >= width) <= 2 * loads
             ), code
@@ -136,8 +136,8 @@ def test_kernels_compile_lean_elsewhere(
     codes = compiled(target, shape, dtype)
     assert_lean(codes)
     if shape is PLANES:
-        # the backward's tile of 1024 values is cut for 128 threads; AMD's 256 get four bfloat16
-        # each
+        # The backward's tile of 1024 values is made for 128 threads. AMD has 256, which get four
+        # bfloat16 values each.
         assert_wide(codes, 64 if (target, dtype) == ("gfx942", "bf16") else 128)
 
 
@@ -163,7 +163,7 @@ def test_kernels_compile_lean_with_reverse_permutation(
 
 @pytest.mark.parametrize("shape", [(32, 768, 28, 28), (8, 384, 14, 14)], ids=["28x28", "14x14"])
 def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape: tuple[int, ...]) -> None:
-    """14 * 14 = 4 * 49: rows are 16-byte aligned in float32, though no size is a multiple of 16."""
+    """Rows are 16-byte aligned in float32 because 14 * 14 = 4 * 49, though 16 divides no size."""
     codes = compiled("sm_90", shape, "fp32")
     assert_lean(codes)
     assert_wide(codes)
@@ -177,7 +177,7 @@ def test_accesses_stay_wide_where_16_does_not_divide_the_row(shape: tuple[int, .
 def test_accesses_are_as_wide_as_the_shape_allows(
     spatial: tuple[int, ...], fp32: int, bf16: int
 ) -> None:
-    """The table at the top of engines/triton/plan.py: by the power of two that divides the row."""
+    """The width depends on the power of two that divides the row (see engines/triton/plan.py)."""
     for dtype, bits in (("fp32", fp32), ("bf16", bf16)):
         for code in compiled("sm_90", (32, 64, *spatial), dtype):
             if code.kernel in ("_coupling_fwd_kernel", "_coupling_bwd_kernel"):
@@ -195,8 +195,9 @@ def test_row_kernels_compile_lean_at_other_widths(shape: tuple[int, ...]) -> Non
 
 
 def test_launches_are_few() -> None:
-    """A forward and a backward are two launches each (rows: the forward is one); more arguments
-    than 16 would cost more to launch.
+    """A forward and a backward pass take two launches each; the forward pass of rows takes one.
+
+    More than 16 arguments would make a launch slower.
     """
     for shape, count in ((PLANES, 2 + 2 + 3 + 3), (ROWS, 1 + 2 + 2 + 3)):
         runs = launches(shape, torch.float32)
@@ -206,7 +207,7 @@ def test_launches_are_few() -> None:
 
 
 def arguments_of(run: Recorded) -> list[object]:
-    """What the binary takes: neither constants nor what is compiled in because it is None."""
+    """Return the binary's arguments, without constants and without None, which is compiled in."""
     constants = {param.name for param in run.kernel.params if param.is_constexpr}
     return [v for name, v in run.values.items() if name not in constants and v is not None]
 
@@ -215,7 +216,10 @@ def arguments_of(run: Recorded) -> list[object]:
 
 
 def launched(call: Callable[[], object]) -> list[tuple[object, ...]]:
-    """What the driver's launcher is given by ``call``: grid, handles and the kernel's arguments."""
+    """Return what ``call`` passes to the driver's launcher.
+
+    That is the grid, handles and the kernel's arguments of each launch.
+    """
     calls: list[tuple[object, ...]] = []
     with mock.patch.object(
         mock_driver.Launcher, "__call__", lambda self, *args: calls.append(args)
@@ -229,8 +233,9 @@ def launched(call: Callable[[], object]) -> list[tuple[object, ...]]:
 def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
     shape: tuple[int, ...], gin: bool
 ) -> None:
-    """The first call goes through Triton's dispatcher, the second straight to the binary, a
-    misaligned one through the dispatcher again.
+    """The first call goes through Triton's dispatcher, and the second straight to the binary.
+
+    A call with misaligned tensors goes through the dispatcher again.
     """
     x, dy, log_det = torch.randn(shape), torch.randn(shape), torch.randn(shape[0])
     a = torch.randn(shape[0], shape[1] // 2 * 2, *shape[2:])
@@ -256,10 +261,10 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
     assert len(first) == len(second) >= 4
     for expected, actual in zip(first, second, strict=True):
         for a, b in zip(expected, actual, strict=True):
-            if isinstance(a, torch.Tensor):  # results lie elsewhere
+            if isinstance(a, torch.Tensor):  # results have other addresses
                 assert isinstance(b, torch.Tensor)
                 assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            elif not isinstance(a, LazyDict):  # what profilers are told
+            elif not isinstance(a, LazyDict):  # a LazyDict is for profilers
                 assert a == b
 
 
@@ -267,8 +272,9 @@ def test_a_prepared_launch_gives_the_driver_what_triton_gives_it(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_pointer_lies_on_another_device(name: str, channels_last: bool, shape: Shape) -> None:
-    """On the meta device, where mixing devices raises as on a GPU: every operation around the
-    launches, and what they are given.
+    """All operations around the launches, and the launches' pointers, are on the meta device.
+
+    Mixing devices raises there as on a GPU.
     """
     case, launched = Case(shape, name), []
     x = torch.empty(shape.full, device="meta")

@@ -1,5 +1,6 @@
-"""What only the executor of compiled kernels can show: offsets beyond 2^31, and instructions as
-wrong as their documentation allows.
+"""Test the kernels at offsets beyond 2^31, and with instructions as wrong as documented.
+
+Only the executor of compiled kernels can show both.
 """
 
 from __future__ import annotations
@@ -53,22 +54,21 @@ pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("kernels_run")]
 def test_coupling_parity_with_instructions_at_their_documented_worst(
     shape: tuple[int, ...], options: dict[str, Any], seed: int
 ) -> None:
-    """ex2.approx, div.full and the like off by up to their documented error: the bound of
-    units_of_floor().
-    """
+    """Errors of ex2.approx, div.full and the like stay within the bound of units_of_floor()."""
     with mock.patch.object(EXECUTOR, "perturb", seed):
-        for _ in range(2):  # other values, the same kernels
+        for _ in range(2):  # different values, same kernels
             check_everything(*make(shape, **options))
 
 
-# --- large inputs: the memory is reserved, and touched only where the first and the last programs d
+# --- large inputs: memory is reserved, but only the first and last programs touch it --------------
 
-EDGE = 4  # columns looked at, at either end
+EDGE = 4  # columns to compare at either end
 
 
 class Large:
-    """Inputs of more than 2^31 elements, written at both ends alone, and those columns as an input
-    of their own.
+    """Inputs of more than 2^31 elements, of which only both ends are written.
+
+    The columns at both ends are also a small input of their own.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Large:
         assert self.far_x.numel() > 2**31
 
     def spread(self, ends: Tensor) -> Tensor:
-        # zeros() would touch all of it
+        # Use empty(), because zeros() would touch all of the memory.
         large = torch.empty((self.shape[0], ends.shape[1], *self.shape[2:]), dtype=ends.dtype)
         for part, values in zip(self.edges(large), ends.chunk(2), strict=True):
             part.copy_(values if self.is_rows else values[0])
@@ -102,8 +102,8 @@ class Large:
             else (large[0, :, :EDGE], large[-1, :, -EDGE:])
         )
 
-    def gathered(self, large: Tensor) -> Tensor:
-        """The columns at both ends of a result."""
+    def gather(self, large: Tensor) -> Tensor:
+        """Return the columns at both ends of a result."""
         return torch.cat(self.edges(large)) if self.is_rows else torch.stack(self.edges(large))
 
 
@@ -112,7 +112,7 @@ def unpermutes_input(request: pytest.FixtureRequest) -> bool:
     return request.param
 
 
-# A sample has fewer than 2^31 elements, the planes' last one begins beyond.
+# A sample has fewer than 2^31 elements, and the last sample of the planes begins beyond that.
 LARGE = pytest.mark.parametrize(
     "shape", [(3, 5, 1 << 28), (33_000_000, 66)], ids=["planes", "rows"]
 )
@@ -120,7 +120,7 @@ LARGE = pytest.mark.parametrize(
 
 @pytest.fixture
 def _first_and_last_programs() -> Iterator[None]:
-    """Enough of them for all channels of a column; none that add up what the others leave."""
+    """Run only enough programs for all channels of a column, and none that add up partial sums."""
 
     def ends(count: int) -> list[int]:
         return [*range(8), *range(count - 8, count)] if count > 16 else []
@@ -136,7 +136,7 @@ def test_forward_beyond_32_bit_offsets(shape: tuple[int, ...], unpermutes_input:
     y, _ = engine.forward(large.far_x, large.far_a, large.coupling)
     inputs = (large.x, large.a, large.coupling)
     truth = plain_forward(*cast(torch.float64, *inputs))[0]
-    close(large.gathered(y), truth, plain_forward(*inputs)[0], "y")
+    close(large.gather(y), truth, plain_forward(*inputs)[0], "y")
 
 
 @LARGE
@@ -146,8 +146,8 @@ def test_backward_beyond_32_bit_offsets(shape: tuple[int, ...], unpermutes_input
     dx, da, *_ = engine.backward(large.far_x, large.far_a, large.far_grads, large.coupling, False)
     inputs = (large.x, large.a, large.coupling, large.grads)
     truth, baseline = plain_gradients(*inputs, torch.float64), plain_gradients(*inputs)
-    close(large.gathered(dx), truth[0], baseline[0], "dx")
-    close(large.gathered(da), truth[1], baseline[1], "da")
+    close(large.gather(dx), truth[0], baseline[0], "dx")
+    close(large.gather(da), truth[1], baseline[1], "da")
 
 
 @LARGE
@@ -159,15 +159,15 @@ def test_inverse_beyond_32_bit_offsets(shape: tuple[int, ...], unpermutes_input:
     engine.invert_active(far_x, x, far_a, coupling)
     inputs = (large.x, large.a, coupling)
     truth = plain_inverse(*cast(torch.float64, *inputs))[0]
-    close(large.gathered(x), truth, plain_inverse(*inputs)[0], "x")
+    close(large.gather(x), truth, plain_inverse(*inputs)[0], "x")
     x = engine.invert_passive(far_x, coupling)
     engine.invert_and_backward(far_x, x, far_a, large.far_grads, coupling, False)
-    close(large.gathered(x), truth, plain_inverse(*inputs)[0], "x reconstructed")
+    close(large.gather(x), truth, plain_inverse(*inputs)[0], "x reconstructed")
 
 
 @pytest.mark.slow
 def test_gin_sums_beyond_32_bit_offsets() -> None:
-    """The last program of the sums, for the last sample."""
+    """Only the last program of the sums runs, for the last sample."""
     large = Large((3, 5, 1 << 28), gin=True)
     a, coupling = large.far_a, large.coupling
     key = key_of(large.far_x, coupling, (torch.float16, a.dtype), (a.stride(0), a.stride(0)))

@@ -1,6 +1,6 @@
-"""The bytes that the Triton kernels move, and the memory checker that counts them.
+"""Test how many bytes the Triton kernels move, and the memory checker that counts them.
 
-Run as tests/test_kernels.py says.
+Run the tests as tests/test_kernels.py says.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ FEW = {"g_ptr", "offset_ptr", "inv_ptr", "perm_ptr", "dlogdet_ptr", "sums_ptr"}
 
 
 def traffic(launches: list[Launch]) -> float:
-    """Bytes moved. What has a value per channel or sample is counted once a launch: a cache serves
-    later reads of these few kilobytes.
+    """Return the bytes moved.
+
+    Tensors with a value per channel or sample count once a launch, because a cache serves later
+    reads of these few kilobytes.
     """
     return sum(
         sum(n for name, n in run.loaded.items() if name not in FEW)
@@ -78,8 +80,8 @@ def test_coupling_moves_little_more_than_the_minimum(
         engine.backward(x, a, OutputGrads(y, torch.randn(shape[0])), coupling, True)
     with sanitize() as of_inverse:
         inverse_of(y, a, coupling)
-    # GIN: a_s once more for its mean; backward without x1 and a_t, which only the scale's gradient
-    # needs, but with a_s, x2, dy2 twice
+    # GIN reads a_s once more for its mean. Its backward does not read x1 and a_t, which only the
+    # scale's gradient needs, but reads a_s, x2 and dy2 twice.
     extra = 0.5 if gin else 0.0
     for name, launches, minimum in (
         ("forward", of_forward, 3.0 + extra),
@@ -113,7 +115,7 @@ def test_sanitizer_catches_a_bad_index(index: int, message: str) -> None:
     x, a, coupling = make((2, 7, 3))
     inv = torch.arange(7)
     inv[0] = index
-    # the interpreter wraps what a kernel raises in its own exception
+    # The interpreter wraps a kernel's exception in its own.
     with sanitize(), pytest.raises((StrayAccess, Exception), match=message):
         engine.forward(x, a, coupling._replace(inv=inv))
 

@@ -1,6 +1,6 @@
-"""The Triton kernels at the ends of their range: clamps, scales, coefficients, nan and inf.
+"""Test the Triton kernels with extreme clamps, scales and coefficients, and with nan and inf.
 
-Run as tests/test_kernels.py says.
+Run the tests as tests/test_kernels.py says.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.kernels import (  # noqa: F401  (fixtures)
 )
 from tests.support.modes import sanitize, slow_when_executed
 
-# numpy's: overflow to inf is meant
+# NumPy warns of overflows to inf, which are intended.
 pytestmark = [*on_this_machine, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 
@@ -105,7 +105,7 @@ def test_log_determinant_of_gin_is_nan_where_a_coefficient_is(shape: tuple[int, 
 
 @shapes((2, 8, 3), (6, 8))
 def test_coupling_of_scales_near_the_largest(shape: tuple[int, ...]) -> None:
-    """exp(g) up to 3.3e38. The values are small, so that results are finite."""
+    """The scale exp(g) reaches 3.3e38. The values are small, so that results are finite."""
     x, a, coupling = make(shape, "EXP")
     g = torch.linspace(87.34, 88.7, shape[1])
     check_everything(1e-3 * x, 1e-3 * a, coupling._replace(global_scale=g))
@@ -113,7 +113,7 @@ def test_coupling_of_scales_near_the_largest(shape: tuple[int, ...]) -> None:
 
 @shapes((2, 4, 3), (3, 4))
 def test_sigmoid_scales_that_torch_takes_for_zero(shape: tuple[int, ...]) -> None:
-    """10 / (1 + exp(2 - g)) overflows to 0 there, and a baseline in float32 has nothing to say."""
+    """A float32 baseline is useless here, because its 10 / (1 + exp(2 - g)) overflows to 0."""
     x, a, coupling = make(shape, "SIGMOID")
     x, a = 1e3 * x, 0 * a
     g = torch.tensor([-86.0, -86.8, -90.0, -100.0])
@@ -128,9 +128,7 @@ def test_sigmoid_scales_that_torch_takes_for_zero(shape: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("activation", ["EXP", "SOFTPLUS"])
 @shapes((2, 8, 3), (6, 8))
 def test_coupling_of_subnormal_scales(shape: tuple[int, ...], activation: str) -> None:
-    """1 / scale is beyond the range there, (y - offset) / scale is not where y - offset is as
-    small.
-    """
+    """1 / scale is out of range, but (y - offset) / scale is not if y - offset is as small."""
     _, a, coupling = make(shape, activation)
     x, a = 1e3 * torch.randn(shape), 1e-3 * a
     g = torch.linspace(-86.0, -100.0, shape[1]) * (2 if activation == "SOFTPLUS" else 1)
@@ -150,7 +148,7 @@ def test_coupling_of_subnormal_scales(shape: tuple[int, ...], activation: str) -
     again = engine.invert_passive(y, coupling)
     grads = OutputGrads(torch.randn(shape), None)
     engine.invert_and_backward(y, again, a, grads, coupling, False)
-    for c in range(shape[1]):  # by itself: the baseline's error grows with 1 / scale
+    for c in range(shape[1]):  # each by itself, because the baseline's error grows with 1 / scale
         for name, t in (("x", back), ("x reconstructed", again)):
             close(t[:, c], truth[0][:, c], baseline[0][:, c], f"{name}, channel {c}")
 
@@ -176,9 +174,9 @@ def test_coupling_passes_nan_and_inf_through(shape: tuple[int, ...], dtype: torc
 def test_coupling_small_arguments_keep_their_relative_accuracy(
     shape: tuple[int, ...], size: float
 ) -> None:
-    """2 * sigmoid(2z) - 1 in place of tanh would fail here."""
+    """A kernel with 2 * sigmoid(2z) - 1 in place of tanh would fail."""
     x, a, coupling = make(shape, "EXP")
-    # log(exp(0)) = 0: the log-determinant is the sum of s alone
+    # log(exp(0)) = 0, so the log-determinant is the sum of s alone.
     coupling = coupling._replace(global_scale=torch.zeros(shape[1]))
     a = size * a.abs()
     truth = plain_log_det(*cast(torch.float64, x, a, coupling))

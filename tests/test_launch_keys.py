@@ -1,9 +1,8 @@
-"""Launches are kept by what they were prepared for: the binary that runs is always the one that
-Triton would choose.
+"""Test that cached launches always run the binary that Triton would choose.
 
-Thousands of drawn argument sets. Nothing is compiled: the executor compares what a launch was
-prepared for with what it is given. That is what a launcher's key may lack unnoticed: dtypes, which
-tensors are None, alignment. What it computes with is in its arguments anyway.
+Each test draws thousands of argument sets. Nothing is compiled: the executor compares the arguments
+that a launch was prepared for with those that it gets. A launcher's key might lack a dtype, an
+alignment, or which tensors are None, and nothing else would notice.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.support.executor import gpu, watched
 
 pytestmark = pytest.mark.kernels
 
-# What each part of an argument set is drawn from.
+# The values from which each part of an argument set is drawn.
 LAYOUTS = (
     "contiguous",
     "contiguous",
@@ -76,7 +75,7 @@ CHOICES: dict[str, Sequence[Any]] = {
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    """A tensor that the kernels take."""
+    """Return a tensor in a layout that the kernels take."""
     batch, channels, *spatial = shape
     if layout == "misaligned":
         return torch.zeros(torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
@@ -93,44 +92,52 @@ def tensor(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
     )
 
 
-def call_all(of: dict[str, Any]) -> None:
-    """Every launcher with these arguments."""
-    shape = of["shape"]
+def call_all(arguments: dict[str, Any]) -> None:
+    """Call every launcher with these arguments."""
+    shape = arguments["shape"]
     batch, channels, *spatial = shape
-    x = tensor(shape, of["x dtype"], of["x"])
-    a = tensor((batch, channels // 2 * 2, *spatial), of["a dtype"], of["a"])
-    coupling = coupling_of(of, channels)
+    x = tensor(shape, arguments["x dtype"], arguments["x"])
+    a = tensor((batch, channels // 2 * 2, *spatial), arguments["a dtype"], arguments["a"])
+    coupling = coupling_of(arguments, channels)
     log_det = None
-    if of["dlogdet stride"] is not None:
+    if arguments["dlogdet stride"] is not None:
         if batch % 2 == 0 and not coupling.spec.gin:
-            coupling = coupling._replace(rows_per_sample=of["rows of a sample"])
+            coupling = coupling._replace(rows_per_sample=arguments["rows of a sample"])
         samples = batch // coupling.rows_per_sample
-        memory = tensor((1, 16 * batch + 1), of["dlogdet dtype"], of["dlogdet"])
-        log_det = memory.as_strided((samples,), (of["dlogdet stride"],), memory.storage_offset())
+        memory = tensor((1, 16 * batch + 1), arguments["dlogdet dtype"], arguments["dlogdet"])
+        log_det = memory.as_strided(
+            (samples,), (arguments["dlogdet stride"],), memory.storage_offset()
+        )
     y, _ = engine.forward(x, a, coupling)
-    grads = OutputGrads(tensor(shape, y.dtype, of["dy"]), log_det)
-    engine.backward(x, a, grads, coupling, of["want params"])
+    grads = OutputGrads(tensor(shape, y.dtype, arguments["dy"]), log_det)
+    engine.backward(x, a, grads, coupling, arguments["want params"])
     back = engine.invert_passive(x, coupling)
     engine.invert_active(x, back, a, coupling)
-    engine.invert_and_backward(x, back, a, grads, coupling, of["want params"])
+    engine.invert_and_backward(x, back, a, grads, coupling, arguments["want params"])
 
 
-def coupling_of(of: dict[str, Any], channels: int) -> Coupling:
+def coupling_of(arguments: dict[str, Any], channels: int) -> Coupling:
     g, offset = (
-        tensor((1, channels), of[f"{name} dtype"], of[name]).view(-1) for name in ("g", "offset")
+        tensor((1, channels), arguments[f"{name} dtype"], arguments[name]).view(-1)
+        for name in ("g", "offset")
     )
     perm, inv = (
-        tensor((1, channels), torch.int64, of[name]).view(-1) if of["has index"] else None
+        tensor((1, channels), torch.int64, arguments[name]).view(-1)
+        if arguments["has index"]
+        else None
         for name in ("perm", "inv")
     )
-    spec = CouplingSpec.of(of["clamp"], of["dialect"], of["activation"], of["gin"])
-    return Coupling(g, offset, spec, perm, inv, of["unpermutes input"])
+    spec = CouplingSpec.of(
+        arguments["clamp"], arguments["dialect"], arguments["activation"], arguments["gin"]
+    )
+    return Coupling(g, offset, spec, perm, inv, arguments["unpermutes input"])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_binary_that_runs_is_the_one_that_triton_would_choose(seed: int) -> None:
-    """Each set differs from the one before in one part, and comes twice: the second time straight
-    to the binary.
+    """Each set of arguments differs from the one before in one part.
+
+    Each is called twice; the second call goes straight to the binary.
     """
     rng = random.Random(seed)
     with gpu(is_compiling=False), watched() as launches:

@@ -1,6 +1,4 @@
-"""Data flows one way: who may import whom, read from the sources; and what importing the package
-pulls in.
-"""
+"""Test the layering of the sources: which files may import which, and what an import loads."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "fastflow_kernels"
 
-# The layers of the package, lowest first: a file may import what stands in lines above its own.
-# engines/* is one entry. Only route.py may import engines/triton: it decides whether Triton runs.
+# The layers of the package, lowest first: a file may import files in the lines above its own.
+# engines/* is one entry. Only route.py may import engines/triton, because it decides the engine.
 LAYERS = (
     ("errors", "dtypes", "coupling", "layouts", "stock", "freia", "torch_private"),
     ("backends", "predicates", "options"),
@@ -41,28 +39,28 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """Every import of a file as (absolute dotted name, whether it runs when the file is imported).
+    """Return every import of a file: its absolute dotted name, and whether it runs at once.
 
-    So does ``import_module("name")``. ``from package import name`` counts as package.name, since
-    name may be a module. What stands in a function runs later, and what stands under ``if
-    TYPE_CHECKING`` never.
+    ``import_module("name")`` counts as well. ``from package import name`` counts as package.name,
+    because name may be a module. An import in a function runs later, and one under ``if
+    TYPE_CHECKING`` never runs.
     """
-    found: list[tuple[str, bool]] = []
+    imported: list[tuple[str, bool]] = []
     package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
 
     def visit(node: ast.AST, at_import: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend((alias.name, at_import) for alias in node.names)
+            imported.extend((alias.name, at_import) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = [*base, *(node.module.split(".") if node.module else [])]
-            found.extend((".".join([*base, alias.name]), at_import) for alias in node.names)
+            imported.extend((".".join([*base, alias.name]), at_import) for alias in node.names)
         elif (
             isinstance(node, ast.Call)
             and ast.unparse(node.func).endswith("import_module")
             and isinstance(node.args[0], ast.Constant)
         ):
-            found.append((node.args[0].value, at_import))
+            imported.append((node.args[0].value, at_import))
         later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             later = True
@@ -70,17 +68,17 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             visit(child, at_import and not later)
 
     visit(ast.parse(path.read_text(), str(path)), True)
-    return found
+    return imported
 
 
 def layer(dotted: str) -> str | None:
-    """The layer an import of the package points to, None for other packages."""
+    """Return the layer that an import of the package belongs to, or None for other packages."""
     parts = dotted.split(".")
     if parts[0] != PACKAGE:
         return None
     name = parts[1] if len(parts) > 1 else "__init__"
     is_module = (ROOT / PACKAGE / name).is_dir() or (ROOT / PACKAGE / f"{name}.py").exists()
-    # `from fastflow_kernels import AllInOneBlock` asks __init__ for it
+    # `from fastflow_kernels import AllInOneBlock` reads it from __init__.
     return name if is_module else "__init__"
 
 
@@ -102,7 +100,7 @@ TEST_MODULES = {
 
 @pytest.mark.parametrize("path", TESTS_AND_BENCH, ids=relative)
 def test_no_test_is_imported(path: Path) -> None:
-    """What tests and benchmarks share lies in tests/support."""
+    """Code that tests and benchmarks share is in tests/support."""
     for name, _ in imports(path):
         assert not {name, name.rpartition(".")[0]} & TEST_MODULES, (
             f"{relative(path)} imports {name}: move it to tests/support"
@@ -123,10 +121,12 @@ def test_package_imports_go_one_way(path: Path) -> None:
         target = layer(name)
         if target is not None and target != own:
             assert LEVEL[target] < LEVEL[own], (
-                f"{relative(path)} imports {name}, which does not stand in a line above {own}"
+                f"{relative(path)} imports {name}, which is not in a line above {own} in LAYERS"
             )
         if name.startswith(f"{PACKAGE}.engines.triton"):
-            assert own in ("engines", "route"), f"{relative(path)} imports {name}: ask route.py"
+            assert own in ("engines", "route"), (
+                f"{relative(path)} imports {name}: only route.py may"
+            )
 
 
 def layer_of(path: Path) -> str:
@@ -136,10 +136,10 @@ def layer_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", [*sources(PACKAGE), *sources("bench")], ids=relative)
 def test_files_are_short_and_functions_take_few_arguments(path: Path) -> None:
-    """At most 400 lines and six parameters.
+    """A file has at most 400 lines, and a function at most six parameters.
 
-    Constructors and methods with another library's signature may take more, and kernels and their
-    helpers, whose arguments are pointers, sizes and constants.
+    Constructors and methods with another library's signature may take more. So may kernels and
+    their helpers, whose parameters are pointers, sizes and constants.
     """
     text = path.read_text()
     assert text.count("\n") <= 400
@@ -168,7 +168,7 @@ def test_private_names_stay_in_their_file(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=relative)
 def test_private_names_of_torch_stand_in_one_file(path: Path) -> None:
-    """torch_private.py; its tests ask them with every supported version."""
+    """That file is torch_private.py, whose tests check the names with every supported version."""
     if path.name == "torch_private.py":
         return
     for node in ast.walk(ast.parse(path.read_text())):
@@ -192,7 +192,7 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
             assert not at_import or (top == "triton" and in_kernels), (
                 f"{relative(path)} imports {name} when it is imported"
             )
-        is_plan = name.startswith(f"{PACKAGE}.engines.triton.plan")  # which imports no Triton
+        is_plan = name.startswith(f"{PACKAGE}.engines.triton.plan")  # imports no Triton
         if name.startswith(f"{PACKAGE}.engines.triton") and not in_kernels and not is_plan:
             assert not at_import, (
                 f"{relative(path)} imports {name} when it is imported, and with it Triton"
@@ -201,7 +201,7 @@ def test_package_imports_nothing_foreign(path: Path) -> None:
 
 @functools.cache
 def loaded_after(statement: str) -> set[str]:
-    """The top-level modules in sys.modules of a fresh interpreter after a statement."""
+    """Return the top-level modules in sys.modules of a fresh interpreter after a statement."""
     code = (
         f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     )
@@ -213,9 +213,9 @@ def loaded_after(statement: str) -> set[str]:
 
 @pytest.mark.parametrize("name", [PACKAGE, "reference"])
 def test_import_pulls_in_nothing_but_torch(name: str) -> None:
-    more = loaded_after(f"import {name}") - loaded_after("import torch")
-    assert more <= {name} | set(sys.stdlib_module_names), (
-        f"importing {name} also imports {sorted(more)}"
+    extra = loaded_after(f"import {name}") - loaded_after("import torch")
+    assert extra <= {name} | set(sys.stdlib_module_names), (
+        f"importing {name} also imports {sorted(extra)}"
     )
 
 
@@ -241,8 +241,10 @@ def test_import_asks_no_device() -> None:
 
 
 def test_import_takes_little_time_beside_that_of_torch() -> None:
-    """At most a tenth; of three runs the least, for others may be at work. Without collections,
-    which strike whoever allocates next.
+    """The import takes at most a tenth of torch's.
+
+    The shortest of three runs counts, because the machine may be busy. Garbage collection is off,
+    because it may happen in either import.
     """
     compileall.compile_dir(ROOT / PACKAGE, quiet=1)  # as in an installed package
 
@@ -262,12 +264,12 @@ def test_import_takes_little_time_beside_that_of_torch() -> None:
             for line in report.splitlines()
             if line.startswith("import time:")
         ]
-        found = {
+        times = {
             name.strip(): int(cumulative) / 1e6
             for _, cumulative, name in lines
             if name.strip() in ("torch", PACKAGE)
         }
-        return found[PACKAGE], found["torch"]
+        return times[PACKAGE], times["torch"]
 
     own, of_torch = min(seconds() for _ in range(3))
     assert own <= 0.1 * of_torch, f"importing the package takes {own:.3f} s, torch {of_torch:.3f} s"

@@ -1,5 +1,6 @@
-"""What a checkpoint may hold: any matrix that a stock block computes with. And what is refused,
-with nothing half-loaded.
+"""Test which permutations of a checkpoint load, and which are refused.
+
+Any matrix loads that a stock block computes with. A refused checkpoint leaves nothing half-loaded.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def hard(index: list[int], rank: int = 2) -> Tensor:
 GOOD = [2, 0, 1, 5, 3, 4]
 INVERSE = [1, 2, 0, 4, 5, 3]
 
-# Name: (w_perm, w_perm_inv, what the message must say), for a hard block of 6 channels and rank 2.
+# w_perm, w_perm_inv and a pattern of the message, for a hard block of 6 channels and rank 2.
 BAD_HARD: dict[str, tuple[Tensor, Tensor, str]] = {
     "duplicate index": (
         torch.tensor([0, 0, 1, 2, 3, 4]),
@@ -97,7 +98,7 @@ BAD_HARD: dict[str, tuple[Tensor, Tensor, str]] = {
 
 
 def mean_of_ten(w: Tensor) -> Tensor:
-    """As of ten checkpoints in float32: sums of tenths, which carry rounding."""
+    """Return the mean of ten float32 checkpoints: a sum of tenths, which rounds."""
     mean = torch.zeros(w.shape)
     for _ in range(10):
         mean += 0.1 * w.float()
@@ -105,7 +106,7 @@ def mean_of_ten(w: Tensor) -> Tensor:
 
 
 # Matrices that a stock block loads and multiplies by: means of checkpoints, matrices trained by
-# accident, broken ones. The last column is what the warning says, where there must be one.
+# accident, and broken ones. The last entry is a pattern of the warning, if one is expected.
 ELSEWHERE = 1e-3 * torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6, 1, 1)
 ODD: dict[str, tuple[Tensor, Tensor, str | None]] = {
     "mean of ten": (
@@ -139,7 +140,7 @@ ODD: dict[str, tuple[Tensor, Tensor, str | None]] = {
 
 
 def assert_refused(block: nn.Module, state: dict[str, Tensor], match: str, **options: Any) -> None:
-    """Raises, and the block is what it was: parameters, subnet, results."""
+    """Assert that loading raises and leaves the block unchanged."""
     before, identities = contents(block), [id(p) for p in block.parameters()]
     with pytest.raises((ValueError, RuntimeError), match=match):
         block.load_state_dict(state, **options)
@@ -148,7 +149,7 @@ def assert_refused(block: nn.Module, state: dict[str, Tensor], match: str, **opt
 
 
 def other_state(block: nn.Module) -> dict[str, Tensor]:
-    """A state dict that differs from the block's everywhere but in the permutation."""
+    """Return a state dict that differs from the block's everywhere except in the permutation."""
     return {
         key: value if key.startswith("w_") else value + 1
         for key, value in block.state_dict().items()
@@ -193,13 +194,13 @@ def test_bad_permutation_before_reflections_is_refused(bad: str) -> None:
 
 
 def assert_computes_like(block: nn.Module, stock: nn.Module, case: Case) -> None:
-    """Both directions, NaN where the other has it."""
+    """Assert that both directions agree, NaNs included."""
     x, c = make_input(case)
     for rev in (False, True):
         (y,), logdet = block([x], c, rev=rev)
         (expected,), expected_logdet = stock([x], c, rev=rev)
-        # ones that are off by up to 4 eps(float64) may count as ones; beyond that the matrix itself
-        # is taken
+        # Values within 4 eps(float64) of one may count as ones. Beyond that, the matrix itself is
+        # used.
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
         torch.testing.assert_close(logdet, expected_logdet, rtol=1e-12, atol=1e-12, equal_nan=True)
 
@@ -207,8 +208,9 @@ def assert_computes_like(block: nn.Module, stock: nn.Module, case: Case) -> None
 @pytest.mark.parametrize("odd", ODD, ids=[name.replace(" ", "_") for name in ODD])
 @pytest.mark.parametrize("case", [HARD, SOFT], ids=["hard", "soft"])
 def test_any_matrix_loads_and_is_computed_with(case: Case, odd: str) -> None:
-    """As the stock block does: with the matrix itself, or within its rounding with the permutation
-    that it is.
+    """The block computes with the matrix itself, like the stock block.
+
+    If the matrix is a permutation within rounding, the block uses the permutation.
     """
     w, w_inv, warning = ODD[odd]
     block, stock = make_our_block(case), make_block(reference.AllInOneBlock, case)
@@ -253,9 +255,7 @@ def test_a_permutation_matrix_of_another_dtype_loads(dtype: torch.dtype, dialect
 
 
 def test_means_of_checkpoints_stay_permutations() -> None:
-    """Of ten float32 checkpoints, each a tenth: the ones carry rounding, and the index is taken all
-    the same.
-    """
+    """The ones of a mean of ten float32 checkpoints are rounded; the index is used all the same."""
     block = make_our_block(HARD, dtype=torch.float32)
     state = {
         key: sum(value * (1 / 10) for _ in range(10)) for key, value in block.state_dict().items()
@@ -275,7 +275,7 @@ def test_means_of_checkpoints_stay_permutations() -> None:
     "odd", [name for name in ODD if name not in ("mean of ten", "inverse of another")]
 )
 def test_an_index_has_no_room_for_another_matrix(odd: str) -> None:
-    """In dialect "freia" a hard block holds an index."""
+    """In dialect "freia", a hard block holds an index."""
     w, w_inv, _ = ODD[odd]
     block = make_our_block(HARD, dialect="freia")
     assert_refused(
@@ -297,7 +297,7 @@ def test_an_index_with_another_inverse_loads_with_a_warning() -> None:
     "dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"]
 )
 def test_rotation_in_low_precision_is_accepted(dtype: torch.dtype) -> None:
-    """Orthogonal to what its dtype can say: a checkpoint in half precision is no error."""
+    """A rotation in half precision is orthogonal only to that precision, which is not an error."""
     case = Case(Shape(2, 48), "soft")
     state = make_our_block(case, dtype=dtype).state_dict()
     block = make_our_block(case, seed=1)
@@ -314,15 +314,13 @@ def test_strict_names_what_is_missing_and_what_is_too_much(dialect: str) -> None
         block.load_state_dict(missing)
     with pytest.raises(RuntimeError, match='Unexpected key.*"w_0"'):
         block.load_state_dict({**state, "w_0": state["w_perm"]})
-    found = block.load_state_dict({**missing, "w_0": state["w_perm"]}, strict=False)
-    assert found.missing_keys == ["w_perm_inv"]
-    assert found.unexpected_keys == ["w_0"]
+    keys = block.load_state_dict({**missing, "w_0": state["w_perm"]}, strict=False)
+    assert keys.missing_keys == ["w_perm_inv"]
+    assert keys.unexpected_keys == ["w_0"]
 
 
 def test_index_layout_in_the_other_dialect_warns() -> None:
-    """It was saved by FrEIA's main branch, whose formula is not this block's, unless the clamp is
-    1.
-    """
+    """FrEIA's main branch saved it, and its formula differs from this block's unless clamp is 1."""
     state = AllInOneBlock([(6,)], subnet_constructor=nn.Linear, dialect="freia").state_dict()
     with pytest.warns(UserWarning, match="w_perm is stored as an index.*dialect='freia'"):
         AllInOneBlock([(6,)], subnet_constructor=nn.Linear).load_state_dict(state)
@@ -346,26 +344,26 @@ def test_permutation_that_is_no_tensor_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize("case", [HARD, SOFT], ids=["hard", "soft"])
-@pytest.mark.parametrize("given", ["w_perm", "w_perm_inv"])
+@pytest.mark.parametrize("loaded", ["w_perm", "w_perm_inv"])
 @pytest.mark.parametrize("assign", [False, True], ids=["", "assign"])
 @both_dialects
 def test_one_of_the_pair_brings_the_other(
-    case: Case, given: str, assign: bool, dialect: str
+    case: Case, loaded: str, assign: bool, dialect: str
 ) -> None:
     source, block = (
         make_our_block(case, 3, dialect=dialect),
         make_our_block(case, 4, dialect=dialect),
     )
-    kept = contents(block)
-    other = "w_perm_inv" if given == "w_perm" else "w_perm"
-    found = block.load_state_dict({given: source.state_dict()[given]}, strict=False, assign=assign)
-    assert other in found.missing_keys
-    assert given not in found.missing_keys
-    for name in (given, other):
+    before = contents(block)
+    derived = "w_perm_inv" if loaded == "w_perm" else "w_perm"
+    keys = block.load_state_dict({loaded: source.state_dict()[loaded]}, strict=False, assign=assign)
+    assert derived in keys.missing_keys
+    assert loaded not in keys.missing_keys
+    for name in (loaded, derived):
         assert torch.equal(block.state_dict()[name], source.state_dict()[name]), name
     assert_equal_states(
         {key: value for key, value in contents(block).items() if "perm" not in key},
-        {key: value for key, value in kept.items() if "perm" not in key},
+        {key: value for key, value in before.items() if "perm" not in key},
     )
     x, c = make_input(case)
     with torch.no_grad():
@@ -377,8 +375,8 @@ def test_one_of_the_pair_brings_the_other(
 @kinds
 def test_a_state_without_the_permutation_leaves_it(case: Case) -> None:
     block = make_our_block(case)
-    kept = contents(block)
+    before = contents(block)
     state = {key: value for key, value in other_state(block).items() if not key.startswith("w_")}
     block.load_state_dict(state, strict=False)
     for key, value in contents(block).items():
-        assert torch.equal(value, kept[key] if key.startswith("w_") else state[key]), key
+        assert torch.equal(value, before[key] if key.startswith("w_") else state[key]), key
