@@ -1,6 +1,6 @@
 """anomalib's FastFlow, accelerated: trained on a folder of images, tested, exported to ONNX.
 
-    python anomalib_fastflow.py [FOLDER] [--pretrained] [--epochs N]
+    python anomalib_fastflow.py [FOLDER] [--pretrained]
 
 FOLDER holds good/, defect/ and mask/, the defects' masks. Without one, tiny images are drawn.
 """
@@ -23,29 +23,26 @@ SIZE = (128, 128)
 def draw_images(folder: Path) -> None:
     """Draw 16 images of noisy stripes, and 4 more with a dark square and its mask."""
     rng = np.random.default_rng(0)
+    for name in ("good", "defect", "mask"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for number in range(20):
         image = 128 + 60 * np.sin(np.arange(SIZE[1]) / 4) + rng.normal(0, 10, SIZE)
-        mask = np.zeros(SIZE)
-        if number < 16:
-            save(image, folder / "good" / f"{number}.png")
-            continue
-        row, column = rng.integers(16, 80, 2)
-        image[row : row + 32, column : column + 32] = 20
-        mask[row : row + 32, column : column + 32] = 255
-        save(image, folder / "defect" / f"{number}.png")
-        save(mask, folder / "mask" / f"{number}.png")
-
-
-def save(grey: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB").save(path)
+        kind = "good" if number < 16 else "defect"
+        if kind == "defect":
+            row, column = rng.integers(16, 80, 2)
+            square = np.s_[row : row + 32, column : column + 32]
+            image[square] = 20
+            mask = np.zeros(SIZE, np.uint8)
+            mask[square] = 255
+            Image.fromarray(mask).save(folder / "mask" / f"{number}.png")
+        pixels = image.clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).convert("RGB").save(folder / kind / f"{number}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, nargs="?", help="with good/, defect/ and mask/")
     parser.add_argument("--pretrained", action="store_true", help="download the backbone's weights")
-    parser.add_argument("--epochs", type=int, default=2)
     args = parser.parse_args()
     if args.folder is None:
         args.folder = Path("stripes")
@@ -70,15 +67,14 @@ def main() -> None:
     model = accelerate(model)
     print(str(report(model)).splitlines()[0])
 
-    engine = Engine(max_epochs=args.epochs)
+    engine = Engine(max_epochs=2)
     engine.fit(model, datamodule=datamodule)
     (metrics,) = engine.test(model, datamodule=datamodule)
     print(f"image AUROC {metrics['image_AUROC']:.2f}, pixel AUROC {metrics['pixel_AUROC']:.2f}")
 
     # anomalib asks for opset 14 by default, and torch's exporter cannot convert down to it.
-    path = engine.export(
-        model, export_type="onnx", input_size=SIZE, onnx_kwargs={"opset_version": 18}
-    )
+    opset = {"opset_version": 18}
+    path = engine.export(model, export_type="onnx", input_size=SIZE, onnx_kwargs=opset)
     print(f"exported to {path}")
 
 
