@@ -16,9 +16,9 @@ from bench.subject import MODES
 from bench.workloads import DTYPES, KINDS
 
 COMPARE = """\
-Time blocks and whole flows, taking turns. Without COMMIT, ours is compared with the stock blocks,
-after the results of both passed a comparison with a float64 reference. With COMMIT, ours in the
-working tree is compared with ours in that commit."""
+Time blocks and whole flows, taking turns. Without COMMIT, ours is timed against the stock blocks. A
+provider is timed only if its results agree with a float64 reference. With COMMIT, ours in the
+working tree is timed against ours in that commit."""
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="torch's name of the device (default: %(default)s)",
+        help="torch device (default: %(default)s)",
     )
     alone = parser.add_argument_group("without COMMIT")
     alone.add_argument(

@@ -67,16 +67,17 @@ def select(known: list[Workload], parts: Sequence[str]) -> list[Workload]:
 
     A part that is a whole name selects this workload only.
     """
-    names = {w.name for w in known}
+    names = {workload.name for workload in known}
     chosen: dict[int, Workload] = {}
     for part in parts:
-        for w in known:
+        for workload in known:
+            name = workload.name
             if part == "typical":
-                is_chosen = w.name in TYPICAL or w.name.startswith("sweep")
+                is_chosen = name in TYPICAL or name.startswith("sweep")
             else:
-                is_chosen = part == "all" or (w.name == part if part in names else part in w.name)
+                is_chosen = part == "all" or (name == part if part in names else part in name)
             if is_chosen:
-                chosen[id(w)] = w
+                chosen[id(workload)] = workload
     return list(chosen.values())
 
 

@@ -155,7 +155,7 @@ def assert_gradients_agree(chains: dict[str, nn.Module]) -> None:
 
 def describe(row: records.Row) -> str:
     kept = "" if row["kept_bytes"] is None else f"kept {row['kept_bytes'] * 1e-6:,.1f} MB, "
-    time = f"{row['median_us'] * 1e-3:,.0f} ms ({row['times_plain']:.2f}x)"
+    time = f"{row['median_us'] * 1e-3:,.0f} ms ({row['times_plain']:.2f}x plain)"
     return f"{row['provider']} {time}, {kept}peak {row['peak_bytes'] * 1e-6:,.1f} MB"
 
 

@@ -55,8 +55,8 @@ def compare(choice: Choice, seconds: float, budget: float, target: Path) -> int:
         outcomes = task.measure(group.mode)
         failed |= any(outcome.failure for outcome in outcomes.values())
         if outcomes["ours"].failure is None:
-            rows = [o.row | provenance for o in outcomes.values() if o.failure is None]
-            records.append(rows, target)
+            rows = (outcome.row for outcome in outcomes.values() if outcome.failure is None)
+            records.append((row | provenance for row in rows), target)
         say(f"{group}: {_describe(outcomes)}")
     for group in not_started:
         say(f"left out, because the budget of {budget:.0f} s was spent: {group}")
@@ -77,4 +77,4 @@ def _describe(outcomes: dict[str, Outcome]) -> str:
 
 def _figure(row: Row, time: str, ratio: str) -> str:
     is_ours = row["provider"].startswith("ours") or row[ratio] is None
-    return f"{row[time]:,.0f} us" + ("" if is_ours else f" ({row[ratio]:.2f}x)")
+    return f"{row[time]:,.0f} us" + ("" if is_ours else f" ({row[ratio]:.2f}x ours)")

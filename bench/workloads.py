@@ -120,7 +120,7 @@ WORKLOADS = (
     Workload("tabular soft", (4096, 64), {"permute_soft": True}, steps=8),
     Workload("tabular Householder 8", (4096, 64), {"learned_householder_permutation": 8}, steps=8),
     Workload("tabular GIN", (4096, 64), {"gin_block": True}, steps=8),
-    # One image, as in inference. And a fiber batch of the size that CFlow trains with.
+    # One image, as in inference. And a fibre batch of the size that CFlow trains with.
     Workload("fastflow-wrn50/1 one image", (1, 256, 64, 64)),
     Workload("fastflow-r18/1 one image", (1, 64, 64, 64)),
     Workload("fastflow-r18/3 one image", (1, 256, 16, 16)),
@@ -180,7 +180,7 @@ def workloads(kind: str, on_cpu: bool) -> list[Workload]:
     """Return the workloads of one of KINDS, with the batch sizes for a CPU or a GPU."""
     if kind == "sweep":
         return list(sweep(on_cpu))
-    chosen = [w for w in WORKLOADS if w.steps or kind not in WHOLE]
+    chosen = [workload for workload in WORKLOADS if workload.steps or kind not in WHOLE]
     if kind == "reversible":
-        chosen = [w for w in chosen if not w.conditions]
-    return [w.on_cpu(kind) for w in chosen] if on_cpu else chosen
+        chosen = [workload for workload in chosen if not workload.conditions]
+    return [workload.on_cpu(kind) for workload in chosen] if on_cpu else chosen

@@ -57,8 +57,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=60, metavar="N", help="training steps per texture"
     )
-    # Threads wait for each other: on 2 cores of an AMD EPYC, 2 threads took 120 ms a step if the
-    # cores were idle and 600 to 1100 ms if they were shared. One thread took 130 to 170 ms.
+    # One thread took 130 to 170 ms a step on 2 cores of an AMD EPYC. Two took 120 ms on idle cores,
+    # and 600 to 1100 ms on shared ones, because threads wait for each other.
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads")
     parser.add_argument(
         "--reversible",
