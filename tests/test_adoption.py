@@ -1,4 +1,4 @@
-"""Classes of ours that count as FrEIA's once that is imported, whenever it is."""
+"""Our classes count as FrEIA's once FrEIA is imported, whenever that is."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What of FrEIA's packages matters here, as its main branch has it; the names are those of FrEIA
-# 0.2, too.
+# The parts of FrEIA's packages that matter here, as in its main branch. FrEIA 0.2 has the same
+# names.
 STUB = {
     "__init__.py": "from . import framework, modules",
     "modules/__init__.py": "from .base import *",
@@ -60,8 +60,8 @@ def check(chain):
     (z.sum() - log_det.sum()).backward()
     assert torch.allclose(chain(z, rev=True)[0], torch.ones(3, 4), atol=1e-5)
     assert len(chain) == len(chain[0:1]) == len(list(chain)) == 1 and chain.output_dims() == [(4,)]
-    for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
-        assert isinstance(other, sequence) and torch.equal(other(torch.ones(3, 4))[0], z)
+    for copied in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert isinstance(copied, sequence) and torch.equal(copied(torch.ones(3, 4))[0], z)
 
 def waiting():
     finders = [(finder, type(finder).__module__) for finder in sys.meta_path]
@@ -130,7 +130,7 @@ class Nosy(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         self.seen.append(name)
 class Wrapping(importlib.abc.MetaPathFinder):
-    "As import hooks do: asks the others by the public function."
+    "A finder as of import hooks, which asks the others by the public function."
     busy = False
     def find_spec(self, name, path, target=None):
         if self.busy or not name.startswith("FrEIA"):
@@ -158,8 +158,8 @@ for module in (FrEIA.modules.base, FrEIA.framework.sequence_inn):
 }
 
 
-# Each situation in a fork of a process that has imported torch and this package, which takes
-# seconds.
+# Each situation runs in a fork of a process that has imported torch and this package, because
+# importing takes seconds.
 RUN = """
 import os, sys, traceback
 failed = []
@@ -188,8 +188,8 @@ def run(situations: dict[str, tuple[str | None, str]]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def written(folder: Path, files: dict[str, str]) -> str:
-    """A folder with FrEIA's packages, for sys.path."""
+def write_package(folder: Path, files: dict[str, str]) -> str:
+    """Write the files of a package FrEIA into a folder; return the folder, for sys.path."""
     for name, text in files.items():
         path = folder / "FrEIA" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def written(folder: Path, files: dict[str, str]) -> str:
 
 
 def test_classes_are_adopted_whenever_freia_is_imported(tmp_path: Path) -> None:
-    stub = written(tmp_path, STUB)
+    stub = write_package(tmp_path, STUB)
     run({name: (stub, code) for name, code in SITUATIONS.items()})
 
 
@@ -215,7 +215,7 @@ def test_classes_are_adopted_by_the_real_one() -> None:
 
 
 def test_another_module_of_that_name_does_no_harm(tmp_path: Path) -> None:
-    """That fails to import, has no such class, or one that is no module."""
+    """It fails to import, has no such class, or has one that is not a module."""
     code = """
 chain = make()
 try:
@@ -233,7 +233,7 @@ for chain in (make(), chain):
         *(f"class InvertibleModule{base}:\n    pass" for base in ("", "(int)")),
     ]
     folders = [
-        written(
+        write_package(
             tmp_path / str(i),
             {"__init__.py": "", "modules/__init__.py": "", "modules/base.py": body},
         )

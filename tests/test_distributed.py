@@ -1,6 +1,4 @@
-"""DDP and FSDP2 on two processes: the same results and gradients as one process on the whole
-batch.
-"""
+"""DDP and FSDP2 on two processes: results and gradients of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def _batch(name: str) -> tuple[Tensor, list[Tensor]]:
 
 
 def _trained(model: nn.Module, flow: Flow, x: Tensor, c: list[Tensor]) -> dict[str, Tensor]:
-    """Two steps; the gradients of the second, and the weights that it found."""
+    """Train two steps; return the gradients of the second and the weights before it."""
     optimizer = torch.optim.SGD([p for p in flow.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
@@ -87,8 +85,9 @@ class Block(nn.Module):
 
 
 def _compiled_from_another_seed(kind: str, rank: int) -> Tensor:
-    """What a compiled block computes whose weights DDP has broadcast: those of rank 0, its
-    permutation too.
+    """Return what a compiled block computes after DDP has broadcast its weights.
+
+    They are those of rank 0, and so is its permutation.
     """
     model = DistributedDataParallel(Block(kind, seed=rank + 1))
     with torch.no_grad():
@@ -104,7 +103,7 @@ def _one_rank(rank: int, folder: Path) -> None:
             for wrapper in WRAPPERS:
                 flow = Flow(name, kind)
                 if wrapper == "ddp":
-                    # as in the stock block, no result of GIN depends on its scale
+                    # As in the stock block, no result of GIN depends on its scale.
                     model = DistributedDataParallel(flow, find_unused_parameters="gin" in name)
                 else:
                     mesh = dist.init_device_mesh("cpu", (2,))
@@ -121,7 +120,7 @@ def _one_rank(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """Return the results of each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(functools.partial(_one_rank, folder=folder), 2, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
@@ -135,8 +134,8 @@ def test_two_processes_train_like_one(
 ) -> None:
     flow = Flow(name, kind)
     expected = _trained(flow, flow, *_batch(name))
-    for found in ranks:
-        actual = found[f"{name} {kind} {wrapper}"]
+    for results in ranks:
+        actual = results[f"{name} {kind} {wrapper}"]
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
             if value is None:  # GIN's scale takes no gradient; DDP sums it up to zero all the same
@@ -151,7 +150,7 @@ def test_two_processes_train_like_one(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_ranks_compute_the_same_function(kind: str, ranks: list[dict[str, Any]]) -> None:
-    """Although each was built from a seed of its own."""
+    """They do so although each was built from a seed of its own."""
     expected = Block("ours", seed=1)(_batch("hard")[0])
-    for found in ranks:
-        torch.testing.assert_close(found[f"compiled {kind}"], expected, rtol=1e-11, atol=1e-11)
+    for results in ranks:
+        torch.testing.assert_close(results[f"compiled {kind}"], expected, rtol=1e-11, atol=1e-11)

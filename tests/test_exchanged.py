@@ -1,5 +1,6 @@
-"""What a stock block reads in a call and is exchanged after accelerate is honoured, or the stock
-maths runs; and what is left for that.
+"""Something that a stock block reads may be exchanged after accelerate, and takes effect.
+
+The fused block honours it, or the stock maths runs.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def test_what_the_activation_reads(exchange: str, peer: Callable[[], Any]) -> No
         SOFTPLUS[exchange](b)
     assert state_of(block) == "stock maths"
     assert_same(block, stock)
-    # a copy of FrEIA 0.2's block goes on reading the softplus of the block that it was copied from
+    # A copy of FrEIA 0.2's block keeps reading the softplus of the block that it was copied from.
     if exchange != "gone":
         assert_same(copy.deepcopy(block), copy.deepcopy(stock))
     for b in (block, stock):
@@ -192,7 +193,7 @@ def test_softplus_of_a_block_that_was_copied_before() -> None:
     block = copy.deepcopy(first)
     stock.load_state_dict(block.state_dict())
     accelerate(block)
-    block.softplus.beta = 3.0  # which nobody reads
+    block.softplus.beta = 3.0  # nothing reads it
     assert state_of(block) == "accelerated"
     assert_same(block, stock)
     first.softplus.beta = stock.softplus.beta = 3.0
@@ -221,10 +222,7 @@ def test_a_step_patched_on_the_class_takes_effect(
 ) -> None:
     block, stock = pair(peer, name)
     with mock.patch.object(type(stock), step, STEPS[step]):
-        assert (
-            report(block).entries[0].reason
-            == f"its {step} has changed since it was accelerated"
-        )
+        assert report(block).entries[0].reason == f"its {step} has changed since it was accelerated"
         assert_same(block, stock, name)
         copied = copy.deepcopy(block)
         assert_same(copied, stock, name)
@@ -234,7 +232,7 @@ def test_a_step_patched_on_the_class_takes_effect(
     for b in (block, copied):
         assert state_of(b) == "accelerated"
         assert_same(b, stock, name)
-    # what was patched then is not known any more, so the stock maths it is
+    # The pickle was made while the step was patched, so it runs the stock maths.
     if through_pickle is not None:
         assert_same(through_pickle, stock, name)
 
@@ -293,8 +291,9 @@ def test_accelerate_again_asks_a_block_that_has_changed() -> None:
 def test_what_is_exchanged_after_compilation_takes_effect(
     exchange: str, peer: Callable[[], Any]
 ) -> None:
-    """A method that is set on the block itself does so where torch notices it in a stock block: not
-    in 2.7.
+    """A method that is set on the block itself is compared with a compiled stock block.
+
+    torch 2.7 does not notice it there, either.
     """
     torch._dynamo.reset()
     block, stock = pair(peer)

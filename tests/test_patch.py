@@ -49,14 +49,15 @@ def test_accelerated_block_gives_the_same(case: Case, peer: Callable[[], Any]) -
     """Every option on two shapes, every shape with the options that matter to it."""
     block = stock_block(peer, case)
     stock_class = type(block)
-    said = report(accelerate(block))
-    assert len(said.changed) == 1, str(said)
+    after = report(accelerate(block))
+    assert len(after.changed) == 1, str(after)
     expected = "freia" if peer is freia_main_block else "anomalib"
-    # with one channel there is no active half, and so no clamp; and a single log-factor is its own
-    # mean, which GIN takes out
+    # The clamp tells the dialect. With one channel there is no active half and so no clamp, and GIN
+    # leaves nothing of a single log-factor, which is its own mean.
     if case.shape.channels > 1 and not (block.GIN and math.prod(case.shape.full[1:]) < 4):
-        assert f"'{expected}'" in said.changed[0].reason
-    assert case.options.get("global_affine_type", "SOFTPLUS") in said.changed[0].reason or block.GIN
+        assert f"'{expected}'" in after.changed[0].reason
+    activation = case.options.get("global_affine_type", "SOFTPLUS")
+    assert activation in after.changed[0].reason or block.GIN
     assert isinstance(block, stock_class)
     assert_same_as_stock(block, peer, case)
     assert restore(block) is block
@@ -102,13 +103,13 @@ def test_everything_else_stays(case: Case, peer: Callable[[], Any]) -> None:
         assert [
             (name, id(module), module.training) for name, module in block.named_modules()
         ] == modules
-        now = block.state_dict()
-        assert list(now) == list(state)
+        state_after = block.state_dict()
+        assert list(state_after) == list(state)
         assert all(
-            torch.equal(now[key], value) and now[key].dtype == value.dtype
+            torch.equal(state_after[key], value) and state_after[key].dtype == value.dtype
             for key, value in state.items()
         )
-        assert vars(now)["_metadata"] == metadata
+        assert vars(state_after)["_metadata"] == metadata
         assert torch.equal(torch.random.get_rng_state(), generators[0])
         assert random.getstate() == generators[1]
         assert all(vars(block)[name] is value for name, value in before.items())
@@ -138,11 +139,11 @@ def test_optimizer_made_before_keeps_working(
     for p, expected, old, seen in zip(
         *(block.parameters() for block in blocks), start, smallest, strict=True
     ):
-        if not expected.requires_grad or seen.isinf().any():  # GIN has no use for its scale
+        if not expected.requires_grad or seen.isinf().any():  # GIN does not use its scale
             assert torch.equal(p, old)
             continue
-        # the gradients are of order 1 and agree to some 1e-15. Adam divides each by its own size:
-        # lr * 1e-15 / 1e-6 of one that is 1e-6
+        # The gradients are of order 1 and agree to some 1e-15. Adam divides each by its own size,
+        # which makes the error of one that is 1e-6 lr * 1e-15 / 1e-6.
         reliable = seen > 1e-6
         assert reliable.any() or seen.max() < 1e-14
         assert ((p - expected)[reliable].abs() <= 1e-11).all()
@@ -159,21 +160,21 @@ def test_hooks_still_fire(peer: Callable[[], Any]) -> None:
     block.subnet.register_forward_hook(lambda module, args, out: calls.append("subnet"))
     block.register_state_dict_post_hook(lambda *_: calls.append("state"))
     accelerate(block)
-    assert calls == [], "the block itself is not to be asked"
+    assert calls == [], "accelerate must not run the block itself"
     block.register_forward_hook(lambda module, args, out: calls.append("later"))
     x, _ = make_input(HARD)
 
-    def passed() -> list[str]:
+    def calls_of_a_pass() -> list[str]:
         calls.clear()
         (y,), logdet = block([x.clone().requires_grad_()])
         (y.sum() + logdet.sum()).backward()
         block.state_dict()
         return list(calls)
 
-    fused = passed()
+    fused = calls_of_a_pass()
     assert fused == ["pre", "subnet", "forward", "later", "backward", "state"]
     restore(block)
-    assert [call for call in passed() if call != "backward"] == [
+    assert [call for call in calls_of_a_pass() if call != "backward"] == [
         call for call in fused if call != "backward"
     ]
 
@@ -185,20 +186,20 @@ def test_conditions_that_were_not_declared_are_ignored(peer: Callable[[], Any]) 
     c = [torch.randn(2, 5, 3, 4)]
     expected = unwrapped(block([x], c))
     accelerate(block)
-    for given in (c, (), None, []):
-        for a, e in zip(unwrapped(block([x], given)), expected, strict=True):
+    for conditions in (c, (), None, []):
+        for a, e in zip(unwrapped(block([x], conditions)), expected, strict=True):
             assert (a - e).abs().max() <= 200 * EPS * e.abs().max()
 
 
 @released
 def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> None:
-    """Subnets that end in ReLU, an identity that returns its input, empty batches."""
+    """They come with subnets that end in ReLU or return their input, and with empty batches."""
     block = peer()([(3, 4)], subnet_constructor=lambda *_: nn.Identity())
     accelerate(block)
     x = torch.randn(2, 3, 4)
-    given = x.clone()
+    before = x.clone()
     block([x])
-    assert torch.equal(x, given)
+    assert torch.equal(x, before)
     assert block([x[:0]])[0][0].shape == (0, 3, 4)
     with pytest.raises(TypeError, match="list with one tensor"):
         block(x)
@@ -215,7 +216,7 @@ def test_known_faults_of_the_stock_block_are_gone(peer: Callable[[], Any]) -> No
 
 @released
 def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
-    """As the stock block does (msflow declares its blocks (C, 1, 1))."""
+    """The stock block takes any, too: msflow declares its blocks (C, 1, 1)."""
     case = Case(Shape(2, 6, (1, 1)), "cond")
     block = stock_block(peer, case)
     x, c = make_input(Case(Shape(2, 6, (5, 3)), "cond"))
@@ -225,7 +226,7 @@ def test_any_spatial_size_is_taken(peer: Callable[[], Any]) -> None:
         assert (a - e).abs().max() <= 500 * EPS * e.abs().max()
 
 
-# --- what is said ---------------------------------------------------------------------------------
+# --- reports, backends, contexts ------------------------------------------------------------------
 
 
 @pytest.mark.peers
@@ -248,29 +249,29 @@ def test_report() -> None:
     )
     assert str(before).splitlines()[0] == "1 of 3 blocks run fused"
     assert accelerate(model) is model
-    said = report(model)
-    assert [entry.state for entry in said.entries] == ["accelerated", "fused", "left"]
-    assert [entry.name for entry in said.changed] == ["1.0"]
-    assert [entry.name for entry in said.left] == ["3"]
-    assert said.changed[0].kind == f"{stock.__module__}.AllInOneBlock"
+    after = report(model)
+    assert [entry.state for entry in after.entries] == ["accelerated", "fused", "left"]
+    assert [entry.name for entry in after.changed] == ["1.0"]
+    assert [entry.name for entry in after.left] == ["3"]
+    assert after.changed[0].kind == f"{stock.__module__}.AllInOneBlock"
     assert (
-        said.changed[0].reason
+        after.changed[0].reason
         == "computes dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
     )
     assert (
-        said.entries[1].reason == "dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
+        after.entries[1].reason == "dialect 'anomalib', SOFTPLUS, hard permutation; backend 'auto'"
     )
-    assert said.left[0].reason == "Mine overrides _affine"
-    assert "Mine" in said.left[0].kind
-    lines = str(said).splitlines()
+    assert after.left[0].reason == "Mine overrides _affine"
+    assert "Mine" in after.left[0].kind
+    lines = str(after).splitlines()
     assert lines[0] == "2 of 3 blocks run fused"
     assert len(lines) == 4
-    for line, entry in zip(lines[1:], said.entries, strict=True):
+    for line, entry in zip(lines[1:], after.entries, strict=True):
         assert line.split()[0] == entry.state
         assert entry.name in line
         assert entry.kind in line
         assert entry.reason in line
-    assert report(accelerate(model)) == said
+    assert report(accelerate(model)) == after
     assert report(accelerate(model, backend="eager")).changed[0].reason.endswith("backend 'eager'")
     assert "backend='eager'" in str(model)
     assert report(restore(model)) == before
@@ -295,10 +296,10 @@ def test_twice_and_back(peer: Callable[[], Any]) -> None:
     assert accelerate(block) is block
     accelerated = type(block)
     assert accelerated is not cls
-    said = report(block)
+    after = report(block)
     accelerate(block)
     assert type(block) is accelerated
-    assert report(block) == said
+    assert report(block) == after
     assert_same_as_stock(block, peer, HARD)
     for _ in range(2):
         assert restore(block) is block

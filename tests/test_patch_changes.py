@@ -73,7 +73,7 @@ def test_another_permutation_takes_effect(change: str, case: Case, peer: Callabl
     block = stock_block(peer, case)
     accelerate(block)
     assert_same_as_stock(block, peer, case)
-    for seed in (11, 12):  # more than once: memory that was given up may come back
+    for seed in (11, 12):  # twice, because freed memory may be used again
         CHANGES[change](block, stock_block(peer, case, seed).state_dict())
         assert_same_as_stock(block, peer, case)
     restore(block)
@@ -90,8 +90,8 @@ def test_hard_block_with_a_matrix_that_is_no_permutation(
     """The stock block multiplies by whatever it holds, and so does the accelerated one."""
     case = Case(SHAPE, "rev")
     if what == "shear" and through == "data.copy_" and when == "after a pass":
-        # writes past autograd's back are noticed where a 1 has gone, which they are for every
-        # orthogonal matrix
+        # A write through .data is noticed where a 1 has gone. That is so for every orthogonal
+        # matrix, but not for a shear.
         return
     block = stock_block(peer, case)
     old = {name: getattr(block, name).clone() for name in ("w_perm", "w_perm_inv")}
@@ -100,7 +100,7 @@ def test_hard_block_with_a_matrix_that_is_no_permutation(
     if what == "not the inverse":
         w, w_inv = old["w_perm"], old["w_perm_inv"].flip(0)
     if what == "shear":
-        # has a 1 wherever the permutation has
+        # It has a 1 wherever the permutation has.
         w = old["w_perm"].view(6, 6) + 0.5 * old["w_perm"].view(6, 6).roll(1, 0)
         w_inv = torch.linalg.inv(w)
     if when.startswith("after"):
@@ -154,7 +154,7 @@ def test_options_that_are_changed_later_take_effect(peer: Callable[[], Any]) -> 
 @released
 @pytest.mark.parametrize("name", ["hard", "rev", "soft", "hh1"])
 def test_learned_permutation_keeps_its_gradient(name: str, peer: Callable[[], Any]) -> None:
-    """Who asks for a gradient of the permutation's matrix gets it, as from the stock block."""
+    """A permutation's matrix that requires a gradient gets it, as from the stock block."""
     case = Case(SHAPE, name)
     block, same = (stock_block(peer, case) for _ in range(2))
     for b in (block, same):
@@ -186,8 +186,10 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 def test_copies(
     used: str, method: str, case: Case, peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a stock pass ("used before") a Householder block holds its matrix with the graph: that
-    must not be in the way.
+    """An accelerated block can be copied in every state.
+
+    After a stock pass ("used before") a Householder block holds its matrix with the graph, which
+    must not prevent that.
     """
     block = stock_block(peer, case)
     x, c = make_input(case)
@@ -209,14 +211,14 @@ def test_copies(
     assert_same_as_stock(block, peer, case)
     restore(made)
     assert type(made) is peer()
-    assert type(block) is not peer(), "a copy's restoring is not the original's"
+    assert type(block) is not peer(), "restoring a copy must not restore the original"
     assert_equal_results(made, same_block(peer, made, case, torch.float64), case)
 
     restore(block)
     if case.options.get("learned_householder_permutation") and used == "used":
         block = stock_block(peer, case)  # a pass of the stock block itself is not asked for here
-    # FrEIA 0.2's own class holds lambdas (global_scale_activation), which no pickle takes:
-    # accelerated or not, that is the stock block's.
+    # FrEIA 0.2's own class holds a lambda (global_scale_activation), which cannot be pickled. The
+    # stock block could not be, either.
     if method in ("copy", "deepcopy") or peer is anomalib_block:
         assert_equal_results(COPIES[method](block), block, case)
 
@@ -225,7 +227,7 @@ def test_copies(
 def test_copy_of_a_restored_model_is_pickled_as_before(
     peer: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """restore gives back the object as it was: also what can be pickled of it, and what cannot."""
+    """restore gives back the object as it was, whether it could be pickled or not."""
     block = stock_block(peer, Case(SHAPE, "hard"))
 
     def pickles() -> bool:

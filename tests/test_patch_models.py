@@ -31,14 +31,12 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 
 class Flow(nn.Module):
-    """Blocks one after the other, as anomalib's models hold them; with one block of another
-    kind.
-    """
+    """Blocks one after the other, as in anomalib's models, and a convolution after them."""
 
     def __init__(self, peer: Callable[[], Any], case: Case) -> None:
         super().__init__()
         self.first = nn.ModuleDict({"a": stock_block(peer, case, 1)})
-        self.rest = nn.ModuleList(
+        self.later = nn.ModuleList(
             [
                 stock_block(peer, case.replace(name=name), seed)
                 for seed, name in enumerate(("rev", "soft", "hh1"), 2)
@@ -47,7 +45,7 @@ class Flow(nn.Module):
         self.head = nn.Conv2d(6, 6, 1).double()
 
     def forward(self, x: Tensor, c: list[Tensor], rev: bool = False) -> tuple[Tensor, Tensor]:
-        blocks = [self.first["a"], *self.rest]
+        blocks = [self.first["a"], *self.later]
         total = x.new_zeros(len(x))
         for block in reversed(blocks) if rev else blocks:
             (x,), logdet = block([x], rev=rev)
@@ -72,8 +70,9 @@ def sequence(peer: Callable[[], Any]) -> nn.Module:
 
 
 def mixed(peer: Callable[[], Any]) -> nn.Module:
-    """With FrEIA's other modules in between, which stay what they are, and a part that is run
-    backwards.
+    """Make a chain with other modules of FrEIA, which stay what they are.
+
+    A part of it runs backwards.
     """
     framework, modules = freia().framework, freia().modules
     base: Any = modules.InvertibleModule
@@ -105,12 +104,12 @@ def mixed(peer: Callable[[], Any]) -> nn.Module:
 
 
 def reversible_graph_net(peer: Callable[[], Any]) -> nn.Module:
-    """Deprecated in FrEIA 0.2, and still there."""
+    """Make a ReversibleGraphNet, which FrEIA 0.2 deprecates but still has."""
     return graph(peer, freia().framework.ReversibleGraphNet)
 
 
 def graph(peer: Callable[[], Any], net: type | None = None) -> nn.Module:
-    """As UFlow builds it: a split in between, and nodes that hold references of their own."""
+    """Make a graph as UFlow does, with a split and with nodes that hold references of their own."""
     framework, modules = freia().framework, freia().modules
     torch.manual_seed(4)
     np.random.seed(4)  # rotations
@@ -132,7 +131,7 @@ def graph(peer: Callable[[], Any], net: type | None = None) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
     "flow": (
         lambda peer: Flow(peer, Case(SHAPE, "hard")),
-        ["first.a", "rest.0", "rest.1", "rest.2"],
+        ["first.a", "later.0", "later.1", "later.2"],
     ),
     "sequence": (sequence, [f"module_list.{i}" for i in range(5)]),
     "mixed": (
@@ -152,22 +151,22 @@ MODELS: dict[str, tuple[Callable[[Any], nn.Module], list[str]]] = {
 def test_models(kind: str, peer: Callable[[], Any]) -> None:
     build, names = MODELS[kind]
     model, same, lower = build(peer), build(peer), build(peer)
-    for other in (same, lower):
-        other.load_state_dict(model.state_dict())
+    for twin in (same, lower):
+        twin.load_state_dict(model.state_dict())
     lower.float()
     classes = [type(module) for module in model.modules()]
     parameters = [id(p) for p in model.parameters()]
-    said = report(accelerate(model))
-    assert [entry.name for entry in said.changed] == names
-    assert not said.left
+    after = report(accelerate(model))
+    assert [entry.name for entry in after.changed] == names
+    assert not after.left
     assert [id(p) for p in model.parameters()] == parameters
     x, _ = make_input(HARD)
     c = [torch.randn(2, 2, 3, 4, dtype=torch.float64)] if kind != "flow" else []
     for rev in (False, True):
-        for _ in range(2):  # the second time from what was kept
+        for _ in range(2):  # the second time from the cache
             actual, truth = (evaluate(m, x, c, rev, wrap=False) for m in (model, same))
             baseline = evaluate(lower, x.float(), [t.float() for t in c], rev, wrap=False)
-            # FrEIA's GLOWCouplingBlock is two couplings more
+            # FrEIA's GLOWCouplingBlock adds two couplings.
             assert_results(actual, truth, baseline, blocks=len(names) + 2 * (kind == "mixed"))
     if hasattr(model, "node_list"):
         assert all(
@@ -202,11 +201,11 @@ def assert_equal_dicts(
 @pytest.mark.peers
 def test_part_of_a_model() -> None:
     model = Flow(anomalib_block, Case(SHAPE, "hard"))
-    assert [entry.name for entry in report(accelerate(model.rest)).changed] == ["0", "1", "2"]
+    assert [entry.name for entry in report(accelerate(model.later)).changed] == ["0", "1", "2"]
     assert [entry.name for entry in report(model).left] == ["first.a"]
     assert not report(accelerate(model)).left
     restore(model.first)
-    assert [entry.name for entry in report(model).changed] == ["rest.0", "rest.1", "rest.2"]
+    assert [entry.name for entry in report(model).changed] == ["later.0", "later.1", "later.2"]
     assert not report(restore(model)).changed
 
 
@@ -229,7 +228,7 @@ def test_report_of_chains() -> None:
     (entry,) = report(accelerate(model, reversible=True)).chains
     assert (entry.state, entry.changed, entry.reason[:8]) == ("reversible", True, "5 of its")
     assert "1 of 1 chains are reversible" in str(report(model))
-    # runs the stock maths, which nothing reconstructs
+    # This block now runs the stock maths, so its input is not reconstructed.
     model.module_list[0]._affine = model.module_list[1]._affine
     assert report(model).chains[0].reason.startswith("4 of its 5")
     own = fastflow_kernels.ReversibleSequence(4)

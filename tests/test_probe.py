@@ -1,4 +1,4 @@
-"""Which maths a foreign block computes is asked, not guessed. An overridden step is left alone."""
+"""accelerate runs a foreign block to find out its maths, and leaves overridden steps alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.support.stock_blocks import peers, released, stock_block
 pytestmark = pytest.mark.usefixtures("fused")
 
 
-# --- which maths: asked, not guessed --------------------------------------------------------------
+# --- which maths a block computes -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,7 @@ def test_clamp_of_zero(peer: Callable[[], Any]) -> None:
 
 
 class Interface(reference.InvertibleModule):
-    """What every copy of the block has, written from its documentation; the maths is the
-    subclasses'.
-    """
+    """What every copy of the block has, written from its documentation, without the maths."""
 
     def __init__(
         self,
@@ -120,18 +118,21 @@ def vendored(
     shift: float = 1.0,
     volume: float = 1.0,
     unscale: float = 1.0,
-    given: Callable[[Tensor], Tensor] = lambda x1: x1,
+    subnet_input: Callable[[Tensor], Tensor] = lambda x1: x1,
 ) -> type:
-    """A copy of the block in somebody's repository, with or without a change of its maths; it
-    derives from no AllInOneBlock.
+    """Make a copy of the block as in somebody's repository, with or without a change of its maths.
+
+    It does not derive from another AllInOneBlock.
     """
 
     class AllInOneBlock(Interface):
         def _affine(self, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
             a = a * small
             s, t = soft(a[:, : x.shape[1]], self.clamp), shift * a[:, x.shape[1] :]
-            j = volume * s.sum(self.sum_dims)
-            return ((x - t) * torch.exp(-unscale * s), -j) if rev else (x * torch.exp(s) + t, j)
+            log_det = volume * s.sum(self.sum_dims)
+            if rev:
+                return (x - t) * torch.exp(-unscale * s), -log_det
+            return x * torch.exp(s) + t, log_det
 
         def _permute(self, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
             scale = self.global_scale_activation(self.global_scale)
@@ -157,11 +158,11 @@ def vendored(
             if rev:
                 v, log_scale = self._permute(v, rev=True)
             x1, x2 = v.split(self.splits, 1)
-            x2, j = self._affine(x2, self.subnet(given(x1)), rev)
+            x2, log_det = self._affine(x2, self.subnet(subnet_input(x1)), rev)
             v = torch.cat((x1, x2), 1)
             if not rev:
                 v, log_scale = self._permute(v)
-            return (v,), j + (-1) ** rev * v[0, 0].numel() * log_scale
+            return (v,), log_det + (-1) ** rev * v[0, 0].numel() * log_scale
 
     return AllInOneBlock
 
@@ -199,8 +200,8 @@ CHANGED_MATHS: dict[str, dict[str, Any]] = {
     "shift": {"shift": -1.0},
     "log-determinant": {"volume": 0.9},
     "inverse": {"unscale": 0.9},
-    "what the subnet is given": {"given": lambda x1: 2.0 * x1},
-    "order of what the subnet is given": {"given": lambda x1: x1.flip(1)},
+    "the subnet's input": {"subnet_input": lambda x1: 2.0 * x1},
+    "order of the subnet's input": {"subnet_input": lambda x1: x1.flip(1)},
 }
 
 
@@ -229,8 +230,9 @@ def test_steps_exchanged_on_the_block_later_are_honoured(peer: Callable[[], Any]
 
 @peers
 def test_a_subnet_that_starts_in_place(peer: Callable[[], Any]) -> None:
-    """The stock block lets it change the passive half; only where that is a copy, behind a
-    condition, ours can do the same.
+    """The stock block lets the subnet change the passive half.
+
+    With a condition the subnet gets a copy, and the fused block computes the same.
     """
 
     def subnet(i: int, o: int) -> nn.Module:
@@ -252,7 +254,7 @@ def test_subclass_that_overrides_a_step_is_left(
     case = Case(SHAPE, name)
     block = make_block(subclass(peer, **overriding(step)), case)
     assert_left(block, f"overrides {step}")
-    # not by the class itself, but by its base
+    # Here it is a base of the class that overrides the step.
     block = make_block(type("MineToo", (subclass(peer, **overriding(step)),), {}), case)
     assert_left(block, f"overrides {step}")
 
@@ -271,7 +273,7 @@ def test_benign_subclass_is_accelerated(case: Case, peer: Callable[[], Any]) -> 
     stock: Any = peer()
 
     class Named(stock):
-        """Adds to the constructor, the shapes and the description only."""
+        """A subclass that only adds to the constructor, the shapes and the description."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Which forms of a block are recognised, in which contexts, and what is said of the others."""
+"""Which forms of a block are recognised, in which contexts, and what is reported of others."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def test_activation_that_reads_an_attribute_of_its_block_is_left() -> None:
     assert "uses factor" in report(block).left[0].reason
 
 
-# --- copies of the block that read something more -------------------------------------------------
+# --- copies of the block that read something else -------------------------------------------------
 
 
 def vendored(log_factor: Callable[[Any, Tensor], Tensor], **members: Any) -> type:
-    """A copy of the block in somebody's repository, with a method more."""
+    """Make a copy of the block as in somebody's repository, with an additional method."""
     base = reference.AllInOneBlock
 
     def _affine(self: Any, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
@@ -259,9 +259,7 @@ def test_a_permute_function_that_may_read_more_is_left() -> None:
 @both_dialects
 @pytest.mark.parametrize("clamp", [1, 1.0, -1.0, 1.7, 1e-3, 300.0])
 def test_dialect_and_clamp(clamp: float, dialect: str) -> None:
-    """Also with a clamp of 1, at which both dialects agree, and with one at which exp(clamp)
-    overflows.
-    """
+    """The clamps include 1, where both dialects agree, and one where exp(clamp) overflows."""
     block, stock = pair(lambda: reference.AllInOneBlock, affine_clamping=clamp, dialect=dialect)
     assert repr(dialect) in report(block).changed[0].reason
     block.clamp = stock.clamp = 3.0
@@ -291,7 +289,7 @@ def test_gin_that_hides_another_formula_is_left() -> None:
 
 
 def test_a_block_that_takes_the_declared_size_only_still_does() -> None:
-    """As FrEIA's main branch; anomalib's block takes any size."""
+    """FrEIA's main branch takes that size only; anomalib's block takes any."""
     for dialect in DIALECTS:
         block, stock = pair(lambda: reference.AllInOneBlock, dialect=dialect)
         x = torch.randn(2, 6, 9, dtype=torch.float64)
@@ -305,7 +303,7 @@ def test_a_block_that_takes_the_declared_size_only_still_does() -> None:
         torch.testing.assert_close(block([x]), stock([x]), rtol=1e-12, atol=1e-12)
 
 
-# --- where it is asked ----------------------------------------------------------------------------
+# --- where a block is probed ----------------------------------------------------------------------
 
 
 @contextmanager
@@ -323,7 +321,7 @@ class Watching(TorchDispatchMode):
 
 
 class RefusingToWiden(TorchDispatchMode):
-    """A device that has no float64: none comes of what lies on it, in float32."""
+    """A mode like a device without float64: nothing in float32 becomes float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -369,7 +367,7 @@ def test_accelerate_anywhere_and_report_changes_nothing(
     assert vars(block) == attributes
     x, c = make_input(Case(SHAPE, name), torch.float32)
     accelerate(block)
-    # another formula differs in the first digit
+    # Another formula would differ in the first digit.
     torch.testing.assert_close(block([x], c), stock([x], c), rtol=1e-4, atol=1e-4)
 
 
@@ -389,7 +387,7 @@ def test_fake_tensors_cannot_be_asked(allow: bool, peer: Callable[[], Any]) -> N
     assert state_of(block.to("meta")) == "accelerated"
 
 
-# --- what is found, and what is said --------------------------------------------------------------
+# --- reports, warnings, restore -------------------------------------------------------------------
 
 
 def test_old_forms_of_the_block_are_named() -> None:
@@ -401,14 +399,14 @@ def test_old_forms_of_the_block_are_named() -> None:
     with pytest.warns(UserWarning, match="no block of the model runs fused") as caught:
         assert accelerate(model) is model
     assert len(caught) == 1
-    said = report(model)
-    assert [entry.name for entry in said.left] == ["1", "2", "3"]
+    after = report(model)
+    assert [entry.name for entry in after.left] == ["1", "2", "3"]
     assert all(
         "old form of the block, with methods affine and permute" in entry.reason
-        for entry in said.left[:2]
+        for entry in after.left[:2]
     )
-    assert "does not define forward, _affine and _permute" in said.left[2].reason
-    assert str(said).startswith("0 of 3 blocks run fused")
+    assert "does not define forward, _affine and _permute" in after.left[2].reason
+    assert str(after).startswith("0 of 3 blocks run fused")
 
 
 def test_one_fused_block_is_enough_not_to_warn() -> None:

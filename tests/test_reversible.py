@@ -1,6 +1,4 @@
-"""Reversible chains: the gradients of a plain chain, whatever the blocks, in memory that does not
-grow with depth.
-"""
+"""Reversible chains: a plain chain's gradients, in memory that does not grow with depth."""
 
 from __future__ import annotations
 
@@ -70,8 +68,10 @@ def test_every_option_rank_and_layout_gives_a_plain_chains_gradients(name: str, 
     "name", [name for name in OPTIONS if len(OPTIONS[name].get("conditions", ())) < 2]
 )
 def test_every_option_where_the_input_takes_no_gradient(name: str, small: int) -> None:
-    """As in training. Only the first trained parameter needs the gradient there: reflections ahead
-    of the coupling, for one.
+    """The input takes no gradient, as in training.
+
+    Then only what learns ahead of the first coupling needs the gradient of its input, such as
+    reflections.
     """
     for shape, layout in (
         (Shape(3, 7), "contiguous"),
@@ -95,7 +95,7 @@ def test_every_option_where_the_input_takes_no_gradient(name: str, small: int) -
 def with_matrices(
     chain: ReversibleSequence, changed: Callable[[Tensor], Tensor]
 ) -> ReversibleSequence:
-    """The chain with its rotations w exchanged for changed(w)."""
+    """Replace each rotation w of a chain by changed(w), and return the chain."""
     for block in chain:
         w, w_inv = (block.w_0, None) if block.householder else (block.w_perm, block.w_perm_inv)
         matrix = changed(w.detach().flatten(1))
@@ -116,8 +116,9 @@ def nearest_rotation(w: Tensor) -> Tensor:
 def test_rotations_made_in_float32_are_inverted_like_those_in_float64(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both errors are float64's rounding, which the blocks amplify alike; by luck of signs one may
-    be a few times the other.
+    """Both errors are rounding errors of float64, which the blocks amplify alike.
+
+    By luck of signs one may be a few times the other.
     """
     monkeypatch.setitem(
         OPTIONS, "hh2-soft-rev", OPTIONS["hh2-soft-sigmoid"] | {"reverse_permutation": True}
@@ -140,7 +141,7 @@ def test_the_chain_is_what_is_tested() -> None:
 
 
 def test_float32_is_as_accurate_as_a_plain_chain() -> None:
-    """By the norm over each kind of parameter; at most three times the plain chain's own error."""
+    """The error, a norm over each kind of parameter, is at most three times the plain chain's."""
     chain = simple(32, torch.float64, shape=(8, 6, 6))
     x = torch.randn(4, 8, 6, 6, dtype=torch.float64)
     for p in chain.parameters():
@@ -149,19 +150,19 @@ def test_float32_is_as_accurate_as_a_plain_chain() -> None:
     x = x.float().double()
     truth = gradients(plain_of(chain), x)
     chain.float()
-    ours, theirs = gradients(chain, x.float()), gradients(plain_of(chain), x.float())
+    of_reversible, of_plain = gradients(chain, x.float()), gradients(plain_of(chain), x.float())
     assert 0 < chain.drift[0] < 1e-5
     errors: dict[str, dict[int, list[float]]] = {}
-    for found in (ours, theirs):
-        for name, t in found.items():
+    for actual in (of_reversible, of_plain):
+        for name, t in actual.items():
             if truth[name] is not None:
                 error = (t.double() - truth[name]).norm().item() / truth[name].norm().item()
-                errors.setdefault(name.split(".", 2)[-1], {}).setdefault(id(found), []).append(
+                errors.setdefault(name.split(".", 2)[-1], {}).setdefault(id(actual), []).append(
                     error**2
                 )
     for kind, pair in errors.items():
-        mine, plain = (sum(values) ** 0.5 for values in pair.values())
-        assert mine <= 3 * plain, kind
+        reversible_error, plain_error = (sum(values) ** 0.5 for values in pair.values())
+        assert reversible_error <= 3 * plain_error, kind
 
 
 def test_without_gradients_in_reverse_and_with_jac_false() -> None:
@@ -196,7 +197,7 @@ def test_bytes_kept_do_not_grow_with_depth() -> None:
     for depth in (4, 32):
         chain = simple(depth, torch.float32, shape=(16, 12, 12))
         kept[depth] = kept_by(chain)
-    index = 2 * 8 * 16  # of each further block: its permutation, both ways
+    index = 2 * 8 * 16  # what each further block adds: its permutation, both ways
     assert kept[32] <= kept[4] + 28 * index
     assert kept[32] <= 1.2 * kept[4]
     assert kept_by(plain_of(chain)) > 10 * kept[32]
@@ -217,17 +218,17 @@ def test_activations_are_freed_in_the_forward_and_in_the_backward_pass() -> None
     reconstructed: list[weakref.ref] = []
     reconstruct = link.reconstruct
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
+    def reconstruct_and_note(*args: Any, **kwargs: Any) -> Any:
         alive = sum(ref() is not None for ref in reconstructed)
-        # what the blocks behind have reconstructed: this block's output, and while it is handed on,
-        # another
+        # This block's output, as reconstructed by the block behind, and another one while it is
+        # handed on.
         assert alive <= 2, alive
-        found = reconstruct(*args, **kwargs)
-        reconstructed.append(weakref.ref(found.x.untyped_storage()))
-        return found
+        result = reconstruct(*args, **kwargs)
+        reconstructed.append(weakref.ref(result.x.untyped_storage()))
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(link, "reconstruct", noted)
+        patch.setattr(link, "reconstruct", reconstruct_and_note)
         loss_of(z, log_det).backward()
     assert len(reconstructed) == 8
     assert not any(ref() is not None for ref in reconstructed)

@@ -1,5 +1,6 @@
-"""Reversible chains under DDP and FSDP2 on two gloo ranks: the gradients of one process, every
-parameter's hook fired once.
+"""Reversible chains under DDP and FSDP2 on two gloo ranks.
+
+They have the gradients of one process, and every parameter's hook fires once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def backward(model: nn.Module, x: Tensor) -> None:
 
 
 def expected(x: Tensor) -> dict[str, Tensor]:
-    """Gradients in one process, of a chain that is not reversible."""
+    """Return the gradients in one process, of a chain that is not reversible."""
     chain = nn.Sequential(*chain_of())
     total = x.new_zeros(len(x))
     for block in chain:
@@ -62,7 +63,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count_hooks(model: nn.Module, register: str) -> Counter:
-    """Counts what the parameters' hooks of one kind see, from now on."""
+    """Count how often the parameters' hooks of one kind fire from now on."""
     fired: Counter = Counter()
     for name, p in trained(model).items():
         getattr(p, register)(lambda _, name=name: fired.update([name]))
@@ -70,8 +71,9 @@ def count_hooks(model: nn.Module, register: str) -> Counter:
 
 
 def check(model: nn.Module, truth: dict[str, Tensor], *hooks: Counter) -> None:
-    """That the model holds these gradients, and that every parameter's hooks have fired once since
-    the last check.
+    """Check that the model holds these gradients.
+
+    Every parameter's hooks must have fired once since the last check.
     """
     assert trained(model).keys() == truth.keys()
     for name, p in trained(model).items():
@@ -85,24 +87,24 @@ def check(model: nn.Module, truth: dict[str, Tensor], *hooks: Counter) -> None:
 def under_ddp(rank: int) -> None:
     chain = chain_of()
     hooks = [count_hooks(chain, kind) for kind in HOOKS]
-    # many buckets: they leave while blocks behind still compute
+    # Many buckets, so that some are sent while other blocks still compute.
     model = nn.parallel.DistributedDataParallel(chain, bucket_cap_mb=1e-3)
-    mine = data()[rank * BATCH : (rank + 1) * BATCH]
-    assert nodes(model(mine)[0])["_LinkedBlockBackward"] == len(chain)
-    backward(model, mine)
+    own_batch = data()[rank * BATCH : (rank + 1) * BATCH]
+    assert nodes(model(own_batch)[0])["_LinkedBlockBackward"] == len(chain)
+    backward(model, own_batch)
     truth = expected(data())
     check(chain, truth, *hooks)
     chain.zero_grad()
     with model.no_sync():
-        backward(model, mine)
-    check(chain, expected(mine), *hooks)  # this rank's alone
-    backward(model, mine)
+        backward(model, own_batch)
+    check(chain, expected(own_batch), *hooks)  # only this rank's gradients
+    backward(model, own_batch)
     check(chain, {name: 2 * gradient for name, gradient in truth.items()}, *hooks)
 
 
 def under_fsdp(rank: int) -> None:
     chain = chain_of()
-    # FSDP2 asks for a sharded first dimension; these stay whole for the index to be read
+    # FSDP2 shards the first dimension. These stay whole, so that the index can be read.
     for name in ("w_perm", "w_perm_inv"):
         for block in chain:
             assert not getattr(block, name).requires_grad
@@ -123,11 +125,11 @@ def under_fsdp(rank: int) -> None:
     hooks.append(count_hooks(chain, "register_hook"))
     for block in chain:
         block.reshard()
-    mine = data()[rank * BATCH : (rank + 1) * BATCH]
+    own_batch = data()[rank * BATCH : (rank + 1) * BATCH]
     for _ in range(2):
         chain.zero_grad()
-        assert nodes(chain(mine)[0])["_LinkedBlockBackward"] == len(chain)
-        backward(chain, mine)
+        assert nodes(chain(own_batch)[0])["_LinkedBlockBackward"] == len(chain)
+        backward(chain, own_batch)
         check(chain, expected(data()), *hooks)
 
 

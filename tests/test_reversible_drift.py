@@ -27,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 
 def drifting(factor: float, depth: int = 8, **options: Any) -> ReversibleSequence:
-    """A float32 chain that loses digits in block 3, which scales one channel by ``factor`` and then
-    adds 1.
+    """Make a float32 chain that loses digits in block 3.
+
+    That block scales one channel by ``factor`` and then adds 1.
     """
     chain = simple(depth, torch.float32, **options)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def drifting(factor: float, depth: int = 8, **options: Any) -> ReversibleSequenc
 def test_the_drift_is_measured_without_float64(
     gin: bool, scale: float, options: dict[str, Any]
 ) -> None:
-    """In float32, whose squares would overflow."""
+    """It is measured in float32, whose squares would overflow."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8, **options)
     for _ in range(4):
@@ -84,9 +85,7 @@ def test_norms_do_not_leave_their_range(dtype: torch.dtype) -> None:
 
 
 def test_an_inverse_that_is_no_number_is_noticed() -> None:
-    """A scale that has underflowed to 0 cannot be inverted; the forward pass is finite all the
-    same.
-    """
+    """A scale that has underflowed to 0 cannot be inverted, although the forward pass is finite."""
     chain = ReversibleSequence(6)
     for _ in range(2):
         chain.append(AllInOneBlock, subnet_constructor=nn.Linear, global_affine_type="EXP")
@@ -99,7 +98,7 @@ def test_an_inverse_that_is_no_number_is_noticed() -> None:
 
 
 def test_an_inverse_without_digits_left_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error, and a pass that keeps every activation has a plain chain's gradients."""
+    """It raises. A pass that keeps every activation has a plain chain's gradients."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8)
     for _ in range(24):
@@ -127,7 +126,7 @@ def test_an_inverse_without_digits_left_is_noticed(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_drift_is_looked_at_wherever_the_backward_pass_ends() -> None:
-    """Behind frozen blocks, and in the smaller half of an input."""
+    """The drift is measured behind frozen blocks, and in the smaller half of an input."""
     torch.manual_seed(0)
     chain = ReversibleSequence(8)
     for _ in range(12):
@@ -159,8 +158,9 @@ def test_cached_parametrizations_run_an_ordinary_chain() -> None:
 
 
 def test_an_overflow_forward_is_the_users() -> None:
-    """As in a plain chain: gradients that are not finite and no error, which is what GradScaler
-    skips a step for.
+    """As in a plain chain, there is no error, and gradients are not finite.
+
+    GradScaler then skips the step.
     """
     chain = simple(dtype=torch.float32)
     x = torch.full((2, 6, 3, 5), 1e38, requires_grad=True)
@@ -231,15 +231,12 @@ def test_drift_warns_and_refuses_and_debug_names_the_block() -> None:
 def test_values_out_of_range_give_nan_as_a_plain_chain() -> None:
     chain, x = simple(dtype=torch.float32), random_input(torch.float32)
     x[0, 0, 0, 0] = float("nan")
-    ours, theirs = gradients(chain, x), gradients(plain_of(chain), x)
-    assert ours["module_list.0.subnet.w1"].isnan().any()
-    assert theirs["module_list.0.subnet.w1"].isnan().any()
+    for model in (chain, plain_of(chain)):
+        assert gradients(model, x)["module_list.0.subnet.w1"].isnan().any()
 
 
 def test_gradients_by_the_criterion() -> None:
-    """One block of a chain, in float32, by the criterion that every result of a block is held
-    to.
-    """
+    """A chain's gradients in float32 meet the criterion that every result of a block must meet."""
     for name in ("hard", "gin", "soft", "hh1"):
         case = Case(Shape(4, 7, (6, 5)), name)
         x, _ = make_input(case, torch.float32)
@@ -249,10 +246,10 @@ def test_gradients_by_the_criterion() -> None:
             plain.append(make_block(reference.AllInOneBlock, case, torch.float32, seed=seed))
         plain.load_state_dict(chain.state_dict())
         baseline, truth = gradients(plain, x), gradients(copy.deepcopy(plain).double(), x.double())
-        for key, found in gradients(chain, x).items():
+        for key, actual in gradients(chain, x).items():
             if truth[key] is not None:
                 assert_close(
-                    found,
+                    actual,
                     truth[key],
                     baseline[key],
                     f"{name} {key}",

@@ -1,4 +1,4 @@
-"""Chains as containers: of other modules and classes, made of FrEIA's, sliced, extended, copied."""
+"""Chains as containers: mixed modules, chains made from FrEIA's, slices, exchanges, copies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 
 class Doubled(reference.InvertibleModule):
-    """An invertible module that is no block of ours."""
+    """An invertible module that is not a block of ours."""
 
     def forward(self, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
         n = x[0][0].numel() * 0.6931471805599453
@@ -122,9 +122,9 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_puts_them_back(
     )
     before, state = gradients(chain, x, c), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    found = report(accelerate(model, reversible=True))
-    assert [(entry.name, entry.changed) for entry in found.chains] == [("0", True)]
-    assert f"{DEPTH} of its {DEPTH} modules" in str(found)
+    after = report(accelerate(model, reversible=True))
+    assert [(entry.name, entry.changed) for entry in after.chains] == [("0", True)]
+    assert f"{DEPTH} of its {DEPTH} modules" in str(after)
     assert [id(p) for p in model.parameters()] == [
         id(p) for group in optimizer.param_groups for p in group["params"]
     ]
@@ -133,11 +133,11 @@ def test_accelerate_makes_freias_chains_reversible_and_restore_puts_them_back(
     assert_same(gradients(chain, x, c), before)
     assert reversible_blocks(chain(x, c)[0]) == DEPTH
     assert isinstance(chain, freia().framework.SequenceINN)
-    for other in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
-        other.zero_grad()
-        assert_same(gradients(other, x, c), before)
-        assert reversible_blocks(other(x, c)[0]) == DEPTH
-    assert report(accelerate(model, reversible=True)) == found
+    for copied in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        copied.zero_grad()
+        assert_same(gradients(copied, x, c), before)
+        assert reversible_blocks(copied(x, c)[0]) == DEPTH
+    assert report(accelerate(model, reversible=True)) == after
     chain.checkpoint_every = 2
     assert [entry.state for entry in report(restore(model)).chains] == ["left"]
     assert type(chain) is freia().framework.SequenceINN
@@ -176,13 +176,13 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
         ) -> tuple[Tensor, Any]:
             total: Any = 0
             for i in reversed(range(2)) if rev else range(2):
-                (x,), j = self.module_list[i](
+                (x,), log_det = self.module_list[i](
                     (x,),
                     c=[] if self.conditions[i] is None else [c[self.conditions[i]]],
                     rev=rev,
                     jac=jac,
                 )
-                total = total + 2 * j
+                total = total + 2 * log_det
             return x, total
 
     model = nn.ModuleList([Overridden(4), SequenceINN()])
@@ -198,8 +198,9 @@ def test_accelerate_leaves_chains_of_another_kind() -> None:
 
 
 def test_slices_of_a_chain_that_was_made_reversible() -> None:
-    """As FrEIA's main branch slices; where the stock class makes something else of a slice, as
-    FrEIA 0.2 does, that stays so.
+    """A slice is a reversible chain where the stock class makes a chain of it.
+
+    FrEIA's main branch does. FrEIA 0.2 makes something else of a slice, and that stays so.
     """
 
     class SequenceINN(nn.Module):
@@ -218,9 +219,9 @@ def test_slices_of_a_chain_that_was_made_reversible() -> None:
             for i in (
                 reversed(range(len(self.module_list))) if rev else range(len(self.module_list))
             ):
-                more = {} if self.conditions[i] is None else {"c": [c[self.conditions[i]]]}
-                x, j = self.module_list[i](x, **more, jac=jac, rev=rev)
-                total = j + total
+                condition = {} if self.conditions[i] is None else {"c": [c[self.conditions[i]]]}
+                x, log_det = self.module_list[i](x, **condition, jac=jac, rev=rev)
+                total = log_det + total
             return x[0], total
 
         def __getitem__(self, item: Any) -> Any:
@@ -242,9 +243,7 @@ def test_slices_of_a_chain_that_was_made_reversible() -> None:
 
 
 class Inverted(nn.Module):
-    """What FrEIA's main branch makes of a chain in its Inverse, which its distributions wrap in
-    turn.
-    """
+    """The inverse of a chain as FrEIA's main branch builds it, for its distributions to wrap."""
 
     def __init__(self, module: Any) -> None:
         super().__init__()
@@ -260,9 +259,7 @@ class Inverted(nn.Module):
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["tensor", "tuple"])
 def test_a_chain_in_freias_inverse_and_distributions(wrap: bool) -> None:
-    """Called as they call it: with jac=False, whose log-determinant they add all the same, and with
-    conditions.
-    """
+    """They call it with conditions and jac=False, and add the log-determinant all the same."""
     chain = conditional(None, 0, None, force_tuple_output=wrap)
     normal, c = torch.distributions.Normal(0.0, 1.0), [torch.randn(3, 2, 3, 4, dtype=torch.float64)]
     inverse = Inverted(chain)
@@ -272,14 +269,14 @@ def test_a_chain_in_freias_inverse_and_distributions(wrap: bool) -> None:
         sample = inverse((z,) if wrap else z, jac=False, c=c)[0]
     assert not (sample[0] if wrap else sample).requires_grad
     plain = plain_of(chain)
-    found = []
+    results = []
     for model in (chain, plain):
         latent, log_det = Inverted(model)(sample, c=c, jac=False, rev=True)
         latent = latent[0] if wrap else latent
         torch.testing.assert_close(latent, z)
         (normal.log_prob(latent).flatten(1).sum(1) + log_det).mean().neg().backward()
-        found.append(parameter_gradients(model))
-    assert_same(*found)
+        results.append(parameter_gradients(model))
+    assert_same(*results)
     rsample = inverse(
         (z.clone().requires_grad_(),) if wrap else z.clone().requires_grad_(), jac=False, c=c
     )[0]
@@ -288,38 +285,38 @@ def test_a_chain_in_freias_inverse_and_distributions(wrap: bool) -> None:
 
 @pytest.mark.peers
 def test_sequence_is_freias_sequence() -> None:
-    ours, theirs = (
+    reversible, stock = (
         ReversibleSequence(6, 4, 4, force_tuple_output=True),
         freia().framework.SequenceINN(6, 4, 4, force_tuple_output=True),
     )
-    for chain in (ours, theirs):
+    for chain in (reversible, stock):
         torch.manual_seed(0)
         chain.append(anomalib_block(), subnet_constructor=make_subnet(2))
         chain.append(
             anomalib_block(), cond=1, cond_shape=(3, 4, 4), subnet_constructor=make_subnet(2)
         )
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    ours.load_state_dict(theirs.state_dict())
-    assert (ours.shapes, ours.conditions, len(ours)) == (
-        theirs.shapes,
-        theirs.conditions,
-        len(theirs),
+    assert reversible.state_dict().keys() == stock.state_dict().keys()
+    reversible.load_state_dict(stock.state_dict())
+    assert (reversible.shapes, reversible.conditions, len(reversible)) == (
+        stock.shapes,
+        stock.conditions,
+        len(stock),
     )
-    assert [type(b) for b in ours] == [type(b) for b in theirs]
-    assert ours[1] is ours.module_list[1]
-    assert len(ours[0:1]) == 1
-    assert ours.output_dims([(6, 4, 4)]) == theirs.output_dims([(6, 4, 4)])
+    assert [type(b) for b in reversible] == [type(b) for b in stock]
+    assert reversible[1] is reversible.module_list[1]
+    assert len(reversible[0:1]) == 1
+    assert reversible.output_dims([(6, 4, 4)]) == stock.output_dims([(6, 4, 4)])
     c = [torch.zeros(0), torch.randn(2, 3, 4, 4)]
     x = torch.randn(2, 6, 4, 4)
     for rev in (False, True):
-        for given in (x, (x,), [x]):
-            mine, other = (chain(given, c, rev=rev) for chain in (ours, theirs))
-            assert isinstance(mine[0], tuple)
-            torch.testing.assert_close(mine, other)
+        for x_or_z in (x, (x,), [x]):
+            actual, expected = (chain(x_or_z, c, rev=rev) for chain in (reversible, stock))
+            assert isinstance(actual[0], tuple)
+            torch.testing.assert_close(actual, expected)
 
 
 class Halving(nn.Module):
-    """Leaves out every second pixel; no inverse, but other shapes."""
+    """A module that leaves out every second pixel: it changes shapes, and has no inverse."""
 
     def __init__(self, dims_in: Any) -> None:
         super().__init__()
@@ -335,7 +332,7 @@ class Halving(nn.Module):
 
 
 def conditional(*conditions: int | None, **options: Any) -> ReversibleSequence:
-    """A chain whose conditions have as many channels as their number and 2."""
+    """Make a chain whose condition number ``cond`` has ``cond + 2`` channels."""
     torch.manual_seed(0)
     chain = ReversibleSequence(6, 3, 4, **options)
     for cond in conditions:
@@ -351,27 +348,27 @@ def test_slices_are_chains() -> None:
         [torch.randn(2, n + 2, 3, 4, dtype=torch.float64) for n in range(3)],
     )
     (z,), log_det = chain(x, c)
-    for cut in range(6):
-        first, last = chain[:cut], chain[cut:]
+    for split in range(6):
+        first, last = chain[:split], chain[split:]
         assert type(first) is type(last) is ReversibleSequence
         assert (first.checkpoint_every, first.force_tuple_output, len(first), len(last)) == (
             2,
             True,
-            cut,
-            5 - cut,
+            split,
+            5 - split,
         )
-        (middle,), j = first(x, [c[2], c[0]])
-        (end,), k = last(middle, [c[0], c[2]] if cut == 2 else [c[2], c[0]])
-        torch.testing.assert_close((end, j + k), (z, log_det))
-        assert j.shape == k.shape == (2,)
-        assert reversible_blocks(first(x.clone().requires_grad_(), [c[2], c[0]])[0][0]) == cut
+        (middle,), log_det_first = first(x, [c[2], c[0]])
+        (end,), log_det_last = last(middle, [c[0], c[2]] if split == 2 else [c[2], c[0]])
+        torch.testing.assert_close((end, log_det_first + log_det_last), (z, log_det))
+        assert log_det_first.shape == log_det_last.shape == (2,)
+        assert reversible_blocks(first(x.clone().requires_grad_(), [c[2], c[0]])[0][0]) == split
     assert chain[1:4].conditions == [0, 1, 0]
     assert chain[1] is chain[1:4][0]
     assert chain[::-1].conditions == [None, 0, 1, 0, None]
-    (back,), j = chain[::-1](z, [c[2], c[0]])
-    torch.testing.assert_close((back, j), (x, -log_det))
-    (again,), j = chain[::-1](x, [c[2], c[0]], rev=True)
-    torch.testing.assert_close((again, j), (z, log_det))
+    (back,), log_det_back = chain[::-1](z, [c[2], c[0]])
+    torch.testing.assert_close((back, log_det_back), (x, -log_det))
+    (again,), log_det_again = chain[::-1](x, [c[2], c[0]], rev=True)
+    torch.testing.assert_close((again, log_det_again), (z, log_det))
     assert [name for name, _ in chain[4:3:-1].named_parameters()][
         0
     ] == "module_list.0.module.global_scale"
@@ -393,8 +390,8 @@ def test_gradients_of_a_slice_and_of_its_inverse() -> None:
     plain, x = plain_of(chain), random_input()
     for item in (slice(1, 4), slice(None, None, -1)):
         chain.zero_grad()
-        part, like = chain[item], plain_of(plain[item])
-        assert_same(gradients(part, x), gradients(like, x))
+        part, plain_part = chain[item], plain_of(plain[item])
+        assert_same(gradients(part, x), gradients(plain_part, x))
 
 
 def test_slices_where_shapes_change() -> None:
@@ -461,7 +458,7 @@ def test_output_dims_are_known() -> None:
 
 
 def test_the_log_determinant_starts_at_zero() -> None:
-    """Also where no module of the chain has one; in the default dtype, as FrEIA's."""
+    """It has the default dtype, as FrEIA's, and exists even if no module of the chain has one."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = torch.randn(3, 8, dtype=dtype)
         chain = ReversibleSequence(8)
@@ -503,7 +500,7 @@ def test_copies_and_files() -> None:
     file = io.BytesIO()
     torch.save(simple(), file)
     file.seek(0)
-    for other in (copy.deepcopy(chain), torch.load(file, weights_only=False)):
-        other.load_state_dict(chain.state_dict())
-        other.zero_grad()
-        assert_same(gradients(other, x), expected)
+    for copied in (copy.deepcopy(chain), torch.load(file, weights_only=False)):
+        copied.load_state_dict(chain.state_dict())
+        copied.zero_grad()
+        assert_same(gradients(copied, x), expected)

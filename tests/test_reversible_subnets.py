@@ -59,7 +59,7 @@ class Counting(Narrow):
 
 
 class ShiftOnly(Narrow):
-    """Differs in what the log-determinant does not show."""
+    """A subnet whose second run differs in what the log-determinant does not show."""
 
     calls = 0
 
@@ -91,7 +91,7 @@ class BufferWithGradient(Narrow):
 
 
 class AttributeWithGradient(Narrow):
-    """A tensor that no to() finds."""
+    """A subnet that learns a tensor which ``to()`` does not find."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__(i, o)
@@ -107,7 +107,7 @@ class HandsOnItsAttribute(AttributeWithGradient):
 
 
 class DifferentiatesInside(Narrow):
-    """Of its input, as subnets of gradient flows are."""
+    """A subnet that takes a gradient by its input, as those of gradient flows do."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -117,7 +117,7 @@ class DifferentiatesInside(Narrow):
 
 
 class HyperNetwork(AttributeWithGradient):
-    """With a graph that leads out of the subnet, and that a backward pass frees."""
+    """A subnet with a graph that leads out of it, and that a backward pass frees."""
 
     def __init__(self, i: int, o: int) -> None:
         super().__init__(i, o)
@@ -153,7 +153,7 @@ CHAINS: dict[str, tuple[int, dict[str, Any], torch.dtype]] = {
 def test_gradients_of_a_plain_chain_or_an_error(subnet: type, which: str, wanted: bool) -> None:
     depth, options, dtype = CHAINS[which]
     x = torch.linspace(-1.0, 1.0, 128).view(16, 8).to(dtype)
-    found: list[dict[str, Tensor | None]] = []
+    results: list[dict[str, Tensor | None]] = []
     refused = None
     for kind in (Plain, ReversibleSequence):
         torch.manual_seed(0)
@@ -174,15 +174,15 @@ def test_gradients_of_a_plain_chain_or_an_error(subnet: type, which: str, wanted
             for i, block in enumerate(chain)
             if isinstance(block.subnet, AttributeWithGradient)
         }
-        found.append({name: t.grad for name, t in tensors.items()})
+        results.append({name: t.grad for name, t in tensors.items()})
     assert (refused is None) == (subnet in REPEATABLE)
     if refused is not None:
         assert refused[0] is ReversibleSequence
         assert "reversible chain" in refused[1]
         return
     assert_same(
-        found[1],
-        found[0],
+        results[1],
+        results[0],
         1e-8 if dtype is torch.float64 else 1e-5 if dtype is torch.float32 else 0.0,
     )
 
@@ -207,9 +207,7 @@ def test_frozen_blocks_at_the_start_are_kept_for_what_else_learns() -> None:
 
 
 def test_what_a_subnet_hands_out_beside_its_result_is_refused() -> None:
-    """Its gradient would not reach the blocks before; where there is nothing before, it is
-    right.
-    """
+    """Its gradient would not reach the blocks before. If there are none, the gradient is right."""
 
     class Auxiliary(Narrow):
         def forward(self, x: Tensor) -> Tensor:
@@ -219,7 +217,7 @@ def test_what_a_subnet_hands_out_beside_its_result_is_refused() -> None:
 
     for wanted in (True, False):
         x = torch.randn(3, 8, requires_grad=wanted)
-        found = []
+        results = []
         chain = simple(1, torch.float32, Auxiliary, (8,))
         for model in (chain, plain_of(chain)):
             z, log_det = model(x)
@@ -229,13 +227,13 @@ def test_what_a_subnet_hands_out_beside_its_result_is_refused() -> None:
                     loss.backward()
             else:
                 loss.backward()
-            found.append(parameter_gradients(model))
+            results.append(parameter_gradients(model))
         if not wanted:
-            assert_same(found[0], found[1], 1e-5)
+            assert_same(results[0], results[1], 1e-5)
 
 
 def test_small_differences_of_one_channel_show() -> None:
-    """A channel that is small beside the others, and numbers whose squares overflow."""
+    """They show also in a channel that is small beside the others, and where squares overflow."""
     differences = drift.Differences()
     for factor in (1.0, 1e30, 1e-30):
         y = (
@@ -287,9 +285,9 @@ def holding_compiled(i: int, o: int) -> nn.Module:
     "subnet", [traced, scripted, holding_scripted, compiled, compiled_in_place, holding_compiled]
 )
 def test_compiled_and_scripted_subnets(subnet: Callable[[int, int], nn.Module], depth: int) -> None:
-    """float32, of which a scripted module's parameters are made."""
+    """The chains are float32, as a scripted module's parameters are."""
     torch._dynamo.reset()
-    found = []
+    results = []
     for kind in (ReversibleSequence, Plain):
         torch.manual_seed(0)
         chain = kind(8)
@@ -300,8 +298,8 @@ def test_compiled_and_scripted_subnets(subnet: Callable[[int, int], nn.Module], 
                 seed > 0
             )
             loss_of(*chain(x)).backward()
-        found.append(parameter_gradients(chain))
-    assert_same(found[0], found[1], 1e-5)
+        results.append(parameter_gradients(chain))
+    assert_same(results[0], results[1], 1e-5)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -314,8 +312,8 @@ def test_compiled_blocks_are_kept(in_place: bool) -> None:
     else:
         chain.module_list[1] = torch.compile(chain[1], backend="aot_eager")
     assert reversible_blocks(chain(x)[0]) == 3
-    found = [
+    results = [
         {name.replace("_orig_mod.", ""): t for name, t in gradients(model, x).items()}
         for model in (chain, plain)
     ]
-    assert_same(*found)
+    assert_same(*results)

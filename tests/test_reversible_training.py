@@ -1,6 +1,4 @@
-"""Reversible chains where training gets complicated: random numbers, buffers, hooks, frozen parts,
-low precision, checkpoints.
-"""
+"""Reversible chains with random numbers, buffers, hooks, frozen parts and low precision."""
 
 from __future__ import annotations
 
@@ -45,26 +43,26 @@ pytestmark = pytest.mark.usefixtures("fused")
 def test_dropout_is_replayed_and_the_random_state_goes_on_as_without() -> None:
     chain = simple(subnet=Dropping)
     x, after = random_input(), []
-    found = []
+    results = []
     for model in (chain, plain_of(chain)):
         torch.manual_seed(5)
-        found.append(gradients(model, x))
+        results.append(gradients(model, x))
         after.append(torch.get_rng_state())
-    assert_same(*found)
+    assert_same(*results)
     assert torch.equal(*after)
 
 
 def test_training_flags_are_those_of_the_forward_pass() -> None:
     chain, x = simple(subnet=Dropping), random_input()
-    found = []
+    results = []
     for model in (chain, plain_of(chain)):
         torch.manual_seed(5)
         z, log_det = model(x)
         model.eval()
         loss_of(z, log_det).backward()
-        found.append(parameter_gradients(model))
+        results.append(parameter_gradients(model))
     assert not any(m.training for m in chain.modules())
-    assert_same(*found)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -73,8 +71,9 @@ def test_batch_and_spectral_norm_are_updated_once(training: bool) -> None:
     plain = plain_of(chain)
     for _ in range(2):
         assert_same(gradients(chain, x), gradients(plain, x))
-    for (name, ours), (_, theirs) in zip(chain.named_buffers(), plain.named_buffers(), strict=True):
-        assert torch.equal(ours, theirs), name
+    buffers = zip(chain.named_buffers(), plain.named_buffers(), strict=True)
+    for (name, actual), (_, expected) in buffers:
+        assert torch.equal(actual, expected), name
     assert int(chain[0].subnet.layers[1].num_batches_tracked) == 2 * training
 
 
@@ -94,7 +93,7 @@ class Buffered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.written.mul_(0.9)
-            self.hidden.data.mul_(0.9)  # which shows in no version
+            self.hidden.data.mul_(0.9)  # no version shows this
             self.replaced = self.replaced * 0.9
         else:
             self.evaluated.mul_(0.9)
@@ -121,11 +120,12 @@ def test_buffers_are_copied_where_they_change(
     plain = plain_of(chain)
     for _ in range(2):
         assert_same(gradients(chain, x), gradients(plain, x))
-    for (name, ours), (_, theirs) in zip(chain.named_buffers(), plain.named_buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=name)
+    buffers = zip(chain.named_buffers(), plain.named_buffers(), strict=True)
+    for (name, actual), (_, expected) in buffers:
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=name)
     changed = {"written", "hidden", "replaced"} if training else {"evaluated"}
     for run in runs:
-        # which is not equal to itself
+        # NaN is not equal to itself, so it counts as changed.
         assert {name for _, name, _ in run.changed} == changed | {"nan"}
 
 
@@ -153,11 +153,11 @@ def test_checkpoint_inside_a_subnet(use_reentrant: bool) -> None:
             return checkpoint(self.layers, x, use_reentrant=use_reentrant)
 
     chain = simple(subnet=Checkpointed)
-    found = []
+    results = []
     for model in (chain, plain_of(chain)):
         torch.manual_seed(5)
-        found.append(gradients(model, random_input()))
-    assert_same(*found)
+        results.append(gradients(model, random_input()))
+    assert_same(*results)
 
 
 def test_checkpoint_around_the_chain() -> None:
@@ -166,13 +166,13 @@ def test_checkpoint_around_the_chain() -> None:
         torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True),
     )
     plain = plain_of(chain)
-    found = []
+    results = []
     for run in (lambda: checkpoint(chain, x, use_reentrant=False), lambda: plain(x)):
         torch.manual_seed(5)
         x.grad = None
         loss_of(*run()).backward()
-        found.append({"dx": x.grad})
-    assert_same(*found)
+        results.append({"dx": x.grad})
+    assert_same(*results)
 
 
 def test_frozen_blocks_and_parts() -> None:
@@ -238,7 +238,7 @@ def test_hooks_fire_as_often_as_in_a_plain_chain() -> None:
 
 
 def test_a_loss_on_what_a_hook_saw_in_between() -> None:
-    chain, found = simple(), []
+    chain, results = simple(), []
     for model in (chain, plain_of(chain)):
         seen: list[Tensor] = []
         model[2].register_forward_hook(
@@ -246,8 +246,8 @@ def test_a_loss_on_what_a_hook_saw_in_between() -> None:
         )
         z, log_det = model(torch.ones(2, 6, 3, 5, dtype=torch.float64))
         (loss_of(z, log_det) + seen[0].square().sum()).backward()
-        found.append(parameter_gradients(model))
-    assert_same(*found)
+        results.append(parameter_gradients(model))
+    assert_same(*results)
     seen = []
     chain[2].register_forward_hook(lambda module, arguments, result: seen.append(result[0][0]))
     chain(torch.ones(2, 6, 3, 5, dtype=torch.float64))
@@ -262,16 +262,15 @@ def test_conditions_with_gradients_and_the_log_determinant_alone() -> None:
     x, c = make_input(case)
     chain = chain_of(case)
     plain = plain_of(chain)
-    found = []
+    results = []
     for model in (chain, plain):
         condition = c[0].clone().requires_grad_()
         model(x, [condition])[1].sum().backward()
-        found.append({"dc": condition.grad} | parameter_gradients(model))
-    # of the last block's offset: none in one, zero in the other
-    found = [
-        {k: v for k, v in f.items() if k != f"module_list.{DEPTH - 1}.global_offset"} for f in found
-    ]
-    assert_same(*found)
+        results.append({"dc": condition.grad} | parameter_gradients(model))
+    # The last block's offset has no gradient in one model and zero in the other.
+    for gradients_of_model in results:
+        gradients_of_model.pop(f"module_list.{DEPTH - 1}.global_offset", None)
+    assert_same(*results)
 
 
 @pytest.mark.parametrize("permute_soft", [False, True], ids=["hard", "soft"])
@@ -290,13 +289,13 @@ def test_autocast_keeps_the_chain_in_float32(permute_soft: bool) -> None:
         chain.append(AllInOneBlock, subnet_constructor=Seeing, permute_soft=permute_soft)
     plain, x = plain_of(chain), torch.randn(4, 16, 8, 8)
     exact = copy.deepcopy(plain).double()
-    found = []
-    for model, like in ((chain, x), (plain, x), (exact, x.double())):
+    results = []
+    for model, data in ((chain, x), (plain, x), (exact, x.double())):
         torch.manual_seed(5)
         for m in model.modules():
             m.training = False
         with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
-            z, log_det = model(like)
+            z, log_det = model(data)
         if model is chain:
             assert z.dtype == log_det.dtype == torch.float32
             assert set(seen) == {(torch.float32, torch.bfloat16)}
@@ -305,14 +304,14 @@ def test_autocast_keeps_the_chain_in_float32(permute_soft: bool) -> None:
         if model is chain:
             assert set(seen) == {(torch.float32, torch.bfloat16)}
             assert len(seen) == 2 * DEPTH
-            # the subnet's coefficients are the same half precision numbers both times
+            # The subnet's coefficients are the same half precision numbers both times.
             assert chain.drift[0] < 1e-5
-        found.append(
+        results.append(
             {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
         )
-    ours, theirs, truth = found
+    of_reversible, of_plain, truth = results
     for name, t in truth.items():
-        error, allowed = ((g[name] - t).norm() for g in (ours, theirs))
+        error, allowed = ((g[name] - t).norm() for g in (of_reversible, of_plain))
         assert error <= 2 * allowed + 1e-5 * t.norm(), name
 
 
@@ -334,8 +333,9 @@ def test_grad_scaler_steps_and_skips_as_with_a_plain_chain() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_reconstructed_where_the_user_says_so(dtype: torch.dtype) -> None:
-    """What it loses in a few blocks is a warning, or nothing, as the dtype has it: bfloat16 is off
-    by 2e-3, float16 by 2e-4.
+    """A few blocks lose little enough not to raise: bfloat16 is off by 2e-3, float16 by 2e-4.
+
+    The first of these is a warning.
     """
     torch.manual_seed(0)
     chain = ReversibleSequence(8, 4, 4, checkpoint_every=4)
@@ -357,18 +357,18 @@ def test_half_precision_keeps_activations_but_not_coefficients() -> None:
 
 
 def test_a_changed_parameter_result_or_buffer_is_noticed() -> None:
-    def changed(what: Callable[[nn.Module, Tensor], Tensor], **options: Any) -> None:
+    def assert_noticed(tensor_of: Callable[[nn.Module, Tensor], Tensor], **options: Any) -> None:
         chain = simple(**options).eval()
         z, log_det = chain(random_input())
         with torch.no_grad():
-            what(chain, z).add_(1.0)
+            tensor_of(chain, z).add_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss_of(z.clone(), log_det).backward()
 
-    changed(lambda chain, z: chain[1].subnet.w1)
-    changed(lambda chain, z: chain[1].global_scale)
-    changed(lambda chain, z: z)
-    changed(lambda chain, z: chain[1].subnet.layers[1].running_mean, subnet=Normed)
+    assert_noticed(lambda chain, z: chain[1].subnet.w1)
+    assert_noticed(lambda chain, z: chain[1].global_scale)
+    assert_noticed(lambda chain, z: z)
+    assert_noticed(lambda chain, z: chain[1].subnet.layers[1].running_mean, subnet=Normed)
 
 
 def test_what_cannot_be_had_says_so() -> None:
@@ -415,15 +415,16 @@ def test_a_subnet_with_other_parameters_than_tensors_is_refused() -> None:
 
 def test_functional_call_reaches_the_given_parameters() -> None:
     chain, x = simple(), random_input()
-    given = {
+    replacements = {
         name: (0.9 * p).detach().requires_grad_(p.requires_grad)
         for name, p in chain.named_parameters()
         if "perm" not in name
     }
-    loss_of(*torch.func.functional_call(chain, given, (x,))).backward()
-    other = plain_of(chain)
-    other.load_state_dict(given, strict=False)
-    expected = gradients(other, x)
+    loss_of(*torch.func.functional_call(chain, replacements, (x,))).backward()
+    plain = plain_of(chain)
+    plain.load_state_dict(replacements, strict=False)
+    expected = gradients(plain, x)
     assert_same(
-        {name: p.grad for name, p in given.items()}, {name: expected[name] for name in given}
+        {name: p.grad for name, p in replacements.items()},
+        {name: expected[name] for name in replacements},
     )

@@ -1,4 +1,4 @@
-"""What calls keep, how much they need, in which order gradients come, and whose names are whose."""
+"""Side effects: names that are added, memory that is needed, the order of gradients."""
 
 from __future__ import annotations
 
@@ -89,8 +89,10 @@ def peak_of(call: Any) -> float:
 def test_the_backward_of_a_chain_needs_the_same_whatever_the_permutation(
     options: dict[str, Any],
 ) -> None:
-    """In inputs; a product makes new tensors, which are freed before the subnet's backward: while
-    that runs 2 more would be alive. What is allowed is 1.5, and the thin matrices.
+    """The memory is counted in inputs; 1.5 and the thin matrices are allowed.
+
+    A product makes new tensors, which are freed before the subnet's backward. Otherwise 2 more
+    would be alive while that runs.
     """
     shape = (64, 32, 32)
 
@@ -107,8 +109,10 @@ def test_the_backward_of_a_chain_needs_the_same_whatever_the_permutation(
 
 @each_permutation
 def test_the_backward_needs_the_same_whatever_the_layout(options: dict[str, Any]) -> None:
-    """In inputs; a copy in another layout would be 1 more. Channels-last has a log-determinant for
-    each pixel, which is 1/64 of an input of 64 channels; twice that is allowed.
+    """The memory is counted in inputs; a copy in another layout would be 1 more.
+
+    Channels-last has a log-determinant for each pixel, which is 1/64 of an input of 64 channels.
+    Twice that is allowed.
     """
 
     def peak(layout: torch.memory_format) -> float:
@@ -121,7 +125,7 @@ def test_the_backward_needs_the_same_whatever_the_layout(options: dict[str, Any]
 
 
 class Twice(nn.Module):
-    """Needs one tensor of its output's size in its backward pass."""
+    """A subnet that needs one tensor of its output's size in its backward pass."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -146,19 +150,19 @@ def test_a_chain_reads_a_blocks_subnet_when_it_runs() -> None:
     chain = ReversibleSequence(6)
     for _ in range(3):
         chain.append(AllInOneBlock, subnet_constructor=nn.Linear)
-    other = nn.Linear(3, 6)
-    chain[1].register_forward_pre_hook(lambda block, _: setattr(block, "subnet", other))
+    replacement = nn.Linear(3, 6)
+    chain[1].register_forward_pre_hook(lambda block, _: setattr(block, "subnet", replacement))
     z, log_det = chain(torch.randn(20, 6))
     loss = z.square().sum() - log_det.sum()
-    assert torch.autograd.grad(loss, other.weight)[0].abs().max() > 0
+    assert torch.autograd.grad(loss, replacement.weight)[0].abs().max() > 0
 
 
 def test_a_shallow_copy_of_a_chain_has_its_own_spacing() -> None:
     chain = ReversibleSequence(6)
     chain.checkpoint_every = 4
-    other = copy.copy(chain)
-    other.checkpoint_every = 2
-    assert (chain.checkpoint_every, other.checkpoint_every) == (4, 2)
+    copied = copy.copy(chain)
+    copied.checkpoint_every = 2
+    assert (chain.checkpoint_every, copied.checkpoint_every) == (4, 2)
 
 
 def test_a_parametrization_is_computed_once_a_call() -> None:
