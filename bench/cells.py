@@ -52,7 +52,8 @@ def speedup(row: Row | None, key: str = "ratio") -> str:
 
 def shape_of(row: Row) -> str:
     """Return a row's shape as Python writes it, with spaces that do not break."""
-    return f"({',\u00a0'.join(map(str, row['shape']))})"
+    numbers = ",\u00a0".join(map(str, row["shape"]))
+    return f"({numbers})"
 
 
 def grouped(items: Iterable[Item], key: Any) -> list[tuple[Any, list[Item]]]:
