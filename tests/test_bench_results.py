@@ -1,4 +1,4 @@
-"""What is made of result rows: files, goals, the report; and the rows of chains against depth."""
+"""Result rows: their files, the goals, the report, and the rows of chains against depth."""
 
 from __future__ import annotations
 
