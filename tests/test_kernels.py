@@ -194,7 +194,7 @@ def misaligned(t: Tensor) -> Tensor:
 @gin_is_slow_when_executed
 @shapes((2, 8, 4, 4), (5, 8))
 def test_coupling_parity_of_misaligned_tensors(shape: tuple[int, ...], gin: bool) -> None:
-    """A call with aligned tensors prepares the launches; then x, a and all others are misaligned."""
+    """Aligned tensors prepare the launches; then x, a and all others are misaligned."""
     x, a, coupling = make(shape, gin=gin)
     grads = OutputGrads(torch.randn(shape), torch.randn(shape[0]))
     check_everything(x, a, coupling, grads)

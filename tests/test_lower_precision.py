@@ -1,4 +1,4 @@
-"""Half precision and autocast: dtypes and ranges of the results."""
+"""Test half precision and autocast: dtypes and ranges of the results."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ pytestmark = pytest.mark.usefixtures("fused")
 @both_directions
 @with_and_without_grad
 def test_autocast_keeps_the_log_determinant(name: str, rev: bool, grad: bool) -> None:
-    """To float32's accuracy: with the very coefficients that the subnet gave in bfloat16, it is
-    that of the formula in float64.
+    """The log-determinant is accurate to float32.
+
+    It is compared with the formula in float64, for the subnet's coefficients in bfloat16.
     """
     case = Case(Shape(3, 8, (4, 4)), name)
     seen: list[Tensor] = []
@@ -77,8 +78,9 @@ def test_half_precision_block_has_a_float32_log_determinant(name: str, dtype: to
 def test_inverse_of_a_narrower_input(
     name: str, shape: Shape, narrow: torch.dtype, grad: bool
 ) -> None:
-    """A latent variable in another dtype than the block's is widened, which is exact: the same bits
-    as if it had come so.
+    """A narrower latent variable is widened to the block's dtype, which is exact.
+
+    The result has the same bits as for an input in the wider dtype.
     """
     case = Case(shape, name)
     wide = torch.float64 if narrow is torch.float32 else torch.float32
@@ -94,11 +96,14 @@ def test_inverse_of_a_narrower_input(
 
 @both_dialects
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("given", ["float32", "half"])
+@pytest.mark.parametrize("input_dtype", ["float32", "half"])
 @kinds
-def test_dtypes_under_autocast(name: str, given: str, half: torch.dtype, dialect: str) -> None:
-    """As the README says: float32 comes out, unless a soft permutation is the last step, whose
-    product is autocast's.
+def test_dtypes_under_autocast(
+    name: str, input_dtype: str, half: torch.dtype, dialect: str
+) -> None:
+    """The README says that results are float32, unless a soft permutation is the last step.
+
+    Its product runs under autocast.
     """
     block = AllInOneBlock(
         [(8, 4, 4)],
@@ -106,7 +111,7 @@ def test_dtypes_under_autocast(name: str, given: str, half: torch.dtype, dialect
         dialect=dialect,
         **Case(Shape(1, 8, (4, 4)), name).options,
     )
-    dtype = half if given == "half" else torch.float32
+    dtype = half if input_dtype == "half" else torch.float32
     x = torch.randn(3, 8, 4, 4).to(dtype).requires_grad_()
     for rev in (False, True):
         x.grad = None

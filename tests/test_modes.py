@@ -1,6 +1,4 @@
-"""Passes under other people's dispatch modes, and what they leave behind: nothing that a later pass
-would use.
-"""
+"""Test passes under users' dispatch modes, which must leave nothing behind for later passes."""
 
 from __future__ import annotations
 
@@ -38,14 +36,14 @@ both_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 @pytest.fixture(autouse=True)
 def _nothing_kept_yet() -> None:
-    """As in a fresh process: what a pass keeps is what this test kept."""
+    """Clear all caches, as in a fresh process, so that they hold only what the test caches."""
     constants._cached.cache_clear()
     chunks.scratch.buffers.clear()
     chunks.scratch.views.clear()
 
 
 def passes(block: nn.Module, x: Tensor, c: list[Tensor]) -> list[Tensor]:
-    """Output, log-determinant, gradients, and the inverse of the output."""
+    """Return the output, log-determinant, gradients, and the inverse with its log-determinant."""
     x = x.detach().requires_grad_()
     (y,), logdet = block([x], c)
     parameters = [p for p in block.parameters() if p.requires_grad]
@@ -58,14 +56,14 @@ def passes(block: nn.Module, x: Tensor, c: list[Tensor]) -> list[Tensor]:
 
 
 def block_and_input(shape: Shape, name: str) -> tuple[nn.Module, Tensor, list[Tensor]]:
-    # whose hard permutation is an index: no values have to be read to find it
+    # In dialect "freia" a hard permutation is an index, so no values must be read to find it.
     case = Case(shape, name, "freia")
     x, c = make_input(case, torch.float32)
     return make_block(AllInOneBlock, case, torch.float32, dialect="freia", backend="eager"), x, c
 
 
-def kept() -> list[Tensor]:
-    """What is kept between calls in this thread."""
+def cached_tensors() -> list[Tensor]:
+    """Return the tensors that this thread caches between calls."""
     views = [view for views in chunks.scratch.views.values() for view in views]
     return [*chunks.scratch.buffers.values(), *views]
 
@@ -77,13 +75,13 @@ def test_a_pass_on_fake_tensors_leaves_nothing_behind(shape: Shape, name: str) -
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         block([x], c)
         block([x], c, rev=True)
-    assert not kept()
+    assert not cached_tensors()
     expected = passes(block, x, c)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         block([x], c)
-    for ours, other in zip(passes(block, x, c), expected, strict=True):
-        assert type(ours) is Tensor
-        assert torch.equal(ours, other)
+    for actual, value in zip(passes(block, x, c), expected, strict=True):
+        assert type(actual) is Tensor
+        assert torch.equal(actual, value)
 
 
 @both_shapes
@@ -93,11 +91,11 @@ def test_a_mode_that_wraps_results(shape: Shape, name: str) -> None:
     block, x, c = block.double(), x.double(), [t.double() for t in c]
     with Wrapping():
         wrapped = [t.held if isinstance(t, Wrapped) else t for t in passes(block, x, c)]
-    assert not kept()
-    for ours, other in zip(passes(block, x, c), wrapped, strict=True):
-        assert type(ours) is Tensor
-        # wrapped tensors take plain operations
-        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+    assert not cached_tensors()
+    for actual, expected in zip(passes(block, x, c), wrapped, strict=True):
+        assert type(actual) is Tensor
+        # Wrapped tensors run plain operations, so the bits differ.
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @both_shapes
@@ -112,8 +110,8 @@ def test_a_mode_that_spoils_what_was_made(shape: Shape, name: str) -> None:
     with Spoiling() as mode:
         passes(block, x, c)
     mode.spoil(keep)
-    for ours, other in zip(passes(block, x, c), expected, strict=True):
-        assert torch.equal(ours, other)
+    for actual, value in zip(passes(block, x, c), expected, strict=True):
+        assert torch.equal(actual, value)
 
 
 ENGINE_SPECS = {
@@ -164,16 +162,16 @@ def test_saved_tensors_may_be_changed_where_that_is_allowed(name: str) -> None:
     block, x, c = block_and_input(SHAPES[1], name)
     expected = passes(block, x, c)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
-        found = passes(block, x, c)
+        results = passes(block, x, c)
         leaf = x.detach().clone().requires_grad_()
-        given = leaf * 1.0
-        (y,), logdet = block([given], c)
+        saved = leaf * 1.0
+        (y,), logdet = block([saved], c)
         loss = y.square().sum() + logdet.sum()
         with torch.no_grad():
-            given.zero_()  # kept for backward, which takes what it was
+            saved.zero_()  # backward must use the values from before
         loss.backward()
-    for ours, other in zip(found, expected, strict=True):
-        assert torch.equal(ours, other)
+    for actual, value in zip(results, expected, strict=True):
+        assert torch.equal(actual, value)
     assert torch.equal(leaf.grad, expected[2])
 
 
@@ -195,8 +193,8 @@ def test_selective_checkpointing(name: str, policy: str) -> None:
     loss = checkpoint(
         run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(decide)
     )
-    (found,) = torch.autograd.grad(loss, x)
-    assert torch.equal(found, expected)
+    (actual,) = torch.autograd.grad(loss, x)
+    assert torch.equal(actual, expected)
 
 
 def test_threads_and_inference_mode_after_a_mode() -> None:
@@ -205,20 +203,22 @@ def test_threads_and_inference_mode_after_a_mode() -> None:
         passes(block, x, c)
     with torch.inference_mode():
         block([x], c)
-    expected, found = passes(block, x, c), []
-    threads = [threading.Thread(target=lambda: found.append(passes(block, x, c))) for _ in range(3)]
+    expected, of_threads = passes(block, x, c), []
+    threads = [
+        threading.Thread(target=lambda: of_threads.append(passes(block, x, c))) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert all(
-        torch.equal(a, b) for results in found for a, b in zip(results, expected, strict=True)
+        torch.equal(a, b) for results in of_threads for a, b in zip(results, expected, strict=True)
     )
-    assert len(found) == 3
+    assert len(of_threads) == 3
 
 
 def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
-    """An annealed clamp: 600 values, each of which needs some ten constants; 128 are kept."""
+    """An annealed clamp takes 600 values with about ten constants each, of which 128 are cached."""
     block = AllInOneBlock([(8,)], subnet_constructor=nn.Linear, backend="eager")
     chain = ReversibleSequence(8)
     chain.append(AllInOneBlock, subnet_constructor=nn.Linear)
@@ -234,7 +234,7 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
 
     tracemalloc.start()
     try:
-        steps(0, 200)  # what is kept for these makes way for what is kept for later ones
+        steps(0, 200)  # later steps replace the constants that these cache
         gc.collect()
         tensors = sum(issubclass(type(t), Tensor) for t in gc.get_objects())
         before = tracemalloc.take_snapshot()
@@ -254,7 +254,7 @@ def test_a_clamp_that_changes_every_step_adds_nothing_up() -> None:
 def test_gradient_of_the_scale_from_many_log_determinants_that_cancel(
     shape: tuple[int, ...], batch: int
 ) -> None:
-    """Their sum goes to every channel: in float32 as plain PyTorch's does."""
+    """Their sum goes to every channel, and is as accurate in float32 as plain PyTorch's."""
     results = []
     x, a = torch.randn(batch, *shape), torch.randn(batch, *shape)
     dlogdet = torch.randn(batch) + 1e-3
@@ -278,13 +278,13 @@ def test_gradient_of_the_scale_from_many_log_determinants_that_cancel(
 
 
 class OnGpu(Tensor):
-    """Says that it lies on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = True
 
 
 def test_kernels_are_compiled_for_a_few_clamps_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each costs seconds and stays in the process; those that were compiled go on running."""
+    """Compiling takes seconds and memory, so only the first clamps are compiled and run."""
     monkeypatch.setattr(route, "_clamps", set())
     x = torch.zeros(2, 4).as_subclass(OnGpu)
     specs = [

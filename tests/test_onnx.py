@@ -1,5 +1,6 @@
-"""ONNX files by both of torch's exporters: the same results, and an index in place of a
-permutation's matrix.
+"""Test ONNX files of both of torch's exporters.
+
+They give the same results, and hold an index in place of a permutation's matrix.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ pytestmark = pytest.mark.usefixtures("fused")
 
 exporters = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 kinds = pytest.mark.parametrize("kind", ["ours", "accelerated"])
-# Sizes that differ: PyTorch 2.13's exporter takes equal ones for one.
+# All sizes differ, because PyTorch 2.13's exporter takes equal sizes for one.
 CASES = [Case(Shape(3, 6), name) for name in ("rev", "soft", "hh2-soft-sigmoid")]
 CASES += [Case(Shape(2, 6, (4, 5)), name) for name in ("gin", "hh1")]
 CASES += [Case(Shape(3, 6), "hard", "freia")]
 
 
-def exported(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
+def export(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        # of the older exporter: that it is, and that sizes are constants
+        # The older exporter warns that it is old, and that sizes are constants.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model, (x,), None if dynamo else file, dynamo=dynamo, verbose=False
@@ -44,9 +45,9 @@ def exported(model: nn.Module, x: Tensor, dynamo: bool) -> bytes:
 
 def assert_file_computes(file: bytes, x: Tensor, expected: tuple[Tensor, Tensor]) -> None:
     session = onnxruntime.InferenceSession(file)
-    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    # another run-time sums in another order
-    for actual, value in zip(found, expected, strict=True):
+    results = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    # ONNX Runtime sums in another order.
+    for actual, value in zip(results, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(actual), value, rtol=1e-4, atol=1e-4)
 
 
@@ -63,7 +64,7 @@ def test_a_block_exports(case: Case, kind: str, dynamo: bool, rev: bool) -> None
     x, _ = make_input(case, torch.float32)
     with torch.no_grad():
         expected = model(x)
-        file = exported(model, x, dynamo)
+        file = export(model, x, dynamo)
     assert_file_computes(file, x, expected)
     assert not {node.domain for node in onnx.load_from_string(file).graph.node} & {
         "fastflow_kernels",
@@ -83,26 +84,30 @@ def test_reflections_of_a_reversible_chain_export(dynamo: bool) -> None:
         )
     x = torch.randn(8, 12)
     with torch.no_grad():
-        assert_file_computes(exported(chain.eval(), x, dynamo), x, chain(x))
+        assert_file_computes(export(chain.eval(), x, dynamo), x, chain(x))
 
 
 @exporters
 @both_directions
 def test_a_permutation_is_an_index_in_the_file(dynamo: bool, rev: bool) -> None:
-    """Of 1024 channels, whose matrix alone would take 4 MB; the index is that of the weights there
-    are, also past every hook.
+    """The matrix of 1024 channels alone would take 4 MB.
+
+    The index is that of the current weights, even if they were written past every hook.
     """
     block = AllInOneBlock(
         [(1024,)], subnet_constructor=lambda i, o: nn.Sequential(nn.Linear(i, 2), nn.Linear(2, o))
     ).eval()
     x = torch.randn(3, 1024)
     with torch.no_grad():
-        file = exported(TakesTensor(block, rev), x, dynamo)
+        file = export(TakesTensor(block, rev), x, dynamo)
         assert_file_computes(file, x, TakesTensor(block, rev)(x))
         assert len(file) < 100_000
-        other = torch.randperm(1024)
-        for w, index in ((block.w_perm, other), (block.w_perm_inv, torch.argsort(other))):
+        permutation = torch.randperm(1024)
+        for w, index in (
+            (block.w_perm, permutation),
+            (block.w_perm_inv, torch.argsort(permutation)),
+        ):
             w.data.copy_(nn.functional.one_hot(index, 1024))
         assert_file_computes(
-            exported(TakesTensor(block, rev), x, dynamo), x, TakesTensor(block, rev)(x)
+            export(TakesTensor(block, rev), x, dynamo), x, TakesTensor(block, rev)(x)
         )

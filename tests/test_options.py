@@ -1,4 +1,4 @@
-"""What the constructor refuses before it builds or draws anything, and options at their limits."""
+"""Test that the constructor refuses bad options before it builds anything, and extreme options."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.cases import (
 pytestmark = pytest.mark.usefixtures("fused")
 
 
-# Name: (options, exception, what the message must say: what was expected, and what came).
+# Options, exception, and a pattern of the message (what was expected, and what came), by name.
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "no subnet": (
         {"subnet_constructor": None},
@@ -171,17 +171,18 @@ def test_constructor_refuses_reflections_that_are_no_number(value: Any) -> None:
     [("EXP", 1e39), ("EXP", 1e-50), ("SIGMOID", 1e-40), ("SIGMOID", 9.999999), ("SOFTPLUS", 1e-12)],
 )
 def test_extreme_initial_scale_is_finite(activation: str, init: float, dialect: str) -> None:
-    """Inside the range, but where the stock block's formula in float32 overflows: never a silent
-    infinity.
+    """The initial scale is allowed, but the stock block's formula overflows in float32.
+
+    The result must never be a silent infinity.
     """
     options = {"global_affine_init": init, "global_affine_type": activation, "dialect": dialect}
-    ours, theirs = (
+    block, stock = (
         cls([(3,)], [], make_subnet(0), **options)
         for cls in (AllInOneBlock, reference.AllInOneBlock)
     )
-    assert ours.global_scale.isfinite().all()
-    # a few float32 roundings
-    assert (ours.global_scale / theirs.global_scale - 1).abs().max() < 1e-6
+    assert block.global_scale.isfinite().all()
+    # The tolerance is a few float32 roundings.
+    assert (block.global_scale / stock.global_scale - 1).abs().max() < 1e-6
 
 
 def test_zero_clamp_is_additive_coupling() -> None:

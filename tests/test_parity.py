@@ -1,5 +1,6 @@
-"""The drop-in against the reference: outputs, log-determinants, inverses and every gradient, by the
-design's criterion.
+"""Test the drop-in against the reference by the criterion of tests/support/compare.py.
+
+Outputs, log-determinants, inverses and all gradients are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.support.small_inputs import LIMIT, small_up_to
 
 pytestmark = pytest.mark.usefixtures("fused")
 
-# the kernels without a GPU: tests/test_kernels_blocks.py
+# tests/test_kernels_blocks.py tests the kernels without a GPU.
 BACKENDS = (
     ["eager", pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE.type == "cuda" else ["eager"]
 )
@@ -39,7 +40,7 @@ HALF = {name: DTYPES[name] for name in ("bf16", "fp16")}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
-# Name: (backend, elements up to which an input is small, with gradients).
+# Backend, number of elements up to which an input is small, and with gradients or not, by name.
 WAYS = {
     "fused": ("eager", 0, True),
     "fused without gradients": ("eager", 0, False),
@@ -97,15 +98,16 @@ def test_block_parity_in_any_layout(case: Case, layout: str, rev: bool) -> None:
 @pytest.mark.parametrize("name", ["hard", "gin", "rev"])
 @every_backend
 def test_block_parity_at_extreme_sizes(shape: Shape, name: str, backend: str) -> None:
-    # "freia" holds an index: a matrix of 4096 channels takes the reference seconds
+    # "freia" holds an index. A matrix of 4096 channels would take the reference seconds.
     compare(Case(shape, name, "freia"), torch.float32, False, grad=True, backend=backend)
 
 
 @pytest.mark.parametrize("name", ["hard", "gin"])
 @every_backend
 def test_block_parity_on_a_large_channels_last_input(name: str, backend: str) -> None:
-    """The log-determinant's gradient is handed to every pixel: summing it there must not cost the
-    scale's gradient its digits.
+    """Every pixel gets the log-determinant's gradient.
+
+    Its sum must not cost the scale's gradient accuracy.
     """
     compare(
         Case(Shape(5, 64, (32, 32)), name),
@@ -117,7 +119,7 @@ def test_block_parity_on_a_large_channels_last_input(name: str, backend: str) ->
     )
 
 
-# Compiling takes half a second a kernel: every case in float32, some in every dtype.
+# Compiling takes half a second a kernel, so only some cases run in every dtype.
 KERNEL_CASES = [
     (case, dtype)
     for dtype in DTYPES
@@ -145,8 +147,9 @@ SMALL_SCALES = [1e-3, 1.0, 30.0]
 @pytest.mark.parametrize("gain", SMALL_SCALES)
 @pytest.mark.parametrize("clamp", [0.5, 1.9, 5.0])
 def test_log_det_of_small_and_large_coefficients(gain: float, clamp: float) -> None:
-    """A cheap tanh with an absolute error would pass on large coefficients and fail on those of an
-    untrained subnet.
+    """A cheap tanh with an absolute error would pass only on large coefficients.
+
+    It would fail on the small coefficients of an untrained subnet.
     """
     torch.manual_seed(3)
     a = gain * torch.randn(4, 64, 24, 24)

@@ -1,5 +1,6 @@
-"""The reference against the stock blocks: the same numbers to the last bits of float64, the same
-state dict, the same random draws.
+"""Test the reference against the stock blocks.
+
+Results must agree to the last bits of float64, and state dicts and random draws exactly.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tests.support.stock_blocks import released, stock_block
 
 pytestmark = pytest.mark.peers
 
-# Both peers have the formula of dialect "anomalib". (FrEIA's main branch, dialect "freia", has
-# never been released.)
+# Both peers have the formula of dialect "anomalib". FrEIA's main branch, with dialect "freia", has
+# never been released.
 cases = [case for case in CASES if case.dialect == "anomalib"]
 
 EPS = torch.finfo(torch.float64).eps
@@ -35,10 +36,16 @@ EPS = torch.finfo(torch.float64).eps
 def assert_last_bits(
     actual: torch.Tensor, expected: torch.Tensor, terms: int, name: str, magnitude: float = 1.0
 ) -> None:
-    """Equal but for the order of a sum of so many terms: sqrt(terms) roundings of the largest
-    magnitude, and a few more.
+    """Assert that results are equal except for the order of a sum.
 
-    ``magnitude`` is the size of the terms, where that is more than the sum's.
+    The tolerance is 4 + sqrt(terms) roundings of the largest magnitude.
+
+    Args:
+        actual: The reference's result in float64.
+        expected: The stock block's result in float64.
+        terms: Number of terms of the sum.
+        name: Name of the result, for messages.
+        magnitude: Size of the terms, if they are larger than the sum.
     """
     assert actual.shape == expected.shape, name
     assert actual.dtype == expected.dtype == torch.float64, name
@@ -50,15 +57,15 @@ def assert_last_bits(
 
 
 def pair(peer: Callable[[], type], case: Case) -> tuple[nn.Module, AllInOneBlock]:
-    """A stock block and a reference with its weights, taken from its state dict strictly."""
-    theirs = stock_block(peer, case, seed=0)
-    ours = make_block(AllInOneBlock, case, seed=9)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, ours
+    """Return a stock block, and a reference that has loaded its state dict strictly."""
+    stock = stock_block(peer, case, seed=0)
+    block = make_block(AllInOneBlock, case, seed=9)
+    block.load_state_dict(stock.state_dict(), strict=True)
+    return stock, block
 
 
 def keep_householder_matrices(block: nn.Module) -> list[torch.Tensor]:
-    """Have the block keep each matrix it builds from its reflections, with its gradient."""
+    """Make a block keep each matrix that it builds from its reflections, with its gradient."""
     kept, construct = [], block._construct_householder_permutation
 
     def build() -> torch.Tensor:
@@ -74,13 +81,13 @@ def keep_householder_matrices(block: nn.Module) -> list[torch.Tensor]:
 @both_directions
 @pytest.mark.parametrize("case", cases, ids=ids(cases))
 def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], type]) -> None:
-    theirs, ours = pair(peer, case)
+    stock, block = pair(peer, case)
     x, c = make_input(case)
-    results, matrices = [], keep_householder_matrices(theirs)
-    for block in (theirs, ours):
+    results, matrices = [], keep_householder_matrices(stock)
+    for b in (stock, block):
         xs = x.clone().requires_grad_()
         cs = [t.clone().requires_grad_() for t in c]
-        (y,), log_det = block([xs], cs, rev=rev)
+        (y,), log_det = b([xs], cs, rev=rev)
         weights = torch.randn(
             y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
         )
@@ -91,15 +98,15 @@ def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], ty
             "x.grad": xs.grad,
             **{f"c{i}.grad": t.grad for i, t in enumerate(cs)},
         }
-        results.append(result | {f"{name}.grad": p.grad for name, p in block.named_parameters()})
+        results.append(result | {f"{name}.grad": p.grad for name, p in b.named_parameters()})
     expected, actual = results
     assert actual.keys() == expected.keys()
-    # dH/dv of a unit vector v is made of terms of up to 2 + 2 + 4, which cancel (entirely if there
-    # is one channel: H = -1).
+    # dH/dv of a unit vector v has terms of up to 2 + 2 + 4 that cancel. They cancel entirely with
+    # one channel, where H = -1.
     terms_of_vk = 8 * sum(w.grad.norm().item() for w in matrices)
-    # GIN's log-determinant is 0, a sum of log-factors of up to the clamp each, whose partial sums
-    # grow like a random walk
-    terms_of_logdet = theirs.clamp * x.numel() ** 0.5 if theirs.GIN else 0.0
+    # GIN's log-determinant is 0: a sum of log-factors of up to the clamp each, whose partial sums
+    # grow like a random walk.
+    terms_of_logdet = stock.clamp * x.numel() ** 0.5 if stock.GIN else 0.0
     for name, value in expected.items():
         if value is None:
             assert actual[name] is None, name
@@ -112,21 +119,21 @@ def test_values_and_gradients_equal(case: Case, rev: bool, peer: Callable[[], ty
 @released
 @pytest.mark.parametrize("case", cases, ids=ids(cases))
 def test_state_dict_loads_both_ways(case: Case, peer: Callable[[], type]) -> None:
-    theirs, ours = pair(peer, case)
-    expected, actual = theirs.state_dict(), ours.state_dict()
+    stock, block = pair(peer, case)
+    expected, actual = stock.state_dict(), block.state_dict()
     assert list(actual) == list(expected)
     for key, value in expected.items():
         assert actual[key].dtype == value.dtype
         assert torch.equal(actual[key], value), key
-    other = make_block(AllInOneBlock, case, seed=11).state_dict()
-    theirs.load_state_dict(other, strict=True)
-    assert all(torch.equal(value, other[key]) for key, value in theirs.state_dict().items())
-    named = {name: p.requires_grad for name, p in theirs.named_parameters()}
-    assert {name: p.requires_grad for name, p in ours.named_parameters()} == named
-    assert list(dict(ours.named_parameters())) == list(named)
+    state = make_block(AllInOneBlock, case, seed=11).state_dict()
+    stock.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[key]) for key, value in stock.state_dict().items())
+    named = {name: p.requires_grad for name, p in stock.named_parameters()}
+    assert {name: p.requires_grad for name, p in block.named_parameters()} == named
+    assert list(dict(block.named_parameters())) == list(named)
 
 
-# a rotation comes from numpy's generator there
+# The stock blocks draw a rotation from NumPy's generator.
 seeded = [case for case in cases if not case.options.get("permute_soft")]
 
 
@@ -164,9 +171,9 @@ DOCUMENTED += ["input_rank", "sum_dims", "last_jac", "dims_in", "dims_c"]
 
 @released
 def test_documented_attributes_are_there(peer: Callable[[], type]) -> None:
-    theirs, ours = pair(peer, next(case for case in cases if case.name == "hh3-rev-cond"))
+    stock, block = pair(peer, next(case for case in cases if case.name == "hh3-rev-cond"))
     for name in DOCUMENTED:
-        assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.output_dims([(1, 2)]) == theirs.output_dims([(1, 2)])
+        assert getattr(block, name) == getattr(stock, name), name
+    assert block.output_dims([(1, 2)]) == stock.output_dims([(1, 2)])
     x = torch.randn(3)
-    assert torch.equal(ours.global_scale_activation(x), theirs.global_scale_activation(x))
+    assert torch.equal(block.global_scale_activation(x), stock.global_scale_activation(x))

@@ -1,4 +1,4 @@
-"""Which inputs the kernels take, and how their work is cut. Needs no Triton."""
+"""Test which inputs the kernels take, and how their work is split into tiles, without Triton."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_why_unsupported_names_the_reason() -> None:
     assert "dimensions" in plan.why_unsupported(x.view(-1).shape, x.dtype)
     assert "32-bit" in plan.why_unsupported((2, 2**16, 2**15), x.dtype)
     assert "a batch of 2147483648 samples" in plan.why_unsupported((2**31, 2, 2), x.dtype)
-    # rows: a tile holds several
+    # A tile holds several rows, so more of them fit.
     assert plan.why_unsupported((2**31, 2), x.dtype) is None
 
 
@@ -31,8 +31,8 @@ def test_samples_are_packed_whatever_lies_between_them() -> None:
     for packed in (x, x[:, :3], x[:1].expand(2, 4, 3, 3), x[::2], one_pixel):
         assert layouts.is_packed(packed)
     channels_last = x.to(memory_format=torch.channels_last)
-    for apart in (channels_last, x.transpose(2, 3), x[:, :, :, ::2], x[:, ::2]):
-        assert not layouts.is_packed(apart)
+    for strided in (channels_last, x.transpose(2, 3), x[:, :, :, ::2], x[:, ::2]):
+        assert not layouts.is_packed(strided)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -61,7 +61,7 @@ def test_plan_covers_everything_once(batch: int, rows: plan.RowTiles | None, ite
 
 
 def covers(count: int, size: int, whole: int) -> bool:
-    """Whether it takes just so many pieces of a size."""
+    """Return whether exactly this many pieces of a size cover the whole."""
     return count * size >= whole > (count - 1) * size
 
 

@@ -1,8 +1,7 @@
-"""Faults planted in the kernels and their launchers, each of which makes a test fail.
+"""Plant faults in the kernels and their launchers, and test that each makes a test fail.
 
-For each the package is copied, changed in one place, and a few tests run on the copy (the compiled
-kernels, executed). Where the text to change stands in several places, each of them is a fault of
-its own.
+For each fault, the package is copied and changed in one place. Then a few tests run on the copy,
+with compiled and executed kernels. If the text occurs in several places, each is a separate fault.
 """
 
 from __future__ import annotations
@@ -35,14 +34,20 @@ PARITY, VALUES, EXECUTED, KEYS, BLOCKS = (
 
 
 class Planted(NamedTuple):
-    """A change of the package wherever a text stands in these files, and the tests that must notice
-    it in each place.
+    """A change of the package, and the tests that must notice it.
+
+    Attributes:
+        files: Files that contain the text, relative to the package.
+        before: Text to change; each place is a separate fault.
+        after: Text to put there instead.
+        tests: Expression for -k that selects the tests.
+        test_file: File of the tests.
     """
 
     files: tuple[str, ...]
     before: str
     after: str
-    tests: str  # an expression for -k
+    tests: str
     test_file: str = PARITY
 
 
@@ -59,7 +64,7 @@ FAULTS = {
         "    is_active = c < C1\n",
         f"{PLANES} or {ROWS}",
     ),
-    # in the passive half of the inverse it would do no harm: the active one overwrites it
+    # Not in the inverse, where it does no harm: the active kernel overwrites the passive one's.
     "a mask of one channel more": Planted(
         (FORWARD, BACKWARD),
         "    is_passive = c < C1\n",
@@ -75,13 +80,13 @@ FAULTS = {
     "the other half": Planted(
         (FORWARD,), "a_t = load(a_ptr + C2 * P + offs,", "a_t = load(a_ptr + C1 * P + offs,", PLANES
     ),
-    "an alignment that the row has not": Planted(
+    "an alignment that the row lacks": Planted(
         (LAUNCH,),
         "alignment(0 if plan.is_rows else pixels, ",
         "alignment(0, ",
         "parity and B3-C2-3x3",
     ),
-    "an alignment that a stride has not": Planted(
+    "an alignment that a stride lacks": Planted(
         (LAUNCH,),
         "*(stride or 0 for stride in strides.values())",
         "*(stride or 0 for stride in list(strides.values())[1:])",
@@ -90,28 +95,28 @@ FAULTS = {
     "pointers taken for aligned": Planted(
         (LAUNCH,), "return not merged & 15", "return True", "misaligned"
     ),
-    "a pointer whose alignment is not asked for": Planted(
+    "a pointer whose alignment is not checked": Planted(
         (FORWARD,),
         "aligned(x, a, g, offset, channel_index)",
         "aligned(x, a, g, channel_index)",
         "",
         KEYS,
     ),
-    "a launch kept whatever the gradient's dtype": Planted(
+    "a launch cached without the gradient's dtype": Planted(
         (BACKWARD,),
         "None if log_det is None else log_det.dtype",
         "None if log_det is None else torch.float32",
         "",
         KEYS,
     ),
-    "a launch kept whatever the parameters' dtype": Planted(
+    "a launch cached without the parameters' dtype": Planted(
         (LAUNCH,),
         "(coupling.global_scale.dtype, coupling.global_offset.dtype)",
         "(coupling.global_scale.dtype, coupling.global_scale.dtype)",
         "",
         KEYS,
     ),
-    "a launch kept whether or not there is an index": Planted(
+    "a launch cached without regard to the index": Planted(
         (LAUNCH,), "        coupling.perm is not None,\n", "        True,\n", "", KEYS
     ),
     "a sample's offset in 32 bits": Planted(
@@ -193,7 +198,7 @@ FAULTS = {
     "an inverse that reads x for y": Planted(
         (BACKWARD,), "y_ptr + b * C * P + offs_y2", "x_ptr + b * C * P + offs_y2", PLANES
     ),
-    "a copy for the kernels that is taken back": Planted(
+    "a copy for the kernels that is reverted": Planted(
         ("block.py",),
         "return x.contiguous() if route.is_copied else in_layout(x, route.layout)",
         "return in_layout(x, route.layout)",
@@ -208,7 +213,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tests import, in a folder of its own."""
+    """Copy everything that the tests import into a separate folder."""
     root = tmp_path_factory.mktemp("planted")
     for name in ("fastflow_kernels", "reference", "tests", "bench"):
         shutil.copytree(
@@ -233,7 +238,7 @@ def run(root: Path, fault: Planted) -> str:
     command = [sys.executable, "-m", "pytest", fault.test_file, *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
-    # the tests ran, and passed or failed
+    # The tests ran, and passed or failed.
     assert done.returncode in (0, 1), done.stdout + done.stderr
     assert "error" not in done.stdout.splitlines()[-1], done.stdout
     assert "CompilationError" not in done.stdout, done.stdout
@@ -241,7 +246,7 @@ def run(root: Path, fault: Planted) -> str:
 
 
 def places() -> list[tuple[str, str, int]]:
-    """The faults, and of each the places that it changes: a file, and which of its places."""
+    """Return each fault's name with each of its places: a file, and a number within the file."""
     return [
         (name, file, place)
         for name, fault in FAULTS.items()
@@ -254,7 +259,7 @@ def text_of(root: Path, file: str) -> str:
     return (root / "fastflow_kernels" / file).read_text()
 
 
-def changed(text: str, fault: Planted, place: int) -> str:
+def change(text: str, fault: Planted, place: int) -> str:
     parts = text.split(fault.before)
     return (
         fault.before.join(parts[: place + 1]) + fault.after + fault.before.join(parts[place + 1 :])
@@ -274,7 +279,7 @@ def test_a_planted_fault_is_noticed(copy: Path, name: str, file: str, place: int
     fault, text = FAULTS[name], text_of(copy, file)
     path = copy / "fastflow_kernels" / file
     try:
-        path.write_text(changed(text, fault, place))
+        path.write_text(change(text, fault, place))
         output = run(copy, fault)
     finally:
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Properties over random blocks and inputs, drawn by Hypothesis."""
+"""Test properties of random blocks and inputs, drawn by Hypothesis."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.support.parity import compare
 
 pytestmark = pytest.mark.usefixtures("fused")
 
-# The same examples every time: a failure must not come and go with the weather. Raise max_examples
-# to search.
+# Examples are the same in every run, so that failures can be repeated. Raise max_examples to
+# search.
 search = settings(max_examples=120, deadline=None, derandomize=True)
 shapes = st.builds(
     Shape, st.integers(1, 5), st.integers(1, 20), st.lists(st.integers(1, 6), max_size=3).map(tuple)
@@ -57,8 +57,8 @@ def test_inverse_gives_back_any_input(case: Case, rev: bool) -> None:
     with torch.no_grad():
         (y,), logdet = block([x], c, rev=rev)
         (back,), minus = block([y], c, rev=not rev)
-    # float64; a block stretches rounding errors by at most its scales and exp(clamp) each way, here
-    # below e^10
+    # A block amplifies float64 rounding errors by at most its scales and exp(clamp) each way, which
+    # is below e^10 here.
     assert (back - x).abs().max() <= 1e-10 * max(1.0, y.abs().max().item())
     assert (logdet + minus).abs().max() <= 1e-10 * max(1.0, logdet.abs().max().item())
 
@@ -81,8 +81,9 @@ def test_reflections_are_orthogonal_and_equal_their_matrix(
 
 @pytest.mark.parametrize(("reflections", "channels"), [(64, 512), (3, 7), (8, 16)])
 def test_reflections_are_orthogonal_in_float32(reflections: int, channels: int) -> None:
-    """Applied in float32 to the unit vectors: Q Q^T = I to 1e-6, in the compact form as in the
-    dense one.
+    """Applied to the unit vectors in float32, both the compact and the dense form are orthogonal.
+
+    Q Q^T = I holds to 1e-6.
     """
     vectors = torch.randn(reflections, channels)
     q = (

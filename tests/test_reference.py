@@ -1,5 +1,7 @@
-"""The reference against mathematics: its inverse, the brute-force Jacobian, numerical gradients,
-the formulas number by number.
+"""Test the reference against mathematics.
+
+The tests cover its inverse, the brute-force Jacobian, numerical gradients, and the formulas number
+by number.
 """
 
 from __future__ import annotations
@@ -31,9 +33,8 @@ from tests.support.cases import (
 every_case = pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 some_cases = [case for case in CASES if case.shape in (SHAPES[0], SHAPES[6])]
 
-# Relative error allowed in float64 where two ways of computing the same thing are compared: eps =
-# 2.2e-16, times the condition of a block (scales and exponentials of up to e^clamp each way), times
-# the root of the number of operations.
+# Relative tolerance in float64: eps = 2.2e-16, times a block's condition (scales and exponentials
+# of up to e^clamp each way), times the root of the number of operations.
 TIGHT = 1e-11
 
 
@@ -101,8 +102,15 @@ def test_gradients_equal_numerical_ones(case: Case, rev: bool) -> None:
 
 
 def scalar_block(block: AllInOneBlock, x: list[float], a: list[float]) -> tuple[list[float], float]:
-    """The docstring's formulas for one sample of rank 0 with a hard permutation, number by
-    number.
+    """Compute the docstring's formulas number by number.
+
+    Args:
+        block: A block with a hard permutation.
+        x: One sample of rank 0.
+        a: The sample's coefficients.
+
+    Returns:
+        The output and the log-determinant.
     """
     n, clamp = len(x), block.clamp
     n1, n2 = n - n // 2, n // 2
@@ -130,14 +138,14 @@ def scalar_block(block: AllInOneBlock, x: list[float], a: list[float]) -> tuple[
 @pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
 @pytest.mark.parametrize("activation", ["SIGMOID", "SOFTPLUS", "EXP"])
 def test_formula_number_by_number(dialect: str, gin: bool, activation: str) -> None:
-    class Given(nn.Module):
+    class Coefficients(nn.Module):
         a: torch.Tensor
 
         def forward(self, _: torch.Tensor) -> torch.Tensor:
             return self.a
 
     block = AllInOneBlock(
-        [(7,)], [], lambda *_: Given(), 1.7, gin, 0.8, activation, dialect=dialect
+        [(7,)], [], lambda *_: Coefficients(), 1.7, gin, 0.8, activation, dialect=dialect
     ).double()
     with torch.no_grad():
         block.global_scale.add_(torch.randn(1, 7))
@@ -178,10 +186,10 @@ def test_the_log_determinant_is_returned_whatever_jac_is(case: Case, rev: bool) 
 
 @every_case
 def test_same_seed_gives_same_block(case: Case) -> None:
-    first, second, other = (block_of(case, seed=seed).state_dict() for seed in (3, 3, 4))
+    first, second, third = (block_of(case, seed=seed).state_dict() for seed in (3, 3, 4))
     assert list(first) == list(second)
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert not torch.equal(first["global_offset"], other["global_offset"])
+    assert not torch.equal(first["global_offset"], third["global_offset"])
 
 
 @every_case
@@ -205,7 +213,7 @@ def test_state_dict_layout(case: Case) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16])
 def test_random_rotation_is_a_rotation(n: int) -> None:
-    for _ in range(8):  # half of the draws take the branch that turns a column around
+    for _ in range(8):  # half of the draws take the branch that negates a column
         w = random_rotation(n)
         assert_near(w @ w.T, torch.eye(n, dtype=torch.float64), 1e-13)
         assert_near(torch.linalg.det(w), torch.tensor(1.0, dtype=torch.float64), 1e-13)
@@ -262,7 +270,7 @@ def test_non_finite_values_stay_in_their_channel(dialect: str) -> None:
     block = AllInOneBlock([(7, 3)], [], make_subnet(1), dialect=dialect)
     x = torch.randn(2, 7, 3)
     clean = block([x])[0][0]
-    # active channels: the subnet does not see them
+    # Change active channels, which the subnet does not see.
     x[1, 6, 2], x[0, 5, 0] = float("nan"), float("inf")
     y = block([x])[0][0]
     assert int(y.isnan().sum()) == 1
@@ -291,7 +299,7 @@ def test_orthogonal_matrix_in_a_hard_block_is_applied() -> None:
     ids=["hard", "soft", "hh3"],
 )
 def test_reverse_permutation_inverts_the_permutation_first(options: dict, dialect: str) -> None:
-    """With a coupling and an affine that do nothing, first W^-1 and then W are left."""
+    """With a coupling and a global affine that do nothing, only W^-1 and then W remain."""
     zero = make_subnet(0, gain=0.0)
     block = AllInOneBlock(
         [(9,)],
@@ -339,8 +347,8 @@ def test_initial_scale(activation: str, init: float, dialect: str) -> None:
         dialect=dialect,
     )
     scale = block.global_scale_activation(block.global_scale.double())
-    # anomalib's own formula in float32 cancels for small values of SOFTPLUS, exp(5 * init) - 1; its
-    # bits are kept
+    # anomalib's float32 formula exp(5 * init) - 1 cancels for small values of SOFTPLUS. The
+    # reference reproduces its bits.
     cancels = activation == "SOFTPLUS" and dialect == "anomalib" and init < 1e-2
     expected = torch.full_like(scale, init)
     assert (scale / expected - 1).abs().max() < (0.15 if cancels else 2e-5)

@@ -1,4 +1,4 @@
-"""Which inputs are small, so that "auto" runs plain operations on them."""
+"""Test which inputs are small, so that "auto" runs plain operations on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.small_inputs import small_up_to
 def test_small_is_larger_for_a_soft_permutation(
     grad: bool, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to so many times the limit a product takes most of the time, fused or not."""
+    """Up to ``times`` times the limit, a product takes most of the time, fused or not."""
     plain: list[bool] = []
 
     def spy(call: BlockCall) -> route.Route:

@@ -1,11 +1,10 @@
-"""The way of x from a block's call to a launcher can be read from the sources.
+"""Test that the sources show the path of x from a block's call to a launcher.
 
-Forward, backward, inverse and reversible chains are walked. Every call on the way names a function,
-a class or a method. Nothing is called through a variable, in which a reader, an editor or a type
-checker would lose it.
+The test follows the calls of forward, backward, inverse and reversible chains. Each must name a
+function, a class or a method. Readers, editors and type checkers lose calls through a variable.
 
-A method of an engine is walked in every engine. Methods of other values are not walked, except
-``self``'s; their types say where they are. Decorators are not followed.
+A method of an engine is followed in every engine. Methods of other values are followed only for
+``self``, because their types say where they are. Decorators are not followed.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ PREFIX = "fastflow_kernels."
 PACKAGE = Path(__file__).resolve().parent.parent / "fastflow_kernels"
 ENGINE = [name for name in vars(Engine) if not name.startswith("_")]
 ENGINES = ("engines.eager", "engines.triton.engine")
-PIXELS = ("engines.pixels", "ByPixels")  # an engine around one of them
-# Fields of ``Prepared``: calling one is calling a Launch.
+PIXELS = ("engines.pixels", "ByPixels")  # an engine that wraps one of them
+# Fields of ``Prepared`` that hold a Launch.
 LAUNCHES = {"launch", "finish", "gin_sums"}
 LAUNCHER = ("engines.triton.launch", "Launch.__call__")
-# What is the user's: a subnet is called by the name that the block's call gives it.
+# Functions of the user: a subnet is called by its name in the block's call.
 USERS = {"subnet"}
 STARTS = [
     ("modules", "FusedForward.forward"),
@@ -44,13 +43,13 @@ STARTS = [
 
 
 class Source:
-    """A file of the package: its functions and methods, and what its imports stand for."""
+    """A file of the package: its functions and methods, and the targets of its imports."""
 
     def __init__(self, module: str) -> None:
         tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text())
         self.functions: dict[str, ast.FunctionDef] = {}
         self.classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-        # NAME = direct_apply(FUNCTION): the forward of an autograd Function
+        # NAME = direct_apply(FUNCTION) is the forward of an autograd Function.
         self.applied: dict[str, str] = {}
         self.imported: dict[str, str] = {}
         for node in tree.body:
@@ -72,7 +71,7 @@ source = cache(Source)
 
 
 def callees(module: str, name: str) -> tuple[set[Place], set[str]]:
-    """What a function calls: places in the package, and what cannot be followed."""
+    """Return the places in the package that a function calls, and the calls that are lost."""
     function = source(module).functions[name]
     body = [node for statement in function.body for node in ast.walk(statement)]
     local = {n.arg for n in (*ast.walk(function.args), *body) if isinstance(n, ast.arg)}
@@ -93,7 +92,7 @@ def callees(module: str, name: str) -> tuple[set[Place], set[str]]:
 
 
 def named(module: str, name: str) -> list[Place] | None:
-    """What a name of a module stands for; None if that is not a function or a class."""
+    """Return the places of a module's name, or None if it is not a function or a class."""
     here = source(module)
     if name in here.functions:
         return [(module, name)]
@@ -107,7 +106,10 @@ def named(module: str, name: str) -> list[Place] | None:
 
 
 def method_of(module: str, owner: str, name: str) -> list[Place] | None:
-    """What ``owner.name`` calls; nothing where that is a method of another value."""
+    """Return the places that ``owner.name`` calls, or None if the call is lost.
+
+    A method of a value other than ``self`` or an engine has no places.
+    """
     here = source(module)
     imported = here.imported.get(owner, "").removeprefix(PREFIX)
     if imported and (PACKAGE / (imported.replace(".", "/") + ".py")).exists():
@@ -126,7 +128,7 @@ def method_of(module: str, owner: str, name: str) -> list[Place] | None:
 
 @cache
 def callable_fields() -> set[str]:
-    """The fields of the package's values that hold a function."""
+    """Return the fields of the package's classes that hold a function."""
     trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
     classes = [n for tree in trees for n in tree.body if isinstance(n, ast.ClassDef)]
     fields = [n for cls in classes for n in cls.body if isinstance(n, ast.AnnAssign)]
@@ -141,7 +143,7 @@ def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
         if place in reached:
             continue
         reached.add(place)
-        if place == LAUNCHER:  # from here on it is Triton's
+        if place == LAUNCHER:  # the rest is in Triton
             continue
         known, lost = callees(*place)
         assert not lost, f"{'.'.join(place)} calls {sorted(lost)}"
@@ -155,7 +157,7 @@ def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
 
 
 def test_the_engines_have_the_functions_of_the_protocol() -> None:
-    """With its arguments; mypy compares their types."""
+    """Their parameters have the same names; mypy compares their types."""
     engines: list[ModuleType | Engine] = [eager, ByPixels(eager)]
     if importlib.util.find_spec("triton") is not None:
         engines.append(importlib.import_module("fastflow_kernels.engines.triton.engine"))

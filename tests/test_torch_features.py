@@ -1,5 +1,7 @@
-"""What PyTorch does to any module: torch.func, scaled gradients, parametrizations, memory formats,
-shared memory, other processes.
+"""Test blocks under what PyTorch does to any module.
+
+That is torch.func, scaled gradients, parametrizations, memory formats, shared memory and other
+processes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 cases = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
-def _block(kind: str, case: Case = CASES[0], seed: int = 0) -> Any:
+def _build(kind: str, case: Case = CASES[0], seed: int = 0) -> Any:
     block = make_block(
         AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case, seed=seed
     )
@@ -49,7 +51,7 @@ def _loss(block: nn.Module, x: Tensor, c: list[Tensor]) -> Tensor:
 @cases
 @kinds
 def test_gradients_of_every_sample_at_once(kind: str, case: Case) -> None:
-    block = _block(kind, case)
+    block = _build(kind, case)
     x, c = make_input(case)
     parameters = {name: p.detach() for name, p in block.named_parameters() if p.requires_grad}
     fixed = {name: p.detach() for name, p in block.named_parameters() if not p.requires_grad}
@@ -68,7 +70,7 @@ def test_gradients_of_every_sample_at_once(kind: str, case: Case) -> None:
         for name, p in block.named_parameters():
             if not p.requires_grad:
                 continue
-            if p.grad is None:  # no result of GIN depends on its scale
+            if p.grad is None:  # GIN does not use its scale
                 assert ("gin" in case.name, name) == (True, "global_scale")
                 assert not batched[name][k].any()
             else:
@@ -78,8 +80,8 @@ def test_gradients_of_every_sample_at_once(kind: str, case: Case) -> None:
 @cases
 @kinds
 def test_an_ensemble_of_blocks_at_once(kind: str, case: Case) -> None:
-    """Each with a permutation of its own: what was read of the template's does not count."""
-    blocks = [_block(kind, case, seed) for seed in range(3)]
+    """Each block has its own permutation, so the template's cached permutation must not be used."""
+    blocks = [_build(kind, case, seed) for seed in range(3)]
     x, c = make_input(case)
     parameters, buffers = stack_module_state(blocks)
     template = copy.deepcopy(blocks[0])
@@ -98,7 +100,7 @@ def test_an_ensemble_of_blocks_at_once(kind: str, case: Case) -> None:
 @cases
 @kinds
 def test_tangents_go_back_through_the_inverse(kind: str, case: Case) -> None:
-    block = _block(kind, case)
+    block = _build(kind, case)
     x, c = make_input(case)
     v = torch.randn_like(x)
     y, tangent, *_ = jvp(lambda x: block([x], c)[0][0], (x,), (v,))
@@ -113,10 +115,11 @@ def test_tangents_go_back_through_the_inverse(kind: str, case: Case) -> None:
 @cases
 @kinds
 def test_scaled_gradients(kind: str, case: Case) -> None:
-    """GradScaler under autocast: the steps of an unscaled run, and none where a gradient
-    overflows.
+    """GradScaler under autocast makes the steps of an unscaled run.
+
+    It makes none if a gradient overflows.
     """
-    scaled, plain = (_block(kind, case).float() for _ in range(2))
+    scaled, plain = (_build(kind, case).float() for _ in range(2))
     x, c = make_input(case, torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizers = [
@@ -134,14 +137,14 @@ def test_scaled_gradients(kind: str, case: Case) -> None:
         scaler.update()
         optimizers[1].step()
     for (name, p), q in zip(scaled.named_parameters(), plain.parameters(), strict=True):
-        # a power of two: the same roundings but for underflow
+        # The scale is a power of two, so that roundings are the same except for underflow.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=name)
-    kept = [p.detach().clone() for p in scaled.parameters()]
+    before = [p.detach().clone() for p in scaled.parameters()]
     optimizers[0].zero_grad()
     (scaler.scale(_loss(scaled, x, c)) * torch.inf).backward()
     scaler.step(optimizers[0])
     scaler.update()
-    assert all(map(torch.equal, kept, scaled.parameters()))
+    assert all(map(torch.equal, before, scaled.parameters()))
     assert scaler.get_scale() == 2.0**9
 
 
@@ -158,8 +161,8 @@ class _Doubled(nn.Module):
 
 @kinds
 def test_parametrized_block(kind: str) -> None:
-    """Its class is exchanged by torch; the values, the gradients and the way back stay right."""
-    block, same = _block(kind), _block(kind)
+    """Although torch exchanges the block's class, values, gradients and removal stay right."""
+    block, same = _build(kind), _build(kind)
     x, _ = make_input(CASES[0])
     parametrize.register_parametrization(block, "global_scale", _Doubled())
     parametrizations.weight_norm(block.subnet, "w1")
@@ -192,9 +195,9 @@ def test_parametrized_block(kind: str) -> None:
 @pytest.mark.parametrize("first", ["parameters", "blocks"])
 def test_parameters_in_channels_last(first: str, kind: str, case: Case) -> None:
     x, c = make_input(case)
-    expected = _block(kind, case)([x], c)
+    expected = _build(kind, case)([x], c)
     if first == "blocks":
-        block = _block(kind, case).to(memory_format=torch.channels_last)
+        block = _build(kind, case).to(memory_format=torch.channels_last)
     else:
         block = make_block(AllInOneBlock if kind == "ours" else reference.AllInOneBlock, case).to(
             memory_format=torch.channels_last
@@ -217,7 +220,7 @@ def _train_shared(block: nn.Module, x: Tensor, c: list[Tensor]) -> None:
 
 
 class _Samples(Dataset):
-    """Latent variables, computed by the workers."""
+    """A data set of latent variables that the workers compute."""
 
     def __init__(self, block: nn.Module, x: Tensor) -> None:
         self.block, self.x = block, x
@@ -232,7 +235,7 @@ class _Samples(Dataset):
 
 @kinds
 def test_another_process_trains_the_shared_block(kind: str) -> None:
-    block, same = _block(kind).share_memory(), _block(kind)
+    block, same = _build(kind).share_memory(), _build(kind)
     x, c = make_input(CASES[0])
     assert all(p.is_shared() for p in block.parameters())
     process = mp.get_context("spawn").Process(target=_train_shared, args=(block, x, c))
@@ -247,7 +250,7 @@ def test_another_process_trains_the_shared_block(kind: str) -> None:
 
 @kinds
 def test_workers_of_a_loader_run_the_block(kind: str) -> None:
-    block = _block(kind)
+    block = _build(kind)
     x, _ = make_input(CASES[0])
     loader = DataLoader(
         _Samples(block, x), batch_size=2, num_workers=1, multiprocessing_context="spawn"

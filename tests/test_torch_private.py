@@ -1,6 +1,6 @@
-"""What the package asks torch by private names: each of them, so that a version without it shows.
+"""Test every private name of torch that the package uses, to see versions that lack one.
 
-Run with every supported version of torch (ci/versions.sh).
+ci/versions.sh runs the tests with every supported version of torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastflow_kernels import torch_private
 
-# torch 2.7 does not say whether hooks for saved tensors are set: then they are taken to be
+# torch 2.7 does not say whether hooks for saved tensors are set, so the package assumes that they
+# are.
 CAN_TELL_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
 
 
@@ -55,46 +56,46 @@ def test_tensors_without_values_are_seen() -> None:
         assert torch_private.is_symbolic()
         assert torch_private.is_recorded()
         assert torch_private.needs_plain()
-    asked = []
+    answers = []
 
-    def ask(x: Tensor) -> Tensor:
-        asked.append(torch_private.is_symbolic())
+    def check(x: Tensor) -> Tensor:
+        answers.append(torch_private.is_symbolic())
         return x + 1
 
-    make_fx(ask)(torch.zeros(1))
-    assert asked == [True]
+    make_fx(check)(torch.zeros(1))
+    assert answers == [True]
 
 
 def test_tracing_is_seen_and_can_be_left() -> None:
-    asked = []
+    answers = []
 
-    def ask(x: Tensor) -> Tensor:
-        asked.append(torch_private.is_traced())
+    def check(x: Tensor) -> Tensor:
+        answers.append(torch_private.is_traced())
         with torch_private.unrecorded():
-            asked.append(torch_private.is_traced())
-        asked.append(torch_private.is_recorded())
+            answers.append(torch_private.is_traced())
+        answers.append(torch_private.is_recorded())
         return x + 1
 
-    torch.jit.trace(ask, torch.zeros(1), check_trace=False)
-    assert asked == [True, False, True]
+    torch.jit.trace(check, torch.zeros(1), check_trace=False)
+    assert answers == [True, False, True]
 
 
 def test_compilation_is_seen() -> None:
-    def ask(x: Tensor) -> Tensor:
+    def check(x: Tensor) -> Tensor:
         return x + 1 if torch_private.needs_plain(x) and torch_private.is_traced() else x
 
-    assert torch.compile(ask, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1.0
+    assert torch.compile(check, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1.0
 
 
 def test_transforms_are_seen() -> None:
-    asked = []
+    answers = []
 
-    def ask(x: Tensor) -> Tensor:
-        asked.append((torch_private.is_transformed(), torch_private.is_wrapped(x)))
+    def check(x: Tensor) -> Tensor:
+        answers.append((torch_private.is_transformed(), torch_private.is_wrapped(x)))
         return x.sum()
 
-    torch.func.vmap(ask)(torch.zeros(2, 3))
-    assert asked == [(True, True)]
+    torch.func.vmap(check)(torch.zeros(2, 3))
+    assert answers == [(True, True)]
     assert not torch_private.is_wrapped(torch.zeros(1))
 
 
@@ -104,21 +105,21 @@ def test_forward_mode_is_seen() -> None:
 
 
 def test_a_batch_of_gradients_and_subclasses_are_seen() -> None:
-    asked = []
+    answers = []
 
-    class Asking(Function):
+    class Checking(Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Tensor:
-            asked.append(torch_private.needs_plain(dy))
+            answers.append(torch_private.needs_plain(dy))
             return dy
 
     x = torch.zeros(2, requires_grad=True)
-    torch.autograd.grad(Asking.apply(x), x, torch.eye(2), is_grads_batched=True)
-    assert asked == [True]
+    torch.autograd.grad(Checking.apply(x), x, torch.eye(2), is_grads_batched=True)
+    assert answers == [True]
     assert torch_private.needs_plain(torch.zeros(1).as_subclass(type("Sub", (Tensor,), {})))
 
 
@@ -155,9 +156,9 @@ def test_a_write_in_place_counts_a_version() -> None:
 def test_holders_of_a_tensor_are_counted() -> None:
     x = torch.zeros(2)
     before = torch_private.holders_of(x)
-    also = x
+    alias = x
     assert torch_private.holders_of(x) > before
-    del also
+    del alias
     assert torch_private.holders_of(x) == before
     view = x[:1]
     assert torch_private.holders_of(x) > before
@@ -204,5 +205,5 @@ def test_versions_are_counted_in_inference_mode_where_they_are_asked_for() -> No
         made.add_(1)
         assert torch_private.version_of(made) == 1
         assert torch_private.version_of(x + 1) is None
-    with torch_private.versions_counted():  # and nothing else changes
+    with torch_private.versions_counted():  # otherwise does not change anything
         assert (x + 1).requires_grad

@@ -1,6 +1,4 @@
-"""What unusual input gets: the right answer, in its layout, and nothing of the caller's is written
-to.
-"""
+"""Test that unusual input gives the right result in its layout, and that no input is written to."""
 
 from __future__ import annotations
 
@@ -44,8 +42,9 @@ def gradients(block: nn.Module, x: Tensor, rev: bool = False) -> list[Tensor]:
 
 
 def assert_rounding(actual: Tensor, expected: Tensor, roundings: float = 64.0) -> None:
-    """float64: equal but for so many roundings of the largest magnitude. The tensors here are sums
-    of a few dozen terms at most.
+    """Assert that float64 tensors agree up to some roundings of the largest magnitude.
+
+    The tensors here are sums of a few dozen terms at most.
     """
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype == torch.float64
@@ -56,7 +55,7 @@ def assert_rounding(actual: Tensor, expected: Tensor, roundings: float = 64.0) -
         )
 
 
-# --- nothing of the caller's is written to --------------------------------------------------------
+# --- the caller's tensors are not written to ------------------------------------------------------
 
 
 @kinds
@@ -84,7 +83,7 @@ def test_nothing_of_the_callers_is_written_to(name: str, dtype: torch.dtype, sha
             versions = [t._version for t in (x, block.subnet.a)]
             if grad:
                 torch.autograd.backward([y, logdet], [dy, dlogdet])
-            y.detach().fill_(7.0)  # what is returned is not the caller's memory either
+            y.detach().fill_(7.0)  # results do not share the caller's memory either
             logdet.detach().fill_(7.0)
             assert [t._version for t in (x, block.subnet.a)] == versions
             after = tensors | contents(block)
@@ -95,7 +94,7 @@ def test_nothing_of_the_callers_is_written_to(name: str, dtype: torch.dtype, sha
 
 @kinds
 def test_results_outlive_the_next_call(name: str) -> None:
-    """Scratch is reused between calls, results are not."""
+    """Scratch memory is reused between calls, but results are not."""
     case = Case(Shape(2, 6, (3, 5)), name)
     block = make_block(AllInOneBlock, case, torch.float32)
     x, c = make_input(case, torch.float32)
@@ -103,18 +102,19 @@ def test_results_outlive_the_next_call(name: str) -> None:
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 (y,), logdet = block([x], c, rev=rev)
-                kept = y.detach().clone(), logdet.detach().clone()
+                before = y.detach().clone(), logdet.detach().clone()
                 block([x.flip(0) * 3], c, rev=rev)
-            assert torch.equal(y, kept[0])
-            assert torch.equal(logdet, kept[1])
+            assert torch.equal(y, before[0])
+            assert torch.equal(logdet, before[1])
 
 
 @both_dialects
 @both_directions
 @pytest.mark.parametrize("channels", [3])
 def test_identity_subnet(channels: int, rev: bool, dialect: str) -> None:
-    """The stock block overwrites x1, which an identity returns. With 3 channels x1 has 2, as many
-    as are asked for.
+    """The stock block overwrites x1, which an identity returns.
+
+    With 3 channels, x1 has 2 channels, as many as the subnet must return.
     """
     blocks = []
     for cls in (AllInOneBlock, reference.AllInOneBlock):
@@ -123,21 +123,21 @@ def test_identity_subnet(channels: int, rev: bool, dialect: str) -> None:
             cls([(channels, 4)], [], lambda i, o: nn.Identity(), dialect=dialect).double()
         )
     x = torch.randn(2, channels, 4, dtype=torch.float64)
-    given = x.clone()
+    before = x.clone()
     for actual, expected in zip(*(gradients(block, x, rev) for block in blocks), strict=True):
         assert_rounding(actual, expected)
-    assert torch.equal(x, given)
+    assert torch.equal(x, before)
     with torch.no_grad():
         (y,), _ = blocks[0]([x])
         (back,), _ = blocks[0]([y], rev=True)
     assert_rounding(back, x)
-    assert torch.equal(x, given)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("last", [nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Softplus])
 @pytest.mark.parametrize("gin", [False, True], ids=["", "gin"])
 def test_subnet_that_ends_in_an_activation_trains(last: type[nn.Module], gin: bool) -> None:
-    """Their backward needs the output, which the stock block overwrites."""
+    """The activations' backward needs the subnet's output, which the stock block overwrites."""
     blocks = []
     for cls in (AllInOneBlock, reference.AllInOneBlock):
         torch.manual_seed(1)
@@ -210,7 +210,7 @@ def test_empty_batch(case: Case, rev: bool, dialect: str) -> None:
     (y.sum() + logdet.sum()).backward()
     assert all(t.grad is not None and t.grad.shape == t.shape for t in leaves)
     for name, p in block.named_parameters():
-        # which a GIN block does not use
+        # A GIN block does not use global_scale.
         if p.requires_grad and p.numel() and not (block.GIN and name == "global_scale"):
             if case.shape.channels == 1 and name.startswith("subnet"):
                 continue  # no active half: the tests' subnet returns no coefficients
@@ -234,8 +234,9 @@ def test_empty_batch(case: Case, rev: bool, dialect: str) -> None:
 def test_what_is_not_finite_stays_where_it_is(
     name: str, value: float, shape: Shape, rev: bool
 ) -> None:
-    """In one active channel of one sample, one pixel: all else is what it was, to the bit. (GIN's
-    mean is over coefficients.)
+    """One pixel of one active channel of one sample is not finite; all else keeps its bits.
+
+    That holds for GIN too, because its mean is over coefficients.
     """
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, torch.float32)
@@ -244,8 +245,8 @@ def test_what_is_not_finite_stays_where_it_is(
     clean = unwrapped(block([x], rev=rev))
     bad = x.clone()
     pixel = (0,) * len(shape.spatial)
-    # a channel of the active half: where the inverse looks for it, and where the permutation that
-    # is inverted first puts it
+    # Take a channel of the active half: where the inverse reads it, or where the permutation that
+    # is inverted first puts it.
     channel = shape.channels - 1
     if rev or block.reverse_pre_permute:
         index = permutation_of(block)
@@ -258,8 +259,8 @@ def test_what_is_not_finite_stays_where_it_is(
     assert len(differs) == 1
     assert differs[0, 0] == 1
     assert differs[0, 2:].tolist() == list(pixel)
-    found = y[tuple(differs[0])]
-    assert found.isnan() if math.isnan(value) else found == value
+    changed = y[tuple(differs[0])]
+    assert changed.isnan() if math.isnan(value) else changed == value
     if name == "hard" and not rev:
         assert differs[0, 1] == int(permutation_of(block).argsort()[channel])
 
@@ -268,12 +269,10 @@ def test_what_is_not_finite_stays_where_it_is(
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
 @both_directions
 def test_samples_do_not_infect_each_other(name: str, value: float, rev: bool) -> None:
-    """A sample full of NaN or inf: the others' results and gradients are what they were, to the
-    bit.
-    """
+    """A sample of NaN or inf does not change a bit of the other samples' results and gradients."""
     case = Case(Shape(3, 6, (3, 5)), name)
     block = make_block(AllInOneBlock, case, torch.float32)
-    # by pixel: a convolution may sum in another order
+    # The subnet works by pixel, because a convolution may sum in another order.
     block.subnet = Counting(3 + sum(case.conditions), 6)
     x, c = make_input(case, torch.float32)
     results = []
@@ -299,8 +298,10 @@ def test_samples_do_not_infect_each_other(name: str, value: float, rev: bool) ->
 def test_coefficients_that_are_not_finite(
     value: float, where: int, gin: bool, rev: bool, dialect: str
 ) -> None:
-    """As by the formula: an infinite log-factor is the clamp, a NaN is a NaN of its element and of
-    its sample's log-determinant.
+    """The results are those of the formula.
+
+    An infinite coefficient of a log-factor makes it the clamp. A NaN there makes its element and
+    the sample's log-determinant NaN.
     """
     torch.manual_seed(3)
     a = torch.randn(2, 6, 4, dtype=torch.float64)
@@ -335,9 +336,11 @@ def test_coefficients_that_are_not_finite(
 @pytest.mark.parametrize("name", ["hard", "gin", "rev", "cond", "soft", "hh1"])
 @both_directions
 def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, rev: bool) -> None:
-    """The same bits; but channels-last runs pixel by pixel, and torch's products (soft,
-    Householder), means (GIN's inverse) and gradients of what it has broadcast (any inverse) sum in
-    the order of the layout."""
+    """The results have the same bits, unless torch sums in the order of the layout.
+
+    It does so in products (soft, Householder), in means (GIN's inverse), and in gradients of
+    broadcast tensors (any inverse). Channels-last inputs run pixel by pixel.
+    """
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case)
     subnet = Counting(
@@ -345,7 +348,7 @@ def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, 
     ).double()
     block.subnet = nn.Sequential(Function(torch.Tensor.contiguous), subnet)
     x, c = make_input(case)
-    # the values may differ: "expanded" repeats the first sample
+    # Some values change, because "expanded" repeats the first sample.
     x, c = LAYOUTS[layout](x), [LAYOUTS[layout](t) for t in c]
     dy = LAYOUTS[layout](
         torch.randn(shape.full, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -379,8 +382,9 @@ def test_any_layout_gives_the_same_answer(layout: str, shape: Shape, name: str, 
 @pytest.mark.parametrize("shape", [Shape(3, 7, (3, 5)), Shape(2, 6, (2, 3, 2))], ids=str)
 @kinds
 def test_channels_last_stays(name: str, shape: Shape, small: int) -> None:
-    """Output, inverse and the input's gradient have the input's memory format, so that convolutions
-    around them need no copy.
+    """Output, inverse and the input's gradient have the input's memory format.
+
+    Convolutions around the block then need no copy.
     """
     case = Case(shape, name)
     block = make_block(AllInOneBlock, case, torch.float32)
@@ -395,7 +399,7 @@ def test_channels_last_stays(name: str, shape: Shape, small: int) -> None:
     assert back.is_contiguous(memory_format=layout)
     assert (back - x).abs().max() < 1e-4
     product_first = block.reverse_pre_permute and (block.permute_soft or block.householder)
-    # torch's convolution in 3-D gives another format
+    # torch's 3-D convolution returns another format.
     if not small and not (product_first and len(shape.spatial) == 3):
         assert dx.is_contiguous(memory_format=layout)
 
@@ -410,7 +414,7 @@ def test_a_slice_of_a_channels_last_batch_stays_channels_last() -> None:
         expected = block([x])[0][0][::2]
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected)
-    # of a single pixel every format is contiguous: it has none to keep
+    # A single pixel is contiguous in every format, so it has none to keep.
     flat = torch.randn(4, 7, 1, 1, dtype=torch.float64)[::2]
     assert memory_format(flat) is torch.contiguous_format
 
@@ -419,9 +423,7 @@ def test_a_slice_of_a_channels_last_batch_stays_channels_last() -> None:
 @pytest.mark.parametrize("of_dy", LAYOUTS)
 @pytest.mark.parametrize("name", ["soft", "gin-soft", "hard", "rev", "gin", "hh1"])
 def test_gradients_come_in_any_layout(name: str, of_x: str, of_dy: str) -> None:
-    """Of the output's gradient and of the input independently, as the layers on the two sides have
-    it.
-    """
+    """The output's gradient and the input have independent layouts, set by the layers around."""
     case = Case(Shape(4, 6, (4, 4)), name)
     block = make_block(AllInOneBlock, case)
     x, c = make_input(case)
@@ -437,7 +439,7 @@ def test_gradients_come_in_any_layout(name: str, of_x: str, of_dy: str) -> None:
 
 
 def test_gin_hands_no_gradient_to_hooks_of_the_scale() -> None:
-    """Its scale is 1: a hook that clips gradients must not be called with None."""
+    """GIN's scale is 1, and a hook that clips gradients must not be called with None."""
     block = AllInOneBlock([(8,)], subnet_constructor=nn.Linear, gin_block=True)
     block.global_scale.register_hook(lambda g: g.clamp(-1, 1))
     block([torch.randn(4, 8)])[0][0].sum().backward()
