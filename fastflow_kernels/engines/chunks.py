@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastflow_kernels import torch_private
 
-_CHUNK_BYTES = 1 << 20  # per thread: fits in a core's L2 cache beside the operands
-_SCRATCH_BYTES = 16 << 20  # per thread and dtype: the largest buffer kept between calls
-_MAX_VIEWS = 64  # per thread: views of the buffers, kept by dtype and shapes
+_CHUNK_BYTES = 1 << 20  # Per thread: it fits in a core's L2 cache beside the operands.
+_SCRATCH_BYTES = 16 << 20  # Per thread and dtype: the largest buffer kept between calls.
+_MAX_VIEWS = 64  # Per thread: views of the buffers, kept by dtype and shapes.
 
 
 def flat(t: Tensor) -> Tensor:

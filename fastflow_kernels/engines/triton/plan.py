@@ -53,8 +53,8 @@ MAX_ROW_BYTES = 8192
 BUSY = 256
 # The most programs that share the sums of one sample.
 GIN_PARTS = 64
-# From this number of columns on, a program's constants per channel (index, scale, offset: up to 16
-# bytes) and partial sums are small against its values: 3 a column, with sums 5.
+# Columns from which a program's 3 values a column, with sums 5, outweigh its partial sums and its
+# constants per channel (index, scale, offset: up to 16 bytes).
 COLUMNS = 32
 COLUMNS_WITH_SUMS = 64
 # The sums of the parameters' gradients wait for memory, not for arithmetic. Few channels per
