@@ -341,7 +341,7 @@ def test_subnets_in_a_reversible_chain(subnet: Callable[[int, int], nn.Module]) 
 
 
 class Drawn(nn.Module):
-    """A subnet; if ``odd``, with dropout from a generator of its own."""
+    """A linear subnet, with dropout from a generator of its own if ``odd``."""
 
     def __init__(self, channels_in: int, channels_out: int, odd: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The counter of words (ci/prose.py): what is a sentence, what counts, and what fails."""
+"""Test the counter of words (ci/prose.py): what is a sentence, what counts, and what fails."""
 
 from __future__ import annotations
 
@@ -55,8 +55,14 @@ def test_code_has_docstrings_and_comments(prose: ModuleType, tmp_path: Path) -> 
         '    Args:\n        x: The thing.\n    """\n'
         '    return "no prose in a string"  # trailing\n'
     )
-    said = [s for text in prose.texts(path) for s in prose.sentences(text)]
-    assert said == ["Module words.", "Do it.", "The thing.", "First line second line.", "trailing"]
+    sentences = [s for text in prose.texts(path) for s in prose.sentences(text)]
+    assert sentences == [
+        "Module words.",
+        "Do it.",
+        "The thing.",
+        "First line second line.",
+        "trailing",
+    ]
 
 
 @pytest.mark.parametrize(

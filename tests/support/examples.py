@@ -19,8 +19,8 @@ def run_example(
 
     Args:
         name: The script's file name.
-        folder: Where it runs, and writes.
-        arguments: The script's.
+        folder: Folder where it runs, and writes.
+        arguments: The script's arguments.
         launcher: Arguments of Python before the script: ``-m`` or ``-c`` and what follows.
         seconds: Time after which the script counts as hanging.
 
@@ -40,7 +40,7 @@ def run_example(
 
 
 def printed_values(pattern: str, text: str) -> list[float]:
-    """The numbers in a printed line, in order.
+    """Return the numbers in a printed line, in order.
 
     Args:
         pattern: The line as a regular expression, with ``#`` where a number stands.

@@ -34,15 +34,15 @@ def compare(
     actual = [_results(e, case, backend, rev, grad) for e in expected]
     for name in actual[0]:
         assert_close(
-            _stacked([a[name] for a in actual]),
-            _stacked([e.truth[name] for e in expected]),
-            _stacked([e.baseline[name] for e in expected]),
+            _stack([a[name] for a in actual]),
+            _stack([e.truth[name] for e in expected]),
+            _stack([e.baseline[name] for e in expected]),
             f"{case} {name}",
             magnitude=max(e.terms for e in expected) if name == "log-det" else None,
         )
 
 
-def _stacked(values: list[Tensor | None]) -> Tensor | None:
+def _stack(values: list[Tensor | None]) -> Tensor | None:
     """Stack the values, or return None if there is no gradient (global_scale of GIN)."""
     return None if values[0] is None else torch.stack(values)
 

@@ -21,6 +21,6 @@ plain_and_fused = pytest.mark.parametrize(
 
 @contextlib.contextmanager
 def small_up_to(elements: int) -> Iterator[None]:
-    """Treat inputs of at most so many elements as small; with 0, no input is small."""
+    """Treat inputs of up to this many elements as small; with 0, no input is small."""
     with mock.patch.object(predicates, "SMALL", elements):
         yield

@@ -115,7 +115,7 @@ def _poison(t: torch.Tensor) -> None:
 
 
 def _forget_kernels() -> None:
-    """Drop compiled kernels and prepared launches, because they hold the driver of their time."""
+    """Drop compiled kernels and prepared launches, because they hold the previous driver."""
     for module in (backward, forward, inverse, plan, sums):
         for value in vars(module).values():
             if isinstance(value, JITFunction):

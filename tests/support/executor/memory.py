@@ -123,7 +123,7 @@ class GlobalTensor:
 
 
 class Global:
-    """The tensors that a launch received, as its global memory."""
+    """The global memory of a launch: the tensors that it received."""
 
     def __init__(self, tensors: list[GlobalTensor]) -> None:
         self.tensors = tensors
