@@ -1,7 +1,8 @@
-"""A block, from its checked call to its result: the way of x in a straight line.
+"""Evaluates a block, from its checked call to its result.
 
-:func:`~fastflow_kernels.route.choose_route` decides; what follows runs by its route. One thing it
-cannot know: an inverse starts over in plain operations where a subnet widens the dtype.
+:func:`~fastflow_kernels.route.choose_route` decides once, and the code below follows its route in a
+straight line. One case shows only later: if the subnet widens the dtype, an inverse starts over in
+plain operations.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from fastflow_kernels.route import Route, choose_route
 
 
 def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
-    """Evaluate a block: split, coupling, global affine and permutation; or the inverse.
+    """Evaluate a block or its inverse: split, coupling, global affine and permutation.
 
     Returns:
-        The output (B, C, *S) in the promoted dtype of x, the coefficients and the parameters,
-        channels-last where x is; and the log-determinant (B,) in nats per sample, float64 for a
-        float64 output and float32 otherwise.
+        The output (B, C, *S) and the log-determinant (B,) in nats per sample. The output has the
+        promoted dtype of x, the coefficients and the parameters, and is channels-last if x is. The
+        log-determinant is float64 for a float64 output, otherwise float32.
 
     Raises:
-        RuntimeError: Backend "triton" cannot be honoured, or the subnet writes to its input (see
+        RuntimeError: Backend "triton" cannot be used, or the subnet writes to its input (see
             :func:`~fastflow_kernels.call.coefficients`).
-        InputTypeError, InputValueError: The subnet returns another shape, or no floating-point
-            tensor.
+        InputTypeError, InputValueError: The subnet's output has another shape or device, or is not
+            a floating-point tensor.
     """
     route = choose_route(call)
     if route.engine is None:
@@ -45,30 +46,30 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
 
 
 def plain_forward(call: BlockCall) -> tuple[Tensor, Tensor]:
-    """The forward direction as ordinary differentiable operations."""
+    """Compute the forward direction by ordinary differentiable operations."""
     x = call.permutation.unpermute(call.x) if call.reverse_permutation else call.x
     x1, x2 = plain.split(x)
     a = coefficients(call, x1)
     v, log_det = plain.forward(x1, x2, a, call.global_scale, call.global_offset, call.spec)
     y = call.permutation.permute(v)
-    return y if y.dim() < 4 else _like(call.x, y), log_det
+    return y if y.dim() < 4 else _match_format(call.x, y), log_det
 
 
 def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
-    """The inverse as ordinary differentiable operations."""
+    """Compute the inverse by ordinary differentiable operations."""
     v = call.permutation.unpermute(call.x)
     u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
     u1, u2 = plain.split(u)
-    dtype = promoted(v, call.global_scale)  # of the result, where no subnet widens it
-    a = coefficients(call, _narrowed(u1, dtype))
+    dtype = promoted(v, call.global_scale)  # the result's dtype, unless the subnet widens it
+    a = coefficients(call, _cast_for_subnet(u1, dtype))
     if a.dtype is not dtype:
         dtype = torch.promote_types(dtype, a.dtype)
     x, log_det = _finish_inverse(call, u1, u2, scale, a, dtype)
-    return x if x.dim() < 4 else _like(call.x, x), log_det
+    return x if x.dim() < 4 else _match_format(call.x, x), log_det
 
 
-def _narrowed(u1: Tensor, dtype: torch.dtype) -> Tensor:
-    """u1 in the dtype of the result, which may make it a copy that only the subnet reads."""
+def _cast_for_subnet(u1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return u1 in the dtype of the result, if need be as a copy that only the subnet reads."""
     if u1.dtype is dtype or torch_private.is_recorded():  # a graph counts no versions
         return cast(u1, dtype)
     with torch_private.versions_counted():
@@ -83,14 +84,14 @@ def _finish_inverse(
     a: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """What follows the subnet; x is in the given dtype."""
+    """Compute what follows the subnet, and return x in ``dtype`` with the log-determinant."""
     x, log_det = plain.invert_coupling(u1, u2, a, scale, call.spec)
     x = cast(x, dtype)
     return (call.permutation.permute(x) if call.reverse_permutation else x), log_det
 
 
-def _like(x: Tensor, y: Tensor) -> Tensor:
-    """y in the memory format of x; vmap knows none."""
+def _match_format(x: Tensor, y: Tensor) -> Tensor:
+    """Return y in the memory format of x, except under torch.func, because vmap has no formats."""
     if torch_private.is_transformed():
         return y
     return in_layout(y, memory_format(x))
@@ -103,8 +104,8 @@ def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
     passive, x = fork(x, coupling.inv if coupling.unpermutes_input else None, route.with_gradients)
-    a = _as_kept(coefficients(call, for_subnet(passive, route)), route)
-    # after the subnet, because gradients come in the reverse order
+    a = _for_engine(coefficients(call, for_subnet(passive, route)), route)
+    # after the subnet, because gradients arrive in the reverse order
     after = call.permutation.after_coupling()
     y, log_det = fused_coupling(x, a, coupling, after, route)
     if after.permutation is not None:
@@ -118,7 +119,7 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     y = call.x.contiguous() if route.is_copied else call.x
     if route.folds_affine:
-        # Both are u: the engine does not read v where x can hold u.
+        # Both are u: if x holds u in every channel, the engine does not read v.
         x = v = _unpermuted_affine(call, coupling)
     else:
         v = y if coupling.perm is not None else permutation.unpermute(y)
@@ -126,20 +127,20 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     passive = passive_half(x, coupling.inv if coupling.unpermutes_input else None)
     a = coefficients(call, for_subnet(passive, route))
     if promoted(x, a) is not x.dtype:
-        # the subnet widens: rare enough to start over with plain operations
+        # The subnet widens the dtype. That is rare, so start over with plain operations.
         v = permutation.unpermute(y)
         u, scale = plain.invert_affine(v, call.global_scale, call.global_offset, call.spec)
         x, log_det = _finish_inverse(call, *plain.split(u), scale, a, promoted(x, a))
         return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(v, x, a, coupling)
-    del v, a, passive  # freed ahead of the permutation
+    del v, a, passive  # free memory ahead of the permutation
     if route.unpermutes_apart:
         x = permutation.permute(x)
     return in_layout(x, route.layout), log_det
 
 
 def engine_coupling(call: BlockCall, route: Route) -> Coupling:
-    """What the engine is given beside x and the coefficients."""
+    """Return the engine's operands beside x and the coefficients."""
     perm, inv = call.permutation.index_pair()
     return Coupling(
         call.global_scale.contiguous(),  # a parametrization may expand them
@@ -152,26 +153,27 @@ def engine_coupling(call: BlockCall, route: Route) -> Coupling:
 
 
 def for_subnet(passive: Tensor, route: Route) -> Tensor:
-    """The passive half in the layout of the block's input, of which the engine has a copy.
+    """Return the passive half in the layout of the block's input, if the engine has a copy of it.
 
-    A convolution rounds otherwise in each layout, and the stock block's runs in that of its input.
+    A convolution rounds differently in each layout, and that of a stock block runs in the layout of
+    the input.
     """
     if not route.is_copied or route.layout is torch.contiguous_format:
         return passive
-    # contiguous() returns a tensor itself where both layouts fit it, as with a single channel
+    # clone(), because contiguous() returns the tensor itself if both layouts fit (one channel)
     with torch_private.versions_counted():
         return passive.clone(memory_format=route.layout)
 
 
-def _as_kept(a: Tensor, route: Route) -> Tensor:
-    """The coefficients as the engine reads them, now and in the backward."""
+def _for_engine(a: Tensor, route: Route) -> Tensor:
+    """Return the coefficients in the layout that the engine reads, now and in the backward pass."""
     if route.is_copied or route.layout is torch.contiguous_format:
         return packed(a)
     return in_layout(a, route.layout)
 
 
 def _coupling_input(call: BlockCall, route: Route) -> Tensor:
-    """x as the coupling reads it."""
+    """Return x in the layout that the engine reads, after a separate inverse permutation if any."""
     x = call.x.contiguous() if route.is_copied else call.x
     if not route.unpermutes_apart:
         return x
@@ -180,7 +182,7 @@ def _coupling_input(call: BlockCall, route: Route) -> Tensor:
 
 
 def _unpermuted_affine(call: BlockCall, coupling: Coupling) -> Tensor:
-    """u = (w^-1 y - offset) / scale as one product with a bias, in the layout of y."""
+    """Compute u = (w^-1 y - offset) / scale as one product with a bias, in the layout of y."""
     assert isinstance(call.permutation, MatrixPermutation)  # the route says so
     scale = None
     if not call.spec.gin:

@@ -18,7 +18,9 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """x[:, index], with a gather for its gradient too (index_select's own scatters with additions).
+    """Return x[:, index], with a gradient that is a gather, too.
+
+    The gradient of index_select itself scatters with additions.
 
     Args:
         x: (B, C, *S).
@@ -28,7 +30,7 @@ def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     Returns:
         A new (B, C, *S).
     """
-    # in this order: a graph that is being compiled must not come to depend on what is small
+    # in this order, because a compiled graph must not depend on sizes
     if needs_plain(x):
         return x.index_select(1, index)
     if not (x.requires_grad and torch.is_grad_enabled()):
@@ -39,8 +41,9 @@ def gather_channels(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def take_channels(x: Tensor, index: Tensor) -> Tensor:
-    """x[:, index] in the memory format of x, without gradients; index_select by itself would make
-    it contiguous, many times slower.
+    """Return x[:, index] in the memory format of x, without gradients.
+
+    On a channels-last x index_select would return a contiguous tensor, and be many times slower.
     """
     if memory_format(x) is torch.contiguous_format:
         return x.index_select(1, index)
@@ -60,18 +63,19 @@ class _Gather(Function):
 
 
 def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
-    """w applied to dimension 1 of x, by the same operation as the stock block's (so TF32 and
-    autocast treat it alike).
+    """Multiply the channels of x by w.
+
+    The operation is the stock block's, so that TF32 and autocast treat it alike.
 
     Args:
         x: (B, C, *S) of rank 0 to 3.
-        w: (C, C) or (C, C, 1, ...); of integers, where it stands for an index.
+        w: (C, C) or (C, C, 1, ...). Its dtype is integer if it stands for an index.
 
     Returns:
         (B, C, *S).
     """
     if w.dtype is not x.dtype:
-        w = _matching(w, x)
+        w = _match_dtype(w, x)
     if (
         not (x.requires_grad and torch.is_grad_enabled())
         or w.requires_grad
@@ -82,8 +86,8 @@ def multiply_channels(x: Tensor, w: Tensor) -> Tensor:
     return _Multiply.apply(x, w)
 
 
-def _matching(w: Tensor, x: Tensor) -> Tensor:
-    """w in the dtype of x where that is wider; autocast chooses dtypes itself."""
+def _match_dtype(w: Tensor, x: Tensor) -> Tensor:
+    """Return w in the dtype of x if that is wider. Autocast chooses dtypes itself."""
     if not w.is_floating_point():
         return w.to(x.dtype)
     is_wider = torch.promote_types(w.dtype, x.dtype) is x.dtype
@@ -91,6 +95,7 @@ def _matching(w: Tensor, x: Tensor) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply the channels of x (B, C, *S) by w, (C, C) or (C, C, 1, ...), and add a bias (C,)."""
     rank = x.dim() - 2
     if rank == 0:
         return F.linear(x, w, bias)
@@ -98,7 +103,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Multiply(Function):
-    """A product with a fixed matrix: unlike a convolution it does not keep its input."""
+    """The product with a fixed matrix as an autograd node; unlike a convolution it saves no x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -113,12 +118,12 @@ class _Multiply(Function):
 
 
 def multiply_backward(dy: Tensor, w: Tensor) -> Tensor:
-    """The gradient of x from that of multiply_channels(x, w)."""
+    """Return the gradient of x from that of multiply_channels(x, w)."""
     return multiply_channels(dy, w.flatten(1).T.to(dy.dtype))
 
 
 def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """v - outer^T (inner v) on dimension 1, in full precision also under autocast.
+    """Compute v - outer^T (inner v) on dimension 1, in full precision also under autocast.
 
     Args:
         v: (B, C, *S).
@@ -131,7 +136,7 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
             return reflect(v, inner, outer)
     if not torch.is_grad_enabled():
-        # else matmul, which looks at what takes a gradient, copies v
+        # detached, because matmul copies v if a factor requires a gradient
         inner, outer = inner.detach(), outer.detach()
         if not needs_plain(v) and memory_format(v) is not torch.contiguous_format:
             return from_rows(reflect(as_rows(v), inner, outer), v)
@@ -139,7 +144,7 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     v, inner, outer = (t.to(dtype) for t in (v, inner, outer))
     if v.dim() == 2:
         return torch.addmm(v, v @ inner.T, outer, alpha=-1.0)
-    # without products of sizes, which Inductor of torch 2.13 cannot compare with each other
+    # einsum multiplies no sizes: Inductor of torch 2.13 cannot compare products of sizes
     if torch_private.is_recorded():
         return v - torch.einsum("kc,bk...->bc...", outer, torch.einsum("kc,bc...->bk...", inner, v))
     flat = v.flatten(2)
@@ -151,7 +156,7 @@ def reflect(v: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
 def reflect_backward(
     dz: Tensor, v: Tensor, inner: Tensor, outer: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`reflect` to v, inner and outer, all in the dtype of its result."""
+    """Return the gradients of v, inner and outer of :func:`reflect`, in the dtype of its result."""
     if memory_format(v) is not torch.contiguous_format:
         dv, dinner, douter = reflect_backward(as_rows(dz), as_rows(v), inner, outer)
         return from_rows(dv, v), dinner, douter

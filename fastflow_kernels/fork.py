@@ -1,4 +1,4 @@
-"""How the passive half leaves the input for the subnet, and how its gradient comes back."""
+"""Passes the passive half of the input to the subnet, and takes its gradient back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastflow_kernels.torch_private import needs_plain
 
 
 def fork(x: Tensor, inv: Tensor | None, with_gradients: bool) -> tuple[Tensor, Tensor]:
-    """The passive half for the subnet, (B, C1, *S), and x for the coupling.
+    """Return the passive half for the subnet, (B, C1, *S), and x for the coupling.
 
     Args:
         x: (B, C, *S).
@@ -29,7 +29,10 @@ def fork(x: Tensor, inv: Tensor | None, with_gradients: bool) -> tuple[Tensor, T
 
 
 def passive_half(x: Tensor, inv: Tensor | None) -> Tensor:
-    """The first channels of x as a view; or those that ``inv`` names first, in the layout of x."""
+    """Return the first C1 channels of x as a view, or a copy of the first ones in ``inv``.
+
+    The copy has the layout of x.
+    """
     passive = x.shape[1] - x.shape[1] // 2
     if inv is None:
         return x.narrow(1, 0, passive)
@@ -38,11 +41,12 @@ def passive_half(x: Tensor, inv: Tensor | None) -> Tensor:
 
 
 class _Fork(Function):
-    """x -> (its passive half, x).
+    """The autograd node x -> (its passive half, x).
 
-    Autograd's own slicing would turn the subnet's gradient into a zero-padded copy of x and add two
-    full tensors (5 N of traffic, N the bytes of x). Here it is added into the passive channels of
-    the coupling's gradient (1.5 N), unless a hook has kept that.
+    Autograd's own slicing would turn the subnet's gradient into a zero-padded copy of x, and add
+    two full tensors. That is 5 N of traffic, with N the bytes of x. Here the subnet's gradient is
+    added in place to the passive channels of the coupling's gradient (1.5 N). If a hook holds the
+    coupling's gradient, it is copied first.
     """
 
     @staticmethod
@@ -53,7 +57,7 @@ class _Fork(Function):
 
     @staticmethod
     def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:
-        if dx1 is None:  # the subnet does not depend on its input
+        if dx1 is None:  # the subnet's output does not depend on its input
             return dx, None
         passive = dx1.shape[1]
         if dx is None or torch.is_grad_enabled() or needs_plain(dx, dx1):
@@ -64,7 +68,7 @@ class _Fork(Function):
                 zeros = dx1.new_zeros(dx1.shape[0], passive + ctx.active, *dx1.shape[2:])
                 padded = zeros.index_add(1, ctx.inv[:passive], dx1)
             return (padded if dx is None else dx + padded), None
-        if torch_private.holders_of(dx) != _holders_of_nobody_else():
+        if torch_private.holders_of(dx) != _holders_if_unshared():
             dx = dx.clone()
         if ctx.inv is None:
             dx.narrow(1, 0, passive).add_(dx1)
@@ -76,31 +80,34 @@ class _Fork(Function):
 _apply_fork = torch_private.direct_apply(_Fork)
 
 
-class _Handed(Function):
-    """A gradient handed to :class:`_Fork` or its like by a node without hooks."""
+class _CountHolders(Function):
+    """An autograd node that counts the holders of its gradient, or makes a gradient to count.
+
+    The node that makes it has no hooks, so that only autograd holds the gradient.
+    """
 
     holders = (0, 0, 0)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hands: bool) -> Tensor:
-        ctx.hands = hands
+    def forward(ctx: Any, x: Tensor, is_source: bool) -> Tensor:
+        ctx.is_source = is_source
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        if ctx.hands:
+        if ctx.is_source:
             return dx.clone(), None
-        _Handed.holders = torch_private.holders_of(dx)
+        _CountHolders.holders = torch_private.holders_of(dx)
         return dx, None
 
 
 @cache
-def _holders_of_nobody_else() -> tuple[int, int, int]:
-    """The holders of a gradient that only autograd holds.
+def _holders_if_unshared() -> tuple[int, int, int]:
+    """Return what ``holders_of`` counts for a gradient that only autograd holds.
 
-    They depend on the versions of Python and torch.
+    The counts depend on the versions of Python and torch.
     """
     with torch_private.unrecorded(), torch.inference_mode(False), torch.enable_grad():
         x = torch.zeros(1, requires_grad=True, device="cpu")
-        _Handed.apply(_Handed.apply(x, False), True).sum().backward()
-    return _Handed.holders
+        _CountHolders.apply(_CountHolders.apply(x, False), True).sum().backward()
+    return _CountHolders.holders

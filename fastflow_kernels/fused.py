@@ -1,4 +1,4 @@
-"""The fused coupling as an autograd node: it keeps x, the coefficients, parameters and index."""
+"""The fused coupling as an autograd node, which saves x, coefficients, parameters and index."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from fastflow_kernels.torch_private import needs_plain
 def fused_coupling(
     x: Tensor, a: Tensor, coupling: Coupling, after: AfterCoupling, route: Route
 ) -> tuple[Tensor, Tensor]:
-    """The coupling, the global affine and what is fused of the permutation.
+    """Compute the coupling, the global affine and the fused part of the permutation.
 
     Args:
         x: (B, C, *S).
         a: (B, 2*C2, *S), the subnet's output.
-        coupling: What the engine is given beside them.
-        after: Its reflections are computed here; its permutation is left to the caller.
-        route: The call's.
+        coupling: The engine's operands beside them.
+        after: What follows the coupling. Reflections are computed here, the permutation is not.
+        route: The call's route.
 
     Returns:
         y (B, C, *S) and the log-determinant (B,) in nats.
     """
-    if not route.with_gradients:  # autograd would make no node
+    if not route.with_gradients:  # autograd would record nothing
         return _couple_and_reflect(x, a, coupling, after.inner, after.outer, route)
-    # the scale of GIN is 1, whatever the parameter is
+    # GIN's scale is 1 and does not depend on the parameter
     g = coupling.global_scale.detach() if coupling.spec.gin else coupling.global_scale
     y, log_det = _apply_coupling(
         x, a, g, coupling.global_offset, after.inner, after.outer, coupling, route
@@ -73,7 +73,7 @@ class _Coupling(Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, a, g, offset, inner, outer, coupling.perm, coupling.inv)
-        # no tensor: those are to be saved, so that hooks see them and changes are noticed
+        # No tensors here: only saved ones are seen by hooks and checked for in-place changes.
         ctx.constants = coupling.spec, coupling.unpermutes_input
         ctx.engine = route.engine
         return _couple_and_reflect(x, a, coupling, inner, outer, route)
@@ -92,7 +92,7 @@ class _Coupling(Function):
         engine: Engine = ctx.engine
         dinner = douter = None
         if inner is not None:
-            v, _ = engine.forward(x, a, coupling)  # again rather than kept
+            v, _ = engine.forward(x, a, coupling)  # computed again, to save memory
             dy, dinner, douter = reflect_backward(dy, v, inner, outer)
             dinner, douter = dinner.to(inner.dtype), douter.to(outer.dtype)
         want_params = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
@@ -108,18 +108,17 @@ _apply_coupling = torch_private.direct_apply(_Coupling)
 def _plain_backward(
     ctx: Any, sources: tuple[Any, ...], grads: OutputGrads, coupling: Coupling
 ) -> list[Tensor | None]:
-    """The backward through plain operations, itself differentiable."""
+    """Compute the gradients by plain operations, which are differentiable again."""
     wanted = ctx.needs_input_grad[: len(sources)]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views: x also reaches a through the subnet, and that gradient is not this node's to give.
+        # Views, because a depends on x through the subnet, and that path is not this node's.
         leaves = [
             t if not want else t.view_as(t) if create_graph else t.detach().requires_grad_()
             for t, want in zip(sources, wanted, strict=True)
         ]
         outputs = _plain_coupling(leaves, coupling)
-        # one of them may depend on nothing that takes a gradient: the log-determinant, where only
-        # offset does
+        # An output may not require a gradient: the log-determinant, if only offset does.
         pairs = [
             (t, dt)
             for t, dt in zip(outputs, grads, strict=True)
@@ -141,7 +140,7 @@ def _plain_backward(
 
 
 def _plain_coupling(leaves: list[Tensor], coupling: Coupling) -> tuple[Tensor, Tensor]:
-    """What :func:`fused_coupling` returns, by plain operations."""
+    """Compute what :func:`fused_coupling` returns by plain operations."""
     x, a, g, offset, inner, outer = leaves
     perm, inv = coupling.perm, coupling.inv
     if coupling.unpermutes_input and perm is not None and inv is not None:

@@ -1,4 +1,4 @@
-"""The index of a block's hard permutation, which the stock block holds as a one-hot matrix."""
+"""A cache for the index of a hard permutation, which the stock block holds as a one-hot matrix."""
 
 from __future__ import annotations
 
@@ -20,66 +20,68 @@ from fastflow_kernels.torch_private import parameter_of, state_of
 
 
 class IndexCache:
-    """The index of a block's hard permutation, read once and kept while what it was read of stays.
+    """A cache for the index of one block's hard permutation.
 
-    A stock block, and ours in dialect "anomalib", holds a hard permutation as float matrices, so
-    that everything that averages, flattens or copies parameters treats it as it treats the stock
-    block's. The fused path wants the index. It is kept only where it is certain to be current: each
-    call looks whether the matrices are the same objects with the same version, and on a CPU at
-    their values too, which can be written to without a new version (through ``.data``). Elsewhere
-    that would cost a synchronisation. A graph that is being recorded takes the index from the
-    weights that it will be run with.
+    A stock block holds a hard permutation as float matrices, and so does ours in dialect
+    "anomalib". What averages, flattens or copies parameters can then treat both blocks alike. The
+    fused path needs the index.
+
+    The cached index is used only if it is certain to be current. Each call checks that the matrices
+    are the same objects with the same version. On a CPU it also checks their values, which can be
+    written without a new version (through ``.data``). On a GPU that would cost a synchronisation.
+    A recorded graph does not use the cache, but derives the index from the weights it runs with.
 
     Attributes:
-        hard: Whether the matrices held a permutation when they were last read: the form, not the
-            values, of what a graph computes.
+        hard: Whether the matrices held a permutation when they were last read. A graph takes the
+            form of its computation from that, not the values.
     """
 
-    checks_values = True  # on a CPU, in every call; the mock driver's stand-in for a GPU does not
+    checks_values = True  # on a CPU, in every call; the tests' mock of a GPU turns it off
 
     def __init__(self) -> None:
         self.hard = False
-        # replaced as a whole, so that threads and replicas that share this object stay consistent
+        # replaced as a whole, so that it is consistent for threads and replicas that share it
         self._cached: _Cached | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"hard": self.hard, "_cached": None}  # copies read their own matrices
 
     def refresh(self, block: Any) -> None:
-        """Look at a block's matrices now: its next call may be a compiled one, which cannot."""
+        """Read a block's matrices now, because its next call may be compiled and cannot."""
         self.permutation(block)
 
     def permutation(self, block: Any, rev: bool = False, x: Tensor | None = None) -> Permutation:
-        """The permutation of a block with the stock block's attributes, for one direction: an index
-        wherever its matrix is one.
+        """Return the permutation of a block for one direction, as an index if its matrix is one.
 
         Args:
-            block: With ``w_perm`` and ``w_perm_inv``, or ``w_0`` and ``vk_householder``.
+            block: A block with the attributes ``w_perm`` and ``w_perm_inv``, or ``w_0`` and
+                ``vk_householder``.
             rev: Whether it is for the inverse.
-            x: What is to be permuted: where that is very little, the matrices are taken as they
-                are.
+            x: The tensor to permute, (B, C, *S). If it is very small, matrices are used as they
+                are. None never counts as small.
         """
         if block.householder:
             w_0 = parameter_of(block, "w_0")
             is_cheap = x is not None and _is_cheap_product(x, w_0)
-            base = _as_matrices(w_0, None) if is_cheap else self._of(w_0, None, True, False)
+            base = _as_matrices(w_0, None) if is_cheap else self._resolve(w_0, None, True, False)
             return HouseholderPermutation(base, parameter_of(block, "vk_householder"))
         w, w_inv = parameter_of(block, "w_perm"), parameter_of(block, "w_perm_inv")
         if x is not None and w.dim() > 1 and _is_cheap_product(x, w):
             return _as_matrices(w, w_inv)
-        both = block.reverse_pre_permute
-        return self._of(w, w_inv, both or not rev, both or rev)
+        uses_both = block.reverse_pre_permute
+        return self._resolve(w, w_inv, uses_both or not rev, uses_both or rev)
 
-    def _of(
+    def _resolve(
         self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool
     ) -> IndexPermutation | MatrixPermutation:
+        """Return the index of the matrices, or the matrices themselves if they have none."""
         if torch_private.is_recorded():
-            baked = self._baked(w, w_inv) if torch_private.is_onnx_export() else None
-            return _in_graph(w, w_inv, self.hard) if baked is None else baked
+            constant = self._constant_index(w, w_inv) if torch_private.is_onnx_export() else None
+            return _derive_in_graph(w, w_inv, self.hard) if constant is None else constant
         if not _are_fixed(w, w_inv):
             self._cached = None
-            return _in_graph(w, w_inv, False)
-        # otherwise the cache would keep what a mode has made
+            return _derive_in_graph(w, w_inv, False)
+        # outside of dispatch modes, because the cache must not keep a tensor that a mode has made
         if torch_private.is_watched():
             with torch_private.unrecorded():
                 cached = self._current(w, w_inv, uses_w, uses_inverse)
@@ -99,20 +101,21 @@ class IndexCache:
                 and not cached.holds(w if uses_w else None, w_inv if uses_inverse else None)
             )
         ):
-            self._cached = cached = _read(key, w, w_inv)
+            self._cached = cached = _read_matrices(key, w, w_inv)
             self.hard = cached.index is not None
         return cached
 
-    def _baked(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
-        """The index itself, for an ONNX file: nothing is loaded into one later, and an index is
-        smaller than the matrix it is read of.
+    def _constant_index(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
+        """Return the index as a constant for an ONNX file, or None if it is not known.
+
+        Nobody loads other weights into such a file, and an index is smaller than its matrix.
         """
-        # which cannot look; every load has refreshed what is kept
+        # Dynamo cannot read values. Every load has refreshed the cache.
         if torch.compiler.is_dynamo_compiling():
             return None if self._cached is None else self._cached.index
         with torch_private.unrecorded():
-            # The exporter may have put tensors without values in the weights' place: then what was
-            # read before counts, if it is current.
+            # The exporter may have replaced the weights by tensors without values. Then the cached
+            # index counts, if it is current.
             cached = self._cached
             if _are_fixed(w, w_inv):
                 cached = self._current(w, w_inv, True, True)
@@ -124,18 +127,17 @@ class IndexCache:
         return IndexPermutation(*(torch.tensor(n, device=w.device) for n in numbers))
 
 
-# Multiplications up to which a product costs less than looking whether an index is current and
-# gathering by it. FrEIA 0.2's time divided by ours with a product / with an index, without
-# gradients, a thread of an AMD EPYC: 1.01 / 0.84 for (128, 16), 1.01 / 0.87 for (64, 64), 0.99 /
-# 1.02 for (256, 64), 0.95 / 1.39 for (64, 256).
+# Multiplications up to which a product costs less than the index's check and a gather. FrEIA 0.2's
+# time / ours by product, index: (64, 64) 1.01, 0.87; (256, 64) 0.99, 1.02 (bench/TUNING.md).
 _CHEAP_PRODUCT = 1 << 19
 
 
 def _is_cheap_product(x: Tensor, w: Tensor) -> bool:
-    """Whether a product with the matrix is cheaper than looking whether its index is current, and
-    gives the same.
+    """Return whether a product with the matrix costs less than the check of its index and a gather.
+
+    It must give the same result, so that dtypes must agree and autocast must be off.
     """
-    if torch_private.is_recorded():  # first, because a graph must not come to depend on sizes
+    if torch_private.is_recorded():  # first, because a graph must not depend on sizes
         return False
     size = x.numel()
     if (
@@ -150,19 +152,26 @@ def _is_cheap_product(x: Tensor, w: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Cached:
-    """What was read of the matrices that ``key`` names."""
+    """What was read from two matrices.
+
+    Attributes:
+        key: The state of the matrices when they were read.
+        matrices: The matrices, so that no other tensor gets their ids.
+        index: Their index, or None if they have none.
+        ones: The ones of both, if they are matrices and not indices.
+    """
 
     key: tuple[Any, ...]
-    seen: tuple[Tensor, Tensor | None]  # the matrices themselves, so that their ids stay theirs
+    matrices: tuple[Tensor, Tensor | None]
     index: IndexPermutation | None
-    ones: tuple[_Ones, _Ones] | None  # of w and of its inverse, where they are matrices
+    ones: tuple[_Ones, _Ones] | None
 
     def is_current(self) -> bool:
-        """Whether the matrices that were read are still what they were."""
-        return self.key == tuple(map(state_of, self.seen)) and self.holds(*self.seen)
+        """Return whether the matrices are still in the state in which they were read."""
+        return self.key == tuple(map(state_of, self.matrices)) and self.holds(*self.matrices)
 
     def holds(self, w: Tensor | None, w_inv: Tensor | None) -> bool:
-        """Whether the values are still the same; asked on the CPU only. None is not looked at."""
+        """Return whether the values are the same, by a check on a CPU only. None is not checked."""
         if self.index is None or self.index.perm.device.type != "cpu":
             return True
         if self.ones is None:
@@ -175,8 +184,12 @@ class _Cached:
 
 
 class _Ones(NamedTuple):
-    """Where the ones of a one-hot matrix lie in memory, their values, and the sum over the whole
-    matrix of the bits of its elements.
+    """The ones of a one-hot matrix.
+
+    Attributes:
+        places: Their positions in the flat matrix, int64 (C,).
+        values: Their values (C,), which may carry rounding.
+        checksum: The checksum of the whole matrix; 0 if it is not on a CPU.
     """
 
     places: Tensor
@@ -184,6 +197,7 @@ class _Ones(NamedTuple):
     checksum: int
 
     def are_all_of(self, w: Tensor) -> bool:
+        """Return whether w has these ones, and nothing else that the checksum notices."""
         return torch.equal(w.take(self.places), self.values) and _checksum(w) == self.checksum
 
 
@@ -191,15 +205,16 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def _checksum(w: Tensor) -> int:
-    """The sum of the elements' bits, without carry: one fast look at each (12 us for 512 x 512,
-    where counting those above 0 takes 63).
+    """Sum the bits of all elements, with wrap-around.
+
+    That reads each element once. For 512 x 512 it takes 12 us, and a count of those above 0 63 us.
     """
     bits = w.detach().view(_BITS[w.dtype.itemsize])
     return int(bits.sum(dtype=bits.dtype if bits.dtype is not torch.int16 else torch.int32))
 
 
 def _are_fixed(w: Tensor, w_inv: Tensor | None) -> bool:
-    """Whether the values can be asked for, and stay."""
+    """Return whether the values of the matrices can be read, and do not train."""
     return _is_fixed(w) and (w_inv is None or _is_fixed(w_inv))
 
 
@@ -209,15 +224,17 @@ def _is_fixed(w: Tensor) -> bool:
     return not torch_private.is_wrapped(w)
 
 
-def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
-    """Look for the index. FSDP makes new matrices for every pass, so this looks at each element two
-    times and no more.
+def _read_matrices(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
+    """Read two matrices and look for their index.
+
+    FSDP makes new matrices for every pass, so this runs few operations over all elements. They are
+    argmax (of w only), a count of nonzeros and, on a CPU, the checksum.
     """
     with torch.inference_mode(False), torch.no_grad():
         perm = w.detach().clone() if w.dim() == 1 else w.detach().flatten(1).argmax(1)
         inv = torch.argsort(perm)
-        each = torch.arange(perm.numel(), device=w.device)
-        index = IndexPermutation(perm, inv) if torch.equal(perm.take(inv), each) else None
+        rows = torch.arange(perm.numel(), device=w.device)
+        index = IndexPermutation(perm, inv) if torch.equal(perm.take(inv), rows) else None
         if w.dim() == 1:
             return _Cached(
                 key,
@@ -227,19 +244,19 @@ def _read(key: tuple[Any, ...], w: Tensor, w_inv: Tensor | None) -> _Cached:
             )
         if index is None:
             return _Cached(key, (w, w_inv), None, None)
-        places = each * perm.numel() + perm, perm * perm.numel() + each
-        ones = _ones(w, places[0])
-        ones_of_inverse = ones if w_inv is None else _ones(w_inv, places[1])
+        places = rows * perm.numel() + perm, perm * perm.numel() + rows
+        ones = _find_ones(w, places[0])
+        ones_of_inverse = ones if w_inv is None else _find_ones(w_inv, places[1])
         if ones is None or ones_of_inverse is None:
             return _Cached(key, (w, w_inv), None, None)
         return _Cached(key, (w, w_inv), index, (ones, ones_of_inverse))
 
 
-def _ones(w: Tensor, places: Tensor) -> _Ones | None:
-    """The ones of a matrix, if they lie there and nothing else does.
+def _find_ones(w: Tensor, places: Tensor) -> _Ones | None:
+    """Return the ones of a matrix if they lie at ``places`` and all else is 0, otherwise None.
 
-    They may carry rounding, as those of a mean of checkpoints do: up to 4 eps, which the criterion
-    of accuracy leaves to every result. Any other matrix is multiplied by as it is.
+    The ones may carry up to 4 eps of rounding, as in a mean of checkpoints. The criterion of
+    accuracy allows that in every result. By any other matrix the block multiplies.
     """
     w = w.detach()
     if w.numel() != places.numel() ** 2 or int(w.count_nonzero()) != places.numel():
@@ -251,16 +268,14 @@ def _ones(w: Tensor, places: Tensor) -> _Ones | None:
 
 
 def hard_index(w: Tensor) -> Tensor | None:
-    """The index of a (C, C) matrix that is a permutation's but for rounding; None for another
-    one.
-    """
-    return None if (index := _read((), w, None).index) is None else index.perm
+    """Return the index (C,) of a (C, C) matrix that is a permutation up to rounding, or None."""
+    return None if (index := _read_matrices((), w, None).index) is None else index.perm
 
 
-def _in_graph(w: Tensor, w_inv: Tensor | None, hard: bool) -> IndexPermutation | MatrixPermutation:
-    """The permutation as operations on the weights, for graphs into which other weights may be
-    loaded.
-    """
+def _derive_in_graph(
+    w: Tensor, w_inv: Tensor | None, hard: bool
+) -> IndexPermutation | MatrixPermutation:
+    """Derive the permutation from the weights, because a graph may get other weights later."""
     if w.dim() == 1 and w_inv is not None:
         return IndexPermutation(w, w_inv)
     if not hard or w.requires_grad or (w_inv is not None and w_inv.requires_grad):
@@ -271,17 +286,19 @@ def _in_graph(w: Tensor, w_inv: Tensor | None, hard: bool) -> IndexPermutation |
 
 
 def _index_in_graph(w: Tensor) -> Tensor:
-    """The index of a one-hot matrix, out of range where it is none: a graph recorded with a
-    permutation raises if given a rotation.
+    """Compute the index of a one-hot matrix, out of range for any other matrix.
+
+    A graph that was recorded with a permutation then raises an error if it gets a rotation.
     """
     values, index = w.flatten(1).max(1)
     return torch.where((values - 1.0).abs() <= 4 * torch.finfo(w.dtype).eps, index, w.shape[0])
 
 
 def _as_matrices(w: Tensor, w_inv: Tensor | None) -> MatrixPermutation:
-    """As they are, in every call anew: a view that is kept would miss gradients and strides, and
-    forbid that parameters are swapped.
+    """Return the matrices as a permutation, made anew in every call.
+
+    A cached view would miss gradients and strides, and would forbid swapping parameters.
     """
-    if w.dim() == 1 and w_inv is not None:  # an index whose inverse is not its own
+    if w.dim() == 1 and w_inv is not None:  # an index with an inverse that does not match
         return MatrixPermutation(one_hot(w, torch.int64), one_hot(w_inv, torch.int64))
     return MatrixPermutation(w, w.T if w_inv is None else w_inv)

@@ -1,9 +1,9 @@
-"""The channel permutations of a block: a fixed index, a fixed matrix, or a matrix followed by
-learned Householder reflections.
+"""The channel permutations of a block: an index, a matrix, or one of them after reflections.
 
-Each has the methods ``permute`` and ``unpermute``, differentiable and acting on dimension 1 of a
-(B, C, *S) tensor. An index is free: the kernels apply it while loading and storing. The others are
-matrix products on the coupling's output.
+Index and matrix are fixed, the Householder reflections are learned. Each class has the methods
+``permute`` and ``unpermute``. They are differentiable and act on dimension 1 of a (B, C, *S)
+tensor. An index is free: the kernels apply it while loading and storing. The others are matrix
+products on the coupling's output.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fastflow_kernels.predicates import is_autocast
 
 
 class AfterCoupling(NamedTuple):
-    """What follows a coupling that has applied the index of a permutation.
+    """What remains of a permutation after the coupling, which applies an index itself.
 
     Attributes:
         inner, outer: Factors (K, C) of :func:`~fastflow_kernels.channels.reflect`, which comes
-            first and belongs to the coupling's autograd node; None without reflections.
-        permutation: Comes last; None if the index was all.
+            first, in the coupling's autograd node; None without reflections.
+        permutation: What comes last; None if nothing remains.
     """
 
     inner: Tensor | None = None
@@ -53,7 +53,7 @@ class IndexPermutation(NamedTuple):
     inv: Tensor
 
     def index_pair(self) -> tuple[Tensor, Tensor]:
-        """The index and its inverse, which an engine applies."""
+        """Return the index and its inverse, which an engine applies."""
         return self.perm, self.inv
 
     def after_coupling(self) -> AfterCoupling:
@@ -66,11 +66,11 @@ class IndexPermutation(NamedTuple):
         return gather_channels(y, self.inv, self.perm)
 
     def permute_backward(self, dy: Tensor, rev: bool) -> Tensor:
-        """The gradient of v from that of permute(v); if ``rev``, of y from that of unpermute(y)."""
+        """Return the gradient of v from that of permute(v), or with ``rev`` of unpermute(v)."""
         return self.permute(dy) if rev else self.unpermute(dy)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The one-hot (C, C) matrix w with w @ v = v[perm]."""
+        """Return the one-hot (C, C) matrix w with w @ v = v[perm]."""
         return one_hot(self.perm, dtype)
 
 
@@ -98,14 +98,20 @@ class MatrixPermutation(NamedTuple):
         return multiply_channels(y, self.w_inv)
 
     def permute_backward(self, dy: Tensor, rev: bool) -> Tensor:
-        """The gradient of v from that of permute(v); if ``rev``, of y from that of unpermute(y)."""
+        """Return the gradient of v from that of permute(v), or with ``rev`` of unpermute(v)."""
         return multiply_backward(dy, self.w_inv if rev else self.w)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         return self.w.flatten(1).to(dtype)
 
     def unpermute_affine(self, y: Tensor, scale: Tensor | None, offset: Tensor) -> Tensor:
-        """(w^-1 y - offset) / scale as one product with a bias, without gradients."""
+        """Compute (w^-1 y - offset) / scale as one product with a bias, without gradients.
+
+        Args:
+            y: (B, C, *S).
+            scale: C elements; None for 1.
+            offset: C elements.
+        """
         w, bias = self.w_inv.flatten(1), -offset.view(-1)
         if scale is not None:
             w, bias = w / scale.view(-1, 1), bias / scale.view(-1)
@@ -116,8 +122,8 @@ class HouseholderPermutation(NamedTuple):
     r"""y = w_0 H_1 ... H_K v with the reflections H_k = I - 2 v_k v_k^T / (v_k^T v_k).
 
     The product of the reflections is applied in its compact WY form I - V^T T V (Schreiber & Van
-    Loan 1989), with V the (K, C) matrix of the vectors and T^-1 the upper triangle of V V^T with
-    half of its diagonal: two thin products instead of K of C x C matrices.
+    Loan 1989). V is the (K, C) matrix of the vectors, and T^-1 is the upper triangle of V V^T with
+    half of its diagonal. That takes two thin products instead of K products of C x C matrices.
 
     Attributes:
         base: w_0, an :class:`IndexPermutation` or :class:`MatrixPermutation`.
@@ -137,7 +143,7 @@ class HouseholderPermutation(NamedTuple):
         return AfterCoupling(inner, outer, self.base)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """T V and V, both (K, C), in full precision also under autocast."""
+        """Return T V and V, both (K, C), in full precision also under autocast."""
         if is_autocast(self.vectors.device):
             with torch.autocast(self.vectors.device.type, enabled=False):
                 return self.factors()
@@ -146,7 +152,7 @@ class HouseholderPermutation(NamedTuple):
         v = self.vectors if dtype.itemsize > 2 else self.vectors.float()
         products = v @ v.T
         if torch_private.is_recorded():
-            solved = _solved_by_rows(products, v)
+            solved = _solve_by_rows(products, v)
         else:
             triangle = torch.triu(products)
             solved = torch.linalg.solve_triangular(
@@ -167,22 +173,23 @@ class HouseholderPermutation(NamedTuple):
         return reflect(self.base.unpermute(y), vectors, solved)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The (C, C) matrix w_0 H_1 ... H_K, by K updates of rank 1."""
+        """Compute the (C, C) matrix w_0 H_1 ... H_K by K updates of rank 1."""
         w = self.base.matrix(dtype)
         for v in self.vectors:
             w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
         return w
 
     def is_dense(self) -> bool:
-        """Whether the one product of C x C is the smaller work; also the thin ones lose digits
-        where V has more rows than columns.
+        """Return whether one C x C product is less work than the thin ones.
+
+        The thin ones also lose digits if V has more rows than columns.
         """
         count, channels = self.vectors.shape
         return 2 * count >= channels
 
 
-def _solved_by_rows(products: Tensor, v: Tensor) -> Tensor:
-    """T V by substitution, last row first: ONNX has no triangular solve."""
+def _solve_by_rows(products: Tensor, v: Tensor) -> Tensor:
+    """Compute T V by substitution from the last row, because ONNX has no triangular solve."""
     rows: list[Tensor] = []
     for k in reversed(range(v.shape[0])):
         row = v[k : k + 1]
@@ -196,24 +203,23 @@ Permutation = IndexPermutation | MatrixPermutation | HouseholderPermutation
 
 
 def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
-    """The (C, C) matrix w with w @ v = v[perm]."""
-    each = torch.arange(perm.shape[0], device=perm.device)
-    return (perm.unsqueeze(1) == each).to(dtype)  # F.one_hot asks for values, which a graph has not
+    """Return the (C, C) matrix w with w @ v = v[perm]."""
+    channels = torch.arange(perm.shape[0], device=perm.device)
+    return (perm.unsqueeze(1) == channels).to(dtype)  # F.one_hot reads values; a graph has none
 
 
 def random_rotation(channels: int) -> Tensor:
-    """A matrix drawn uniformly (Haar measure) from SO(C), float32, reproducible from torch's seed.
+    """Draw a matrix uniformly (Haar measure) from SO(C), reproducible from torch's seed.
 
-    It is drawn from a generator of its own, seeded by torch's but without advancing it: whatever is
-    drawn next, a subnet's weights for one, is what the stock block would draw, which takes its
-    rotation from NumPy.
+    A separate generator is seeded by torch's, which does not advance. The stock block draws its
+    rotation from NumPy. What is drawn next, such as a subnet's weights, is therefore the same.
 
     Args:
         channels: C.
 
     Returns:
-        (C, C), orthogonal with determinant +1. Source: Mezzadri 2007, "How to generate random
-        matrices from the classical compact groups".
+        (C, C) in the default dtype, orthogonal with determinant +1. Source: Mezzadri 2007, "How to
+        generate random matrices from the classical compact groups".
     """
     peek = torch.Generator()
     peek.set_state(torch.get_rng_state())

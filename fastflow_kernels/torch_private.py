@@ -1,6 +1,6 @@
-"""What torch has no public name for: every private API that the package uses is in this file.
+"""Everything that the package uses of torch's private API.
 
-``tests/test_torch_private.py`` asks each of them, with every supported version of torch.
+``tests/test_torch_private.py`` tests each name with every supported version of torch.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from torch.utils._python_dispatch import _disable_current_modes
 _KEYS = torch._C._TorchDispatchModeKey
 _SYMBOLIC = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 
-# --- who looks on while operations run ------------------------------------------------------------
+# --- what watches or records operations -----------------------------------------------------------
 
 
 def is_watched() -> bool:
-    """Whether a dispatch mode is on.
+    """Return whether a dispatch mode is on.
 
-    It may exchange every tensor that is made: nothing made may be kept for later calls then.
+    It may replace every tensor that is made. Therefore nothing that is made may be cached.
     """
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_symbolic() -> bool:
-    """Whether tensors have no values: FakeTensorMode, make_fx, functionalization."""
+    """Return whether tensors have no values, as in FakeTensorMode, make_fx, functionalization."""
     return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(key) is not None for key in _SYMBOLIC
     )
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, torch.export or torch.jit.trace records the operations."""
+    """Return whether torch.compile, torch.export or torch.jit.trace records the operations."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def is_recorded() -> bool:
-    """Whether operations are recorded, so that tensors cannot be asked for their values."""
+    """Return whether operations are recorded, so that the values of tensors cannot be read."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or is_symbolic()
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is on: vmap, grad, jvp, and others."""
+    """Return whether a transform of torch.func is on, such as vmap, grad or jvp."""
     return torch._C._are_functorch_transforms_active()
 
 
 def needs_plain(*tensors: Tensor | None) -> bool:
-    """Whether hand-derived functions must stand aside for differentiable operations.
+    """Return whether plain differentiable operations must run in place of hand-derived functions.
 
-    So it is while operations are recorded or transformed by torch.func, in forward mode, and for
-    fake tensors, batches of gradients and other subclasses. Asked several times a call, and
-    therefore in one function.
+    They must while operations are recorded or transformed by torch.func, and in forward mode. They
+    must also for fake tensors, batches of gradients and other subclasses. All of it is one
+    function, because a call asks several times.
 
     Args:
-        tensors: What the functions would be given from outside; None counts for nothing.
+        tensors: What the functions would get from outside. None is ignored.
     """
     if (
         torch.compiler.is_compiling()
@@ -81,28 +81,28 @@ def needs_plain(*tensors: Tensor | None) -> bool:
 
 
 def is_onnx_export() -> bool:
-    """Whether a file for ONNX is being made.
+    """Return whether an ONNX file is being made.
 
-    Dynamo takes torch.onnx.is_in_onnx_export for False, but not what that reads.
+    Dynamo replaces torch.onnx.is_in_onnx_export() by False, but not the flag that it reads.
     """
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")
     return torch.onnx.is_in_onnx_export() or (flags is not None and flags._is_onnx_exporting)
 
 
 def has_saved_tensor_hooks() -> bool:
-    """Whether saved_tensors_hooks are set by somebody; True where torch cannot be asked."""
+    """Return whether saved_tensors_hooks are set, or True if this version of torch cannot tell."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
 
 
 def is_parametrization_cached() -> bool:
-    """Whether torch.nn.utils.parametrize.cached() is on."""
+    """Return whether torch.nn.utils.parametrize.cached() is on."""
     return bool(parametrize._cache_enabled)
 
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Within: neither a dispatch mode nor torch.jit.trace sees what is done."""
+    """Hide operations from dispatch modes and from torch.jit.trace."""
     tracing = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -115,17 +115,17 @@ def unrecorded() -> Iterator[None]:
 # --- what a tensor is -----------------------------------------------------------------------------
 
 
-# Whether a tensor is a wrapper of torch.func, which may stand for many values.
+# Returns whether a tensor is a wrapper of torch.func, which may stand for many values.
 is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def version_of(t: Tensor) -> int | None:
-    """How often t was written to in place; None if nobody counts (in inference mode)."""
+    """Return how often t was written to in place; None in inference mode, which does not count."""
     return None if t.is_inference() else t._version
 
 
 def versions_counted() -> AbstractContextManager[None]:
-    """Within: new tensors count their versions, in inference mode too, whose own ones do not.
+    """Return a context in which new tensors count their versions, also in inference mode.
 
     Use it for a tensor that the subnet reads and the coupling does not. The stock block's coupling
     would see what the subnet writes there, so a write must be noticed.
@@ -140,12 +140,12 @@ def _outside_inference_mode() -> Iterator[None]:
 
 
 def state_of(t: Tensor | None) -> tuple[int, int, int | None] | None:
-    """What changes when a tensor is another one, lies elsewhere, or is written to."""
+    """Return a key that changes if a tensor is replaced, moved in memory, or written to."""
     return None if t is None else (id(t), t.data_ptr(), None if t.is_inference() else t._version)
 
 
 def holders_of(t: Tensor) -> tuple[int, int, int]:
-    """How many references there are to t, to its storage as Python knows it, and to its memory.
+    """Count the references to t, to its storage in Python, and to its memory.
 
     Call it directly where t is a local variable: the count includes that variable.
     """
@@ -157,7 +157,7 @@ def holders_of(t: Tensor) -> tuple[int, int, int]:
 
 
 def parameter_of(module: Any, name: str) -> Any:
-    """A parameter, found at once where it is one and no subclass computes it.
+    """Return a parameter, directly from the module's dictionary unless its class computes it.
 
     nn.Module's search for an attribute takes 0.4 us.
     """
@@ -167,12 +167,12 @@ def parameter_of(module: Any, name: str) -> Any:
 
 
 def is_compiled(module: Any) -> bool:
-    """Whether ``module.compile()`` was called."""
+    """Return whether ``module.compile()`` was called."""
     return module._compiled_call_impl is not None
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward or backward hook is set on the module itself."""
+    """Return whether a forward or backward hook is set on the module itself."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"]
@@ -183,11 +183,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def direct_apply(function: type[Function]) -> Callable[..., Any]:
-    """The C++ ``apply`` of an autograd Function.
+    """Return the C++ ``apply`` of an autograd Function.
 
-    ``Function.apply`` spends 5 us for nine arguments in Python first: it looks for transforms of
-    torch.func (the caller has checked), for a ``setup_context`` (ours have none) and for tensors
-    that leaked out of a transform (the C++ handles them).
+    ``Function.apply`` spends 5 us for nine arguments in Python first. It looks for transforms of
+    torch.func, which the caller has checked, and for a ``setup_context``, which ours do not have.
+    It also looks for tensors that leaked out of a transform, which the C++ handles.
     """
     apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
     return apply
@@ -197,8 +197,11 @@ _environment: Any = getattr(os.environ, "_data", None)  # CPython's own dictiona
 
 
 def is_certainly_unset(encoded: Any) -> bool:
-    """Whether a variable, as ``os.environ.encodekey`` gives it, is not in the environment.
+    """Return whether an environment variable is certainly not set.
 
-    Takes 0.1 us; os.environ takes 0.5 us to look for what is not there.
+    This takes 0.1 us. A search in os.environ takes 0.5 us.
+
+    Args:
+        encoded: The variable's name as ``os.environ.encodekey`` returns it.
     """
     return _environment is not None and encoded not in _environment
