@@ -1,15 +1,17 @@
-"""Our block against what other flow libraries offer for the same flow, on a CPU.
+"""Time our block against what other flow libraries offer for the same flow, on a CPU.
 
     make libraries [LIBRARIES_ARGS="--record"]
 
-The chains are those of :mod:`bench.library_chains`. Before any is timed, each is checked: it is
-inverted by its inverse, its log-determinant is that of its Jacobian, and its conditioners have as
-many parameters as those of the others. Then all are timed in turn, in one process and one thread.
+:mod:`bench.library_chains` builds the chains. Each is checked before it is timed:
 
-A training step is the forward pass, the mean negative log-likelihood of a standard normal (the same
-function for all) and the backward pass, without an optimizer. Sampling is the inverse without
-gradients. Rows have the kind "library"; their ratio is the library's time divided by ours, the
-median over the rounds.
+- Its inverse inverts it.
+- Its log-determinant is that of its Jacobian.
+- Its conditioners have as many parameters as those of the other chains.
+
+Then all are timed in turn, in one process and one thread. A training step is the forward pass, the
+negative log-likelihood of a standard normal and the backward pass. The likelihood is the same
+function for all, and there is no optimizer. Sampling is the inverse without gradients. Rows have
+the kind "library". Their ratio is the library's time divided by ours, the median over the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ CHECKED = Size(channels=6, couplings=4, width=5)  # small: its Jacobian is compu
 
 
 def size_of(shape: tuple[int, int]) -> Size:
-    """The chain for inputs of a shape; the hidden layer is as wide as the input, or 64."""
+    """Return the size of the chain for inputs of a shape.
+
+    The hidden layers are as wide as the input, but have at least 64 units.
+    """
     return Size(shape[1], COUPLINGS, max(shape[1], 64))
 
 
@@ -48,11 +53,10 @@ def size_of(shape: tuple[int, int]) -> Size:
 
 
 def check_flow(name: str, chain: Chain, channels: int) -> None:
-    """Raise AssertionError unless a chain is a flow: inverted by its inverse, and its
-    log-determinant that of its Jacobian.
+    """Assert that a chain's inverse inverts it, and that its log-determinant is the Jacobian's.
 
-    The chain's parameters are changed, so that none of them is at a special value. Half of the
-    digits must be right: rounding takes fewer, and a wrong formula is off in the first ones.
+    Half of the digits must be right: rounding takes fewer, and a wrong formula changes the first
+    ones. The parameters are changed for good, because their initial values may hide a fault.
     """
     generator = torch.Generator().manual_seed(0)
     chain.module.double()
@@ -78,9 +82,9 @@ def _assert_half_the_digits(what: str, actual: Tensor, expected: Tensor) -> None
 
 
 def check_conditioners(name: str, chain: Chain, size: Size) -> None:
-    """Raise AssertionError unless the conditioners have as many parameters as they should.
+    """Assert that the conditioners have as many parameters as those of every other chain.
 
-    Where a coupling has two, half a hidden unit of each may be missing or too much.
+    Where a coupling has two conditioners, each may differ by half a hidden unit.
     """
     expected = size.parameters()
     actual = sum(p.numel() for net in chain.conditioners for p in net.parameters())
@@ -96,12 +100,12 @@ def check_conditioners(name: str, chain: Chain, size: Size) -> None:
 
 
 def negative_log_likelihood(z: Tensor, log_det: Tensor) -> Tensor:
-    """The mean over the batch, without the constant."""
+    """Return the mean over the batch, in nats and without the constant."""
     return (0.5 * z.square().sum(1) - log_det).mean()
 
 
 class TimedChain:
-    """A chain on its inputs, ready to be timed."""
+    """A chain and its inputs, see :class:`bench.timing.Timeable`."""
 
     def __init__(self, chain: Chain, x: Tensor, z: Tensor) -> None:
         self.chain, self.x, self.z = chain, x, z
@@ -121,7 +125,7 @@ class TimedChain:
 
 
 def build_all(size: Size) -> tuple[dict[str, Chain], dict[str, str]]:
-    """The chains by library; and of those that are not installed why there is none."""
+    """Return the chains by library, and the libraries that are not installed with a message."""
     chains, absent = {}, {}
     for name, library in LIBRARIES.items():
         torch.manual_seed(0)
@@ -133,11 +137,11 @@ def build_all(size: Size) -> tuple[dict[str, Chain], dict[str, str]]:
 
 
 def measure(shape: tuple[int, int], seconds: float) -> list[Row]:
-    """A row for every library that is installed, and every mode.
+    """Return a row for every mode and every library that is installed.
 
     Args:
         shape: (B, C) of the input.
-        seconds: What the rounds of one mode may take, once there are the least.
+        seconds: Time limit of one mode, which holds once it has the least rounds.
     """
     size = size_of(shape)
     chains, _ = build_all(size)
@@ -174,7 +178,7 @@ def _row(shape: tuple[int, int], mode: str, name: str, times: Mapping[str, Times
 
 
 def in_words(rows: Sequence[Row]) -> str:
-    """One mode of one shape in a line."""
+    """Describe the rows of one shape and mode in a line."""
     first = rows[0]
     parts = [
         f"{row['provider']} {row['median_us'] * 1e-3:.2f} ms ({row['ratio']:.2f})" for row in rows

@@ -1,4 +1,4 @@
-"""The comparison with other flow libraries as Markdown."""
+"""Write the comparison with other flow libraries as Markdown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ HEADINGS = {"train": "Training step", "inverse": "Sampling"}
 
 
 def library_tables(rows: list[Row]) -> list[str]:
-    """A table for training and one for sampling: a line per library, a column per shape.
+    """Return a table of training and one of sampling, with a line per library.
 
     Args:
-        rows: Of one device and dtype; those of other kinds are left out.
+        rows: The rows of one device and dtype. Those of other kinds are left out.
 
     Returns:
         Lines of Markdown, none if there is nothing to show. A cell is the library's time divided
-        by ours; our own row is in milliseconds.
+        by ours. Our own line is in milliseconds.
     """
     rows = [row for row in rows if row["kind"] == "library"]
     if not rows:

@@ -1,17 +1,17 @@
-"""The same flow in the terms of several libraries, to be timed by :mod:`bench.libraries`.
+"""Build the same flow in the terms of several libraries, for :mod:`bench.libraries`.
 
-Every chain has the same number of affine couplings. Each transforms one half of the channels, given
-the other half, and has a conditioner of its own: linear, ReLU, linear. Where a library has them,
-what our block holds beside the coupling is added: a learned scale and offset of each channel
-(ActNorm) and a fixed permutation. The defaults of a library stay as they are.
+Every chain has the same number of affine couplings. A coupling transforms one half of the channels
+and has a conditioner, which sees the other half: linear, ReLU, linear. Our block also holds a
+learned scale and offset of each channel (ActNorm) and a fixed permutation. The other libraries have
+layers for these, which follow every coupling block. All options keep the library's defaults.
 
 =================== ============================================================================
 ours                ``AllInOneBlock``: coupling (tanh clamp), scale, offset and permutation
 FrEIA AllInOneBlock the block of FrEIA 0.2, the same formula
-FrEIA GLOW          ``GLOWCouplingBlock`` (atan clamp), ``ActNorm``, ``PermuteRandom``. The block
-                    couples both halves in turn, so that there are half as many of each layer
-FrEIA RNVP          ``RNVPCouplingBlock``, otherwise as GLOW. A coupling has two conditioners, one
-                    for s and one for t, narrower ones: together they have as many parameters
+FrEIA GLOW          ``GLOWCouplingBlock`` (atan clamp), ``ActNorm``, ``PermuteRandom``. A block is
+                    two couplings, one of each half: there are half as many layers of each kind
+FrEIA RNVP          ``RNVPCouplingBlock``, otherwise like GLOW. A coupling has two conditioners, for
+                    s and for t. They are narrower: together they have as many parameters as one
 zuko                ``GeneralCouplingTransform`` (affine, soft clip), ``ElementWiseTransform``
                     (the learned scale and offset), ``PermutationTransform``
 normflows           ``AffineCouplingBlock`` (exp, without a clamp), ``ActNorm``, ``Permute``
@@ -34,10 +34,10 @@ from tests.support.plain_chain import Plain
 
 
 class Size(NamedTuple):
-    """How large a chain is.
+    """The size of a chain.
 
     Attributes:
-        channels: C, even; a coupling's halves have C / 2.
+        channels: C, an even number.
         couplings: Affine couplings, an even number.
         width: Hidden units of a coupling's conditioner.
     """
@@ -47,7 +47,7 @@ class Size(NamedTuple):
     width: int
 
     def parameters(self) -> int:
-        """Parameters of all conditioners."""
+        """Return how many parameters all conditioners have together."""
         half = self.channels // 2
         return self.couplings * ((half + 1) * self.width + (self.width + 1) * self.channels)
 
@@ -60,7 +60,7 @@ class Chain:
         module: Holds the parameters.
         conditioners: The networks that predict the couplings' coefficients.
         to_latent: Data (B, C) to latent variables (B, C) and log-determinant (B,), in nats.
-        to_data: The inverse, without the log-determinant.
+        to_data: Latent variables to data: the inverse, whose log-determinant is dropped.
     """
 
     module: nn.Module
@@ -90,12 +90,12 @@ class Conditioner(nn.Sequential):
         super().__init__(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, outputs))
 
     def forward(self, x: Tensor, context: None = None) -> Tensor:
-        """The coefficients; nflows passes a context, here always None."""
+        """Return the coefficients. nflows passes a context, which is None here."""
         return super().forward(x)
 
 
 def narrower_width(size: Size) -> int:
-    """The width of two conditioners per coupling that together have as many parameters as one."""
+    """Return the width at which two conditioners have as many parameters as one of full width."""
     half = size.channels // 2
     units = size.parameters() / size.couplings - size.channels
     return round(units / (2 * (2 * half + 1)))
@@ -137,7 +137,7 @@ def _two_sided_chain(name: str, width: int, size: Size) -> Chain:
 
 
 def _recorded(width: int) -> tuple[list[nn.Module], Callable[[int, int], nn.Module]]:
-    """A constructor of conditioners, and the list of those that it has made."""
+    """Return a list and a constructor of conditioners, which appends to it what it makes."""
     made: list[nn.Module] = []
 
     def construct(inputs: int, outputs: int) -> nn.Module:
@@ -160,7 +160,7 @@ def zuko_chain(size: Size) -> Chain:
             channels, mask=torch.arange(channels) < channels // 2, hidden_features=(size.width,)
         )
         scale_and_offset = zuko.flows.ElementWiseTransform(channels)
-        _zero(scale_and_offset.parameters())  # which are drawn at random otherwise
+        _zero(scale_and_offset.parameters())  # the library draws them at random
         permutation = zuko.flows.UnconditionalTransform(
             zuko.transforms.PermutationTransform, torch.randperm(channels), buffer=True
         )
@@ -185,7 +185,7 @@ def _zero(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def normflows_chain(size: Size) -> Chain:
-    """Its flows map latent variables to data, so that training takes their inverses."""
+    """Build the chain of normflows, whose flows map latent variables to data."""
     import normflows
 
     channels, flows = size.channels, []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Times our block against what other flow libraries offer, on one CPU thread, in some 3 minutes.
-# Their environment, .venv-libraries, adds pinned packages to those of .venv. Arguments go to
+# Times our block against other flow libraries on one CPU thread, in 3 minutes. The environment,
+# .venv-libraries, adds pinned packages to those of .venv. Arguments are passed to
 # bench/libraries.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."

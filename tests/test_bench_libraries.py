@@ -1,6 +1,4 @@
-"""The comparison with other flow libraries: chains that are checked before they are timed, the rows
-and the tables.
-"""
+"""The comparison with other flow libraries: its chains, their checks, rows and tables."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ def row(**changes: Any) -> Row:
 
 @pytest.fixture
 def _only_freia(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The libraries are those that the tests' environment holds, and samples are single calls."""
+    """Leave the libraries that the tests' environment holds, and time single calls."""
     chosen = {name: LIBRARIES[name] for name in WITH_FREIA}
     monkeypatch.setattr(libraries, "LIBRARIES", chosen)
     monkeypatch.setattr(libraries, "ROUNDS", (2, 2))
@@ -76,7 +74,7 @@ def test_our_chain_holds_a_scale_and_an_offset_per_coupling() -> None:
 
 
 def wrong(**changes: Any) -> Chain:
-    """Our chain with something exchanged."""
+    """Return our chain with some of its attributes exchanged."""
     chain = LIBRARIES["ours"].build(CHECKED)
     made = {name: change(chain) for name, change in changes.items()}
     return replace(chain, **made)
