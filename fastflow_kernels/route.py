@@ -1,4 +1,4 @@
-"""Chooses the path of a checked call, and says why."""
+"""Decides by which path a checked call is evaluated, and says why."""
 
 from __future__ import annotations
 
@@ -24,47 +24,48 @@ from fastflow_kernels.permutations import IndexPermutation, MatrixPermutation
 from fastflow_kernels.predicates import SMALL, is_autocast, is_small
 from fastflow_kernels.torch_private import needs_plain
 
-# How much larger an input may be and still count as small where gradients are taken and a soft
-# permutation's product dominates. A train step takes 1.03 to 1.10 times as long fused, subnet
-# included: (1024, 64), (128, 512), (256, 256), (2, 96, 16, 16), (4, 64, 16, 16), one thread of an
-# AMD EPYC. Without gradients fused is the faster one.
+# Factor on SMALL in training with a soft permutation, because its product dominates. Up to there a
+# fused train step takes 1.03 to 1.10 times as long (AMD EPYC, 1 thread; shapes in bench/TUNING.md).
 PRODUCT_COST = 4
 
 
 class Case(NamedTuple):
-    """A kind of call, and what runs then, in words."""
+    """A kind of call, and what runs for it, in words."""
 
     call: str
     runs: str
 
 
-# What runs where, in the order in which it is decided: the first case that holds counts. The first
-# is decided by the block, whose steps they are (`why_not_fused`). `info` prints these tables, and
-# README.md holds them (tests/test_docs.py).
+# What runs where. The first case that applies counts; the block itself decides on STOCK_STEPS.
+# `info` prints both tables, and the documentation shows them.
 STOCK_STEPS = Case(
-    "a step overridden or exchanged; a clamp that is a tensor; integer input",
+    "an overridden or exchanged step, a clamp that is a tensor, or integer input",
     "the stock block's steps, one by one, in plain operations",
 )
 RECORDED = Case(
-    "torch.compile, export, tracing, torch.func, forward mode, fake tensors",
-    "plain operations; a graph derives the index from its weights",
+    "torch.compile, export, tracing, torch.func, forward-mode AD, or fake tensors",
+    "plain operations; a recorded graph derives the index from its weights",
 )
 SMALL_INPUT = Case(
-    f"up to {SMALL} elements on a CPU; in training with a soft permutation {PRODUCT_COST * SMALL}",
-    "plain operations, which cost less than a Python autograd node",
+    f"at most {SMALL} elements on a CPU, or {PRODUCT_COST * SMALL} in training with a soft "
+    "permutation",
+    "plain operations with backend='auto', because a fused call has more overhead",
 )
-EMPTY = Case("an empty batch", "plain operations")
-INVERSE_WITH_GRADIENTS = Case("an inverse while gradients are enabled", "plain operations")
+EMPTY = Case("an input without elements", "plain operations")
+INVERSE_WITH_GRADIENTS = Case(
+    "the inverse while gradients are enabled",
+    "plain operations, because the fused inverse has no gradient",
+)
 PIXEL_ROWS = Case(
-    "channels-last input", "fused, pixel by pixel; output, inverse and gradients stay channels-last"
+    "channels-last input", "fused, pixel by pixel; results and gradients stay channels-last"
 )
 COPIED = Case(
-    "on a GPU, other strides within a sample, and channels-last with GIN",
+    "on a GPU: samples neither contiguous nor channels-last, or GIN in channels-last",
     "fused, on a contiguous copy",
 )
 FUSED = Case(
     "everything else: any activation, GIN, conditions, rank 0 to 3, four dtypes",
-    "fused: Triton on a GPU, eager elsewhere",
+    "fused: Triton kernels on a GPU, the eager path elsewhere",
 )
 WHAT_RUNS_WHERE = (
     STOCK_STEPS,
@@ -76,12 +77,22 @@ WHAT_RUNS_WHERE = (
     PIXEL_ROWS,
     FUSED,
 )
-# What becomes of the permutation where the coupling is fused.
+# How a fused block applies its permutation.
 PERMUTATIONS = (
-    Case("hard", "an index inside the coupling"),
-    Case("soft", "one matrix product after it; a CPU's inverse folds scale and offset into it"),
-    Case("Householder", "two thin products (compact WY form); one dense if many, 2K >= C"),
-    Case("reverse_permutation", "hard, on a GPU: read through the index; otherwise a pass before"),
+    Case("hard", "an index, applied inside the coupling"),
+    Case(
+        "soft",
+        "one matrix product after the coupling; a CPU's inverse folds scale and offset into it",
+    ),
+    Case(
+        "Householder",
+        "two thin matrix products (compact WY form), or one C x C product for C / 2 reflections "
+        "or more",
+    ),
+    Case(
+        "reverse_permutation",
+        "an index on a GPU: applied while the kernels read the input; otherwise one more pass",
+    ),
 )
 
 
@@ -89,15 +100,16 @@ class Route(NamedTuple):
     """The path of one call.
 
     Attributes:
-        case: Why, and what runs.
-        engine: Computes the coupling; None for plain operations.
+        case: The reason, and what runs.
+        engine: What computes the coupling; None for plain operations.
         layout: Memory format of the result.
-        is_copied: The engine is given a contiguous copy of the input.
-        unpermutes_inside: With ``reverse_permutation`` the engine inverts the permutation, by
-            reading x through the index.
-        unpermutes_apart: A pass of its own does, ahead of the coupling; in the inverse the
-            opposite one comes last.
-        folds_affine: The inverse of scale, offset and permutation is one product with a bias.
+        is_copied: Whether the engine gets a contiguous copy of the input.
+        unpermutes_inside: Whether the engine inverts the permutation for ``reverse_permutation``,
+            by reading x through the index.
+        unpermutes_apart: Whether a separate pass does so ahead of the coupling. In the inverse the
+            opposite pass comes last.
+        folds_affine: Whether the inverse of scale, offset and permutation is one product with a
+            bias.
         with_gradients: Whether gradients are enabled.
     """
 
@@ -116,15 +128,15 @@ _INVERSE_WITH_GRADIENTS = Route(INVERSE_WITH_GRADIENTS)
 
 
 def choose_route(call: BlockCall) -> Route:
-    """Decide how a call is evaluated; no tensor is computed.
+    """Decide how a call is evaluated, without computing a tensor.
 
     Raises:
-        RuntimeError: The backend is "triton" and cannot be honoured; the message says why.
+        RuntimeError: The backend is "triton" and cannot be used. The message says why.
     """
     x, backend = call.x, requested(call.backend)
-    if needs_plain(x):  # first, because a graph must not come to depend on sizes
+    if needs_plain(x):  # first, because a graph must not depend on sizes
         if backend == "triton":
-            raise _not_triton("the call is being traced, transformed or compiled")
+            raise _triton_error("the call is being traced, transformed or compiled")
         return _RECORDED
     with_gradients = torch.is_grad_enabled()
     if backend == "auto" and (is_small(x) or (with_gradients and _is_small_for_a_product(call))):
@@ -142,29 +154,29 @@ def choose_route(call: BlockCall) -> Route:
 
 
 def choose_engine(call: BlockCall, backend: str) -> Route:
-    """The route of a call that plain operations do not take.
+    """Choose the engine for a call that plain operations do not take, and return its route.
 
     Args:
         call: The call.
-        backend: "auto", "eager" or "triton": the one that is requested.
+        backend: The requested one: "auto", "eager" or "triton".
 
     Raises:
-        RuntimeError: The backend is "triton" and cannot be honoured.
+        RuntimeError: The backend is "triton" and cannot be used. The message says why.
     """
     x = call.x
     layout = memory_format(x)
     is_channels_last = layout is not torch.contiguous_format
-    # GIN's mean runs over all pixels of a sample, and a kernel's rows know nothing of each other
+    # GIN's mean runs over all pixels of a sample, but a kernel treats each row by itself
     pixels_suit_triton = is_channels_last and not call.spec.gin
     is_wanted = wants_triton(x, backend, call.spec)
     reason = why_not_triton(x, pixels_suit_triton) if is_wanted else None
     if reason is not None and backend == "triton":
-        raise _not_triton(reason)
+        raise _triton_error(reason)
     is_triton = is_wanted and reason is None
     as_pixels = pixels_suit_triton if is_triton else is_channels_last
     is_copied = is_triton and not as_pixels and not is_packed(x)
-    # The eager engine would gather piece by piece what one index_select takes at once (0.3 ns an
-    # element at rank 0, 0.1 on planes), and the passive half, for the subnet, once more.
+    # One index_select of x takes 0.3 ns an element at rank 0, and 0.1 on planes. The eager engine
+    # would gather piece by piece instead, and the passive half once more for the subnet.
     is_index = isinstance(call.permutation, IndexPermutation)
     unpermutes_inside = call.reverse_permutation and is_triton and is_index
     unpermutes_apart = call.reverse_permutation and not unpermutes_inside
@@ -174,7 +186,7 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     case = COPIED if is_copied else FUSED
     if as_pixels:
         case, engine = PIXEL_ROWS, ByPixels(engine)
-    # by position: by name it takes 0.3 us more
+    # by position, because keywords take 0.3 us more
     return Route(
         case, engine, layout, is_copied, unpermutes_inside, unpermutes_apart, folds_affine,
         with_gradients,
@@ -186,12 +198,13 @@ def _is_small_for_a_product(call: BlockCall) -> bool:
 
 
 def _folds_affine(call: BlockCall) -> bool:
-    """Whether u = (w^-1 y - offset) / scale is one product with a bias.
+    """Return whether u = (w^-1 y - offset) / scale is computed as one product with a bias.
 
-    Saves two passes. Without it an inverse takes 1.04 to 1.08 times as long, subnet included, at
-    (4096, 64), (32, 64, 32, 32), (8, 256, 32, 32) and (8, 64, 64, 64), and as long at (256, 512):
-    one thread of an AMD EPYC. The matrix must be the smaller one, and the product must have the
-    result's dtype: not so under autocast, in half precision, or where global_scale is wider.
+    That saves two passes. Without it an inverse takes 1.04 to 1.08 times as long, subnet included,
+    at (4096, 64), (32, 64, 32, 32), (8, 256, 32, 32) and (8, 64, 64, 64). At (256, 512) it takes as
+    long. This was measured on one thread of an AMD EPYC. The matrix must have at most half as many
+    elements as y. The product must have the result's dtype, which excludes autocast, half precision
+    and a wider global_scale.
     """
     permutation, y = call.permutation, call.x
     if not isinstance(permutation, MatrixPermutation):
@@ -209,15 +222,14 @@ def _folds_affine(call: BlockCall) -> bool:
 
 # --- Triton ---------------------------------------------------------------------------------------
 
-# Clamps that kernels are compiled for in a process. Each costs half a second a kernel, and its
-# binaries stay: a clamp that is annealed, with a new value in every step, runs the eager engine
-# from here on.
+# Most clamps per process that kernels are compiled for. Each costs half a second a kernel, and its
+# binaries stay. An annealed clamp, with a new value in every step, then runs the eager engine.
 MOST_CLAMPS = 16
 _clamps: set[tuple[float, float]] = set()
 
 
 def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
-    """Whether the Triton engine is wanted for x; on a GPU this counts the clamp."""
+    """Return whether the Triton engine is wanted for x. On a GPU this counts the clamp."""
     if backend == "triton":
         return True
     if backend == "eager" or not x.is_cuda:
@@ -234,18 +246,18 @@ def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
 
 @cache
 def _warn_of_annealing() -> None:
-    """Warn once in a process."""
+    """Warn, once per process, that new clamps run the eager engine."""
     warnings.warn(
-        f"a kernel is compiled for every clamp, and {MOST_CLAMPS} have been: blocks with yet "
-        "another one run the eager functions. Change the clamp in steps, or ask for "
-        "backend='triton'",
+        f"Triton kernels are compiled for each clamp, and this process has used {MOST_CLAMPS}. "
+        "Blocks with another clamp run the eager path. Change the clamp in fewer, larger steps, or "
+        "use backend='triton' to compile for every clamp.",
         stacklevel=2,
     )
 
 
 @cache
-def triton_missing() -> str | None:
-    """Why Triton cannot be used in this process at all, or None."""
+def why_no_triton() -> str | None:
+    """Return why Triton cannot be used in this process at all, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     try:
@@ -257,14 +269,14 @@ def triton_missing() -> str | None:
 
 @cache
 def triton_engine() -> Engine:
-    """The Triton engine; importing it imports Triton."""
+    """Return the Triton engine. The first call imports Triton."""
     from fastflow_kernels.engines.triton import engine
 
     return engine
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter is switched on.
+    """Return whether Triton's interpreter is switched on.
 
     It runs kernels on CPU tensors, slowly, for tests.
     """
@@ -272,21 +284,21 @@ def is_interpreted() -> bool:
 
 
 def why_not_triton(x: Tensor, as_pixels: bool = False) -> str | None:
-    """Why the Triton kernels do not take this input, in words, or None if they do.
+    """Return why the Triton kernels do not take this input, or None if they do.
 
     Args:
         x: The block's input, (B, C, *S).
-        as_pixels: Whether its pixels are given as rows, (B * P, C).
+        as_pixels: Whether its pixels are passed as rows, (B * P, C).
     """
     if not x.is_cuda and not is_interpreted():
         return f"the input is on {x.device}, and Triton runs on a GPU"
     shape: Sequence[int] = x.shape
     if as_pixels:
         shape = x.numel() // shape[1], shape[1]
-    return triton_missing() or why_unsupported(shape, x.dtype)
+    return why_no_triton() or why_unsupported(shape, x.dtype)
 
 
-def _not_triton(reason: str) -> RuntimeError:
+def _triton_error(reason: str) -> RuntimeError:
     return RuntimeError(
         f"backend 'triton' cannot be used here: {reason}. Use backend='auto' to run what is "
         "available."
