@@ -1,4 +1,7 @@
-"""Accuracy and speed of the backends on this machine, against the eager path in float64."""
+"""Measures accuracy and speed of the backends on this machine.
+
+The eager path in float64 is the truth. Speed is compared with the formula in plain operations.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.permutations import IndexPermutation
 
-# Blocks of published models, and one odd shape. On a CPU the batch of images is smaller, so that a
-# laptop is done in seconds.
+# Blocks of published models, and one odd shape. The batches of images are smaller on a CPU, so that
+# a laptop needs only seconds.
 CPU_SHAPES = {
     "FastFlow wide-resnet50, stage 3": (4, 1024, 16, 16),
     "FastFlow resnet18, stage 1": (4, 64, 64, 64),
@@ -33,7 +36,8 @@ GPU_SHAPES = {
     "CFlow": (64, 512),
     "odd": (3, 33, 7, 9),
 }
-# of forward and backward, in inputs: read x, a, then dy, x, a; write y, then dx, da
+# The bytes that a train step must move, in inputs. Forward: read x, a, write y; backward: read dy,
+# x, a, write dx, da.
 MINIMAL_BYTES = 8
 
 Run = Callable[[dict[str, Tensor], bool], tuple[Tensor, Tensor]]
@@ -41,25 +45,24 @@ Run = Callable[[dict[str, Tensor], bool], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Row:
-    """One backend on one shape.
+    """The result of one backend on one shape.
 
     Attributes:
         backend: "eager" or "triton".
         workload: Name in :func:`shapes`.
         shape: (B, C, *S).
-        dtype: Of the data.
-        worst: The quantity nearest to its limit, and its error as a fraction of that limit.
+        dtype: Dtype of the data.
+        worst: Name of the quantity nearest to its limit.
+        fraction: Its error as a fraction of that limit.
         passed: Whether every quantity keeps err <= 2 * err(plain operations in this dtype) + 4 eps
             * max, by maximum and by RMS.
-        milliseconds: Median time of forward and backward, as called.
-        speedup: Against the formula in plain operations (indexing, tanh, exp), in the same
-            interleaved run. Not against a stock block, which is slower than those: `make bench`
-            compares with them.
-        device_milliseconds: On a GPU, the same of the device alone, without what Python and the
-            launches take.
-        share: On a GPU, the bytes that must be moved in that time, per second, as a share of what a
-            large copy moves; None where they fit into the L2 cache twice, which is faster than
-            memory.
+        milliseconds: Median time of a call, forward and backward.
+        speedup: Time of the formula in plain operations (indexing, tanh, exp) divided by the
+            backend's, in the same interleaved run. Stock blocks are slower than plain operations;
+            `make bench` compares with them.
+        device_milliseconds: The GPU's own time, without Python and launches; None on a CPU.
+        share: Bandwidth of the bytes that must be moved, as a share of a large copy's. None on a
+            CPU, and if the L2 cache holds half of them or more, because it is faster than memory.
     """
 
     backend: str
@@ -76,12 +79,12 @@ class Row:
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """The shapes that are run on this machine's device, by name."""
+    """Return the shapes to run on this machine's device, by name."""
     return GPU_SHAPES if _device().type == "cuda" else CPU_SHAPES
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend, with the reason why it is not available on this machine, or None."""
+    """Return every backend with the reason why it is not available on this machine, or None."""
     if not torch.cuda.is_available() and not route.is_interpreted():
         return {"eager": None, "triton": "torch finds no GPU on this machine"}
     return {
@@ -139,7 +142,7 @@ def check(repeats: int = 7, progress: Callable[[str], None] = lambda line: None)
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """Return the rows as a table of text."""
     of_copy = (
         f" {'device':>11} {'of copy':>8}" if any(row.device_milliseconds for row in rows) else ""
     )
@@ -164,7 +167,7 @@ def table(rows: list[Row]) -> str:
 
 
 def as_json(rows: list[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data."""
+    """Return the rows as dictionaries for JSON."""
     return [asdict(row) for row in rows]
 
 
@@ -252,7 +255,7 @@ def _worst(
     truth: dict[str, Tensor],
     dtype: torch.dtype,
 ) -> tuple[str, float]:
-    """The quantity whose error is the largest fraction of what is allowed."""
+    """Return the quantity nearest to its limit, and its error as a fraction of that limit."""
     fractions = {}
     for key, exact in truth.items():
         error, baseline = (actual[key].double() - exact).abs(), (plain[key].double() - exact).abs()
@@ -264,7 +267,7 @@ def _worst(
 
 
 def _step(run: Run, tensors: dict[str, Tensor]) -> Callable[[], object]:
-    """Forward and backward."""
+    """Return a function that runs forward and backward once."""
     leaves = {key: tensors[key].detach().requires_grad_() for key in ("x", "a", "scale", "offset")}
 
     def step() -> object:
@@ -279,7 +282,11 @@ def _step(run: Run, tensors: dict[str, Tensor]) -> Callable[[], object]:
 
 
 def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, float]:
-    """Median seconds of forward and backward, and the median ratio of plain operations to it."""
+    """Measure forward and backward, interleaved with plain operations.
+
+    Returns:
+        The median in seconds, and the median ratio of the plain operations' time to it.
+    """
     fused, plain = _step(run, tensors), _step(_plain, tensors)
     _seconds(fused), _seconds(plain)
     pairs = [(_seconds(fused), _seconds(plain)) for _ in range(repeats)]
@@ -288,7 +295,7 @@ def _time(run: Run, tensors: dict[str, Tensor], repeats: int) -> tuple[float, fl
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Seconds of a call, until the device is done; on a GPU of several in a row."""
+    """Measure the seconds of a call until the device is done; on a GPU the mean of five."""
     wait, calls = (torch.cuda.synchronize, 5) if _device().type == "cuda" else (lambda: None, 1)
     wait()
     start = time.perf_counter()
@@ -299,8 +306,10 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 class _Device:
-    """Times calls on the GPU alone: they are queued behind copies that take longer than queueing
-    does, so that no launch is waited for.
+    """A timer for the GPU's own time of a call.
+
+    Calls are queued behind copies that take longer than the queueing, so that the GPU never waits
+    for a launch.
     """
 
     CALLS, REPEATS = 5, 3
@@ -314,18 +323,29 @@ class _Device:
         )
 
     def bandwidth(self) -> float:
-        """Bytes per second, read and written together, of a large copy."""
+        """Return the bytes per second of a large copy, read and written together."""
         return 2 * self.source.nbytes / self.copy_seconds
 
     def share(self, moved: int, seconds: float) -> float | None:
-        """Bytes moved per second as a share of a large copy's; None where the cache could serve
-        them.
+        """Return the bytes moved per second as a share of a large copy's.
+
+        Args:
+            moved: Bytes that a call must move.
+            seconds: Time of the call.
+
+        Returns:
+            The share, or None if the L2 cache could serve the bytes.
         """
         cache = torch.cuda.get_device_properties(self.source.device).L2_cache_size
         return moved / seconds / self.bandwidth() if moved > 2 * cache else None
 
     def seconds(self, call: Callable[[], object], as_called: float) -> float:
-        """Median seconds of a call, given what it takes as called."""
+        """Return the median seconds of a call on the GPU.
+
+        Args:
+            call: The function to time.
+            as_called: Its seconds with Python and launches, which say how many copies to queue.
+        """
         copies = math.ceil(2 * self.CALLS * as_called / self.copy_seconds)
         return statistics.median(self._timed(call, copies) for _ in range(self.REPEATS))
 
