@@ -23,7 +23,7 @@ class IndexCache:
     """A cache for the index of one block's hard permutation.
 
     A stock block holds a hard permutation as float matrices, and so does ours in dialect
-    "anomalib". What averages, flattens or copies parameters can then treat both blocks alike. The
+    "anomalib". Code that averages, flattens or copies parameters can then treat both alike. The
     fused path needs the index.
 
     The cached index is used only if it is certain to be current. Each call checks that the matrices

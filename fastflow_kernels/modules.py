@@ -117,8 +117,8 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         dims_in: ``[(C, *S)]`` with 0 to 3 spatial dimensions. Dialect "anomalib" takes any spatial
             size, "freia" only the declared one.
         dims_c: Shapes of the conditions, ``[(C_k, *S), ...]``.
-        subnet_constructor: A function ``f(channels_in, channels_out)`` that returns the module
-            which predicts the coefficients.
+        subnet_constructor: A function ``f(channels_in, channels_out)`` that returns the subnet, a
+            module that predicts the coefficients.
         affine_clamping: Bound of the log-factors s. 0 is an additive coupling in dialect "anomalib"
             and an error in "freia".
         gin_block: Volume-preserving coupling (Sorrenson, Rother & Koethe 2020): the mean of s is

@@ -85,8 +85,8 @@ class StockSteps:
             rev: Compute the inverse.
 
         Returns:
-            The transformed active half (B, C2, *S), and its log-determinant (B,) in nats, the sum
-            of the log-factors. The inverse's is negative.
+            The transformed active half (B, C2, *S) and its log-determinant (B,) in nats. That is
+            the sum of the log-factors, negated for the inverse.
         """
         dtype = promoted(x, a)
         wide = accumulator(dtype)
