@@ -49,7 +49,7 @@ RECORDED = Case(
 SMALL_INPUT = Case(
     f"at most {SMALL} elements on a CPU, or {PRODUCT_COST * SMALL} in training with a soft "
     "permutation",
-    "plain operations with backend='auto', because a fused call has more overhead",
+    'plain operations with backend "auto", because a fused call has more overhead',
 )
 EMPTY = Case("an input without elements", "plain operations")
 INVERSE_WITH_GRADIENTS = Case(
