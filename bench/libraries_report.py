@@ -23,7 +23,7 @@ def library_tables(rows: list[Row]) -> list[str]:
     lines = [
         "### Other flow libraries",
         "",
-        f"The same flow of {rows[0]['workload']} in every library. Time / ours: above 1 ours is "
+        f"The same flow of {rows[0]['workload']} in every library. CPU time / ours: above 1 ours is "
         "faster.",
         "",
     ]

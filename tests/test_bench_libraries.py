@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def _only_freia(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {name: LIBRARIES[name] for name in WITH_FREIA}
     monkeypatch.setattr(libraries, "LIBRARIES", chosen)
     monkeypatch.setattr(libraries, "ROUNDS", (2, 2))
-    monkeypatch.setattr("bench.timing.SPAN", {"cpu": 0.0})
+    monkeypatch.setattr(libraries.timing, "SPAN", {"cpu": 0.0})
 
 
 # --- the chains -----------------------------------------------------------------------------------
@@ -144,6 +145,23 @@ def test_a_training_step_leaves_gradients_and_sampling_takes_none() -> None:
     (sample,) = timed.ready("inverse", 1)
     assert not sample().requires_grad
     assert torch.equal(sample(), chain.to_data(timed.z))
+
+
+def test_every_chain_begins_a_round_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Counting:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ready(self, mode: str, calls: int) -> list[Callable[[], None]]:
+            return [lambda: order.append(self.name)] * calls
+
+    monkeypatch.setattr(libraries, "ROUNDS", (3, 3))
+    monkeypatch.setattr(libraries.timing, "SPAN", {"cpu": 0.0})
+    times = libraries.time_in_turn({name: Counting(name) for name in "abc"}, "train", 0.0)
+    assert "".join(order[-9:]) == "abcbcacab"
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 @pytest.mark.peers
