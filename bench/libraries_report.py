@@ -23,8 +23,8 @@ def library_tables(rows: list[Row]) -> list[str]:
     lines = [
         "### Other flow libraries",
         "",
-        f"The same flow of {rows[0]['workload']} in every library. CPU time / ours: above 1 ours is "
-        "faster.",
+        f"The same flow of {rows[0]['workload']} in every library. CPU time / ours: above 1 ours "
+        "is faster.",
         "",
     ]
     for mode, heading in HEADINGS.items():
