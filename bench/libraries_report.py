@@ -1,21 +1,31 @@
-"""Write the comparison with other flow libraries as Markdown."""
+"""The comparison with other flow libraries as Markdown."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from bench.cells import grouped, number, shape_of, table
 from bench.records import Row
 
 HEADINGS = {"train": "Training step", "inverse": "Sampling"}
 
 
-def library_tables(rows: list[Row]) -> list[str]:
-    """Return a table of training and one of sampling, with a line per library.
+def plain_ratio(row: Row | None) -> str:
+    """Format a library's time divided by ours, for a terminal."""
+    return number(row, "ratio", "{:.2f}")
+
+
+def library_tables(
+    rows: list[Row], ratio_cell: Callable[[Row | None], str] = plain_ratio
+) -> list[str]:
+    """Return a table of training and one of sampling, under a heading.
 
     Args:
         rows: The rows of one device and dtype. Those of other kinds are left out.
+        ratio_cell: What formats a ratio.
 
     Returns:
-        Lines of Markdown, none if there is nothing to show. A cell is the library's time divided
-        by ours. Our own line is in milliseconds.
+        Lines of Markdown, none if there is nothing to show.
     """
     rows = [row for row in rows if row["kind"] == "library"]
     if not rows:
@@ -29,27 +39,22 @@ def library_tables(rows: list[Row]) -> list[str]:
     ]
     for mode, heading in HEADINGS.items():
         if measured := [row for row in rows if row["mode"] == mode]:
-            lines += [*_table(heading, measured), ""]
+            lines += [*library_table(measured, heading, ratio_cell), ""]
     return lines
 
 
-def _table(heading: str, rows: list[Row]) -> list[str]:
-    shapes = list(dict.fromkeys("x".join(map(str, row["shape"])) for row in rows))
-    cells = {(row["provider"], "x".join(map(str, row["shape"]))): row for row in rows}
-    lines = [
-        f"| {heading} | {' | '.join(shapes)} |",
-        "|---|" + "---:|" * len(shapes),
-    ]
-    for name in dict.fromkeys(row["provider"] for row in rows):
-        measured = [_cell(cells.get((name, shape))) for shape in shapes]
-        title = "ours, ms" if name == "ours" else name
-        lines.append(f"| {title} | {' | '.join(measured)} |")
-    return lines
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    if row["provider"] == "ours":
-        return f"{row['median_us'] * 1e-3:.2f}"
-    return f"{row['ratio']:.2f}"
+def library_table(
+    rows: list[Row], heading: str, ratio_cell: Callable[[Row | None], str]
+) -> list[str]:
+    """Return a line per library and a column per shape. Our own line is in milliseconds."""
+    shapes = list(dict.fromkeys(map(shape_of, rows)))
+    lines = []
+    for name, group in grouped(rows, lambda row: row["provider"]):
+        by_shape = {shape_of(row): row for row in group}
+        measured = [by_shape.get(shape) for shape in shapes]
+        if name == "ours":
+            cells = [number(row, "median_us", "{:.2f}", 1e-3) for row in measured]
+            lines.append(["ours, ms", *cells])
+        else:
+            lines.append([name, *map(ratio_cell, measured)])
+    return table([heading, *shapes], lines)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.cells import grouped, number, shape_of, speedup, table
+from bench.libraries_report import library_table
 from bench.records import Row
 
 CPU, GPU = "cpu-amd-epyc", "nvidia-h200"
@@ -202,19 +203,7 @@ def libraries(mode: str) -> Callable[[list[Row]], list[str]]:
     """Return the maker of a table: other libraries' time divided by ours, on a CPU."""
 
     def lines_of(rows: list[Row]) -> list[str]:
-        chosen = _chosen(rows, CPU, kind="library", mode=mode)
-        shapes = list(dict.fromkeys(map(shape_of, chosen)))
-        lines = []
-        for name, group in grouped(chosen, lambda row: row["provider"]):
-            by_shape = {shape_of(row): row for row in group}
-            cells = [
-                number(by_shape.get(shape), "median_us", "{:.2f}", 1e-3)
-                if name == "ours"
-                else speedup(by_shape.get(shape))
-                for shape in shapes
-            ]
-            lines.append(["ours, ms" if name == "ours" else name, *cells])
-        return table(["library", *shapes], lines)
+        return library_table(_chosen(rows, CPU, kind="library", mode=mode), "library", speedup)
 
     return lines_of
 

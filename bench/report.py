@@ -103,7 +103,7 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
             if threads == 0:
                 parts += [f"### {heading}, as called from Python", "", *called_table(chosen), ""]
             parts += _notes(chosen)
-    return parts + library_tables(rows) + _kernels(rows)
+    return parts + library_tables(rows, speedup) + _kernels(rows)
 
 
 def _image(file: str) -> list[str]:
