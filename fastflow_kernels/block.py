@@ -18,8 +18,9 @@ from fastflow_kernels.engines import plain
 from fastflow_kernels.fork import fork, passive_half
 from fastflow_kernels.fused import fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format, packed
-from fastflow_kernels.permutations import MatrixPermutation
-from fastflow_kernels.route import Route, choose_route
+from fastflow_kernels.permutations import HouseholderPermutation, MatrixPermutation
+from fastflow_kernels.predicates import is_small
+from fastflow_kernels.route import SMALL_INPUT, Route, choose_route
 
 
 def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -37,9 +38,30 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
             a floating-point tensor.
     """
     route = choose_route(call)
+    if isinstance(call.permutation, HouseholderPermutation):
+        call = _compute_reflections(call, call.permutation, route)
     if route.engine is None:
         return plain_inverse(call) if call.rev else plain_forward(call)
     return _inverse(call, route) if call.rev else _forward(call, route)
+
+
+def _compute_reflections(
+    call: BlockCall, permutation: HouseholderPermutation, route: Route
+) -> BlockCall:
+    """Return the call with its reflections computed, if it is small or uses them twice.
+
+    On small inputs each operation's overhead counts, and a matrix takes one operation where thin
+    products take three. FrEIA 0.2's time divided by ours, before and after: (128, 32) forward 0.76
+    and 0.97, (512, 6) training 0.81 and 1.03 (`reverse_permutation`, one thread of an AMD EPYC).
+    """
+    is_small_matrix = (
+        route.case is SMALL_INPUT
+        and isinstance(permutation.base, MatrixPermutation)
+        and is_small(permutation.base.w)
+    )
+    if not (is_small_matrix or call.reverse_permutation):
+        return call
+    return call._replace(permutation=permutation.computed(is_small_matrix))
 
 
 # --- plain operations -----------------------------------------------------------------------------
