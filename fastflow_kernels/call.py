@@ -147,7 +147,9 @@ def _resolve_split(c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]) -> Sequ
     if len(shapes) == len(c) and channels == sum(dims[0] for dims in dims_c):
         return shapes
     if len(c) != len(dims_c):
-        raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}")
+        raise InputValueError(
+            f"expected {len(dims_c)} condition(s), got {len(c)}: call block([x], c=[...])"
+        )
     return dims_c
 
 

@@ -49,16 +49,15 @@ def check_dims(
 
 
 def _parse_shapes(name: str, value: Any) -> list[tuple[int, ...]]:
+    message = f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
+    if name == "dims_c" and value == [None]:  # from SequenceINN.append
+        message += ": append(block, cond=0, cond_shape=(8,)) takes both or neither"
     try:
         shapes = [tuple(operator.index(n) for n in shape) for shape in value]
     except TypeError:
-        raise TypeError(
-            f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
-        ) from None
+        raise TypeError(message) from None
     if any(not shape for shape in shapes):
-        raise ValueError(
-            f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
-        )
+        raise ValueError(message)
     return shapes
 
 

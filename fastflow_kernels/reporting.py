@@ -19,8 +19,9 @@ from fastflow_kernels.accelerated import (
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.permutations import IndexPermutation
+from fastflow_kernels.predicates import SMALL
 from fastflow_kernels.reversible import ReversibleChain
-from fastflow_kernels.stock import SEQUENCE, Left, is_named, shallow_copy
+from fastflow_kernels.stock import GRAPH, SEQUENCE, Left, is_named, shallow_copy
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,14 @@ class Report:
             reversible = sum(entry.state == "reversible" for entry in self.chains)
             lines.append(f"{reversible} of {len(self.chains)} chains are reversible")
             lines += [_line(entry) for entry in self.chains]
+        if fused:
+            lines.append(NOTE_ON_SMALL_INPUTS)
         return "\n".join(lines)
+
+
+NOTE_ON_SMALL_INPUTS = (
+    f"On a CPU, inputs of at most {SMALL} elements run plain operations instead of fused ones."
+)
 
 
 def _line(entry: Entry) -> str:
@@ -137,6 +145,9 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     if isinstance(chain, ReversibleChain):
         is_changed = isinstance(chain, AcceleratedChain)
         return Entry(name, kind, "reversible", is_changed, describe_reversible(chain))
+    if is_named(type(chain), GRAPH):
+        reason = "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can"
+        return Entry(name, kind, "left", False, reason)
     if not is_named(type(chain), SEQUENCE):
         return None
     outcome = make_reversible(shallow_copy(chain, type(chain)))
@@ -144,7 +155,8 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
         return None
     can_be_reversible, reason = outcome
     if can_be_reversible:
-        reason = f"accelerate(model, reversible=True) would take it: {reason}"
+        # how many of its modules depends on what accelerate makes of its blocks
+        reason = "accelerate(model, reversible=True) would take it"
     return Entry(name, kind, "left", False, reason)
 
 
@@ -168,7 +180,8 @@ def _describe(block: Any, dialect: str, activation: str) -> str:
             if isinstance(IndexCache().permutation(block), IndexPermutation)
             else "soft permutation"
         )
-    return f"dialect {dialect!r}, {activation}, {permutation}"
+    scale = "GIN" if block.GIN else activation  # the scale of a GIN block is 1
+    return f"dialect {dialect!r}, {scale}, {permutation}"
 
 
 def _kind(part: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 BLOCK = "AllInOneBlock"
 SEQUENCE = "SequenceINN"
+GRAPH = "GraphINN"
 
 
 class Left(Exception):

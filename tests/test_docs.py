@@ -1,8 +1,6 @@
 """The examples of the pages and of the docstrings run, and print what they say.
 
-A ``pycon`` block is a session whose output is compared. A ``python`` block runs. The blocks of a
-page share their names. An HTML comment ``<!-- not run: reason -->`` in the line before a block
-excuses it.
+Those of docs/anomalib.md import anomalib: tests/ecosystem/test_examples.py.
 """
 
 from __future__ import annotations
@@ -16,9 +14,11 @@ from typing import Any
 import pytest
 
 from bench import performance, records
+from tests.support.pages import BLOCK, blocks, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = ROOT / "docs" / "anomalib.md"
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("fastflow_kernels", "reference")
@@ -26,38 +26,6 @@ MODULES = sorted(
     # tests/ecosystem runs the example of this one, which needs Lightning
     if ">>>" in path.read_text() and path.stem != "lightning"
 )
-BLOCK = re.compile(
-    r"^(?P<excuse><!-- not run: [^\n]+ -->\n)?```(?P<kind>python|pycon)\n(?P<code>.*?)^```$",
-    re.MULTILINE | re.DOTALL,
-)
-
-
-def blocks(page: str) -> list[tuple[str, int, str]]:
-    """Return kind, line number and code of every block that must run."""
-    return [
-        (m["kind"], page[: m.start("code")].count("\n"), m["code"])
-        for m in BLOCK.finditer(page)
-        if not m["excuse"]
-    ]
-
-
-def run(page: str, name: str) -> int:
-    """Run a page's blocks in order, and return their number."""
-    names: dict = {"__name__": "__main__"}
-    examples = blocks(page)
-    for kind, line, code in examples:
-        if kind == "python":
-            exec(compile("\n" * line + code, name, "exec"), names)
-            continue
-        test = doctest.DocTestParser().get_doctest(code, names, name, name, line)
-        report: list[str] = []
-        failed, attempted = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
-            test, out=report.append, clear_globs=False
-        )
-        names = test.globs
-        assert attempted, f"{name}, line {line}: a session without a command"
-        assert not failed, "".join(report)
-    return len(examples)
 
 
 def page_of(path: Path) -> Any:
@@ -69,7 +37,10 @@ def page_of(path: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("path", [page_of(path) for path in PAGES if blocks(path.read_text())])
+@pytest.mark.parametrize(
+    "path",
+    [page_of(path) for path in PAGES if blocks(path.read_text()) and path != ELSEWHERE],
+)
 def test_examples_of_the_page_run(path: Path) -> None:
     assert run(path.read_text(), str(path))
 

@@ -116,6 +116,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
         TypeError,
         r"dims_c as a list of shapes.*got \(4,\)",
     ),
+    "condition without a shape": (  # SequenceINN.append(block, cond=0)
+        {"dims_c": [None]},
+        TypeError,
+        r"got \[None\]: append\(block, cond=0, cond_shape=\(8,\)\) takes both or neither",
+    ),
 }
 for activation in ("SIGMOID", "SOFTPLUS", "EXP"):
     for value in (

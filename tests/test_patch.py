@@ -265,8 +265,8 @@ def test_report() -> None:
     assert "Mine" in after.left[0].kind
     lines = str(after).splitlines()
     assert lines[0] == "2 of 3 blocks run fused"
-    assert len(lines) == 4
-    for line, entry in zip(lines[1:], after.entries, strict=True):
+    assert lines[-1].startswith("On a CPU, inputs of at most 32768 elements run plain operations")
+    for line, entry in zip(lines[1:-1], after.entries, strict=True):
         assert line.split()[0] == entry.state
         assert entry.name in line
         assert entry.kind in line
@@ -286,6 +286,12 @@ def test_report_says_what_overrides_a_step_of_our_class() -> None:
     assert (entry.state, entry.changed) == ("stock maths", False)
     assert "overridden" in entry.reason
     assert str(report(own)).startswith("0 of 1 blocks run fused")
+    assert "On a CPU" not in str(report(own))
+
+
+def test_report_says_gin() -> None:
+    own = fastflow_kernels.AllInOneBlock([(4,)], subnet_constructor=nn.Linear, gin_block=True)
+    assert "dialect 'anomalib', GIN, hard permutation" in str(report(own))
 
 
 @peers

@@ -219,6 +219,20 @@ def test_block_that_stands_in_two_places_is_changed_once() -> None:
 
 
 @pytest.mark.peers
+def test_report_says_that_a_graph_cannot_be_reversible() -> None:
+    """The warning of accelerate(graph, reversible=True) sends its reader there."""
+    node = freia().framework.InputNode(4)
+    model = freia().framework.GraphINN([node, freia().framework.OutputNode(node)])
+    with pytest.warns(UserWarning, match="no chain of the model was made reversible"):
+        accelerate(model, reversible=True)
+    (entry,) = report(model).chains
+    assert (entry.state, entry.reason) == (
+        "left",
+        "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can",
+    )
+
+
+@pytest.mark.peers
 def test_report_of_chains() -> None:
     model = sequence(anomalib_block)
     (entry,) = report(model).chains

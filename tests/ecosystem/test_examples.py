@@ -1,5 +1,6 @@
-"""The scripts of docs/examples that need anomalib, Lightning or a C++ compiler; the others are run
-by tests/test_examples.py.
+"""The examples that need anomalib, Lightning or a C++ compiler.
+
+tests/test_examples.py runs the other scripts, and tests/test_docs.py the other pages.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import numpy as np
 import onnxruntime
 import skimage.io
 
-from tests.support.examples import printed_values, run_example
+from tests.support.examples import ROOT, printed_values, run_example
+from tests.support.pages import run
 
 # torchvision has to be prepared in the script's process: see the function.
 PREPARED = """
@@ -44,6 +46,11 @@ def _score(session: onnxruntime.InferenceSession, image: Path) -> float:
     names = [output.name for output in session.get_outputs()]
     results = session.run(None, {session.get_inputs()[0].name: pixels})
     return float(np.asarray(results[names.index("pred_score")]).item())
+
+
+def test_page_for_anomalib_users() -> None:
+    path = ROOT / "docs" / "anomalib.md"
+    assert run(path.read_text(), str(path)) == 3
 
 
 def test_compiled_by_inductor(tmp_path: Path) -> None:
