@@ -90,7 +90,7 @@ def _inline(translator, node: nodes.math) -> None:
 
 def _display(translator, node: nodes.math_block) -> None:
     latex = node.astext().strip()
-    if "&" in latex:
+    if "&" in latex and "\\begin" not in latex:
         latex = rf"\begin{{split}} {latex} \end{{split}}"
     translator.body.append(f'<div class="math">{convert(latex, display="block")}</div>')
     raise nodes.SkipNode

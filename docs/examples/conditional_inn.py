@@ -22,6 +22,7 @@ def subnet(channels_in: int, channels_out: int) -> nn.Module:
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # such small networks gain nothing from more
     # Every block gets condition 0, which has one channel. The subnets see it as a further input.
     flow = SequenceINN(2)
     for _ in range(6):
