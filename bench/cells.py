@@ -1,4 +1,4 @@
-"""Cells and tables of Markdown: one number a cell, faster and slower told apart."""
+"""Names, cells and tables of the report: one number a cell, faster and slower told apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,33 @@ from bench.records import Row
 
 NOISE = 0.02  # ratios this close to 1 differ no more than two runs of the same code
 EMPTY = "–"
+
+PEERS = {"anomalib": "anomalib 2.7.0", "freia": "FrEIA main"}
+# Workloads by how their names begin, in words.
+MODELS = {
+    "fastflow-wrn50": "FastFlow, wide-resnet50",
+    "fastflow-r18": "FastFlow, resnet18",
+    "fastflow-cait": "FastFlow, CaiT",
+    "uflow-mcait": "UFlow, CaiT",
+    "cflow-ad": "CFlow-AD, soft permutation",
+    "cflow": "CFlow, conditional",
+    "bgad": "BGAD, soft permutation",
+    "msflow": "MSFlow, conditional",
+    "hyperspectral": "hyperspectral, `reverse_permutation`",
+    "calo": "CaloINN, conditional",
+    "tabular Householder 8": "tabular, 8 reflections",
+    "tabular GIN": "tabular, GIN",
+    "tabular soft": "tabular, soft permutation",
+    "tabular": "tabular",
+    "soft large batch": "soft permutation",
+    "Householder 4": "4 reflections",
+    "channels-last": "channels-last",
+    "small/posterior": "posterior, conditional",
+    "small/sample": "one sample",
+    "small/image channels-last": "small images, channels-last",
+    "small/image": "small images",
+    "small/signal": "one signal",
+}
 
 Item = TypeVar("Item")
 
@@ -54,6 +81,12 @@ def shape_of(row: Row) -> str:
     """Return a row's shape as Python writes it, with spaces that do not break."""
     numbers = ",\u00a0".join(map(str, row["shape"]))
     return f"({numbers})"
+
+
+def input_name(row: Row) -> str:
+    """Return a row's model and shape in words."""
+    names = (name for key, name in MODELS.items() if row["workload"].startswith(key))
+    return f"{next(names, row['workload'])} {shape_of(row)}"
 
 
 def grouped(items: Iterable[Item], key: Any) -> list[tuple[Any, list[Item]]]:

@@ -8,42 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.cells import grouped, number, shape_of, speedup, table
+from bench.cells import PEERS, grouped, input_name, number, shape_of, speedup, table
 from bench.libraries_report import library_table
 from bench.records import Row
 
 CPU, GPU = "cpu-amd-epyc", "nvidia-h200"
-PEERS = {"anomalib": "anomalib 2.7.0", "freia": "FrEIA main"}
 CHAINS = {
     "plain": "plain chain",
     "checkpoint": "`checkpoint`",
     "anomalib": "anomalib's blocks",
     "reversible": "reversible",
-}
-# Workloads by how their names begin, in words.
-MODELS = {
-    "fastflow-wrn50": "FastFlow, wide-resnet50",
-    "fastflow-r18": "FastFlow, resnet18",
-    "fastflow-cait": "FastFlow, CaiT",
-    "uflow-mcait": "UFlow, CaiT",
-    "cflow-ad": "CFlow-AD, soft permutation",
-    "cflow": "CFlow, conditional",
-    "bgad": "BGAD, soft permutation",
-    "msflow": "MSFlow, conditional",
-    "hyperspectral": "hyperspectral, `reverse_permutation`",
-    "calo": "CaloINN, conditional",
-    "tabular Householder 8": "tabular, 8 reflections",
-    "tabular GIN": "tabular, GIN",
-    "tabular soft": "tabular, soft permutation",
-    "tabular": "tabular",
-    "soft large batch": "soft permutation",
-    "Householder 4": "4 reflections",
-    "channels-last": "channels-last",
-    "small/posterior": "posterior, conditional",
-    "small/sample": "one sample",
-    "small/image channels-last": "small images, channels-last",
-    "small/image": "small images",
-    "small/signal": "one signal",
 }
 
 
@@ -107,7 +81,7 @@ def cpu_blocks(peer: str) -> Callable[[list[Row]], list[str]]:
             ["input", "forward", "training step", "inverse"],
             [
                 [name, *(speedup(_first(group, mode=mode)) for mode in modes)]
-                for name, group in grouped(chosen, _input)
+                for name, group in grouped(chosen, input_name)
             ],
         )
 
@@ -134,7 +108,7 @@ def kept(rows: list[Row]) -> list[str]:
                     for p in ("ours", *PEERS)
                 ),
             ]
-            for name, group in grouped(chosen, _input)
+            for name, group in grouped(chosen, input_name)
         ],
     )
 
@@ -153,7 +127,7 @@ def gpu(kind: str, dtype: str) -> Callable[[list[Row]], list[str]]:
         heads, lines = ["input"], []
         for time in ("GPU", "as called"):
             heads += [f"ours, {time}, {name}", *(f"{peer}, {time}" for peer in PEERS.values())]
-        for title, group in grouped(chosen, _input):
+        for title, group in grouped(chosen, input_name):
             cells = [title]
             for time, ratio in (("median_us", "ratio"), ("wall_us", "ratio_wall")):
                 cells.append(number(_first(group, provider="ours"), time, form, unit))
@@ -171,7 +145,7 @@ def cpu_flows(rows: list[Row]) -> list[str]:
         ["flow", *PEERS.values()],
         [
             [name, *(speedup(_first(group, provider=peer)) for peer in PEERS)]
-            for name, group in grouped(chosen, _input)
+            for name, group in grouped(chosen, input_name)
         ],
     )
 
@@ -223,12 +197,6 @@ def _first(rows: list[Row], **where: object) -> Row | None:
 
 def _agrees(row: Row, where: Row) -> bool:
     return "skipped" not in row and all(row.get(key) == value for key, value in where.items())
-
-
-def _input(row: Row) -> str:
-    """Return a row's model and shape in words."""
-    names = (name for key, name in MODELS.items() if row["workload"].startswith(key))
-    return f"{next(names, row['workload'])} {shape_of(row)}"
 
 
 TABLES: dict[str, Callable[[list[Row]], list[str]]] = {

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from bench.cells import PEERS, input_name
 from bench.records import Row
 from bench.subject import MODES
 
@@ -29,12 +30,16 @@ DEPTH_STYLES = {
 }
 EXECUTION_MARKERS = {"": "o", "-compiled": "^", "-graphs": "s"}
 LINES = {"o": "-", "^": "--", "s": ":"}
-MARGIN = {"left": 2.9, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
+MARGIN = {"left": 3.2, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
 
 
 def label(row: Row) -> str:
     """Return a workload and its shape, for an axis or a table."""
     return f"{row['workload']}  {'x'.join(map(str, row['shape']))}"
+
+
+def _axis_name(row: Row) -> str:
+    return input_name(row).replace("`", "")
 
 
 def _provider_style(name: str) -> tuple[str, str]:
@@ -63,7 +68,7 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
     if not rows:
         return False
     names, modes = (
-        list(dict.fromkeys(map(label, rows))),
+        list(dict.fromkeys(map(_axis_name, rows))),
         [mode for mode in MODES if any(row["mode"] == mode for row in rows)],
     )
     providers = list(dict.fromkeys(row["provider"] for row in rows))
@@ -77,7 +82,7 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
             drawn = [row for row in rows if row["mode"] == mode and row["provider"] == provider]
             axis.plot(
                 [against_ours(row, key) for row in drawn],
-                [names.index(label(row)) for row in drawn],
+                [names.index(_axis_name(row)) for row in drawn],
                 marker,
                 color=colour,
                 alpha=0.85,
@@ -91,8 +96,7 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
     if rows[0]["threads"] is None:  # a GPU, which is timed in two ways
         title += ", as called from Python" if key == "ratio_wall" else ", the GPU's own time"
     handles = [
-        _handle(name, f"{name} / {'ours-graphs' if name.endswith('-graphs') else 'ours'}")
-        for name in providers
+        _handle(name, f"{PEERS.get(name, name)} / {_compared_with(name)}") for name in providers
     ]
     _finish(
         figure,
@@ -101,6 +105,10 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
         path,
     )
     return True
+
+
+def _compared_with(provider: str) -> str:
+    return "ours-graphs" if provider.endswith("-graphs") else "ours"
 
 
 def against_ours(row: Row, key: str) -> float:
