@@ -107,7 +107,7 @@ def fastflow(
     """Build FastFlow's chain: 3x3 and 1x1 subnets in turn, clamp 2, hard permutations.
 
     Args:
-        block_class: The AllInOneBlock to use. Another class here exchanges the maths of the whole
+        block_class: The AllInOneBlock to use. Another class here replaces the maths of the whole
             model.
         shape: Channels, height and width of the features.
         steps: Number of blocks.

@@ -3,8 +3,8 @@
     python -m pytest bench/overhead.py
 
 The driver does nothing, so the times hold everything except the GPU's work. The subnet returns a
-stored tensor. A train step includes autograd's engine and the accumulation into ``.grad``. The test
-``test_autograd_alone`` shows how much these two take.
+stored tensor. A training step includes autograd's engine and the accumulation into ``.grad``. The
+test ``test_autograd_alone`` shows how much these two take.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_inverse(benchmark: Any, shape: tuple[int, ...]) -> None:
 def test_autograd_alone(benchmark: Any) -> None:
     """Time a product and its gradients for four leaves, as many as a block has.
 
-    This is autograd's own part of a train step.
+    This is autograd's own part of a training step.
     """
     leaves = [torch.randn(2, 2, requires_grad=True) for _ in range(4)]
     dy = torch.randn(2, 2)

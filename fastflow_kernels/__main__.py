@@ -59,10 +59,11 @@ def _info() -> int:
         )
     variable, names = backends.ENVIRONMENT_VARIABLE, " | ".join(backends.BACKENDS)
     value = os.environ.get(variable) or "(not set)"
-    unknown = ""
-    if value not in (*backends.BACKENDS, "(not set)"):
-        unknown = "   UNKNOWN: every block with backend='auto' raises an error. Set it to one of"
-    lines.append((variable, f"{value}{unknown}   {names}: what backend='auto' means"))
+    is_unknown = value not in (*backends.BACKENDS, "(not set)")
+    meaning = "what backend='auto' means"
+    if is_unknown:
+        meaning = "UNKNOWN value: set one of these, or blocks with backend='auto' raise"
+    lines.append((variable, f"{value}   {names}: {meaning}"))
     interpret = os.environ.get("TRITON_INTERPRET") or "(not set)"
     lines.append(("TRITON_INTERPRET", f"{interpret}   1: run the kernels on the CPU, for tests"))
     print("\n".join(_columns(lines)))
@@ -70,7 +71,7 @@ def _info() -> int:
     print("\n".join(f"  {line}" for line in _columns(route.WHAT_RUNS_WHERE)))
     print("\nhow a fused block applies its permutation:")
     print("\n".join(f"  {line}" for line in _columns(route.PERMUTATIONS)))
-    return 1 if unknown else 0
+    return int(is_unknown)
 
 
 def _devices() -> str:

@@ -170,7 +170,7 @@ class AcceleratedChain(ReversibleChain):
         return _new, (AcceleratedChain, self._fastflow_stock), self.__dict__.copy()
 
 
-# --- exchanging a class ---------------------------------------------------------------------------
+# --- replacing a class ----------------------------------------------------------------------------
 
 
 def hold(block: Any, maths: Maths, backend: str) -> None:

@@ -25,10 +25,11 @@ def validated(backend: str, where: str = "backend") -> str:
     """
     if not isinstance(backend, str):
         raise TypeError(
-            f"{where} must be a string, one of {', '.join(BACKENDS)}; got {type(backend).__name__}"
+            f"expected {where} as a string, one of {', '.join(BACKENDS)}; got "
+            f"{type(backend).__name__}"
         )
     if backend not in BACKENDS:
-        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        raise ValueError(f"expected {where} to be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
 
 

@@ -1,4 +1,4 @@
-"""Evaluates a block, from its checked call to its result.
+"""The evaluation of a block, from its checked call to its result.
 
 :func:`~fastflow_kernels.route.choose_route` decides once, and the code below follows its route in a
 straight line. One case shows only later: if the subnet widens the dtype, an inverse starts over in

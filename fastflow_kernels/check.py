@@ -1,6 +1,6 @@
-"""Measures accuracy and speed of the backends on this machine.
+"""Accuracy and speed of the backends on this machine.
 
-The eager path in float64 is the truth. Speed is compared with the formula in plain operations.
+The eager engine in float64 is the truth. Speed is compared with the formula in plain operations.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ GPU_SHAPES = {
     "CFlow": (64, 512),
     "odd": (3, 33, 7, 9),
 }
-# The bytes that a train step must move, in inputs. Forward: read x, a, write y; backward: read dy,
-# x, a, write dx, da.
+# The bytes that a training step must move, in inputs. Forward: read x, a, write y. Backward: read
+# dy, x, a, write dx, da.
 MINIMAL_BYTES = 8
 
 Run = Callable[[dict[str, Tensor], bool], tuple[Tensor, Tensor]]

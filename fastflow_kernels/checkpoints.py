@@ -1,4 +1,4 @@
-"""Reads stored permutations: both layouts of the stock blocks load into either dialect."""
+"""Stored permutations: both layouts of the stock blocks load into either dialect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes the passive half of the input to the subnet, and takes its gradient back."""
+"""The way of the passive half to the subnet, and of its gradient back."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``accelerate(model)`` and ``restore(model)``, for models of FrEIA and anomalib.
 
 A stock block stays the object it is, with its parameters, hooks and state-dict keys. Only its class
-is exchanged for a subclass whose ``forward`` is fused. Containers that keep references to blocks
+is replaced by a subclass whose ``forward`` is fused. Containers that keep references to blocks
 (GraphINN's nodes) and optimizers notice nothing.
 """
 
@@ -31,7 +31,7 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
     parameters. A block that computes something else than expected is left alone, and so is one
     whose class overrides a step. :func:`report` says what was done.
 
-    Some things that a stock block reads in every call may be exchanged later:
+    Some things that a stock block reads in every call may be replaced later:
     ``permute_function``, a step, the activation, or ``clamp`` for a tensor. The change takes
     effect, because such a call runs the stock maths.
 
@@ -122,7 +122,7 @@ def restore(model: _Model) -> _Model:
 
 
 def _accelerate_block(block: Any, backend: str) -> None:
-    """Exchange the class of a stock block, if it computes one of the known forms.
+    """Replace the class of a stock block, if it computes one of the known forms.
 
     An accelerated block is probed again if it has changed since then.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements up to which "auto" runs plain operations on a CPU. Train step, 1 thread of an AMD EPYC,
+# Elements up to which "auto" runs plain operations on a CPU. Training, 1 thread of an AMD EPYC,
 # plain / eager: (64, 512) 507 / 592 us, (1, 256, 16, 16) 665 / 659 us (more in bench/TUNING.md).
 SMALL = 1 << 15
 

@@ -1,4 +1,4 @@
-"""Finds out which maths a foreign AllInOneBlock computes, by running a copy of it."""
+"""The maths that a foreign AllInOneBlock computes, found by running a copy of it."""
 
 from __future__ import annotations
 

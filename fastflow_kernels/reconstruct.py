@@ -101,7 +101,7 @@ def _invert_permutation(permutation: Permutation, y: Tensor, rev: bool) -> Tenso
     A rotation made in float32 is orthogonal to 1e-7 only, which shows in float64. Each step of
     refinement multiplies the error by that. After two steps, 12 blocks are inverted as exactly as
     with rotations made in float64; after one, the input is 5 to 60 times as far off. Both together
-    make a float64 train step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with
+    make a float64 training step longer by 12% with (4, 64, 32, 32), 20% with (64, 128) and 34% with
     (4096, 64), on an AMD EPYC.
     """
     x = _permute(permutation, y, not rev)

@@ -1,4 +1,4 @@
-"""Runs a subnet a second time, with all that its result depends on beside its input."""
+"""A second run of a subnet, with all that its result depends on beside its input."""
 
 from __future__ import annotations
 

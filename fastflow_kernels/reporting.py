@@ -32,7 +32,7 @@ class Entry:
         name: Its name in the model, as ``named_modules`` gives it ("" for the model itself).
         kind: Its class, with the module that defines it.
         state: What runs. A block is "accelerated", "fused" (built so), "stock maths" (accelerated
-            or fused, but something that it reads was exchanged) or "left" (an unchanged stock
+            or fused, but something that it reads was replaced) or "left" (an unchanged stock
             block). A chain is "reversible" or "left".
         changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
         reason: How it was recognised, or why it runs as it does.

@@ -81,7 +81,7 @@ class ReversibleChain:
             per sample.
 
         Raises:
-            RuntimeError: A hook exchanged a block's input or output.
+            RuntimeError: A hook replaced a block's input or output.
             TypeError: A subnet's parameters are not plain tensors while its block runs, or a block
                 returns another dtype than its input's.
         """
@@ -104,7 +104,7 @@ class ReversibleChain:
             x, log_det_of_module = module(x, **arguments)
             if link is not None and link.seen != (identity_of(x_in), identity_of(x[0])):
                 raise RuntimeError(
-                    f"a hook exchanged the input or the output of block {i}, which a reversible "
+                    f"a hook replaced the input or the output of block {i}, which a reversible "
                     "chain cannot reconstruct"
                 )
             log_det = log_det_of_module + log_det

@@ -1,4 +1,4 @@
-"""Decides by which path a checked call is evaluated, and says why."""
+"""The one decision: how a checked call is evaluated, and why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastflow_kernels.predicates import SMALL, is_autocast, is_small
 from fastflow_kernels.torch_private import needs_plain
 
 # Factor on SMALL in training with a soft permutation, because its product dominates. Up to there a
-# fused train step takes 1.03 to 1.10 times as long (AMD EPYC, 1 thread; shapes in bench/TUNING.md).
+# fused step takes 1.03 to 1.10 times as long (AMD EPYC, 1 thread; shapes in bench/TUNING.md).
 PRODUCT_COST = 4
 
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 # What runs where. The first case that applies counts; the block itself decides on STOCK_STEPS.
 # `info` prints both tables, and the documentation shows them.
 STOCK_STEPS = Case(
-    "an overridden or exchanged step, a clamp that is a tensor, or integer input",
+    "an overridden or replaced step, a clamp that is a tensor, or integer input",
     "the stock block's steps, one by one, in plain operations",
 )
 RECORDED = Case(
@@ -65,7 +65,7 @@ COPIED = Case(
 )
 FUSED = Case(
     "everything else: any activation, GIN, conditions, rank 0 to 3, four dtypes",
-    "fused: Triton kernels on a GPU, the eager path elsewhere",
+    "fused: Triton kernels on a GPU, the eager engine elsewhere",
 )
 WHAT_RUNS_WHERE = (
     STOCK_STEPS,
@@ -249,8 +249,8 @@ def _warn_of_annealing() -> None:
     """Warn, once per process, that new clamps run the eager engine."""
     warnings.warn(
         f"Triton kernels are compiled for each clamp, and this process has used {MOST_CLAMPS}. "
-        "Blocks with another clamp run the eager path. Change the clamp in fewer, larger steps, or "
-        "use backend='triton' to compile for every clamp.",
+        "Blocks with another clamp run the eager engine. Change the clamp in fewer, larger steps, "
+        "or use backend='triton' to compile for every clamp.",
         stacklevel=2,
     )
 
@@ -262,7 +262,7 @@ def why_no_triton() -> str | None:
         return "Triton is not installed (pip install triton)"
     try:
         triton_engine()
-    except Exception as error:  # a broken or too old Triton must not break the eager path
+    except Exception as error:  # a broken or too old Triton must not break the eager engine
         return f"Triton does not import: {type(error).__name__}: {error}"
     return None
 

@@ -1,4 +1,4 @@
-"""Evaluates a block in the stock block's steps, where it cannot run fused.
+"""The stock block's steps, which evaluate a block that cannot run fused.
 
 The steps are methods. Where a subclass overrides one, or an instance has its own, the steps run one
 by one.
@@ -24,7 +24,7 @@ from fastflow_kernels.permutations import Permutation
 
 STEPS = ("_affine", "_permute", "_pre_permute", "_construct_householder_permutation")
 _EXCHANGED = (
-    "a step is overridden, or the clamp, the splits or the softplus are exchanged: the steps run "
+    "a step is overridden, or the clamp, the splits or the softplus are replaced: the steps run "
     "one by one in plain operations"
 )
 _OVERRIDABLE = (*STEPS, "permute_function", "global_scale_activation")
@@ -151,13 +151,13 @@ class StockSteps:
             return True
         return is_known_softplus(self._modules.get("softplus"))
 
-    def _is_exchanged(self, name: str) -> bool:
+    def _is_replaced(self, name: str) -> bool:
         return name in self.__dict__ or getattr(type(self), name) is not _OWN[name]
 
     def _permuted(self, x: Tensor, rev: bool) -> Tensor:
-        """Permute x, or invert the permutation, by the exchanged methods if there are any."""
-        if not self._is_exchanged("permute_function") and not (
-            self.householder and self._is_exchanged("_construct_householder_permutation")
+        """Permute x, or invert the permutation, by the replaced methods if there are any."""
+        if not self._is_replaced("permute_function") and not (
+            self.householder and self._is_replaced("_construct_householder_permutation")
         ):
             permutation = self._permutation()
             return permutation.unpermute(x) if rev else permutation.permute(x)

@@ -1,4 +1,4 @@
-"""Tells by name and methods whether a class is a stock AllInOneBlock or SequenceINN."""
+"""Stock classes, AllInOneBlock and SequenceINN, recognised by name and methods."""
 
 from __future__ import annotations
 

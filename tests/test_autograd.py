@@ -319,7 +319,7 @@ def test_an_override_that_changes_the_result_is_honoured() -> None:
 )
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_operand_lies_on_another_device(name: str, layout: torch.memory_format) -> None:
-    """Run forward, backward and inverse of the eager path on the meta device.
+    """Run forward, backward and inverse of the eager engine on the meta device.
 
     Mixing devices raises there as on a GPU.
     """

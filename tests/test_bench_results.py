@@ -127,26 +127,26 @@ def test_goals_are_decided_by_the_worst_row() -> None:
         None,
         "not measured",
     )
-    assert decided["block alone, fastflow-*, train step on the GPU: times anomalib"] == (
+    assert decided["block alone, fastflow-*, training step on the GPU: anomalib / ours"] == (
         6.5,
         "reached",
     )
-    assert decided["block alone, fastflow-*, train step on the GPU: times freia"] == (
+    assert decided["block alone, fastflow-*, training step on the GPU: FrEIA main / ours"] == (
         4.0,
         "NOT reached",
     )
     assert decided[
-        "block alone, cflow, train step as called, all in CUDA graphs: times the best stock"
+        "block alone, cflow, training step as called, in CUDA graphs: best stock block / ours"
     ] == (1.1, "reached")
-    assert decided["whole flow, fastflow-wrn50, train step as called: times anomalib"] == (
+    assert decided["whole flow, fastflow-wrn50, training step as called: anomalib / ours"] == (
         1.4,
         "NOT reached",
     )
-    assert decided["nowhere slower, block alone: times the best stock eager"] == (
+    assert decided["nowhere slower, block alone: best stock block / ours"] == (
         0.9,
         "NOT reached",
     )
-    assert decided["nowhere slower, block alone as called: times the best stock eager"] == (
+    assert decided["nowhere slower, block alone as called: best stock block / ours"] == (
         0.8,
         "NOT reached",
     )
@@ -157,7 +157,9 @@ def test_goals_of_a_cpu_are_means() -> None:
     rows = [
         row(device="cpu-x", threads=1, provider="anomalib", ratio=ratio) for ratio in (2.0, 8.0)
     ]
-    (goal,) = (goal for goal in goals(rows) if "times anomalib, geometric mean" in goal.wanted.text)
+    (goal,) = (
+        goal for goal in goals(rows) if "anomalib / ours, geometric mean" in goal.wanted.text
+    )
     assert goal.value == pytest.approx(4.0)
 
 
@@ -235,12 +237,14 @@ def test_depth_rows_are_measured_and_reported(
     assert by["plain", 32]["peak_bytes"] > 3 * by["plain", 4]["peak_bytes"]
     assert by["reversible", 32]["peak_bytes"] < 1.5 * by["reversible", 4]["peak_bytes"]
     decided = {goal.wanted.text: goal for goal in goals(rows)}
-    kept = decided["reversible chain: bytes kept for backward at 32 blocks, times those at 4"]
+    kept = decided["reversible chain: bytes kept for backward at 32 blocks, divided by those at 4"]
     assert kept.value == by["reversible", 32]["kept_bytes"] / by["reversible", 4]["kept_bytes"]
     assert kept.verdict == "reached"
     assert kept.where == "depth-32 2x16x24x24, train; the worst of 1"
     assert (
-        decided["reversible chain: time of a train step, times anomalib's plain chain's"].verdict
+        decided[
+            "reversible chain: time of a training step, divided by anomalib's plain chain's"
+        ].verdict
         == "not measured"
     )
     text = write_report([*rows, row()], tmp_path / "report").read_text()

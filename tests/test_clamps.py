@@ -1,4 +1,4 @@
-"""Test the eager functions and the kernels at many clamps and sizes of coefficients.
+"""Test the eager engine and the kernels at many clamps and sizes of coefficients.
 
 Each pass is checked by itself, by the criterion of tests/support/compare.py. The kernels run as in
 tests/test_kernels.py. In Triton's interpreter::

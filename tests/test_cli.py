@@ -92,7 +92,7 @@ def test_check_refuses_an_unknown_default_backend(
         cli.main(["check"])
     assert refused.value.code == 2
     assert (
-        "FASTFLOW_KERNELS_BACKEND must be one of auto, eager, triton; got 'cuda'"
+        "expected FASTFLOW_KERNELS_BACKEND to be one of auto, eager, triton; got 'cuda'"
         in capsys.readouterr().err
     )
     assert cli.main(["info"]) == 1

@@ -211,7 +211,9 @@ def test_conditions_may_be_undeclared_or_split_otherwise(rev: bool) -> None:
 def test_a_backend_set_later_is_checked_too() -> None:
     block = AllInOneBlock([(4,)], subnet_constructor=Counting)
     block.backend = "cuda"
-    with pytest.raises(ValueError, match="backend must be one of auto, eager, triton; got 'cuda'"):
+    with pytest.raises(
+        ValueError, match="expected backend to be one of auto, eager, triton; got 'cuda'"
+    ):
         block([torch.randn(2, 4)])
 
 

@@ -165,7 +165,7 @@ def test_channels_last_on_the_triton_backend(case: Case, rev: bool) -> None:
 @pytest.mark.parametrize("name", ["hard", "gin", "gin-rev-cond"])
 @pytest.mark.parametrize("condition", ["contiguous", "channels_last"])
 def test_a_subnet_is_given_the_layout_of_the_input(shape: Shape, name: str, condition: str) -> None:
-    """The layout is that of the eager path, also for GIN, which copies its input for the kernels.
+    """The layout is that of the eager engine, also for GIN, which copies its input for the kernels.
 
     In another layout, a convolution would round differently than the stock block's.
     """

@@ -143,7 +143,7 @@ def test_the_drift_is_looked_at_wherever_the_backward_pass_ends() -> None:
 def test_a_hook_that_changes_a_result_in_place_is_noticed() -> None:
     chain = simple()
     chain[1].register_forward_hook(lambda _, __, out: (out[0][0].detach().add_(1e-5), None)[1])
-    with pytest.raises(RuntimeError, match="a hook exchanged"):
+    with pytest.raises(RuntimeError, match="a hook replaced"):
         chain(random_input())
 
 

@@ -378,7 +378,7 @@ def test_what_cannot_be_had_says_so() -> None:
     chain[1].register_forward_hook(
         lambda module, arguments, result: ((2 * result[0][0],), result[1])
     )
-    with pytest.raises(RuntimeError, match="a hook exchanged the input or the output of block 1"):
+    with pytest.raises(RuntimeError, match="a hook replaced the input or the output of block 1"):
         chain(x)
 
 

@@ -186,9 +186,9 @@ def all_heat_maps(task: Task, runs: dict[str, Run]) -> dict[str, Tensor]:
         trained weights of stock.
     """
     maps = {name: heat_maps(runs[name].model, task.test) for name in ("stock", "ours")}
-    exchanged = fastflow(our_block(), SHAPE, FLOW_STEPS)
-    exchanged.load_state_dict(runs["stock"].model.state_dict(), strict=True)
-    return maps | {"same weights": heat_maps(exchanged, task.test)}
+    our_model = fastflow(our_block(), SHAPE, FLOW_STEPS)
+    our_model.load_state_dict(runs["stock"].model.state_dict(), strict=True)
+    return maps | {"same weights": heat_maps(our_model, task.test)}
 
 
 def kept_bytes(runs: dict[str, Run], batch: Tensor) -> dict[str, dict[str, int]]:

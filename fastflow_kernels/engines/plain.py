@@ -44,7 +44,9 @@ def activated(g: Tensor, activation: str) -> Tensor:
         return torch.nn.functional.softplus(g, beta=0.5) * operand(0.1, g.dtype)
     if activation == "EXP":
         return torch.exp(g)
-    raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    raise ValueError(
+        f"expected activation to be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+    )
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

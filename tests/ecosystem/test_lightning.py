@@ -224,7 +224,7 @@ def test_example_of_the_docstring_runs() -> None:
 
 
 def test_callback_refuses_a_backend_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="backend must be one of"):
+    with pytest.raises(ValueError, match="expected backend to be one of"):
         Accelerate(backend="cuda")
     assert Accelerate().backend in backends.BACKENDS
 

@@ -115,7 +115,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "gin-hh2": {"gin_block": True, "learned_householder_permutation": 2},
 }
-# Around the bound of the eager functions' cheap forms. With "freia", 50 makes the argument of tanh
+# Around the bound of the eager engine's cheap forms. With "freia", 50 makes the argument of tanh
 # tiny and 0.001 huge. A separate table, because numerical differences cannot check exp(50).
 CLAMP_OPTIONS: dict[str, dict[str, Any]] = {
     "clamp2": {"affine_clamping": 2.0},
