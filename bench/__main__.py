@@ -15,6 +15,7 @@ from bench.providers import EAGER, PROVIDERS
 from bench.subject import MODES
 from bench.workloads import DTYPES, KINDS
 
+README_PICTURE = records.RESULTS / "cpu-amd-epyc" / "speedup-block.png"
 COMPARE = """\
 Time blocks and whole flows, taking turns. Without COMMIT, ours is timed against the stock blocks. A
 provider is timed only if its results agree with a float64 reference. With COMMIT, ours in the
@@ -129,11 +130,15 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for report.md and its plots (default: out/report)",
     )
+    parser.add_argument(
+        "--readme", action="store_true", help="also draw the README's picture, in bench/results"
+    )
     parser.set_defaults(call=report)
 
 
 def report(options: argparse.Namespace) -> int:
-    from bench.report import write_report  # Matplotlib is not installed everywhere
+    # here, because Matplotlib is not installed everywhere
+    from bench.report import save_readme_picture, write_report
 
     rows = records.read(options.results)
     if not rows:
@@ -142,6 +147,9 @@ def report(options: argparse.Namespace) -> int:
             "python -m bench compare"
         )
     print(write_report(rows, options.out).resolve())
+    if options.readme:
+        save_readme_picture(rows, README_PICTURE)
+        print(README_PICTURE)
     return 0
 
 

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from bench.cells import PEERS, grouped, input_name, number, shape_of, speedup, table
 from bench.libraries_report import library_table
-from bench.records import Row
+from bench.records import RESULTS, Row
 
 CPU, GPU = "cpu-amd-epyc", "nvidia-h200"
 CHAINS = {
@@ -39,9 +40,9 @@ def headline(rows: list[Row]) -> list[str]:
     flow = block | {"kind": "flow"}
     depth = {"kind": "depth", "workload": "depth-64", "shape": [4, 64, 32, 32]}
 
-    def faster(device: str, where: Row, key: str) -> str:
+    def faster(device: str, where: Row) -> str:
         row = _one(rows, device, where, "anomalib")
-        return f"{row[key]:.1f}x faster" if row and key in row else "not measured"
+        return f"{row['ratio_wall']:.1f}x faster" if row and "ratio_wall" in row else "not measured"
 
     def share(device: str, where: Row, key: str, provider: str) -> str:
         ours, stock = (_one(rows, device, where, name) for name in (provider, "anomalib"))
@@ -53,11 +54,10 @@ def headline(rows: list[Row]) -> list[str]:
     return table(
         ["a training step, against anomalib's block", "NVIDIA H200", "AMD EPYC"],
         [
-            ["one block: time", faster(GPU, block, "ratio"), faster(CPU, block, "ratio")],
+            ["one block: time", *(faster(device, block) for device in (GPU, CPU))],
             [
                 "a whole flow, 8 blocks with their subnets: time",
-                faster(GPU, flow, "ratio_wall"),
-                faster(CPU, flow, "ratio"),
+                *(faster(device, flow) for device in (GPU, CPU)),
             ],
             [
                 "one block: memory kept for backward",
@@ -92,7 +92,7 @@ def freia_class(rows: list[Row]) -> list[str]:
     """Return a sentence: which class was timed as FrEIA main's."""
     chosen = _chosen(rows, CPU, kind="block", provider="freia")
     names = list(dict.fromkeys(row["class"] for row in chosen))
-    return [f"The branch has no release. Timed was: {'; '.join(names)}."]
+    return [f"The branch has no release. The block that was timed is {'; '.join(names)}."]
 
 
 def kept(rows: list[Row]) -> list[str]:
@@ -126,7 +126,8 @@ def gpu(kind: str, dtype: str) -> Callable[[list[Row]], list[str]]:
         chosen = _chosen(rows, GPU, kind=kind, mode="train", dtype=dtype)
         heads, lines = ["input"], []
         for time in ("GPU", "as called"):
-            heads += [f"ours, {time}, {name}", *(f"{peer}, {time}" for peer in PEERS.values())]
+            heads.append(f"ours, {time}, {name}")
+            heads += [f"{peer} / ours, {time}" for peer in PEERS.values()]
         for title, group in grouped(chosen, input_name):
             cells = [title]
             for time, ratio in (("median_us", "ratio"), ("wall_us", "ratio_wall")):
@@ -136,6 +137,68 @@ def gpu(kind: str, dtype: str) -> Callable[[list[Row]], list[str]]:
         return table(heads, lines)
 
     return lines_of
+
+
+def graphs(rows: list[Row]) -> list[str]:
+    """Return a table: one block's training step on a GPU, with and without a CUDA graph."""
+    chosen = _chosen(rows, GPU, kind="block", workload="cflow/1", mode="train", dtype="float32")
+    calls = {
+        "ours": "ours",
+        "ours-graphs": "ours, `torch.cuda.make_graphed_callables`",
+        "anomalib-graphs": 'anomalib\'s, `torch.compile(mode="reduce-overhead")`',
+        "freia-graphs": "FrEIA main's, the same",
+    }
+    lines = []
+    for provider, text in calls.items():
+        row = _first(chosen, provider=provider)
+        lines.append([text, *(number(row, key, "{:,.0f}") for key in ("wall_us", "median_us"))])
+    return table(["CFlow (64, 512)", "as called, us", "on the GPU, us"], lines)
+
+
+def shares(rows: list[Row]) -> list[str]:
+    """Return a table: our share of the bandwidth of a large copy on a GPU."""
+    chosen = _chosen(rows, GPU, kind="block", workload="fastflow-wrn50/1", provider="ours")
+    dtypes = ("float32", "bfloat16")
+    return table(
+        ["(32, 256, 64, 64)", *dtypes],
+        [
+            [mode, *(number(_first(chosen, mode=mode, dtype=d), "share", "{:.1%}") for d in dtypes)]
+            for mode in ("forward", "backward", "inverse")
+        ],
+    )
+
+
+def cpu_bfloat16(rows: list[Row]) -> list[str]:
+    """Return a table: a peer's time divided by ours, of blocks in bfloat16 on a CPU."""
+    chosen = _chosen(rows, CPU, kind="block", dtype="bfloat16")
+    columns = [(peer, mode) for mode in ("train", "inverse") for peer in PEERS]
+    words = {"train": "training step", "inverse": "inverse"}
+    return table(
+        ["input", *(f"{PEERS[peer]}, {words[mode]}" for peer, mode in columns)],
+        [
+            [name, *(speedup(_first(group, provider=p, mode=mode)) for p, mode in columns)]
+            for name, group in grouped(chosen, input_name)
+        ],
+    )
+
+
+def demo(_: list[Row]) -> list[str]:
+    """Return a table of what `make demo` measured, from its own file."""
+    figures = json.loads((RESULTS / CPU / "texture_demo.json").read_text())
+    seconds, kept_bytes = figures["seconds_per_step"], figures["bytes_kept_for_backward"]
+    auroc = figures["pixel_auroc"]
+    sides = ("stock", "ours")
+    return table(
+        ["`make demo`", "anomalib's block", "ours"],
+        [
+            ["training step, ms", *(f"{1e3 * seconds[side]:.0f}" for side in sides)],
+            [
+                "kept for backward, MB",
+                *(f"{1e-6 * kept_bytes[side]['whole']:.0f}" for side in sides),
+            ],
+            ["pixel AUROC", *(f"{auroc[side]:.3f}" for side in sides)],
+        ],
+    )
 
 
 def cpu_flows(rows: list[Row]) -> list[str]:
@@ -204,12 +267,16 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "cpu-blocks-anomalib": cpu_blocks("anomalib"),
     "cpu-blocks-freia": cpu_blocks("freia"),
     "cpu-freia-class": freia_class,
+    "cpu-bfloat16": cpu_bfloat16,
     "cpu-flows": cpu_flows,
+    "demo": demo,
     "kept": kept,
     "libraries-train": libraries("train"),
     "libraries-inverse": libraries("inverse"),
     "gpu-blocks-float32": gpu("block", "float32"),
     "gpu-blocks-bfloat16": gpu("block", "bfloat16"),
+    "gpu-graphs": graphs,
+    "gpu-shares": shares,
     "gpu-flows-float32": gpu("flow", "float32"),
     "gpu-flows-bfloat16": gpu("flow", "bfloat16"),
     "depth-memory": depths("peak_bytes", "{:,.1f}", 1e-6),

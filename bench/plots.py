@@ -76,7 +76,7 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
     drawn_at = [against_ours(row, key) for row in rows]
     low, high = min(0.8, *drawn_at) / 1.1, max(2.0, *drawn_at) * 1.1
     for axis, mode in zip(axes, modes, strict=True):
-        axis.set_title(mode, fontsize=10)
+        axis.set_title("training step" if mode == "train" else mode, fontsize=10)
         for provider in providers:
             colour, marker = _provider_style(provider)
             drawn = [row for row in rows if row["mode"] == mode and row["provider"] == provider]

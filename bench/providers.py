@@ -121,7 +121,7 @@ def rotations_drawn_once() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ImportError):
             draw = "scipy.stats.special_ortho_group.rvs"
-            stack.enter_context(mock.patch(draw, lambda n: _rotation(n).numpy()))
+            stack.enter_context(mock.patch(draw, lambda n: _rotation(n).numpy().copy()))
         yield
 
 

@@ -120,7 +120,7 @@ WORKLOADS = (
     Workload("tabular soft", (4096, 64), {"permute_soft": True}, steps=8),
     Workload("tabular Householder 8", (4096, 64), {"learned_householder_permutation": 8}, steps=8),
     Workload("tabular GIN", (4096, 64), {"gin_block": True}, steps=8),
-    # One image, as in inference. And a fibre batch of the size that CFlow trains with.
+    # One image, as in inference. CFlow with more fibers at a time than its default of 64.
     Workload("fastflow-wrn50/1 one image", (1, 256, 64, 64)),
     Workload("fastflow-r18/1 one image", (1, 64, 64, 64)),
     Workload("fastflow-r18/3 one image", (1, 256, 16, 16)),

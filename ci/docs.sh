@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the documentation: the benchmark report from bench/results, then the site from docs/, the
-# docstrings and README.md. A warning is an error. `make test` runs the examples of the pages
+# docstrings, CONTRIBUTING.md, CHANGELOG.md and TUNING.md. A warning is an error. `make test` runs the examples of the pages
 # (tests/test_docs.py).
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -5,6 +5,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . ci/common.sh
 
+[ -x .venv/bin/python ] || {
+    echo "ci/freia_main.sh: there is no .venv yet; run: make lint" >&2
+    exit 1
+}
 rm -rf .venv/freia-main
 install .venv "FrEIA's main branch, at its pinned commit" --no-deps --no-build-isolation \
-    --use-pep517 --target .venv/freia-main -r "${FREIA_MAIN:-ci/freia_main.txt}"
+    --use-pep517 --target .venv/freia-main -r ci/freia_main.txt

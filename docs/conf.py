@@ -40,6 +40,7 @@ myst_substitutions = {
     "permutations": _case_table("permutation", route.PERMUTATIONS),
 }
 
+autodoc_mock_imports = ["lightning"]  # make docs does not install it
 autodoc_typehints = "none"  # the signature has them, and the docstrings say shapes
 autodoc_member_order = "bysource"
 napoleon_custom_sections = ["Shape"]

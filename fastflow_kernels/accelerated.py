@@ -157,7 +157,7 @@ class AcceleratedChain(ReversibleChain):
     _fastflow_stock: Any
 
     def __getitem__(self, item: int | slice) -> Any:
-        """Return what the stock class does; the chain of a slice is reversible, too."""
+        """Return what the stock class returns. The chain of a slice is reversible, too."""
         stock: Any = super()
         part = stock.__getitem__(item)
         if isinstance(item, slice):

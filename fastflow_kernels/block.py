@@ -61,7 +61,7 @@ def _compute_reflections(
     )
     if not (is_small_matrix or call.reverse_permutation):
         return call
-    return call._replace(permutation=permutation.computed(is_small_matrix))
+    return call.with_permutation(permutation.computed(is_small_matrix))
 
 
 # --- plain operations -----------------------------------------------------------------------------

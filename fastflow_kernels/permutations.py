@@ -153,7 +153,7 @@ class HouseholderPermutation(NamedTuple):
             base = self.base.matrix(solved.dtype)
             w = base - (base @ vectors.T) @ solved
         else:
-            return self._replace(known_factors=self.factors())
+            return HouseholderPermutation(self.base, self.vectors, self.factors())
         return MatrixPermutation(w, w.T)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from bench.choice import Choice, Group, names_among
 from bench.measure import Settings, Task
 from bench.subject import MINIMAL_BYTES, MODES
 from bench.workloads import TYPICAL, WORKLOADS, Workload, workloads
+from tests.support import peers as stock_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Workload(
@@ -311,3 +312,17 @@ def test_pytest_benchmark_times_each_block(tmp_path: Path) -> None:
     entries = json.loads(table.read_text())["benchmarks"]
     assert len(entries) == 4
     assert all(entry["stats"]["median"] > 0 for entry in entries)
+
+
+@pytest.mark.peers
+def test_stock_blocks_share_no_rotation() -> None:
+    """SciPy's draw is replaced by a cached one. Blocks that shared it would share their weights."""
+    pytest.importorskip("scipy")
+    block_class = stock_blocks.anomalib_block()
+    with providers.rotations_drawn_once():
+        first, second = (
+            block_class([(4,)], subnet_constructor=nn.Linear, permute_soft=True) for _ in range(2)
+        )
+    assert torch.equal(first.w_perm, second.w_perm)
+    first.w_perm.data.zero_()
+    assert second.w_perm.any()

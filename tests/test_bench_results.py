@@ -200,7 +200,7 @@ def test_report_of_made_up_rows(tmp_path: Path) -> None:
     }
     assert all(f"({plot}nvidia-h200-float32.png)" in text for plot in plots)
     assert "## NVIDIA H200, float32" in text
-    assert "| 1.70 | >= 1.50 | reached |" in text
+    assert "| reached | 1.70 | >= 1.50 |" in text
     assert "### Block alone, as called from Python" in text
     assert "| fastflow-wrn50/1  32x256x64x64 | forward | logdet | 2.0 | 9.0 | 11.0 |" in text
     assert "freia not measured on fastflow-wrn50/1: no such thing" in text

@@ -1,4 +1,4 @@
-"""The scripts of docs/examples run and print what the page says, within derived bounds.
+"""The scripts of docs/examples run and print lines like the page's, within derived bounds.
 
 Those that need anomalib, Lightning or a C++ compiler: tests/ecosystem/test_examples.py.
 """
