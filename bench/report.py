@@ -32,8 +32,8 @@ LEGEND = (
     'The tables name workloads and modes as the options of `make bench` do. "train" is a training',
     "step, forward and backward. Times are medians in microseconds, and p20 and p80 are their",
     'percentiles. "anomalib / ours" is a time divided by ours called eagerly. "Alike" means ours',
-    'compiled, or in a CUDA graph, as the other one is. "wall" is the time as called. "kept" is what',
-    "a block keeps for backward, in multiples of its input.",
+    'compiled, or in a CUDA graph, as the peer is. "wall" is the time as called. "kept" is what a',
+    "block keeps for backward, in multiples of its input.",
 )
 README_WORKLOADS = (
     "fastflow-wrn50/1",

@@ -111,9 +111,9 @@ def test_a_larger_or_smaller_conditioner_is_noticed(name: str) -> None:
 
     check_conditioners(name, chain(*fits), size)
     for change in (-1, 1):
-        other = [(inputs, outputs, width + change) for inputs, outputs, width in fits]
+        changed = [(inputs, outputs, width + change) for inputs, outputs, width in fits]
         with pytest.raises(AssertionError, match=r"parameters, expected 206"):
-            check_conditioners(name, chain(*other), size)
+            check_conditioners(name, chain(*changed), size)
 
 
 # --- rows and tables ------------------------------------------------------------------------------

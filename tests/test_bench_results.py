@@ -263,10 +263,10 @@ def test_peak_counts_what_is_alive_at_a_time() -> None:
 
 
 def test_depth_compares_chains_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    chain, other = (reversible.build("plain", (2, 8, 4, 4), 2, "cpu") for _ in range(2))
-    for c in (chain, other):
+    chain, copy = (reversible.build("plain", (2, 8, 4, 4), 2, "cpu") for _ in range(2))
+    for c in (chain, copy):
         reversible.loss_of(c, torch.ones(2, 8, 4, 4)).backward()
-    reversible.assert_gradients_agree({"plain": chain, "other": other})
-    other[0].global_scale.grad.mul_(10.0)
-    with pytest.raises(AssertionError, match="other: the gradients differ"):
-        reversible.assert_gradients_agree({"plain": chain, "other": other})
+    reversible.assert_gradients_agree({"plain": chain, "copy": copy})
+    copy[0].global_scale.grad.mul_(10.0)
+    with pytest.raises(AssertionError, match="copy: the gradients differ"):
+        reversible.assert_gradients_agree({"plain": chain, "copy": copy})

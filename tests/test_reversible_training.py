@@ -371,7 +371,7 @@ def test_a_changed_parameter_result_or_buffer_is_noticed() -> None:
     assert_noticed(lambda chain, z: chain[1].subnet.layers[1].running_mean, subnet=Normed)
 
 
-def test_what_cannot_be_had_says_so() -> None:
+def test_second_gradients_and_changed_inputs_raise() -> None:
     chain, x = simple(), torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second or batched gradients"):
         torch.autograd.grad(loss_of(*chain(x)), x, create_graph=True)
