@@ -152,9 +152,8 @@ def _resolve_split(c: Sequence[Tensor], dims_c: Sequence[Sequence[int]]) -> Sequ
     if len(shapes) == len(c) and channels == sum(dims[0] for dims in dims_c):
         return shapes
     if len(c) != len(dims_c):
-        raise InputValueError(
-            f"expected {len(dims_c)} condition(s), got {len(c)}: call block([x], c=[...])"
-        )
+        advice = "" if c else ": pass c=[...]"
+        raise InputValueError(f"expected {len(dims_c)} condition(s), got {len(c)}{advice}")
     return dims_c
 
 

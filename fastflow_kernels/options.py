@@ -50,8 +50,9 @@ def check_dims(
 
 def _parse_shapes(name: str, value: Any) -> list[tuple[int, ...]]:
     message = f"expected {name} as a list of shapes such as [(64, 32, 32)], got {value!r}"
-    if name == "dims_c" and value == [None]:  # from SequenceINN.append
-        message += ": append(block, cond=0, cond_shape=(8,)) takes both or neither"
+    if name == "dims_c" and isinstance(value, list) and any(shape is None for shape in value):
+        # SequenceINN.append makes such a list of cond without cond_shape
+        message += ": append(block, cond=0, cond_shape=(8,)) needs both"
     try:
         shapes = [tuple(operator.index(n) for n in shape) for shape in value]
     except TypeError:

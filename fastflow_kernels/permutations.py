@@ -21,6 +21,7 @@ from fastflow_kernels.channels import (
     product,
     reflect,
 )
+from fastflow_kernels.dtypes import cast
 from fastflow_kernels.predicates import is_autocast
 
 
@@ -146,14 +147,9 @@ class HouseholderPermutation(NamedTuple):
 
     def computed(self, as_matrix: bool) -> MatrixPermutation | HouseholderPermutation:
         """Return the same permutation with its matrix, or otherwise its factors, computed."""
-        if self.is_dense() or (as_matrix and self.vectors.shape[0] == 1):
-            w = self.matrix(self.vectors.dtype)
-        elif as_matrix:
-            solved, vectors = self.factors()
-            base = self.base.matrix(solved.dtype)
-            w = base - (base @ vectors.T) @ solved
-        else:
+        if not (as_matrix or self.is_dense()):
             return HouseholderPermutation(self.base, self.vectors, self.factors())
+        w = self.matrix(self.vectors.dtype)
         return MatrixPermutation(w, w.T)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -163,17 +159,13 @@ class HouseholderPermutation(NamedTuple):
         if is_autocast(self.vectors.device):
             with torch.autocast(self.vectors.device.type, enabled=False):
                 return self.factors()
+        v = self._wide_vectors()
         dtype = self.vectors.dtype
-        # not float64, which some devices do not have
-        v = self.vectors if dtype.itemsize > 2 else self.vectors.float()
-        products = v @ v.T
-        if torch_private.is_recorded():
-            solved = _solve_by_rows(products, v)
-        else:
-            # twice T^-1 and twice V: fewer operations than to halve the diagonal
-            doubled = products.triu() + products.triu(1)
-            solved = torch.linalg.solve_triangular(doubled, 2.0 * v, upper=True)
-        return (solved, v) if v.dtype is dtype else (solved.to(dtype), v.to(dtype))
+        return cast(_solve(v), dtype), cast(v, dtype)
+
+    def _wide_vectors(self) -> Tensor:
+        """Return the vectors in float32 at least. Some devices do not have float64."""
+        return self.vectors if self.vectors.dtype.itemsize > 2 else self.vectors.float()
 
     def permute(self, v: Tensor) -> Tensor:
         if self.is_dense():
@@ -188,11 +180,18 @@ class HouseholderPermutation(NamedTuple):
         return reflect(self.base.unpermute(y), vectors, solved)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Compute the (C, C) matrix w_0 H_1 ... H_K by K updates of rank 1."""
-        w = self.base.matrix(dtype)
-        for v in self.vectors:
-            w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
-        return w
+        """Return the (C, C) matrix w_0 H_1 ... H_K, in full precision also under autocast."""
+        if is_autocast(self.vectors.device):
+            with torch.autocast(self.vectors.device.type, enabled=False):
+                return self.matrix(dtype)
+        vectors = self._wide_vectors()
+        w = self.base.matrix(vectors.dtype)
+        if self.is_dense() or vectors.shape[0] == 1:
+            for v in vectors:
+                w = w - torch.outer(w @ v, v * (2.0 / v.dot(v)))
+        else:
+            w = w - (w @ vectors.T) @ _solve(vectors)
+        return cast(w, dtype)
 
     def is_dense(self) -> bool:
         """Return whether one C x C product is less work than the thin ones.
@@ -201,6 +200,16 @@ class HouseholderPermutation(NamedTuple):
         """
         count, channels = self.vectors.shape
         return 2 * count >= channels
+
+
+def _solve(v: Tensor) -> Tensor:
+    """Return T V of the compact WY form for the vectors V, (K, C)."""
+    products = v @ v.T
+    if torch_private.is_recorded():
+        return _solve_by_rows(products, v)
+    # twice T^-1 and twice V: fewer operations than to halve the diagonal
+    doubled = products.triu() + products.triu(1)
+    return torch.linalg.solve_triangular(doubled, 2.0 * v, upper=True)
 
 
 def _solve_by_rows(products: Tensor, v: Tensor) -> Tensor:

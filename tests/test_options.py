@@ -119,7 +119,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "condition without a shape": (  # SequenceINN.append(block, cond=0)
         {"dims_c": [None]},
         TypeError,
-        r"got \[None\]: append\(block, cond=0, cond_shape=\(8,\)\) takes both or neither",
+        r"got \[None\]: append\(block, cond=0, cond_shape=\(8,\)\) needs both",
     ),
 }
 for activation in ("SIGMOID", "SOFTPLUS", "EXP"):

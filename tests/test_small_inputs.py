@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -64,3 +65,69 @@ def test_reflections_used_twice_are_computed_once(
     with torch.no_grad(), small_up_to(8 * 6 if is_small else 0):
         block([torch.randn(8, 6)], rev=rev)
     assert len(computed) == 1, computed
+
+
+def reflecting_block(channels: int, count: int, **options: Any) -> AllInOneBlock:
+    torch.manual_seed(0)
+    return AllInOneBlock(
+        [(channels,)],
+        subnet_constructor=nn.Linear,
+        permute_soft=True,
+        learned_householder_permutation=count,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "batch", "as_matrix"),
+    [(6, 6, True), (6, 5, False), (64, 64, True), (65, 65, False)],
+)
+def test_reflections_become_a_matrix_for_rows_enough_of_few_channels(
+    channels: int, batch: int, as_matrix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    matrix = HouseholderPermutation.matrix
+    monkeypatch.setattr(
+        HouseholderPermutation, "matrix", lambda *args: calls.append(1) or matrix(*args)
+    )
+    with torch.no_grad():
+        reflecting_block(channels, 2)([torch.randn(batch, channels)])
+    assert bool(calls) == as_matrix
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("count", "scale"), [(1, 3e-3), (2, 3e-3), (4, 3e-3), (8, 3e-3)])
+def test_short_vectors_in_half_precision(count: int, scale: float, reverse: bool) -> None:
+    """The square of their norm, and its reciprocal, are beyond float16."""
+    block = reflecting_block(8, count, reverse_permutation=reverse).half()
+    with torch.no_grad():
+        block.vk_householder.mul_(scale)
+    x = torch.randn(16, 8).half()
+    (y,), log_det = block([x])
+    exact = copy.deepcopy(block).double()
+    (y_exact,), _ = exact([x.double()])
+    assert y.isfinite().all()
+    # one rounding of every value and coefficient of some ten products, at most 8 terms each
+    assert (y.double() - y_exact).abs().max() <= 40 * 2.0**-11 * y_exact.abs().max()
+    y.float().sum().backward()
+    assert block.vk_householder.grad.isfinite().all()
+
+
+def test_reflections_keep_full_precision_under_autocast() -> None:
+    """The matrix of the reflections would be rounded to bfloat16, and so would its gradient."""
+    block, x, weights = reflecting_block(8, 2), torch.randn(64, 8), torch.randn(64, 8)
+    gradients = []
+    for enabled in (True, False):
+        block.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            (y,), _ = block([x])
+        (y.float() * weights).sum().backward()
+        gradients.append(block.vk_householder.grad.clone())
+    error = (gradients[0] - gradients[1]).norm() / gradients[1].norm()
+    assert error <= 8 * 2.0**-9  # of the subnet and the last product, not of the reflections
+
+
+def test_vectors_of_another_dtype_promote() -> None:
+    block = reflecting_block(8, 2)
+    block.vk_householder.data = block.vk_householder.data.double()
+    assert block([torch.randn(16, 8)])[0][0].dtype is torch.float64
