@@ -68,8 +68,8 @@ def speedup(row: Row | None, key: str = "ratio") -> str:
     """Format a stock time divided by ours, marked as faster, slower, or neither."""
     if row is None or row.get(key) is None:
         return EMPTY
-    ratio = row[key]
-    text = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.1f}"
+    text = f"{row[key]:.2f}" if row[key] < 9.95 else f"{row[key]:.1f}"
+    ratio = float(text)
     if ratio > 1 + NOISE:
         return f'<span class="faster">{text}</span>'
     if ratio < 1 - NOISE:

@@ -46,7 +46,7 @@ def headline(rows: list[Row]) -> list[str]:
 
     def share(device: str, where: Row, key: str, provider: str) -> str:
         ours, stock = (_one(rows, device, where, name) for name in (provider, "anomalib"))
-        if not ours or not stock or key not in ours or key not in stock:
+        if not ours or not stock or not ours.get(key) or not stock.get(key):
             return "not measured"
         part = ours[key] / stock[key]
         return f"{part:.0%}" if part > 0.1 else f"{part:.1%}"
@@ -240,14 +240,19 @@ def libraries(mode: str) -> Callable[[list[Row]], list[str]]:
     """Return the maker of a table: other libraries' time divided by ours, on a CPU."""
 
     def lines_of(rows: list[Row]) -> list[str]:
-        return library_table(_chosen(rows, CPU, kind="library", mode=mode), "library", speedup)
+        chosen = _chosen(rows, CPU, kind="library", mode=mode, dtype="float32")
+        return library_table(chosen, "library", speedup)
 
     return lines_of
 
 
 def _chosen(rows: list[Row], device: str, **where: object) -> list[Row]:
     """Return the rows of a device whose values are those of ``where``, without skipped ones."""
-    return [row for row in rows if row["device"] == device and _agrees(row, where)]
+    return [
+        row
+        for row in rows
+        if row["device"] == device and row.get("threads") in (None, 1) and _agrees(row, where)
+    ]
 
 
 def _one(rows: list[Row], device: str, where: Row, provider: str) -> Row | None:

@@ -55,8 +55,9 @@ def compare(choice: Choice, seconds: float, budget: float, target: Path) -> int:
         outcomes = task.measure(group.mode)
         failed |= any(outcome.failure for outcome in outcomes.values())
         if outcomes["ours"].failure is None:
-            rows = (outcome.row for outcome in outcomes.values() if outcome.failure is None)
-            records.append((row | provenance for row in rows), target)
+            # a failed peer too, with its reason: otherwise an older row would stand in for it
+            rows = (outcome.row | provenance for outcome in outcomes.values())
+            records.append(rows, target)
         say(f"{group}: {_describe(outcomes)}")
     for group in not_started:
         say(f"left out, because the budget of {budget:.0f} s was spent: {group}")

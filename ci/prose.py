@@ -28,8 +28,10 @@ FENCED = re.compile(r"^(`{3,}|\$\$).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 # What starts a new piece of text: a list item, an argument's name in a docstring.
 ITEM = re.compile(r"^\s*(?:[-*] |\d+\. |\w+(?: \([^)]*\))?: (?=\w)|>>> |\.\.\. )")
-SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Attributes|Shape|Example|Examples|Note):$")
-NO_PROSE = re.compile(r"^\s*(?:[#|>]|!\[|\[[^]]+\]: |>>> |\.\.\. |[-=]{3,}$|:\w+:)")
+SECTION = re.compile(
+    r"^(Args|Returns|Yields|Raises|Warns|Attributes|Shape|Example|Examples|Note):$"
+)
+NO_PROSE = re.compile(r"^\s*(?:#{1,6} |[|>]|!\[|\[[^]]+\]: |>>> |\.\.\. |[-=]{3,}$|:\w+:)")
 END = re.compile(r"(?<=[.!?])[\"')\]*]*\s+(?=[\"'(\[*`]*[A-Z0-9`])")
 ABBREVIATION = re.compile(r"\b(e\.g|i\.e|vs|cf|etc|al)\.")
 
@@ -98,16 +100,16 @@ def _comments(source: str) -> Iterator[str]:
 
 def check(path: Path) -> bool:
     """Print what is wrong with a file; return whether it keeps the limits."""
-    counts = {s: words(s) for text in texts(path) for s in sentences(text) if words(s)}
+    counts = [(s, words(s)) for text in texts(path) for s in sentences(text) if words(s)]
     if not counts:
         return True
-    average = sum(counts.values()) / len(counts)
-    too_long = {s: count for s, count in counts.items() if count > LONGEST}
+    average = sum(count for _, count in counts) / len(counts)
+    too_long = [(s, count) for s, count in counts if count > LONGEST]
     if average <= AVERAGE and not too_long:
         return True
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     print(f"{name}: {average:.1f} words a sentence (at most {AVERAGE})")
-    for sentence, count in too_long.items():
+    for sentence, count in too_long:
         print(f"    {count} words (at most {LONGEST}): {sentence}")
     return False
 

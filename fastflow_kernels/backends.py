@@ -45,6 +45,11 @@ def default_backend() -> str:
     return validated(value, ENVIRONMENT_VARIABLE) if value else "auto"
 
 
+def auto_chooses() -> bool:
+    """Return whether "auto" chooses by input, because the environment names no backend."""
+    return (os.environ.get(ENVIRONMENT_VARIABLE) or "auto") == "auto"
+
+
 def requested(backend: str) -> str:
     """Return the requested backend, which for "auto" is the one of the environment variable."""
     if backend != "auto":

@@ -16,11 +16,13 @@ from fastflow_kernels.accelerated import (
     held_by,
     make_reversible,
 )
+from fastflow_kernels.backends import auto_chooses
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.permutations import IndexPermutation
 from fastflow_kernels.predicates import SMALL
 from fastflow_kernels.reversible import ReversibleChain
+from fastflow_kernels.route import PRODUCT_COST
 from fastflow_kernels.stock import GRAPH, SEQUENCE, Left, is_named, shallow_copy
 
 
@@ -51,7 +53,7 @@ class Report:
 
     Attributes:
         entries: One per block, in the model's order.
-        chains: One per SequenceINN, reversible or not.
+        chains: One per SequenceINN, reversible or not, and per GraphINN with blocks.
     """
 
     entries: tuple[Entry, ...]
@@ -79,13 +81,14 @@ class Report:
             reversible = sum(entry.state == "reversible" for entry in self.chains)
             lines.append(f"{reversible} of {len(self.chains)} chains are reversible")
             lines += [_line(entry) for entry in self.chains]
-        if fused:
+        if any("backend 'auto'" in entry.reason for entry in self.entries) and auto_chooses():
             lines.append(NOTE_ON_SMALL_INPUTS)
         return "\n".join(lines)
 
 
 NOTE_ON_SMALL_INPUTS = (
-    f"On a CPU, inputs of at most {SMALL} elements run plain operations instead of fused ones."
+    f"small inputs on a CPU run plain operations: up to {SMALL} elements, in training with a soft "
+    f"permutation {PRODUCT_COST * SMALL}"
 )
 
 
@@ -145,7 +148,7 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     if isinstance(chain, ReversibleChain):
         is_changed = isinstance(chain, AcceleratedChain)
         return Entry(name, kind, "reversible", is_changed, describe_reversible(chain))
-    if is_named(type(chain), GRAPH):
+    if is_named(type(chain), GRAPH) and any(is_named(type(part)) for part in chain.modules()):
         reason = "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can"
         return Entry(name, kind, "left", False, reason)
     if not is_named(type(chain), SEQUENCE):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,3 +239,20 @@ def test_the_environment_pins_every_library() -> None:
     pinned |= dict(re.findall(r"^(\w+)==([\d.]+)$", (ROOT / "ci/peers.txt").read_text(), re.M))
     wanted = {library.distribution for library in LIBRARIES.values()} - {"fastflow_kernels"}
     assert wanted <= pinned.keys()
+
+
+@pytest.mark.peers
+def test_ratio_is_the_librarys_time_divided_by_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(timed: Mapping[str, Any], mode: str, seconds: float) -> dict[str, list[float]]:
+        return {name: [2.0 if name == "ours" else 3.0] * 5 for name in timed}
+
+    monkeypatch.setattr(libraries, "time_in_turn", times)
+    rows = {row["provider"]: row for row in libraries.measure((16, 6), 0.0)}
+    assert rows["ours"]["ratio"] == 1.0
+    assert rows["FrEIA GLOW"]["ratio"] == 1.5
+    assert rows["FrEIA GLOW"]["median_us"] == 3e6
+
+
+def test_the_likelihood_counts_the_log_determinant() -> None:
+    z, log_det = torch.tensor([[1.0, 2.0], [0.0, 2.0]]), torch.tensor([1.0, 3.0])
+    assert libraries.negative_log_likelihood(z, log_det).item() == (4.5 - 4.0) / 2

@@ -7,6 +7,7 @@ tests and benchmarks take instead is this reference.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ def test_reference_equals_the_branch(case: Case, rev: bool) -> None:
         # A sum of 100 terms in another order: 4 + sqrt(100) roundings of values up to 30 times
         # as large as the result, 14 * 30 = 420.
         torch.testing.assert_close(actual[name], value, rtol=420 * EPS, atol=420 * EPS)
+
+
+def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of the benchmarks name the pinned commit."""
+    (tmp_path / "all_in_one_block.py").write_text("AllInOneBlock = object\n")
+    monkeypatch.setattr(freia_main, "FOLDER", tmp_path)
+    with pytest.raises(PeerMissing, match=f"is not of commit {freia_main.commit()}"):
+        freia_main.freia_main_block.__wrapped__()
 
 
 @needs_freia_main

@@ -265,7 +265,7 @@ def test_report() -> None:
     assert "Mine" in after.left[0].kind
     lines = str(after).splitlines()
     assert lines[0] == "2 of 3 blocks run fused"
-    assert lines[-1].startswith("On a CPU, inputs of at most 32768 elements run plain operations")
+    assert lines[-1].startswith("small inputs on a CPU run plain operations: up to 32768 elements")
     for line, entry in zip(lines[1:-1], after.entries, strict=True):
         assert line.split()[0] == entry.state
         assert entry.name in line
@@ -286,7 +286,23 @@ def test_report_says_what_overrides_a_step_of_our_class() -> None:
     assert (entry.state, entry.changed) == ("stock maths", False)
     assert "overridden" in entry.reason
     assert str(report(own)).startswith("0 of 1 blocks run fused")
-    assert "On a CPU" not in str(report(own))
+    assert "small inputs" not in str(report(own))
+
+
+def test_report_speaks_of_small_inputs_where_auto_chooses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for backend, variable, is_noted in (
+        ("auto", "", True),
+        ("auto", "auto", True),
+        ("auto", "eager", False),
+        ("eager", "", False),
+    ):
+        monkeypatch.setenv("FASTFLOW_KERNELS_BACKEND", variable)
+        block = fastflow_kernels.AllInOneBlock(
+            [(4,)], subnet_constructor=nn.Linear, backend=backend
+        )
+        assert ("small inputs" in str(report(block))) == is_noted, (backend, variable)
 
 
 def test_report_says_gin() -> None:

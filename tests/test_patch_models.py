@@ -221,8 +221,10 @@ def test_block_that_stands_in_two_places_is_changed_once() -> None:
 @pytest.mark.peers
 def test_report_says_that_a_graph_cannot_be_reversible() -> None:
     """The warning of accelerate(graph, reversible=True) sends its reader there."""
-    node = freia().framework.InputNode(4)
-    model = freia().framework.GraphINN([node, freia().framework.OutputNode(node)])
+    framework = freia().framework
+    start = framework.InputNode(4)
+    block = framework.Node(start, anomalib_block(), {"subnet_constructor": nn.Linear})
+    model = framework.GraphINN([start, block, framework.OutputNode(block)])
     with pytest.warns(UserWarning, match="no chain of the model was made reversible"):
         accelerate(model, reversible=True)
     (entry,) = report(model).chains
@@ -230,6 +232,7 @@ def test_report_says_that_a_graph_cannot_be_reversible() -> None:
         "left",
         "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can",
     )
+    assert not report(framework.GraphINN([start, framework.OutputNode(start)])).chains
 
 
 @pytest.mark.peers

@@ -40,6 +40,7 @@ def counts(prose: ModuleType, text: str) -> list[int]:
         ("See [the other page](page.md) for it.", [6]),
         ("Formula $a + b + c$ here.", [3]),
         ("<!-- hidden words -->\nText.", [1]),
+        ("It is issue\n#15 that asks.", [6]),
     ],
 )
 def test_sentences(prose: ModuleType, text: str, expected: list[int]) -> None:
@@ -83,6 +84,9 @@ def test_limits(
     assert ("at most" in capsys.readouterr().out) == (not passes)
 
 
-def test_every_page_is_counted(prose: ModuleType) -> None:
+def test_every_page_and_all_code_is_counted(prose: ModuleType) -> None:
     pages = {path for pattern in prose.PAGES for path in ROOT.glob(pattern)}
-    assert {ROOT / "README.md", ROOT / "docs/index.md", ROOT / "bench/TUNING.md"} <= pages
+    expected = {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench/TUNING.md"}
+    assert pages == expected
+    assert {"fastflow_kernels", "reference", "bench", "tests", "ci", "docs"} <= set(prose.CODE)
+    assert (prose.AVERAGE, prose.LONGEST) == (16, 35)

@@ -6,6 +6,7 @@ only the block and its base class are loaded, under a name of their own.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from functools import cache
@@ -18,6 +19,7 @@ from tests.support.peers import PeerMissing
 ROOT = Path(__file__).resolve().parent.parent.parent
 REQUIREMENT = ROOT / "ci" / "freia_main.txt"
 FOLDER = Path(sys.prefix) / "freia-main" / "FrEIA" / "modules"
+BLOB = "3ad846e5f9395d98281c743d5001c37f2c921735"  # git's hash of the block's file in that commit
 
 
 def commit() -> str:
@@ -30,10 +32,16 @@ def freia_main_block() -> Any:
     """Return the branch's ``AllInOneBlock``.
 
     Raises:
-        PeerMissing: It is not installed; the message names the command.
+        PeerMissing: It is not installed, or not in the pinned commit; the message names the
+            command.
     """
     if not FOLDER.is_dir():
         raise PeerMissing(f"FrEIA main is not installed in {FOLDER.parent}. Run: ci/freia_main.sh")
+    source = (FOLDER / "all_in_one_block.py").read_bytes()
+    if hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest() != BLOB:
+        raise PeerMissing(
+            f"FrEIA main in {FOLDER.parent} is not of commit {commit()}. Run: ci/freia_main.sh"
+        )
     package: Any = ModuleType("freia_main_modules")
     package.__path__ = [str(FOLDER)]
     sys.modules[package.__name__] = package
