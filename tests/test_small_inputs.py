@@ -87,9 +87,12 @@ def test_reflections_become_a_matrix_for_rows_enough_of_few_channels(
 ) -> None:
     calls: list[int] = []
     matrix = HouseholderPermutation.matrix
-    monkeypatch.setattr(
-        HouseholderPermutation, "matrix", lambda *args: calls.append(1) or matrix(*args)
-    )
+
+    def counted(self: HouseholderPermutation, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(1)
+        return matrix(self, dtype)
+
+    monkeypatch.setattr(HouseholderPermutation, "matrix", counted)
     with torch.no_grad():
         reflecting_block(channels, 2)([torch.randn(batch, channels)])
     assert bool(calls) == as_matrix
