@@ -20,7 +20,7 @@ from fastflow_kernels.fused import fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format, packed
 from fastflow_kernels.permutations import HouseholderPermutation, MatrixPermutation
 from fastflow_kernels.predicates import is_autocast
-from fastflow_kernels.route import SMALL_INPUT, Route, choose_route
+from fastflow_kernels.route import RECORDED, SMALL_INPUT, Route, choose_route
 
 
 def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -38,15 +38,15 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
             a floating-point tensor.
     """
     route = choose_route(call)
-    if isinstance(call.permutation, HouseholderPermutation):
+    if isinstance(call.permutation, HouseholderPermutation) and route.case is not RECORDED:
         call = _compute_reflections(call, call.permutation, route)
     if route.engine is None:
         return plain_inverse(call) if call.rev else plain_forward(call)
     return _inverse(call, route) if call.rev else _forward(call, route)
 
 
-# Above it, or with fewer rows than channels, the matrix of the reflections costs more than it saves:
-# the speed is 0.63 times as high at (1, 181) with 90 of them, and 1.06 at (64, 64) with 16.
+# Above it, or with fewer rows than channels, the reflections' matrix costs more than it saves: the
+# speed is 0.63 times as high at (1, 181) with 90 of them, and 1.06 at (64, 64) with 16.
 MOST_SMALL_CHANNELS = 64
 
 
@@ -70,7 +70,7 @@ def _compute_reflections(
     )
     if not (is_small_matrix or call.reverse_permutation):
         return call
-    return call.with_permutation(permutation.computed(is_small_matrix))
+    return call._replace(permutation=permutation.computed(is_small_matrix))
 
 
 # --- plain operations -----------------------------------------------------------------------------

@@ -42,11 +42,6 @@ class BlockCall(NamedTuple):
     reverse_permutation: bool = False
     backend: str = "auto"
 
-    def with_permutation(self, permutation: Permutation) -> BlockCall:
-        """Return the same call with another form of its permutation."""
-        # not _replace, which torch.compile of torch 2.7 does not trace
-        return BlockCall(*self[:5], permutation, *self[6:])
-
 
 def single_input(
     x: Sequence[Tensor], channels: int, rank: int, shape: tuple[int, ...] | None = None
