@@ -20,7 +20,7 @@ from fastflow_kernels.fused import fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format, packed
 from fastflow_kernels.permutations import HouseholderPermutation, MatrixPermutation
 from fastflow_kernels.predicates import is_autocast
-from fastflow_kernels.route import RECORDED, SMALL_INPUT, Route, choose_route
+from fastflow_kernels.route import SMALL_INPUT, Route, choose_route
 
 
 def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,8 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
             a floating-point tensor.
     """
     route = choose_route(call)
-    if isinstance(call.permutation, HouseholderPermutation) and route.case is not RECORDED:
+    # A graph's compiler sees by itself what is computed twice.
+    if isinstance(call.permutation, HouseholderPermutation) and not torch_private.is_recorded():
         call = _compute_reflections(call, call.permutation, route)
     if route.engine is None:
         return plain_inverse(call) if call.rev else plain_forward(call)
