@@ -3,6 +3,9 @@
 Two processes on one CPU: torchrun --standalone --nproc-per-node 2 docs/examples/distributed.py
 """
 
+import os
+import sys
+
 import torch
 import torch.distributed as dist
 from FrEIA.framework import SequenceINN
@@ -56,6 +59,9 @@ def main() -> None:
         equal = all(torch.equal(weights, of_rank) for of_rank in gathered)
         print(f"{processes} processes hold {'equal' if equal else 'DIFFERENT'} weights")
     dist.destroy_process_group()
+    # Python's shutdown sometimes aborts a finished gloo process, so leave without it.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
