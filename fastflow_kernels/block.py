@@ -18,7 +18,11 @@ from fastflow_kernels.engines import plain
 from fastflow_kernels.fork import fork, passive_half
 from fastflow_kernels.fused import fused_coupling
 from fastflow_kernels.layouts import in_layout, memory_format, packed
-from fastflow_kernels.permutations import HouseholderPermutation, MatrixPermutation
+from fastflow_kernels.permutations import (
+    HouseholderPermutation,
+    MatrixPermutation,
+    matched_in_graph,
+)
 from fastflow_kernels.predicates import is_autocast
 from fastflow_kernels.route import SMALL_INPUT, Route, choose_route
 
@@ -135,7 +139,7 @@ def _match_format(x: Tensor, y: Tensor) -> Tensor:
 def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
-    passive, x = fork(x, coupling.inv if coupling.unpermutes_input else None, route.with_gradients)
+    passive, x = fork(x, coupling, route.with_gradients)
     a = _for_engine(coefficients(call, for_subnet(passive, route)), route)
     # after the subnet, because gradients arrive in the reverse order
     after = call.permutation.after_coupling()
@@ -156,7 +160,7 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     else:
         v = y if coupling.perm is not None else permutation.unpermute(y)
         x = engine.invert_passive(v, coupling)
-    passive = passive_half(x, coupling.inv if coupling.unpermutes_input else None)
+    passive = passive_half(x, coupling)
     a = coefficients(call, for_subnet(passive, route))
     if promoted(x, a) is not x.dtype:
         # The subnet widens the dtype. That is rare, so start over with plain operations.
@@ -174,6 +178,11 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
 def engine_coupling(call: BlockCall, route: Route) -> Coupling:
     """Return the engine's operands beside x and the coefficients."""
     perm, inv = call.permutation.index_pair()
+    if perm is not None and inv is not None and torch_private.is_recorded():
+        is_both_used = call.reverse_permutation
+        perm, inv = matched_in_graph(
+            perm, inv, is_both_used or not call.rev, is_both_used or call.rev
+        )
     return Coupling(
         call.global_scale.contiguous(),  # a parametrization may expand them
         call.global_offset.contiguous(),

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow_kernels import route
 from fastflow_kernels.block import evaluate, plain_forward, plain_inverse
 from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.engines import available
 from fastflow_kernels.permutations import IndexPermutation
 
 # Blocks of published models, and one odd shape. The batches of images are smaller on a CPU, so that
@@ -85,11 +85,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 def backends() -> dict[str, str | None]:
     """Return every backend with the reason why it is not available on this machine, or None."""
-    if not torch.cuda.is_available() and not route.is_interpreted():
+    if not torch.cuda.is_available() and not available.is_interpreted():
         return {"eager": None, "triton": "torch finds no GPU on this machine"}
     return {
         "eager": None,
-        "triton": route.why_not_triton(torch.empty(1, 2, 1, device=_device())),
+        "triton": available.why_not_triton(torch.empty(1, 2, 1, device=_device())),
     }
 
 

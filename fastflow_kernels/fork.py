@@ -11,28 +11,39 @@ from torch.autograd import Function
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.channels import take_channels
+from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.engines import operators
 from fastflow_kernels.torch_private import needs_plain
 
 
-def fork(x: Tensor, inv: Tensor | None, with_gradients: bool) -> tuple[Tensor, Tensor]:
+def fork(x: Tensor, coupling: Coupling, with_gradients: bool) -> tuple[Tensor, Tensor]:
     """Return the passive half for the subnet, (B, C1, *S), and x for the coupling.
 
     Args:
         x: (B, C, *S).
-        inv: The index through which the coupling reads x, or None.
-        with_gradients: Whether gradients are enabled.
+        coupling: The operands of the engine.
+        with_gradients: See :class:`~fastflow_kernels.route.Route`.
     """
     if with_gradients and x.requires_grad:
-        passive, x = _apply_fork(x, inv)
+        passive, x = _apply_fork(x, coupling.inv if coupling.unpermutes_input else None)
         return passive, x
-    return passive_half(x, inv), x
+    return passive_half(x, coupling), x
 
 
-def passive_half(x: Tensor, inv: Tensor | None) -> Tensor:
-    """Return the first C1 channels of x as a view, or a copy of the first ones in ``inv``.
+def passive_half(x: Tensor, coupling: Coupling) -> Tensor:
+    """Return the channels of x that the coupling does not change, (B, C1, *S).
 
-    The copy has the layout of x.
+    They are a view of x, or a copy in its layout if the coupling reads x through its index.
     """
+    perm, inv = coupling.perm, coupling.inv
+    if not coupling.unpermutes_input or perm is None or inv is None:
+        return _take_passive(x, None)
+    if needs_plain(x):  # a graph that calls operators
+        return operators.gather(x, inv, perm, x.shape[1] - x.shape[1] // 2)
+    return _take_passive(x, inv)
+
+
+def _take_passive(x: Tensor, inv: Tensor | None) -> Tensor:
     passive = x.shape[1] - x.shape[1] // 2
     if inv is None:
         return x.narrow(1, 0, passive)
@@ -53,7 +64,7 @@ class _Fork(Function):
     def forward(ctx: Any, x: Tensor, inv: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.active, ctx.inv = x.shape[1] // 2, inv
-        return passive_half(x, inv), x.view_as(x)
+        return _take_passive(x, inv), x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dx1: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, None]:

@@ -36,6 +36,7 @@ class IndexCache:
             form of its computation from that, not the values.
     """
 
+    _captured: tuple[IndexPermutation, ...] = ()  # what CUDA graphs have captured
     checks_values = True  # on a CPU, in every call; the tests' mock of a GPU turns it off
 
     def __init__(self) -> None:
@@ -44,7 +45,8 @@ class IndexCache:
         self._cached: _Cached | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"hard": self.hard, "_cached": None}  # copies read their own matrices
+        # copies read their own matrices
+        return {"hard": self.hard, "_cached": None, "_captured": ()}
 
     def refresh(self, block: Any) -> None:
         """Read a block's matrices now, because its next call may be compiled and cannot."""
@@ -103,7 +105,34 @@ class IndexCache:
         ):
             self._cached = cached = _read_matrices(key, w, w_inv)
             self.hard = cached.index is not None
+            self._update_captured(cached.index)
+        if predicates.is_capturing(w):
+            self._keep_captured(cached.index)
         return cached
+
+    def _keep_captured(self, index: IndexPermutation | None) -> None:
+        """Keep an index in memory, because a CUDA graph knows it by its address."""
+        if index is not None and all(index is not captured for captured in self._captured):
+            self._captured = (*self._captured, index)
+
+    def _update_captured(self, index: IndexPermutation | None) -> None:
+        """Write an index to where CUDA graphs read it.
+
+        So they follow when the matrices are loaded, or when a call finds them changed.
+
+        Raises:
+            RuntimeError: A graph was captured, and there is no index any more.
+        """
+        if not self._captured:
+            return
+        if index is None:
+            raise RuntimeError(
+                "a CUDA graph has captured a block with a hard permutation, but its weights are "
+                "none any more: capture the graph again"
+            )
+        for captured in self._captured:
+            for old, new in zip(captured, index, strict=True):
+                old.copy_(new)  # a pending backward pass that has saved it then raises
 
     def _constant_index(self, w: Tensor, w_inv: Tensor | None) -> IndexPermutation | None:
         """Return the index as a constant for an ONNX file, or None if it is not known.
@@ -290,8 +319,11 @@ def _index_in_graph(w: Tensor) -> Tensor:
 
     A graph that was recorded with a permutation then raises an error if it gets a rotation.
     """
-    values, index = w.flatten(1).max(1)
-    return torch.where((values - 1.0).abs() <= 4 * torch.finfo(w.dtype).eps, index, w.shape[0])
+    w = w.flatten(1)
+    values, index = w.max(1)
+    is_one = (values - 1.0).abs() <= 4 * torch.finfo(w.dtype).eps
+    is_alone = w.abs().sum(1) == values  # exact, because all other elements must be 0
+    return torch.where(is_one & is_alone, index, w.shape[0])
 
 
 def _as_matrices(w: Tensor, w_inv: Tensor | None) -> MatrixPermutation:

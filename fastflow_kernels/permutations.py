@@ -232,6 +232,34 @@ def one_hot(perm: Tensor, dtype: torch.dtype) -> Tensor:
     return (perm.unsqueeze(1) == channels).to(dtype)  # F.one_hot reads values; a graph has none
 
 
+def matched_in_graph(
+    perm: Tensor, inv: Tensor, uses_perm: bool, uses_inv: bool
+) -> tuple[Tensor, Tensor]:
+    """Return an index and its inverse, certain to belong together when a graph runs.
+
+    A graph derives each from another tensor, and the one that the stock block does not use may be
+    outdated. It is computed anew. If the index is no permutation, the graph raises an error. The
+    kernels would write to memory that is not theirs.
+
+    Args:
+        perm: int64 (C,).
+        inv: Its inverse, (C,).
+        uses_perm, uses_inv: Which of them the stock block uses.
+    """
+    channels = torch.arange(perm.shape[0], device=perm.device)
+    if not uses_inv:
+        inv = torch.zeros_like(perm).scatter(0, perm, channels)
+    elif not uses_perm:
+        perm = torch.zeros_like(inv).scatter(0, inv, channels)
+    # Inductor's gather also takes negative numbers, which the kernels do not.
+    is_inverse = (perm.index_select(0, inv) == channels) & (inv >= 0)
+    # A gather by an index that is out of range raises. Where a compiler leaves that check out, as
+    # on AMD's GPUs, the kernels still stay in their memory.
+    checked = channels.index_select(0, torch.where(is_inverse, perm, perm.shape[0]))
+    last = perm.shape[0] - 1
+    return checked.clamp(0, last), inv.clamp(0, last)
+
+
 def random_rotation(channels: int) -> Tensor:
     """Draw a matrix uniformly (Haar measure) from SO(C), reproducible from torch's seed.
 

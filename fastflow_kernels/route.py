@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastflow_kernels import torch_private
 from fastflow_kernels.backends import requested
 from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.dtypes import accumulator, promoted
-from fastflow_kernels.engines import Engine, eager
+from fastflow_kernels.engines import Engine, available, eager, operators
 from fastflow_kernels.engines.pixels import ByPixels
 from fastflow_kernels.engines.triton.plan import why_unsupported
 from fastflow_kernels.layouts import is_packed, memory_format
@@ -43,7 +41,7 @@ STOCK_STEPS = Case(
     "the stock block's steps, one by one, in plain operations",
 )
 RECORDED = Case(
-    "torch.compile, export, tracing, torch.func, forward-mode AD, or fake tensors",
+    "export, ONNX, tracing, torch.func, forward-mode AD, fake tensors, or torch.compile on a CPU",
     "plain operations; a recorded graph derives the index from its weights",
 )
 SMALL_INPUT = Case(
@@ -59,6 +57,10 @@ INVERSE_WITH_GRADIENTS = Case(
 PIXEL_ROWS = Case(
     "channels-last input", "fused, pixel by pixel; results and gradients stay channels-last"
 )
+COMPILED = Case(
+    "torch.compile on a GPU",
+    "fused: the graph calls the Triton kernels as operators; it derives the index, too",
+)
 COPIED = Case(
     "on a GPU: samples neither contiguous nor channels-last, or GIN in channels-last",
     "fused, on a contiguous copy",
@@ -73,6 +75,7 @@ WHAT_RUNS_WHERE = (
     SMALL_INPUT,
     EMPTY,
     INVERSE_WITH_GRADIENTS,
+    COMPILED,
     COPIED,
     PIXEL_ROWS,
     FUSED,
@@ -110,7 +113,8 @@ class Route(NamedTuple):
             opposite pass comes last.
         folds_affine: Whether the inverse of scale, offset and permutation is one product with a
             bias.
-        with_gradients: Whether gradients are enabled.
+        with_gradients: Whether the engine runs in an autograd node of this package, because
+            gradients are enabled. Operators have their own nodes.
     """
 
     case: Case
@@ -134,15 +138,19 @@ def choose_route(call: BlockCall) -> Route:
         RuntimeError: The backend is "triton" and cannot be used. The message says why.
     """
     x, backend = call.x, requested(call.backend)
-    if needs_plain(x):  # first, because a graph must not depend on sizes
+    is_recorded = needs_plain(x)
+    if is_recorded and (reason := _why_no_operators(call, backend)) is not None:
         if backend == "triton":
-            raise _triton_error("the call is being traced, transformed or compiled")
+            raise _triton_error(reason)
         return _RECORDED
     with_gradients = torch.is_grad_enabled()
-    if backend == "auto" and (is_small(x) or (with_gradients and _is_small_for_a_product(call))):
-        return _SMALL
-    if not x.numel():
-        return _EMPTY
+    if not is_recorded:  # a graph must not depend on sizes
+        if backend == "auto" and (
+            is_small(x) or (with_gradients and _is_small_for_a_product(call))
+        ):
+            return _SMALL
+        if not x.numel():
+            return _EMPTY
     if call.rev and with_gradients:
         if backend == "triton":
             raise RuntimeError(
@@ -150,7 +158,7 @@ def choose_route(call: BlockCall) -> Route:
                 "or use backend='auto'"
             )
         return _INVERSE_WITH_GRADIENTS
-    return choose_engine(call, backend)
+    return _route_of_graph(call) if is_recorded else choose_engine(call, backend)
 
 
 def choose_engine(call: BlockCall, backend: str) -> Route:
@@ -169,7 +177,7 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     # GIN's mean runs over all pixels of a sample, but a kernel treats each row by itself
     pixels_suit_triton = is_channels_last and not call.spec.gin
     is_wanted = wants_triton(x, backend, call.spec)
-    reason = why_not_triton(x, pixels_suit_triton) if is_wanted else None
+    reason = available.why_not_triton(x, pixels_suit_triton) if is_wanted else None
     if reason is not None and backend == "triton":
         raise _triton_error(reason)
     is_triton = is_wanted and reason is None
@@ -182,7 +190,7 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     unpermutes_apart = call.reverse_permutation and not unpermutes_inside
     folds_affine = call.rev and not is_triton and _folds_affine(call)
     with_gradients = torch.is_grad_enabled()
-    engine: Engine = triton_engine() if is_triton else eager
+    engine: Engine = available.triton_engine() if is_triton else eager
     case = COPIED if is_copied else FUSED
     if as_pixels:
         case, engine = PIXEL_ROWS, ByPixels(engine)
@@ -191,6 +199,22 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
         case, engine, layout, is_copied, unpermutes_inside, unpermutes_apart, folds_affine,
         with_gradients,
     )  # fmt: skip
+
+
+def _route_of_graph(call: BlockCall) -> Route:
+    """Return the route of a call whose graph may call operators. It depends on no size."""
+    x = call.x
+    layout = memory_format(x)
+    by_pixels = layout is not torch.contiguous_format and not call.spec.gin
+    unpermutes_inside = call.reverse_permutation and isinstance(call.permutation, IndexPermutation)
+    return Route(
+        COMPILED,
+        operators.PIXELS if by_pixels else operators.WHOLE_SAMPLES,
+        layout,
+        is_copied=not by_pixels and not is_packed(x),
+        unpermutes_inside=unpermutes_inside,
+        unpermutes_apart=call.reverse_permutation and not unpermutes_inside,
+    )
 
 
 def _is_small_for_a_product(call: BlockCall) -> bool:
@@ -234,7 +258,11 @@ def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
         return True
     if backend == "eager" or not x.is_cuda:
         return False
-    clamp = (spec.clamp, spec.tanh_scale)
+    return _may_compile((spec.clamp, spec.tanh_scale))
+
+
+def _may_compile(clamp: tuple[float, float]) -> bool:
+    """Return whether kernels are compiled for a clamp, and count it."""
     if clamp in _clamps:
         return True
     if len(_clamps) >= MOST_CLAMPS:
@@ -255,47 +283,46 @@ def _warn_of_annealing() -> None:
     )
 
 
-@cache
-def why_no_triton() -> str | None:
-    """Return why Triton cannot be used in this process at all, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    try:
-        triton_engine()
-    except Exception as error:  # a broken or too old Triton must not break the eager engine
-        return f"Triton does not import: {type(error).__name__}: {error}"
-    return None
+def _why_no_operators(call: BlockCall, backend: str) -> str | None:
+    """Return why a recorded call runs plain operations, or None if its graph calls operators."""
+    x = call.x
+    if not torch_private.is_compiled_here():
+        return "the call is being traced, exported or transformed"
+    for t in (x, call.global_scale, call.global_offset):
+        if type(t) is not Tensor and type(t) is not nn.Parameter:
+            return f"{type(t).__name__} is a subclass of tensors"
+    # The clamp comes last, because operators make it a constant of the graph.
+    return _why_no_kernels(x.is_cuda, x.dtype, backend) or _why_not_for_clamp(call.spec, backend)
 
 
-@cache
-def triton_engine() -> Engine:
-    """Return the Triton engine. The first call imports Triton."""
-    from fastflow_kernels.engines.triton import engine
-
-    return engine
-
-
-def is_interpreted() -> bool:
-    """Return whether Triton's interpreter is switched on.
-
-    It runs kernels on CPU tensors, slowly, for tests.
-    """
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+@torch_private.constant_in_graphs
+def _why_no_kernels(is_cuda: bool, dtype: torch.dtype, backend: str) -> str | None:
+    """Return why a compiled graph cannot call the kernels, or None if it can."""
+    if backend == "eager":
+        return "backend 'eager' is requested"
+    if not is_cuda and not (backend == "triton" and available.is_interpreted()):
+        return "the input is not on a GPU"
+    return available.why_no_triton() or why_unsupported((1, 1), dtype)
 
 
-def why_not_triton(x: Tensor, as_pixels: bool = False) -> str | None:
-    """Return why the Triton kernels do not take this input, or None if they do.
+def _why_not_for_clamp(spec: CouplingSpec, backend: str) -> str | None:
+    """Return why a compiled graph cannot call kernels for a clamp, or None if it can."""
+    clamp, tanh_scale = spec.clamp, spec.tanh_scale
+    if type(clamp) is not float or type(tanh_scale) is not float:
+        return "the clamp is not a number for the compiler"  # as one of NumPy
+    if not (torch_private.is_constant(clamp) or torch_private.compiles_for_all_sizes()):
+        return "the clamp is a variable of the graph, because it has changed"
+    if backend == "triton":
+        return None
+    clamp, tanh_scale = torch_private.as_constant(clamp), torch_private.as_constant(tanh_scale)
+    return _why_too_many_clamps(clamp, tanh_scale)
 
-    Args:
-        x: The block's input, (B, C, *S).
-        as_pixels: Whether its pixels are passed as rows, (B * P, C).
-    """
-    if not x.is_cuda and not is_interpreted():
-        return f"the input is on {x.device}, and Triton runs on a GPU"
-    shape: Sequence[int] = x.shape
-    if as_pixels:
-        shape = x.numel() // shape[1], shape[1]
-    return why_no_triton() or why_unsupported(shape, x.dtype)
+
+@torch_private.constant_in_graphs
+def _why_too_many_clamps(clamp: float, tanh_scale: float) -> str | None:
+    if _may_compile((clamp, tanh_scale)):
+        return None
+    return f"kernels were compiled for {MOST_CLAMPS} other clamps"
 
 
 def _triton_error(reason: str) -> RuntimeError:

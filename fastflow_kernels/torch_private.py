@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _KEYS = torch._C._TorchDispatchModeKey
 _SYMBOLIC = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 
@@ -80,11 +81,70 @@ def needs_plain(*tensors: Tensor | None) -> bool:
     return False
 
 
-def is_onnx_export() -> bool:
-    """Return whether an ONNX file is being made.
+def is_compiled_here() -> bool:
+    """Return whether torch.compile makes a graph for this process. Such a graph may call operators.
 
-    Dynamo replaces torch.onnx.is_in_onnx_export() by False, but not the flag that it reads.
+    A graph that is exported must not, because whoever runs it may not have this package. Nor must a
+    transform of torch.func or forward-mode AD, which need to look into every operation.
     """
+    return torch.compiler.is_dynamo_compiling() and not _is_exported_or_transformed()
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """Let Dynamo run a function while it traces, and take its result as a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, but imports Dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
+def _is_exported_or_transformed() -> bool:
+    # torch.compiler.is_exporting() is True in every torch.compile before 2.13. In torch 2.7 this
+    # flag is not set in a strict export, which Dynamo traces.
+    if torch.compiler._is_exporting_flag or is_onnx_export():
+        return True
+    tracer = getattr(torch._dynamo.symbolic_convert.tls, "current_tx", None)
+    return (
+        (tracer is not None and tracer.export)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_constant(number: float) -> bool:
+    """Return whether Dynamo takes a number as a constant of the graph that it makes.
+
+    A number on a module that has changed is a variable of the next graph. Torch 2.7 cannot tell,
+    and makes a new graph for every value.
+    """
+    shapes = torch.fx.experimental.symbolic_shapes  # Dynamo has imported it
+    return not hasattr(shapes, "has_static_value") or shapes.has_static_value(number)
+
+
+def as_constant(number: float) -> float:
+    """Make a number a constant of the graph that Dynamo makes. Another number takes another graph.
+
+    Dynamo takes the keys of a dictionary as constants, once it has looked at them.
+    """
+    return next(iter({1.0 * number: None}))
+
+
+@constant_in_graphs
+def compiles_for_all_sizes() -> bool:
+    """Return whether torch.compile is tracing with ``dynamic=True``.
+
+    Then every number is a variable from the start.
+    """
+    return not torch._dynamo.config.assume_static_by_default
+
+
+@constant_in_graphs  # Dynamo would take torch.onnx.is_in_onnx_export() as False
+def is_onnx_export() -> bool:
+    """Return whether an ONNX file is being made."""
+    if "torch.onnx" not in sys.modules:  # importing it takes a while
+        return False
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")
     return torch.onnx.is_in_onnx_export() or (flags is not None and flags._is_onnx_exporting)
 
@@ -130,7 +190,9 @@ def versions_counted() -> AbstractContextManager[None]:
     Use it for a tensor that the subnet reads and the coupling does not. The stock block's coupling
     would see what the subnet writes there, so a write must be noticed.
     """
-    return _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+    # Dynamo cannot trace the question, and a graph counts no versions.
+    is_needed = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return _outside_inference_mode() if is_needed else nullcontext()
 
 
 @contextmanager

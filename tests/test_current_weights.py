@@ -18,7 +18,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import reference
-from fastflow_kernels import AllInOneBlock, accelerate
+from fastflow_kernels import AllInOneBlock, accelerate, predicates
 from fastflow_kernels.permutations import IndexPermutation
 from tests.support.blocks import TakesTensor
 from tests.support.cases import Case, Shape, both_directions, make_block, make_input
@@ -219,6 +219,68 @@ def test_a_pass_without_values_leaves_nothing_behind(kind: str, rev: bool) -> No
             fake, _ = TakesTensor(block, rev)(mode.from_tensor(x))
         assert fake.shape == x.shape
         assert_same(TakesTensor(block, rev)(x), expected)
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
+    """Return a function that calls a block as if a CUDA graph were being captured.
+
+    It returns the index and its inverse, which the graph knows by their addresses.
+    """
+
+    def capture(block: nn.Module, x: Tensor) -> list[Tensor]:
+        with monkeypatch.context() as patch:
+            patch.setattr(predicates, "is_capturing", lambda t: True)
+            block([x])
+        cache = block._index if hasattr(block, "_index") else block._fastflow.index
+        return list(cache._cached.index)
+
+    return capture
+
+
+@kinds
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("hard", "rev")], ids=str)
+def test_a_captured_index_follows_the_weights(
+    kind: str, case: Case, captured: Callable[..., list[Tensor]]
+) -> None:
+    """It stays where it is in memory, because a replay asks nobody."""
+    block, source = make(kind, case, 0), make(kind, case, 1)
+    x, _ = make_input(case)
+    perm, inv = captured(block, x)
+    block.load_state_dict(source.state_dict())
+    expected = _permutation_of(source)
+    assert torch.equal(perm, expected)
+    assert torch.equal(inv, expected.argsort())
+    other = make(kind, case, 2)
+    with torch.no_grad():
+        for p, q in zip(block.parameters(), other.parameters(), strict=True):
+            p.copy_(q)
+        block([x])  # a call finds out
+    assert torch.equal(perm, _permutation_of(other))
+    assert_same(TakesTensor(block, False)(x), truth(other, case, x, False))
+
+
+def _permutation_of(block: nn.Module) -> Tensor:
+    w = block.get_parameter("w_perm").detach()
+    return w if w.dim() == 1 else w.flatten(1).argmax(1)
+
+
+@kinds
+def test_a_captured_permutation_cannot_become_a_rotation(
+    kind: str, captured: Callable[..., list[Tensor]]
+) -> None:
+    block = make(kind, Case(ROWS, "hard"))
+    x, _ = make_input(Case(ROWS, "hard"))
+    copied = copy.deepcopy(block)
+    captured(block, x)
+    w, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    state = {**block.state_dict(), "w_perm": w, "w_perm_inv": w.T}
+    copied.load_state_dict(state)  # nobody has captured the copy
+    with pytest.raises(RuntimeError, match="capture the graph again"):
+        block.load_state_dict(state)
 
 
 # --- eager mode -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import reference
 from fastflow_kernels import AllInOneBlock, accelerate, report
+from fastflow_kernels.backends import ENVIRONMENT_VARIABLE
 from tests.support.cases import Case, Shape, make_block
+from tests.support.graphs import Graphs, operators
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("fused")
@@ -154,3 +157,41 @@ def test_compiled_ranks_compute_the_same_function(kind: str, ranks: list[dict[st
     expected = Block("ours", seed=1)(_batch("hard")[0])
     for results in ranks:
         torch.testing.assert_close(results[f"compiled {kind}"], expected, rtol=1e-11, atol=1e-11)
+
+
+# --- compiled, with the kernels in the graph ------------------------------------------------------
+
+
+def _one_compiled_rank(rank: int, folder: Path) -> None:
+    """Train a compiled DDP model; each rank starts from a seed of its own."""
+    flow, graphs = Flow("hard", "ours"), Graphs()
+    if rank:
+        for block, other in zip(flow.blocks, reversed(Flow("hard", "ours").blocks), strict=True):
+            block.load_state_dict(other.state_dict())
+    x, c = _batch("hard")
+    half = slice(2 * rank, 2 * rank + 2)
+    model = torch.compile(DistributedDataParallel(flow), backend=graphs)
+    results: dict[str, Any] = _trained(model, flow, x[half], [t[half] for t in c])
+    results["operators"] = [
+        sum((operators(graph) for graph in part), Counter())
+        for part in (graphs.forward, graphs.backward)
+    ]
+    torch.save(results, folder / f"{rank}.pt")
+
+
+def test_compiled_ranks_call_the_kernels_and_train_like_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    expected = _trained(flow := Flow("hard", "ours"), flow, *_batch("hard"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the processes, which import Triton
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    run_ranks(functools.partial(_one_compiled_rank, folder=tmp_path), 2, tmp_path)
+    for rank in range(2):
+        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert actual.pop("operators") == [{"coupling_forward": 3}, {"coupling_backward": 3}]
+        assert actual.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(
+                actual[key], value, rtol=1e-10, atol=1e-11 * value.abs().max().item(), msg=key
+            )

@@ -136,3 +136,17 @@ def test_fresh_memory_is_poisoned_where_it_is_watched():
         {"x_ptr": 400},
         {"y_ptr": 400},
     )
+
+
+def test_a_warm_up_that_is_not_aligned_prepares_aligned_launches(monkeypatch):
+    """While a CUDA graph is captured, nothing can be compiled or loaded."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the dispatcher was asked again")
+
+    copying = copy_launch(2)
+    x = torch.randn(101)
+    with gpu():
+        assert torch.equal(copy(False, x[1:], copying), x[1:])
+        monkeypatch.setattr(JITFunction, "run", refuse)
+        assert torch.equal(copy(True, x[:100], copying), x[:100])

@@ -259,7 +259,7 @@ def test_triton_backend_raises_where_it_cannot_be_honoured() -> None:
         backend="triton",
     )
     x = torch.randn(2, 6, 4, 4)
-    with pytest.raises(RuntimeError, match="traced, transformed or compiled"):
+    with pytest.raises(RuntimeError, match="traced, exported or transformed"):
         torch.func.vmap(lambda x: block([x])[0][0])(x[None])
     with pytest.raises(RuntimeError, match="no gradient of the inverse"):
         block([x], rev=True)

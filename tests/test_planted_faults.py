@@ -27,10 +27,18 @@ FORWARD, BACKWARD, INVERSE, LAUNCH, MATH, SUMS, TILES = (
     for name in ("forward", "backward", "inverse", "launch", "math", "sums", "tiles")
 )
 PLANES, ROWS = "test_coupling_parity and B2-C7-4x5", "test_coupling_parity and B5-C7"
-PARITY, VALUES, EXECUTED, KEYS, BLOCKS = (
+PARITY, VALUES, EXECUTED, BLOCKS, OPERATORS, GRAPHS = (
     f"tests/test_{name}.py"
-    for name in ("kernels", "kernels_values", "kernels_executed", "launch_keys", "kernels_blocks")
+    for name in (
+        "kernels",
+        "kernels_values",
+        "kernels_executed",
+        "kernels_blocks",
+        "kernels_operators",
+        "kernels_graphs",
+    )
 )
+KEYS, LAUNCHES = "tests/test_launch_keys.py", "tests/test_executor_launches.py"
 
 
 class Planted(NamedTuple):
@@ -207,6 +215,30 @@ FAULTS = {
     ),
     "the forward's sign in the inverse": Planted(
         (INVERSE,), "-(CLAMP * tl.sum(t, axis=0", "(CLAMP * tl.sum(t, axis=0", ROWS
+    ),
+    "an operator that trusts the strides of a graph": Planted(
+        ("engines/operators.py",),
+        "x if x.is_contiguous() else _readable(x, engine), a",
+        "x, a",
+        "depend_on_no_strides",
+        OPERATORS,
+    ),
+    "an operator's result in another dtype": Planted(
+        ("engines/operators.py",),
+        "dtype = promoted(x, a, g)",
+        "dtype = x.dtype",
+        "opcheck and bfloat16",
+        OPERATORS,
+    ),
+    "an index of a graph without its own inverse": Planted(
+        ("permutations.py",), "elif not uses_perm:", "elif False:", "only_the_matrix", GRAPHS
+    ),
+    "a warm-up that leaves aligned launches to the capture": Planted(
+        (LAUNCH,),
+        "if self._run is None and isinstance",
+        "if is_aligned and isinstance",
+        "warm_up",
+        LAUNCHES,
     ),
 }
 

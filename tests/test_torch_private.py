@@ -207,3 +207,89 @@ def test_versions_are_counted_in_inference_mode_where_they_are_asked_for() -> No
         assert torch_private.version_of(x + 1) is None
     with torch_private.versions_counted():  # otherwise does not change anything
         assert (x + 1).requires_grad
+
+
+# --- what Dynamo traces ---------------------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    """A module that asks a question while it runs, and keeps no answer but in its result."""
+
+    def __init__(self, ask: Any, number: float = 2.0) -> None:
+        super().__init__()
+        self.ask, self.number = ask, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if self.ask(self.number) else x - 1
+
+
+def asked_if_compiled_here(number: float) -> bool:
+    return torch_private.is_compiled_here()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_only_a_graph_for_this_process_is_compiled_here() -> None:
+    model, x = Asks(asked_if_compiled_here), torch.zeros(2)
+    assert (model(x) == -1).all()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert (compiled(x) == 1).all()
+    for strict in (False, True):
+        assert (torch.export.export(model, (x,), strict=strict).module()(x) == -1).all()
+        assert (torch.jit.trace(model, (x,))(x) == -1).all()
+    for function in (
+        torch.func.grad(lambda x: model(x).sum()),
+        torch.func.vmap(lambda x: model(x)),
+    ):
+        torch._dynamo.reset()
+        torch.compile(function, fullgraph=True, backend="eager")(x)  # must not break
+    mapped = torch.compile(lambda x: torch.func.vmap(lambda t: model(t))(x), backend="eager")
+    assert (mapped(x) == -1).all()
+    torch._dynamo.reset()
+    assert (torch.compile(model, fullgraph=True, backend="eager")(x) == 1).all()
+
+
+def is_large(number: float) -> bool:
+    return _is_large_constant(torch_private.as_constant(number))
+
+
+@torch_private.constant_in_graphs
+def _is_large_constant(number: float) -> bool:
+    assert type(number) is float
+    return number > 1.6
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_constant_is_guarded(dynamic: bool | None) -> None:
+    model, x = Asks(is_large), torch.zeros(2)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="eager")
+    for number in (2.0, 1.5, 2.0, 1.75, 1, 0.1 + 0.2):
+        model.number = number
+        assert (compiled(x) == (1 if number > 1.6 else -1)).all(), number
+
+
+def is_a_constant(number: float) -> bool:
+    return torch_private.is_constant(number)
+
+
+def is_for_all_sizes(number: float) -> bool:
+    return torch_private.compiles_for_all_sizes()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_number_that_has_changed_is_a_variable() -> None:
+    model, x = Asks(is_a_constant), torch.zeros(2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    can_tell = hasattr(torch.fx.experimental.symbolic_shapes, "has_static_value")
+    answers = []
+    for number in (2.0, 1.5, 1.25):
+        model.number = number
+        answers.append(bool((compiled(x) == 1).all()))
+    assert answers == [True, not can_tell, not can_tell]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_a_graph_for_all_sizes_is_known(dynamic: bool | None) -> None:
+    compiled = torch.compile(Asks(is_for_all_sizes), dynamic=dynamic, backend="eager")
+    assert (compiled(torch.zeros(2)) == (1 if dynamic else -1)).all()

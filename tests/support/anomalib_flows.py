@@ -1,9 +1,9 @@
 """Measure anomalib's FastFlow from PyPI, stock and accelerated.
 
-It measures the time of a training step and the size of the exported file. Run it in the environment
-of ``make ecosystem``::
+It measures the time of a training step, the size of the exported file, and the time to compile. Run
+it in the environment of ``make ecosystem``::
 
-    .venv-ecosystem/bin/python -m tests.support.anomalib_flows [time|size]
+    .venv-ecosystem/bin/python -m tests.support.anomalib_flows [time|size|compile]
 """
 
 from __future__ import annotations
@@ -129,6 +129,32 @@ def file_sizes(backbone: str, size: int = 64) -> dict[str, object]:
     return sizes | {"ours/stock": sizes["ours_mb"] / sizes["stock_mb"]}
 
 
+def compile_times(backbone: str, batch: int, size: int) -> dict[str, object]:
+    """Compile a training step of all blocks by Inductor, with plain operations and with operators.
+
+    Returns:
+        Seconds that a first step takes longer than a second one.
+    """
+    from tests.support.mock_driver import mock_gpu
+
+    torch.set_num_threads(1)
+    seconds: dict[str, object] = {"backbone": backbone, "batch": batch, "image": size}
+    for name, backend in (("plain", "eager"), ("operators", "triton")):
+        torch._dynamo.reset()
+        flows = accelerate(Flows(backbone, size), backend=backend)
+        features = [t.requires_grad_() for t in flows.features(batch)]
+        compiled = torch.compile(flows, fullgraph=True)
+        steps = []
+        with mock_gpu():  # no kernel runs
+            for _ in range(2):
+                start = time.perf_counter()
+                z, log_dets = compiled(*features)
+                torch.stack([t.sum() for t in (*z, *log_dets)]).sum().backward()
+                steps.append(time.perf_counter() - start)
+        seconds[f"{name}_s"] = steps[0] - steps[1]
+    return seconds
+
+
 def main(measurement: str = "all") -> None:
     peers.prepare_torchvision()
     if measurement in ("all", "time"):
@@ -137,6 +163,8 @@ def main(measurement: str = "all") -> None:
     if measurement in ("all", "size"):
         for backbone in CHANNELS:
             print(json.dumps(file_sizes(backbone)))
+    if measurement in ("all", "compile"):
+        print(json.dumps(compile_times("wide_resnet50_2", batch=2, size=64)))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastflow_kernels import route
+from fastflow_kernels.engines import available
 
 # Tests that run kernels use a GPU if there is one. The interpreter checks accesses to CPU memory.
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not route.is_interpreted() else "cpu")
+ON_GPU = torch.cuda.is_available() and not available.is_interpreted()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = {
     "fp64": torch.float64,
     "fp32": torch.float32,

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastflow_kernels import route
+from fastflow_kernels.engines import available
 from fastflow_kernels.index_cache import IndexCache
 
 
@@ -94,7 +94,7 @@ def mock_gpu(stand_in: Driver | None = None) -> Iterator[None]:
     driver.set_active(Driver() if stand_in is None else stand_in)
     try:
         with (
-            mock.patch.object(route, "is_interpreted", new=_yes),
+            mock.patch.object(available, "is_interpreted", new=_yes),
             mock.patch.object(IndexCache, "checks_values", new=False),
         ):
             yield

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastflow_kernels import route
+from fastflow_kernels.engines import available
 
-INTERPRETED = route.is_interpreted()
+INTERPRETED = available.is_interpreted()
 EXECUTED = not INTERPRETED and not torch.cuda.is_available()
 
 if EXECUTED:

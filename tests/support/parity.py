@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +26,16 @@ def compare(
     grad: bool,
     backend: str = "eager",
     layout: str = "contiguous",
+    wrap: Callable[[nn.Module], Any] = lambda block: block,
 ) -> None:
     """Check the criterion over several draws of weights and inputs.
 
-    A small case takes four draws, because one baseline of few numbers may be exact by luck.
+    A small case takes four draws, because one baseline of few numbers may be exact by luck. The
+    function ``wrap`` is applied to the block; it may compile it.
     """
     draws = 4 if math.prod(case.shape.full) < 1000 else 1
     expected = [_expect(case, dtype, rev, layout, seed) for seed in range(draws)]
-    actual = [_results(e, case, backend, rev, grad) for e in expected]
+    actual = [_results(e, wrap(_block(e, case, backend)), rev, grad) for e in expected]
     for name in actual[0]:
         assert_close(
             _stack([a[name] for a in actual]),
@@ -80,11 +84,15 @@ def _expect(case: Case, dtype: torch.dtype, rev: bool, layout: str, seed: int) -
     return _Expected(state, x, c, baseline, truth, _terms(truth, stock))
 
 
-def _results(expected: _Expected, case: Case, backend: str, rev: bool, grad: bool) -> Results:
-    """Return our block's results for an input."""
+def _block(expected: _Expected, case: Case, backend: str) -> nn.Module:
     block = build_block(fastflow_kernels.AllInOneBlock, case, dialect=case.dialect, backend=backend)
     block = block.to(DEVICE, expected.x.dtype)
     block.load_state_dict(expected.state)
+    return block
+
+
+def _results(expected: _Expected, block: nn.Module, rev: bool, grad: bool) -> Results:
+    """Return our block's results for an input."""
     actual = evaluate(block, expected.x, expected.c, rev, grad)
     dtype = expected.x.dtype
     assert not grad or actual.keys() == expected.truth.keys()

@@ -26,6 +26,7 @@ from fastflow_kernels.engines.triton.plan import (
     alignment,
     columns_are_samples,
     make_plan,
+    why_unsupported,
 )
 
 ACC_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -162,7 +163,16 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
         operands: What the launch is prepared for.
         plan: How its work is divided into tiles.
         strides: The strides by parameter name; None for one that the kernel does not use.
+
+    Raises:
+        RuntimeError: The tensors are too large. A compiled graph, which knows no sizes, finds out
+            here. It happens once for all calls of one kind.
     """
+    reason = why_unsupported(operands.shape, operands.dtype)
+    if reason is not None:
+        raise RuntimeError(
+            f"the Triton kernels cannot take this input: {reason}. Use backend='eager' for it."
+        )
     pixels = operands.pixels
     align = alignment(0 if plan.is_rows else pixels, *(stride or 0 for stride in strides.values()))
     return {
@@ -187,7 +197,7 @@ class Launch:
     """A kernel with everything that stays the same between calls of one kind.
 
     The first call goes through Triton's dispatcher, which compiles the kernel or finds its binary.
-    Later calls hand the pointers straight to that binary.
+    Later calls hand the pointers straight to that binary, unless they are not aligned.
 
     A cache of launches must use as its key what the dispatcher looks at: device, dtypes, which
     pointers are None, and all ``values``. Alignment is passed in each call.
@@ -218,8 +228,20 @@ class Launch:
             self._run(*pointers, *self._tail)
             return
         compiled = self.kernel[self.grid](*pointers, **self.values, **self.options)
-        if is_aligned and isinstance(compiled, CompiledKernel):  # False in the interpreter
-            self._run = compiled[self.grid]
+        if self._run is None and isinstance(compiled, CompiledKernel):  # False in the interpreter
+            self._run = (compiled if is_aligned else self._compile_aligned(pointers))[self.grid]
+
+    def _compile_aligned(self, pointers: tuple[Tensor | None, ...]) -> Any:
+        """Compile the kernel for aligned pointers, without a launch.
+
+        So a warm-up with other pointers is one for CUDA graphs, too. While a graph is captured, its
+        inputs are aligned copies, and no binary can be loaded.
+        """
+        aligned_pointers = [
+            t if t is None else t.new_empty(0).set_(t.untyped_storage(), 0, (1,), (1,))
+            for t in pointers
+        ]
+        return self.kernel.warmup(*aligned_pointers, grid=self.grid, **self.values, **self.options)
 
 
 class Sums(NamedTuple):

@@ -24,8 +24,8 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from fastflow_kernels.engines.available import is_interpreted
 from fastflow_kernels.engines.triton import backward, forward, inverse, plan, sums
-from fastflow_kernels.route import is_interpreted
 from tests.support import mock_driver
 from tests.support.executor.memory import GlobalTensor
 from tests.support.executor.program import Program
