@@ -5,18 +5,26 @@
 The driver does nothing, so the times hold everything except the GPU's work. The subnet returns a
 stored tensor. A training step includes autograd's engine and the accumulation into ``.grad``. The
 test ``test_autograd_alone`` shows how much these two take.
+
+Compiled calls stand beside eager ones: each operator beside the launcher that it calls, and a chain
+of 8 blocks. The chain's subnets really run, on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.fastflow import SequenceFlow
 from fastflow_kernels import AllInOneBlock
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines import operator_constants
+from fastflow_kernels.engines.available import triton_engine
 from tests.support.blocks import Stored
 
 pytest.importorskip("triton")
@@ -41,10 +49,10 @@ def _block(shape: tuple[int, ...], grad: bool, **options: Any) -> tuple[AllInOne
     return block, torch.randn(shape, requires_grad=grad)
 
 
-def _measure(benchmark: Any, function: Callable[[], object]) -> None:
+def _measure(benchmark: Any, function: Callable[[], object], iterations: int = 200) -> None:
     for _ in range(50):  # compile and fill the caches
         function()
-    benchmark.pedantic(function, rounds=60, iterations=200)
+    benchmark.pedantic(function, rounds=60, iterations=iterations)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -130,3 +138,85 @@ def test_function_alone(benchmark: Any, backward: bool) -> None:
             torch.autograd.backward([y, logdet], [dy, dlogdet])
 
     _measure(benchmark, step)
+
+
+# --- compiled calls -------------------------------------------------------------------------------
+
+
+OPERATORS = (
+    "coupling_forward",
+    "coupling_backward",
+    "invert_passive",
+    "invert_active",
+    "invert_and_backward",
+)
+
+
+def _launcher_and_operator(name: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return a call of an operator, and one of the launcher behind it with the same tensors."""
+    batch, channels = SHAPES["rows"]
+    x, y, a, dy = torch.randn(4, batch, channels)
+    g, offset = torch.randn(2, channels)
+    dlogdet, perm = torch.randn(batch), torch.randperm(channels)
+    spec = CouplingSpec.of(2.0, "freia", "SOFTPLUS", False)
+    coupling = Coupling(g, offset, spec, perm, torch.argsort(perm))
+    engine, grads = triton_engine(), OutputGrads(dy, dlogdet)
+    calls: dict[str, tuple[Callable[[], object], tuple[Any, ...]]] = {
+        "coupling_forward": (partial(engine.forward, x, a, coupling), (x, a)),
+        "coupling_backward": (
+            partial(engine.backward, x, a, grads, coupling, True),
+            (dy, dlogdet, x, a, True),
+        ),
+        "invert_passive": (partial(engine.invert_passive, y, coupling), (y,)),
+        "invert_active": (partial(engine.invert_active, y, x, a, coupling), (y, x, a)),
+        "invert_and_backward": (
+            partial(engine.invert_and_backward, y, x, a, grads, coupling, True),
+            (dy, dlogdet, y, x, a, True),
+        ),
+    }
+    launcher, tensors = calls[name]
+    operator = getattr(torch.ops.fastflow_kernels, name).default
+    constants = operator_constants.encoded(coupling, by_pixels=False)
+    return launcher, partial(operator, *tensors, g, offset, perm, coupling.inv, constants)
+
+
+@pytest.mark.parametrize("how", ["launcher", "operator"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator(benchmark: Any, name: str, how: str) -> None:
+    launcher, operator = _launcher_and_operator(name)
+    with torch.no_grad():
+        _measure(benchmark, launcher if how == "launcher" else operator)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["forward", "inverse", "train-step"])
+@pytest.mark.parametrize("dialect", ["anomalib", "freia"])
+def test_chain_of_8(benchmark: Any, mode: str, how: str, dialect: str) -> None:
+    """Time 8 blocks of (4, 64) with linear subnets. Divide by 8 for one block.
+
+    Dialect "freia" holds an index. That of "anomalib" holds a matrix, in which a graph looks for
+    the index, here on the CPU.
+    """
+    shape = SHAPES["rows"]
+    chain: Callable[..., Any] = SequenceFlow(
+        [
+            AllInOneBlock(
+                [shape[1:]], subnet_constructor=nn.Linear, dialect=dialect, backend="triton"
+            )
+            for _ in range(8)
+        ]
+    )
+    if how == "compiled":
+        torch._dynamo.reset()
+        chain = torch.compile(chain, fullgraph=True, dynamic=False)
+    x = torch.randn(shape, requires_grad=mode == "train-step")
+    dz, dlogdet = torch.randn(shape), torch.randn(shape[0])
+
+    def step() -> None:
+        torch.autograd.backward(chain(x), [dz, dlogdet])
+
+    if mode == "train-step":
+        _measure(benchmark, step, 25)
+        return
+    with torch.no_grad():
+        _measure(benchmark, lambda: chain(x, rev=mode == "inverse"), 25)

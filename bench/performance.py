@@ -140,18 +140,21 @@ def gpu(kind: str, dtype: str) -> Callable[[list[Row]], list[str]]:
 
 
 def graphs(rows: list[Row]) -> list[str]:
-    """Return a table: one block's training step on a GPU, with and without a CUDA graph."""
+    """Return a table: one block's training step on a GPU: eager, compiled, and in a CUDA graph."""
     chosen = _chosen(rows, GPU, kind="block", workload="cflow/1", mode="train", dtype="float32")
     calls = {
         "ours": "ours",
+        "ours-compiled": "ours, `torch.compile`",
+        "freia-compiled": "FrEIA main's, `torch.compile`",
         "ours-graphs": "ours, `torch.cuda.make_graphed_callables`",
         "anomalib-graphs": 'anomalib\'s, `torch.compile(mode="reduce-overhead")`',
         "freia-graphs": "FrEIA main's, the same",
     }
-    lines = []
-    for provider, text in calls.items():
-        row = _first(chosen, provider=provider)
-        lines.append([text, *(number(row, key, "{:,.0f}") for key in ("wall_us", "median_us"))])
+    lines = [
+        [text, *(number(row, key, "{:,.0f}") for key in ("wall_us", "median_us"))]
+        for provider, text in calls.items()
+        if (row := _first(chosen, provider=provider)) is not None
+    ]
     return table(["CFlow (64, 512)", "as called, us", "on the GPU, us"], lines)
 
 

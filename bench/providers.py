@@ -28,8 +28,9 @@ class Provider:
     Attributes:
         base: "ours", "ours-freia", "anomalib" or "freia". The truth comes from "reference" and
             "reference-freia".
-        execution: One of EXECUTIONS. "graphs" means ``mode="reduce-overhead"`` for the stock
-            blocks, and a captured eager call for ours.
+        execution: One of EXECUTIONS. "compiled" is ``torch.compile``. On a GPU the graph of ours
+            calls our kernels as operators. "graphs" means ``mode="reduce-overhead"`` for the stock
+            blocks. For ours it is a captured eager call, with the kernels that it launches.
     """
 
     base: str

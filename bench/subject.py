@@ -15,6 +15,7 @@ from torch.autograd import Function
 from bench.fastflow import ReversibleFlow, SequenceFlow, conv_subnet, linear_subnet
 from bench.providers import Provider, block_class, copy_weights, rotations_drawn_once
 from bench.workloads import WHOLE, Workload
+from fastflow_kernels import AllInOneBlock
 from tests.support.memory import bytes_kept_for_backward
 
 MODES = ("forward", "inverse", "backward", "train")
@@ -96,14 +97,18 @@ def draw_samples(
 
 
 class _StoredSubnet(nn.Module):
-    """A subnet that costs nothing, because it returns a stored tensor."""
+    """A subnet that costs nothing, because it returns a stored tensor.
+
+    Stock blocks overwrite their subnet's output, which a CUDA graph forbids for an input. So they
+    get a copy, which the compiler fuses away. Ours does not overwrite it. It gets no copy, because
+    a compiler cannot fuse one with our operators. Eager calls get a copy from Subject._arguments.
+    """
 
     a: Tensor
+    is_overwritten = True
 
     def forward(self, x: Tensor) -> Tensor:
-        # Stock blocks overwrite their subnet's output, which a CUDA graph forbids for an input. The
-        # compiler fuses this copy away. Eager calls get a copy from Subject._arguments.
-        return self.a.clone() if torch.compiler.is_compiling() else self.a
+        return self.a.clone() if self.is_overwritten and torch.compiler.is_compiling() else self.a
 
 
 class SingleBlock(nn.Module):
@@ -116,6 +121,7 @@ class SingleBlock(nn.Module):
         dims, dims_c = _dims(workload, declared)
         self.subnet = _StoredSubnet()
         self.block = build(dims, dims_c, lambda *_: self.subnet, **workload.options)
+        self.subnet.is_overwritten = not isinstance(self.block, AllInOneBlock)
 
     def forward(self, x: Tensor, a: Tensor, *c: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         self.subnet.a = a
@@ -221,6 +227,7 @@ class Subject:
             self._speed_up(provider)
 
     def _speed_up(self, provider: Provider) -> None:
+        """Compile the calls or capture them in CUDA graphs. On a GPU ours run our kernels."""
         if provider.is_ours and provider.execution == "graphs":
             self.graphed = _graphed(self.model, self._arguments(self.samples[0]))
             self.call = {

@@ -18,3 +18,6 @@ fi
 
 export HF_HUB_OFFLINE=1 PYTHON=$venv/bin/python
 run_tests tests/ecosystem --durations=10 "$@"
+# Triton reads the variable only once, when it is imported.
+echo "== compiled models that call the kernels, interpreted"
+TRITON_INTERPRET=1 run_tests tests/ecosystem/test_compile_operators.py "$@"

@@ -7,12 +7,12 @@
 #   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts, each at most SECONDS or the limit below
 #
 #   info         30 s  versions and devices
-#   warm        120 s  compile the kernels of the block benchmarks on all cores
+#   warm        120 s  compile on all cores: kernels of the block benchmarks, blocks of `graphs`
 #   smallest     60 s  every kernel once
 #   tests       600 s  the tests that use a GPU
 #   check       120 s  python -m fastflow_kernels check: accuracy and speed in one table
 #   goals       400 s  block benchmarks that decide the goals (bench/goals.py)
-#   graphs      300 s  one block compiled, and in CUDA graphs
+#   graphs      300 s  one block compiled, and in CUDA graphs, ours with its kernels in the graph
 #   flow        300 s  whole flows with their subnets
 #   kernels     120 s  the time of each kernel by itself (bench/gpu/kernel_times.py)
 #   memcheck    300 s  compute-sanitizer over `smallest`: accesses
@@ -21,8 +21,9 @@
 #   block       900 s  block benchmarks of every other workload
 #   reversible  300 s  reversible chains of several depths
 #
-# first takes at most 6.5 minutes. It runs 90 seconds of tests and measures the speed.
+# first takes at most 6.5 minutes. It runs 80 seconds of tests and measures the speed.
 # second takes at most 5.5 minutes. It finds the best constants, and measures what they reach.
+# It also runs compute-sanitizer.
 #
 # OUTDIR is a new folder. It gets summary.txt (read it first), stderr.log, check.txt, tests.log,
 # bench.log, sanitize.log and rows.jsonl. Each row is written when it has been measured.
@@ -57,9 +58,8 @@ all)
     parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block)
     parts+=(reversible)
     ;;
-first) parts=(info:10 warm:50 smallest:20 tests:90 goals:85 kernels:25 memcheck:40 flow:35 graphs:30)
-    ;;
-second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 graphs:35 racecheck:35)
+first) parts=(info:10 warm:70 smallest:20 tests:80 goals:75 graphs:80 kernels:20 flow:35) ;;
+second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 memcheck:40 racecheck:35)
     ;;
 *) parts=("$@") ;;
 esac
@@ -102,7 +102,7 @@ run() { # run PART SECONDS
     local part=$1 limit=$2 parallel=()
     local goals=fastflow-wrn50/1,fastflow-wrn50/2,fastflow-wrn50/3,cflow/1,tabular
     goals+=,fastflow-r18/1,fastflow-cait,fastflow-r18/2,fastflow-r18/3,cflow/
-    local graphs=anomalib,freia,freia-compiled,anomalib-graphs,freia-graphs,ours-graphs
+    local graphs=ours-compiled,ours-graphs,anomalib-graphs,freia-compiled,freia-graphs
     graphs+=,ours-freia-graphs
     case "$part" in
     info) step info "$limit" "$out/summary.txt" "$PYTHON" -m fastflow_kernels info ;;
@@ -115,7 +115,8 @@ run() { # run PART SECONDS
         step tests "$limit" "$out/tests.log" env TORCHINDUCTOR_COMPILE_THREADS=4 \
             "$PYTHON" -m pytest -q --tb=short --durations=15 -p no:cacheprovider \
             ${parallel[@]+"${parallel[@]}"} \
-            tests/test_gpu.py tests/test_kernels*.py tests/test_cli.py tests/test_parity.py
+            tests/test_gpu.py tests/test_kernels_{graphs,operators}.py tests/test_kernels*.py \
+            tests/test_cli.py tests/test_parity.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
     goals) bench "$limit" --workloads "$goals" --dtypes float32,bfloat16 ;;
@@ -125,7 +126,7 @@ run() { # run PART SECONDS
         ;;
     flow)
         bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train \
-            --dtypes float32,bfloat16
+            --dtypes float32,bfloat16 --providers ours,ours-freia,anomalib,freia,ours-graphs,ours-compiled
         ;;
     kernels)
         step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.kernel_times \

@@ -58,6 +58,11 @@ interpreted() {
     ci/kernels.sh interpreted -k "$parity or loops or soft or without"
 }
 
+compiled() {
+    echo "== graphs that call the kernels"
+    TRITON_INTERPRET=1 run_tests -m "not slow" tests/test_kernels_graphs.py
+}
+
 inspected() { # inspected KEYWORDS. Old versions need a linker of ROCm for gfx942.
     echo "== the kernels, compiled"
     run_tests -m "not slow" -k "not gfx942 and not fp16 and not fp64 $1" \
@@ -92,11 +97,13 @@ case "$which" in
 oldest)
     block "and not cost_no_other_graph" # torch 2.7 makes a second graph
     interpreted
+    compiled
     inspected "and not B10000-C100" # Triton 3.3 spills 8 bytes there, 3.6 and 3.9 none
     ;;
 newest)
     block ""
     interpreted
+    compiled
     inspected ""
     executed
     ;;

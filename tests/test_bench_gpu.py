@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bench.gpu import warm
+from bench.providers import PROVIDERS
 from bench.workloads import Workload, workloads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +28,9 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
         "block", False
     )
     assert {name for _, _, name in todo} == {"ours", "ours-freia"}
-    calls = warm.calls_to_warm("cuda")
-    assert len(calls) == len(todo) + 2 * len(warm.every_kernel.SHAPES) + len(warm.check.GPU_SHAPES)
+    calls, compiled = warm.calls_to_warm("cuda"), warm.compiled_jobs()
+    others = 2 * len(warm.every_kernel.SHAPES) + len(warm.check.GPU_SHAPES)
+    assert len(calls) == len(compiled) + len(todo) + others
     assert all(map(pickle.dumps, calls.values()))  # because other processes run them
     modes = []
     monkeypatch.setattr(
@@ -37,7 +39,49 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
         lambda self, mode: modes.append((self.provider.name, self.samples[0].x.dtype, mode)),
     )
     warm.run((SMALL, "bfloat16", "ours-freia"), "cpu")
-    assert modes == [("ours-freia", torch.bfloat16, mode) for mode in ("train", "inverse")]
+    warm.run((SMALL, "float32", "ours-compiled"), "cpu")
+    assert modes == [
+        *(("ours-freia", torch.bfloat16, mode) for mode in ("train", "inverse")),
+        ("ours-compiled", torch.float32, "train"),
+    ]
+
+
+def test_what_is_compiled_ahead_is_what_a_gpu_run_measures() -> None:
+    """The providers of the part `graphs` that Inductor compiles, on the same workloads."""
+    script = (ROOT / "ci/gpu.sh").read_text()
+    names = ",".join(re.findall(r"graphs\+?=,?([\w,-]+)", script)).split(",")
+    measured = {
+        name
+        for name in names
+        if PROVIDERS[name].execution != "eager"
+        and not (PROVIDERS[name].is_ours and PROVIDERS[name].execution == "graphs")
+    }
+    assert measured == set(warm.COMPILED)
+    (chosen,) = re.findall(r"--workloads (\S+) --modes train .*\n *--providers", script)
+    assert chosen == ",".join(warm.COMPILED_WORKLOADS)
+
+
+# A program that compiles in other processes, as `python -m bench.gpu.warm` does.
+MAIN_PROGRAM = """
+import pickle
+import torch
+from bench.gpu import warm
+
+def key():
+    return pickle.dumps(torch.contiguous_format)
+
+if __name__ == "__main__":
+    with warm.pool(1) as pool:
+        assert pool.submit(key).result() == key()
+"""
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_has_the_keys_of_the_benchmarks(tmp_path: Path) -> None:
+    """Inductor's keys hold the format of each tensor, whose pickle names a module."""
+    (tmp_path / "program.py").write_text(MAIN_PROGRAM)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, check=True)
 
 
 def gpu_run(

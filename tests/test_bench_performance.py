@@ -77,6 +77,19 @@ def test_steps_on_a_gpu_have_two_clocks(kind: str, unit: float) -> None:
     )
 
 
+def test_graphs_have_a_line_for_each_provider_that_was_measured() -> None:
+    common: dict[str, Any] = {"device": GPU, "workload": "cflow/1"}
+    rows = [
+        row(provider="ours-compiled", wall_us=300.0, median_us=100.0, **common),
+        row(provider="ours-graphs", wall_us=200.0, median_us=50.0, **common),
+        row(provider="anomalib-graphs", skipped="it failed", **common),
+    ]
+    assert cells_of(performance.graphs(rows)) == [
+        ["ours, `torch.compile`", "300", "100"],
+        ["ours, `torch.cuda.make_graphed_callables`", "200", "50"],
+    ]
+
+
 def test_kept_and_depths() -> None:
     rows = [
         row(provider=name, kept_in_inputs=kept)

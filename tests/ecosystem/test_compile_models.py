@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from fastflow_kernels import accelerate, report
+from tests.support.anomalib_flows import Flows
+from tests.support.graphs import Graphs, operators
+from tests.support.mock_driver import mock_gpu
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -96,3 +99,23 @@ def test_flow_compiled_by_inductor_trains_with_every_batch(kind: str) -> None:
             assert (actual - expected).abs().max() <= 1e-3 * expected.abs().max()
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_graphs_of_operators_are_smaller_than_plain_ones() -> None:
+    """So the 24 blocks of FastFlow with wide_resnet50_2 take no longer to compile.
+
+    Times are in bench/TUNING.md: they vary too much for a test.
+    """
+    sizes = {}
+    for backend in ("triton", "eager"):
+        flows = accelerate(Flows("wide_resnet50_2", 64), backend=backend)
+        features = [t.requires_grad_() for t in flows.features(1)]
+        graphs = Graphs()
+        with mock_gpu():  # no kernel runs
+            z, log_dets = torch.compile(flows, fullgraph=True, backend=graphs)(*features)
+            torch.stack([t.sum() for t in (*z, *log_dets)]).sum().backward()
+        (forward,), (backward,) = graphs.forward, graphs.backward
+        sizes[backend] = len(forward.nodes) + len(backward.nodes)
+        expected = {"coupling_forward": 24} if backend == "triton" else {}
+        assert operators(forward) == expected
+    assert sizes["triton"] < sizes["eager"], sizes
