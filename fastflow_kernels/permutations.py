@@ -238,8 +238,8 @@ def matched_in_graph(
     """Return an index and its inverse, certain to belong together when a graph runs.
 
     A graph derives each from another tensor, and the one that the stock block does not use may be
-    outdated. It is computed anew. If the index is no permutation, the graph raises an error. The
-    kernels would write to memory that is not theirs.
+    outdated. It is computed anew. If the index is no permutation, the graph raises an error.
+    Otherwise the kernels would write to memory that is not theirs.
 
     Args:
         perm: int64 (C,).

@@ -309,7 +309,7 @@ def _why_not_for_clamp(spec: CouplingSpec, backend: str) -> str | None:
     """Return why a compiled graph cannot call kernels for a clamp, or None if it can."""
     clamp, tanh_scale = spec.clamp, spec.tanh_scale
     if type(clamp) is not float or type(tanh_scale) is not float:
-        return "the clamp is not a number for the compiler"  # as one of NumPy
+        return "the clamp is no Python number, and the compiler takes it as a tensor"
     if not (torch_private.is_constant(clamp) or torch_private.compiles_for_all_sizes()):
         return "the clamp is a variable of the graph, because it has changed"
     if backend == "triton":

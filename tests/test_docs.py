@@ -37,6 +37,7 @@ def page_of(path: Path) -> Any:
     )
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "path",
     [page_of(path) for path in PAGES if blocks(path.read_text()) and path != ELSEWHERE],

@@ -84,7 +84,21 @@ def test_reversible_chain(tmp_path: Path) -> None:
 def test_compiled(tmp_path: Path) -> None:
     """With a backend that needs no C++ compiler."""
     text = run_example("compiled.py", tmp_path, "--backend", "aot_eager")
-    assert "graphs: 1, breaks: 0\n" in text
+    _check_compiled(text, operators=0)
+
+
+@pytest.mark.peers
+def test_compiled_with_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("FASTFLOW_KERNELS_BACKEND", "triton")
+    text = run_example("compiled.py", tmp_path, "--backend", "aot_eager")
+    _check_compiled(text, operators=2)  # one for each block
+
+
+def _check_compiled(text: str, operators: int) -> None:
+    assert f"graphs: 1, breaks: 0\noperators of ours: {operators}\n" in text
     for batch in (8, 5, 100):
         errors = printed_values(f"batch {batch}: z, log_det, gradient differ by #, #, #", text)
         assert max(errors) <= 100 * ROUNDING  # two blocks, forward and backward
