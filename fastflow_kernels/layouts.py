@@ -9,13 +9,18 @@ from torch import Tensor
 def memory_format(x: Tensor) -> torch.memory_format:
     """Return channels-last if each sample of x is channels-last, otherwise contiguous."""
     if x.dim() > 3 and not x.is_contiguous():
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        layout = channels_last_of(x)
         if x.is_contiguous(memory_format=layout):
             return layout
         sample = x[:1]  # a batch may have gaps between its samples
         if sample.is_contiguous(memory_format=layout) and not sample.is_contiguous():
             return layout
     return torch.contiguous_format
+
+
+def channels_last_of(x: Tensor) -> torch.memory_format:
+    """Return the channels-last format for a tensor of rank 4 or 5."""
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def in_layout(x: Tensor, layout: torch.memory_format) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.coupling import Coupling, CouplingSpec
+from fastflow_kernels.layouts import channels_last_of
 
 
 class Constants(NamedTuple):
@@ -33,13 +34,8 @@ class Constants(NamedTuple):
 
     def like(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a new tensor of the shape of ``t`` in the layout of the results."""
-        layout = pixel_layout(t) if self.by_pixels else torch.contiguous_format
+        layout = channels_last_of(t) if self.by_pixels else torch.contiguous_format
         return torch.empty_like(t, dtype=dtype, memory_format=layout)
-
-
-def pixel_layout(t: Tensor) -> torch.memory_format:
-    """Return the channels-last format for a tensor of rank 4 or 5."""
-    return torch.channels_last if t.dim() == 4 else torch.channels_last_3d
 
 
 # Change it with what an operator computes or takes. Torch stores graphs on disk, and finds them by
