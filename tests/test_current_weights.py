@@ -269,6 +269,21 @@ def _permutation_of(block: nn.Module) -> Tensor:
 
 
 @kinds
+def test_a_pending_backward_pass_notices_that_a_captured_index_changes(
+    kind: str, captured: Callable[..., list[Tensor]]
+) -> None:
+    """As for a stock block, whose weights it has saved."""
+    case = Case(PLANES, "hard")
+    block, source = make(kind, case, 0), make(kind, case, 1)
+    x, _ = make_input(case)
+    captured(block, x)
+    y, _ = TakesTensor(block, False)(x.requires_grad_())
+    block.load_state_dict(source.state_dict())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@kinds
 def test_a_captured_permutation_cannot_become_a_rotation(
     kind: str, captured: Callable[..., list[Tensor]]
 ) -> None:
