@@ -126,7 +126,8 @@ run() { # run PART SECONDS
         ;;
     flow)
         bench "$limit" --kinds flow --workloads cflow/1,fastflow-wrn50 --modes train \
-            --dtypes float32,bfloat16 --providers ours,ours-freia,anomalib,freia,ours-graphs,ours-compiled
+            --dtypes float32,bfloat16 \
+            --providers ours,ours-freia,anomalib,freia,ours-graphs,ours-compiled
         ;;
     kernels)
         step kernels "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.kernel_times \
