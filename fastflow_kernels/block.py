@@ -225,9 +225,9 @@ def _coupling_input(call: BlockCall, route: Route) -> Tensor:
 def _unpermuted_affine(call: BlockCall, coupling: Coupling) -> Tensor:
     """Compute u = (w^-1 y - offset) / scale as one product with a bias, in the layout of y."""
     assert isinstance(call.permutation, MatrixPermutation)  # the route says so
-    scale = None
-    if not call.spec.gin:
-        scale = plain.activated(coupling.global_scale, call.spec.activation)
+    g, offset = coupling.global_scale, coupling.global_offset
+    assert g is not None and offset is not None  # noqa: PT018
+    scale = None if call.spec.gin else plain.activated(g, call.spec.activation)
     with torch_private.versions_counted():
-        u = call.permutation.unpermute_affine(call.x, scale, coupling.global_offset)
+        u = call.permutation.unpermute_affine(call.x, scale, offset)
         return u.contiguous(memory_format=memory_format(call.x))

@@ -16,23 +16,30 @@ class CouplingSpec(NamedTuple):
 
     With ``a = subnet(x1)`` split into halves ``(a_s, a_t)``::
 
-        s = clamp * tanh(tanh_scale * a_s)          (minus its mean per sample if gin)
-        u = cat(x1, x2 * exp(s) + 0.1 * a_t)
+        s = clamp * f(input_scale * a_s)            (minus its mean if gin)
+        u = cat(x1, x2 * exp(s) + shift_scale * a_t)
         v = u * scale + offset                      scale = activation(global_scale); 1 if gin
 
     Attributes:
-        clamp: Bound of ``|s|``; 0 makes the coupling additive.
-        tanh_scale: Factor on ``a_s`` inside the tanh: 0.1 (dialect "anomalib") or 0.1 / clamp
-            (dialect "freia").
+        clamp: Factor of f; 0 makes the coupling additive.
+        input_scale: Factor on ``a_s`` inside f: 0.1 (dialect "anomalib"), 0.1 / clamp (dialect
+            "freia"), or 1 and 0.5 (FrEIA's coupling blocks).
         activation: ``"SIGMOID"`` (10 * sigmoid(g - 2)), ``"SOFTPLUS"`` (0.1 * softplus(g,
-            beta=0.5)) or ``"EXP"``.
+            beta=0.5)) or ``"EXP"``. None without a global affine.
         gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
+        function: The clamp function f: ``"tanh"`` or ``"atan"``.
+        shift_scale: Factor on ``a_t``.
+        mean_per_pixel: Whether GIN's mean runs over the channels of a pixel. Otherwise it runs over
+            a whole sample.
     """
 
     clamp: float
-    tanh_scale: float
-    activation: str
+    input_scale: float
+    activation: str | None
     gin: bool
+    function: str = "tanh"
+    shift_scale: float = 0.1
+    mean_per_pixel: bool = False
 
     @classmethod
     def of(cls, clamp: Any, dialect: str, activation: str, gin: bool) -> CouplingSpec:
@@ -53,8 +60,9 @@ class Coupling(NamedTuple):
     """The operands of an engine beside x (B, C, *S) and the coefficients a (B, 2*C2, *S).
 
     Attributes:
-        global_scale: C elements, before the activation.
-        global_offset: C elements.
+        global_scale: C elements, before the activation. None for one side of a coupling block: it
+            has no global affine and no permutation, and x is the active half alone, so that C2 = C.
+        global_offset: C elements, or None.
         spec: The constants.
         perm: int64 (C,): y[:, j] = v[:, perm[j]]; None for the identity.
         inv: argsort(perm), or None.
@@ -65,13 +73,18 @@ class Coupling(NamedTuple):
             are passed as rows. GIN's mean and the gradient of the log-determinant are per sample.
     """
 
-    global_scale: Tensor
-    global_offset: Tensor
+    global_scale: Tensor | None
+    global_offset: Tensor | None
     spec: CouplingSpec
     perm: Tensor | None = None
     inv: Tensor | None = None
     unpermutes_input: bool = False
     rows_per_sample: int = 1
+
+    @property
+    def is_side(self) -> bool:
+        """Whether x is the active half alone: see ``global_scale``."""
+        return self.global_scale is None
 
 
 class OutputGrads(NamedTuple):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def promoted(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype that ordinary operations on these tensors would give."""
-    dtype = tensors[0].dtype
-    for t in tensors[1:]:
-        if t.dtype is not dtype:
+def promoted(first: Tensor, *tensors: Tensor | None) -> torch.dtype:
+    """Return the dtype that ordinary operations on these tensors would give; None is ignored."""
+    dtype = first.dtype
+    for t in tensors:
+        if t is not None and t.dtype is not dtype:
             dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 

@@ -36,7 +36,9 @@ def fused_coupling(
     if not route.with_gradients:  # autograd would record nothing
         return _couple_and_reflect(x, a, coupling, after.inner, after.outer, route)
     # GIN's scale is 1 and does not depend on the parameter
-    g = coupling.global_scale.detach() if coupling.spec.gin else coupling.global_scale
+    g = coupling.global_scale
+    if coupling.spec.gin and g is not None:
+        g = g.detach()
     y, log_det = _apply_coupling(
         x, a, g, coupling.global_offset, after.inner, after.outer, coupling, route
     )

@@ -48,9 +48,12 @@ def packed(t: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """Reshape (B, C, *S) to contiguous rows (B * P, C), as a view if x is channels-last."""
-    # contiguous(), because a single sample in another layout would be a transposed view
-    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()
+    """Reshape (B, C, *S) to rows (B * P, C), as a view if x is channels-last.
+
+    Each row is contiguous. There are gaps between the rows of some of a tensor's channels.
+    """
+    # packed(), because a single sample in another layout would be a transposed view
+    return packed(x.movedim(1, -1).reshape(-1, x.shape[1]))
 
 
 def from_rows(rows: Tensor, like: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ def wants_triton(x: Tensor, backend: str, spec: CouplingSpec) -> bool:
         return True
     if backend == "eager" or not x.is_cuda:
         return False
-    return _may_compile((spec.clamp, spec.tanh_scale))
+    return _may_compile((spec.clamp, spec.input_scale))
 
 
 def _may_compile(clamp: tuple[float, float]) -> bool:
@@ -307,20 +307,20 @@ def _why_no_kernels(is_cuda: bool, dtype: torch.dtype, backend: str) -> str | No
 
 def _why_not_for_clamp(spec: CouplingSpec, backend: str) -> str | None:
     """Return why a compiled graph cannot call kernels for a clamp, or None if it can."""
-    clamp, tanh_scale = spec.clamp, spec.tanh_scale
-    if type(clamp) is not float or type(tanh_scale) is not float:
+    clamp, input_scale = spec.clamp, spec.input_scale
+    if type(clamp) is not float or type(input_scale) is not float:
         return "the clamp is no Python number, and the compiler takes it as a tensor"
     if not (torch_private.is_constant(clamp) or torch_private.compiles_for_all_sizes()):
         return "the clamp is a variable of the graph, because it has changed"
     if backend == "triton":
         return None
-    clamp, tanh_scale = torch_private.as_constant(clamp), torch_private.as_constant(tanh_scale)
-    return _why_too_many_clamps(clamp, tanh_scale)
+    clamp, input_scale = torch_private.as_constant(clamp), torch_private.as_constant(input_scale)
+    return _why_too_many_clamps(clamp, input_scale)
 
 
 @torch_private.constant_in_graphs
-def _why_too_many_clamps(clamp: float, tanh_scale: float) -> str | None:
-    if _may_compile((clamp, tanh_scale)):
+def _why_too_many_clamps(clamp: float, input_scale: float) -> str | None:
+    if _may_compile((clamp, input_scale)):
         return None
     return f"kernels were compiled for {MOST_CLAMPS} other clamps"
 

@@ -79,7 +79,7 @@ def test_eager_functions_where_all_coefficients_are_alike(
 ) -> None:
     """All values have about the same size, so that no error hides behind a larger value."""
     x, a, coupling = make((4, 6, 9, 7), gin=gin, clamp=clamp)
-    size = z / coupling.spec.tanh_scale * (0.9 + 0.1 * torch.rand(a.shape))
+    size = z / coupling.spec.input_scale * (0.9 + 0.1 * torch.rand(a.shape))
     a = torch.cat(((size * torch.randn(a.shape).sign())[:, :3], a[:, 3:]), 1)
     check_everything(x, a, coupling, engine=eager)
 
@@ -109,13 +109,13 @@ def test_eager_functions_overflow_only_where_plain_pytorch_does(
 def test_coefficients_of_the_cheap_form_fit_in_float32() -> None:
     """The smallest clamp with the cheap form, and clamps below it, which do not take it.
 
-    Dialect "freia" makes tanh_scale largest there.
+    Dialect "freia" makes input_scale largest there.
     """
     for clamp in (soft_clamp.LEAST_FAST_CLAMP, 0.5 * soft_clamp.LEAST_FAST_CLAMP, 1e-15):
         for dialect in DIALECTS:
             check_everything(*inputs_of((4, 6, 9, 7), clamp, dialect, False, 1.0), engine=eager)
             spec = CouplingSpec.of(soft_clamp.LEAST_FAST_CLAMP, dialect, "EXP", False)
-            for value in soft_clamp._tanh_coefficients(spec.tanh_scale, spec.clamp / math.log(2.0)):
+            for value in soft_clamp._tanh_coefficients(spec.input_scale, spec.clamp / math.log(2.0)):
                 assert 1e-30 < abs(value) < 1e30
 
 

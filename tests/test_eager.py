@@ -31,7 +31,7 @@ def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
         .to(dtype)
         .view(1, -1, 1)
     )
-    spec = CouplingSpec(clamp=2.0, tanh_scale=1.0, activation="EXP", gin=False)
+    spec = CouplingSpec(clamp=2.0, input_scale=1.0, activation="EXP", gin=False)
 
     def tanh(a: Tensor) -> Tensor:
         clamp = soft_clamp.SoftClamp(spec, 1, is_fast=True)

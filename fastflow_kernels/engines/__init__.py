@@ -20,21 +20,26 @@ class Engine(Protocol):
     The modules ``engines.eager`` and ``engines.triton.engine`` are engines, and so is
     :class:`~fastflow_kernels.engines.pixels.ByPixels`, which wraps one of them.
 
-    x and y have shape (B, C, *S), a has shape (B, 2*C2, *S) with C2 = C // 2. Any floating dtype is
-    allowed; a result has the promoted dtype of its operands.
+    x and y have shape (B, C, *S), a has shape (B, 2*C2, *S) with C2 = C // 2. For one side of a
+    coupling block (``coupling.is_side``) x and y are the active half alone, C2 = C, and each may be
+    a view of a larger tensor's channels. Any floating dtype is allowed; a result has the promoted
+    dtype of its operands.
 
     Log-determinants have shape (B,) and are in nats, zero for GIN. They are float64 if x or a is,
     otherwise float32. If several rows of x make one sample (``coupling.rows_per_sample``), there is
     one for each row.
     """
 
-    def forward(self, x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, a: Tensor, coupling: Coupling, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return y and the log-determinant.
 
         Args:
             x: The block's input, (B, C, *S).
             a: The coefficients: the subnet's output, (B, 2*C2, *S).
             coupling: What to compute, with its parameters and permutation.
+            y: Where a side writes its result, (B, C, *S). None for a new tensor.
         """
 
     def backward(
@@ -60,7 +65,7 @@ class Engine(Protocol):
         Args:
             y: The argument of :meth:`invert_passive`.
             x: What :meth:`invert_passive` returned. If the inverse affine is folded into a matrix
-                product, x holds u in all channels.
+                product, x holds u in all channels. A side only writes to it.
             a: The subnet's output for the passive channels of x.
             coupling: The argument of :meth:`forward`.
         """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels import torch_private
+from fastflow_kernels.layouts import packed
 
 _CHUNK_BYTES = 1 << 20  # Per thread: it fits in a core's L2 cache beside the operands.
 _SCRATCH_BYTES = 16 << 20  # Per thread and dtype: the largest buffer kept between calls.
@@ -17,11 +18,11 @@ _MAX_VIEWS = 64  # Per thread: views of the buffers, kept by dtype and shapes.
 
 
 def flat(t: Tensor) -> Tensor:
-    """Return t, (B, C, *S), as (B, C, P). Only a tensor that is not contiguous is copied."""
-    return t.contiguous().view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+    """Return t, (B, C, *S), as (B, C, P). It is a view if each sample is contiguous."""
+    return packed(t).view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
 
 
-def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int) -> tuple[int, int]:
+def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int, active: int) -> tuple[int, int]:
     """Return how many samples, and how many channel pairs of each, form a chunk.
 
     Args:
@@ -29,9 +30,11 @@ def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int) -> tuple[int,
         dtype: The dtype of the computation.
         keep_together: Number of consecutive samples that stay in one chunk, each of them whole. 0
             allows a chunk to be a part of one sample.
+        active: Number of active channels, each of which is a pair with a passive one if there are
+            any.
     """
     batch, channels, pixels = x.shape
-    pairs = max(1, channels // 2)
+    pairs = max(1, active)
     if x.device.type != "cpu":
         return batch, pairs  # elsewhere each chunk costs launches, so one is best
     budget = _CHUNK_BYTES // dtype.itemsize * torch.get_num_threads()

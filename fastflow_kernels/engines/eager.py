@@ -28,17 +28,20 @@ from fastflow_kernels.torch_private import versions_counted
 # --- forward --------------------------------------------------------------------------------------
 
 
-def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, a: Tensor, coupling: Coupling, y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute coupling, global affine and permutation in one pass over memory."""
-    perm = coupling.perm
-    y = torch.empty(x.shape, dtype=promoted(x, a, coupling.global_scale), device=x.device)
+    perm, shift = coupling.perm, coupling.spec.shift_scale
+    if y is None:
+        y = torch.empty(x.shape, dtype=promoted(x, a, coupling.global_scale), device=x.device)
     acc_dtype = accumulator(y.dtype)
     scale, offset = _scale_and_offset(coupling, acc_dtype)
     clamp = SoftClamp.of(coupling, x)
     x, a, out = flat(x), flat(a), flat(y)
     batch, channels, pixels = x.shape
-    active = channels // 2
-    samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling))
+    active = a.shape[1] // 2
+    samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling), active)
     # If nothing moves and y has the dtype of the computation, compute in y itself.
     is_in_place = perm is None and y.dtype is acc_dtype
     shapes = [(samples, pairs, pixels)] * 2
@@ -56,8 +59,10 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
         for x2_j, v2_j, a_s, a_t in chunks_of(1, pairs, x2, v2, *split_at(a_i, active, active)):
             s_j = clamp.log_factors(a_s, 1.0, resized(s, a_s), resized(work, a_s))
             total = _add_sums(total, s_j, clamp)
-            torch.mul(x2_j, clamp.exp_(s_j), out=v2_j).add_(a_t, alpha=0.1)
-        if scale is None:
+            torch.mul(x2_j, clamp.exp_(s_j), out=v2_j).add_(a_t, alpha=shift)
+        if offset is None:
+            pass
+        elif scale is None:
             v1.copy_(x1)
             v.add_(offset)
         elif pixels == 1:
@@ -74,8 +79,12 @@ def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     return y, _finish_log_det(sums, scale, pixels, clamp, 1.0)
 
 
-def _scale_and_offset(coupling: Coupling, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    """Return scale and offset as (1, C, 1). The scale is None for GIN."""
+def _scale_and_offset(
+    coupling: Coupling, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return scale and offset as (1, C, 1). The scale is None for GIN, for a side both are."""
+    if coupling.global_scale is None or coupling.global_offset is None:
+        return None, None
     offset = cast(coupling.global_offset, dtype).view(1, -1, 1)
     if coupling.spec.gin:
         return None, offset
@@ -85,6 +94,8 @@ def _scale_and_offset(coupling: Coupling, dtype: torch.dtype) -> tuple[Tensor | 
 
 def _rows_kept_together(coupling: Coupling) -> int:
     """Return how many rows must stay in one chunk: for GIN those that share a mean."""
+    if coupling.spec.mean_per_pixel:
+        return 1
     return coupling.rows_per_sample if coupling.spec.gin else 0
 
 
@@ -102,8 +113,8 @@ def _add_sums(total: Tensor | None, s: Tensor, clamp: SoftClamp) -> Tensor:
     For GIN they are zero, or NaN for samples whose coefficients contain NaN: then every s of the
     sample is NaN. A sample of GIN is never split into chunks.
     """
-    if clamp.spec.gin:
-        return s[:, :1, :1].sum((1, 2)).mul_(0.0)
+    if clamp.spec.gin:  # a mean per pixel does not spread to other pixels
+        return (s[:, :1] if clamp.spec.mean_per_pixel else s[:, :1, :1]).sum((1, 2)).mul_(0.0)
     return _accumulate(total, s.sum((1, 2)))
 
 
@@ -114,15 +125,15 @@ def _finish_log_det(
 
     Args:
         sums: The sums of sign * s per sample, one tensor for each chunk.
-        scale: The scale (1, C, 1), or None for GIN.
+        scale: The scale (1, C, 1), or None for 1.
         pixels: Number of pixels, P.
         clamp: The soft clamp, which knows the unit of s.
         sign: 1.0, or -1.0 for the inverse.
     """
     sum_s = sums[0] if len(sums) == 1 else torch.cat(sums)
+    sum_s = sum_s.mul_(clamp.unit) if clamp.is_fast else sum_s
     if scale is None:
         return sum_s
-    sum_s = sum_s.mul_(clamp.unit) if clamp.is_fast else sum_s
     return sum_s.add_(scale.log().sum(), alpha=sign * pixels)
 
 
@@ -154,7 +165,8 @@ def _backward(
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     clamp = SoftClamp.of(coupling, x)
     x, a, dy = flat(x), flat(a), flat(grads.y)
-    samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling))
+    active = a.shape[1] // 2
+    samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling), active)
     step = _BackwardStep(coupling, clamp, acc_dtype, want_params, is_inverting, (samples, pairs))
     direct = [] if coupling.spec.gin else step.direct_gradient(grads.log_det)
     for chunk in chunks_of(0, samples, x, a, dy, flat(dx), flat(da), *direct):
@@ -223,8 +235,8 @@ class _BackwardStep:
         if self.want_params:
             self.offset_sum = _accumulate(self.offset_sum, dv.sum((0, 2)))
         du = dv if self.scale is None else dv.mul_(self.scale)  # dv is not read again
-        active = x.shape[1] // 2
-        passive = x.shape[1] - active
+        active = a.shape[1] // 2
+        passive, shift = x.shape[1] - active, self.coupling.spec.shift_scale
         x1, x2 = split_at(x, passive, active)
         du1, du2 = split_at(du, passive, active)
         samples, pairs = self.chunk
@@ -241,16 +253,16 @@ class _BackwardStep:
             if self.want_scale:
                 u_or_shift = x2_j if self.is_inverting else a_t
                 product = torch.mul(du2_j, u_or_shift, out=dt).sum((0, 2))
-            torch.mul(du2_j, constant(0.1, self.dtype), out=dt)
-            if self.is_inverting:
-                torch.mul(du2_j, x2_j.sub_(a_t, alpha=0.1), out=ds)  # u - 0.1 * a_t = x * exp(s)
+            torch.mul(du2_j, constant(shift, self.dtype), out=dt)
+            if self.is_inverting:  # u - shift * a_t = x * exp(s)
+                torch.mul(du2_j, x2_j.sub_(a_t, alpha=shift), out=ds)
                 x2_j.div_(exp_j)
                 du2_j.mul_(exp_j)
             else:
                 torch.mul(du2_j.mul_(exp_j), x2_j, out=ds)
             if self.want_scale:
                 if not self.is_inverting:
-                    product = torch.add(ds.sum((0, 2)), product, alpha=0.1)
+                    product = torch.add(ds.sum((0, 2)), product, alpha=shift)
                 products.append(product)
             self._finish_slope(ds, slope_j, *direct)
         if self.want_scale:
@@ -282,10 +294,10 @@ class _BackwardStep:
         """
         g, offset = self.coupling.global_scale, self.coupling.global_offset
         doffset = self.offset_sum
-        if doffset is not None:
+        if doffset is not None and offset is not None:
             doffset = cast(doffset, offset.dtype).view(offset.shape)
         dlog_scale = self.product_sum
-        if dlog_scale is None or self.scale is None:
+        if dlog_scale is None or self.scale is None or g is None:
             return None, doffset
         if dlog_det is not None:
             # Plain PyTorch sums with the same operation in the same dtype. A float64 sum would not
@@ -295,7 +307,7 @@ class _BackwardStep:
         return cast(dg, g.dtype).view(g.shape), doffset
 
 
-def _log_slope(scale: Tensor, activation: str) -> Tensor | float:
+def _log_slope(scale: Tensor, activation: str | None) -> Tensor | float:
     """Return d log(scale) / d g, given the scale. It is finite even if the scale is 0."""
     if activation == "SIGMOID":
         return 1.0 - 0.1 * scale
@@ -329,9 +341,10 @@ def invert_passive(y: Tensor, coupling: Coupling) -> Tensor:
         x = torch.empty(y.shape, dtype=promoted(y, coupling.global_scale), device=y.device)
     acc_dtype = accumulator(x.dtype)
     scale, offset = _scale_and_offset(coupling, acc_dtype)
+    assert offset is not None  # a side has no passive channels
     y, out = flat(y), flat(x)
     passive = y.shape[1] - y.shape[1] // 2
-    samples, _ = chunk_sizes(y, acc_dtype, 1)
+    samples, _ = chunk_sizes(y, acc_dtype, 1, y.shape[1] // 2)
     for y_i, x_i in chunks_of(0, samples, y, out):
         # All channels are computed at once. In half precision only the passive ones are stored,
         # because u in the active ones would be rounded twice.
@@ -347,24 +360,30 @@ def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor
     """Write the active channels of x in place and return the inverse's log-determinant."""
     acc_dtype = accumulator(x.dtype)
     scale, offset = _scale_and_offset(coupling, acc_dtype)
-    clamp = SoftClamp.of(coupling, x)
+    clamp, shift = SoftClamp.of(coupling, x), coupling.spec.shift_scale
     y, a, out = flat(y), flat(a), flat(x)
     batch, channels, pixels = out.shape
-    active = channels // 2
-    samples, pairs = chunk_sizes(out, acc_dtype, _rows_kept_together(coupling))
+    active = a.shape[1] // 2
+    samples, pairs = chunk_sizes(out, acc_dtype, _rows_kept_together(coupling), active)
     s, work = scratch.take(x, acc_dtype, *[(samples, pairs, pixels)] * 2)
     sums: list[Tensor] = []
     for y_i, a_i, x_i in chunks_of(0, samples, y, a, out):
         x2 = x_i.narrow(1, channels - active, active)
-        u2 = x2 if x2.dtype is acc_dtype else _compute_active_u(y_i, coupling.inv, scale, offset)
+        if offset is None:
+            u2 = cast(y_i, acc_dtype)
+            result = x2 if x2.dtype is acc_dtype else torch.empty_like(u2)
+        elif x2.dtype is acc_dtype:
+            u2 = result = x2  # the first pass has left u there
+        else:
+            u2 = result = _compute_active_u(y_i, coupling.inv, scale, offset)
         total = None
         halves = split_at(cast(a_i, acc_dtype), active, active)
-        for u2_j, a_s, a_t in chunks_of(1, pairs, u2, *halves):
+        for u2_j, result_j, a_s, a_t in chunks_of(1, pairs, u2, result, *halves):
             s_j = clamp.log_factors(a_s, -1.0, resized(s, a_s), resized(work, a_s))
             total = _add_sums(total, s_j, clamp)
-            u2_j.sub_(a_t, alpha=0.1).mul_(clamp.exp_(s_j))
-        if u2 is not x2:
-            x2.copy_(u2)
+            torch.sub(u2_j, a_t, alpha=shift, out=result_j).mul_(clamp.exp_(s_j))
+        if result is not x2:
+            x2.copy_(result)
         sums += [] if total is None else [total]
     return _finish_log_det(sums, scale, pixels, clamp, -1.0)
 
@@ -386,7 +405,8 @@ def invert_and_backward(
     y: Tensor, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
 ) -> CouplingGrads:
     """Compute :func:`invert_active` and :func:`backward`, in one pass if x can hold u."""
-    if x.dtype is accumulator(promoted(x, a, coupling.global_scale)) and x.is_contiguous():
+    acc_dtype = accumulator(promoted(x, a, coupling.global_scale))
+    if x.dtype is acc_dtype and x.is_contiguous() and not coupling.is_side:
         return _backward(x, a, grads, coupling, want_params, True)
     invert_active(y, x, a, coupling)
     return backward(x, a, grads, coupling, want_params)

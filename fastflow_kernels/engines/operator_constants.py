@@ -45,9 +45,13 @@ FORMAT = "1"
 
 def encoded(coupling: Coupling, by_pixels: bool) -> str:
     """Return the constants of a coupling as a string, by operations that Dynamo can compute."""
-    clamp, tanh_scale, activation, gin = coupling.spec
-    numbers = f"{torch_private.as_constant(clamp)!r} {torch_private.as_constant(tanh_scale)!r}"
-    return f"{FORMAT} {numbers} {activation} {gin} {coupling.unpermutes_input} {by_pixels}"
+    spec = coupling.spec
+    clamp, scale = (
+        torch_private.as_constant(spec.clamp),
+        torch_private.as_constant(spec.input_scale),
+    )
+    numbers, flags = f"{clamp!r} {scale!r}", f"{spec.gin} {coupling.unpermutes_input} {by_pixels}"
+    return f"{FORMAT} {numbers} {spec.activation} {flags}"
 
 
 @lru_cache(maxsize=1024)
@@ -62,6 +66,6 @@ def decoded(constants: str) -> Constants:
         raise RuntimeError(
             "another version of fastflow_kernels has made this compiled graph: compile it again"
         )
-    clamp, tanh_scale, activation, gin, unpermutes_input, by_pixels = rest
-    spec = CouplingSpec(float(clamp), float(tanh_scale), activation, gin == "True")
+    clamp, input_scale, activation, gin, unpermutes_input, by_pixels = rest
+    spec = CouplingSpec(float(clamp), float(input_scale), activation, gin == "True")
     return Constants(spec, unpermutes_input == "True", by_pixels == "True")

@@ -318,7 +318,10 @@ class OperatorEngine:
     def __init__(self, by_pixels: bool) -> None:
         self._by_pixels = by_pixels
 
-    def forward(self, x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, a: Tensor, coupling: Coupling, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        assert y is None  # a side runs plain operations in a graph
         y, log_det = _OPERATORS.coupling(x, a, *self._operands(coupling))
         return y, log_det
 

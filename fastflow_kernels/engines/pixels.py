@@ -23,9 +23,16 @@ class ByPixels:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def forward(self, x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-        y, log_det = self._engine.forward(as_rows(x), as_rows(a), _coupling_of_rows(coupling, x))
-        return from_rows(y, x), _sum_per_sample(log_det, x)
+    def forward(
+        self, x: Tensor, a: Tensor, coupling: Coupling, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        operands = as_rows(x), as_rows(a), _coupling_of_rows(coupling, x)
+        if y is None:
+            rows, log_det = self._engine.forward(*operands)
+            y = from_rows(rows, x)
+        else:
+            _, log_det = self._engine.forward(*operands, _writable_rows(y))
+        return y, _sum_per_sample(log_det, x)
 
     def backward(
         self, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool

@@ -6,8 +6,8 @@ them.
 
 The subnet returns ``a = (a_s, a_t)``, x is split into (x1, x2), and P is the number of pixels::
 
-    s       = clamp * tanh(tanh_scale * a_s)      minus its mean per sample if gin
-    u       = cat(x1, x2 * exp(s) + 0.1 * a_t)
+    s       = clamp * f(input_scale * a_s)        minus its mean if gin; f is tanh or atan
+    u       = cat(x1, x2 * exp(s) + shift_scale * a_t)
     v       = u * scale + offset                  scale = activation(global_scale); 1 if gin
     log_det = sum(s) + P * sum(log(scale))
 
@@ -17,6 +17,7 @@ The permutation of v follows: see :mod:`fastflow_kernels.permutations`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from fastflow_kernels.dtypes import accumulator, cast, promoted
 from fastflow_kernels.engines.constants import constant, operand
 
 
-def activated(g: Tensor, activation: str) -> Tensor:
+def activated(g: Tensor, activation: str | None) -> Tensor:
     """Return the global scale that belongs to a parameter g, elementwise.
 
     Args:
@@ -163,29 +164,38 @@ def couple(
         in_place: Whether to write to fresh results, as :func:`may_write` says.
 
     Returns:
-        x2 * exp(s) + 0.1 * a_t and the sum of s per sample, (B,). With ``rev`` these are
-        (x2 - 0.1 * a_t) * exp(-s) and the sum of -s.
+        x2 * exp(s) + shift_scale * a_t and the sum of s per sample, (B,). With ``rev`` these are
+        (x2 - shift_scale * a_t) * exp(-s) and the sum of -s.
     """
     a_s, a_t = split_at(a, x2.shape[1], x2.shape[1])
-    clamp = -spec.clamp if rev else spec.clamp
-    if in_place:
-        s = (a_s * constant(spec.tanh_scale, a.dtype)).tanh_().mul_(constant(clamp, a.dtype))
-    else:
-        s = torch.tanh(a_s * operand(spec.tanh_scale, a.dtype)) * operand(clamp, a.dtype)
+    s = _log_factors(a_s, spec, -spec.clamp if rev else spec.clamp, in_place)
     dims = tuple(range(1, s.dim()))
     if spec.gin and s.numel():
-        mean = s.mean(dims, keepdim=True)
+        mean = s.mean(1 if spec.mean_per_pixel else dims, keepdim=True)
         s = s - mean
-        sum_s = 0.0 * mean.flatten()  # 0, or NaN where s is NaN; the graph is the stock block's
+        sum_s = 0.0 * mean.flatten(1).sum(1)  # 0, or NaN where s is NaN; the stock block's graph
     else:
         sum_s = s.sum(dims)
+    shift = spec.shift_scale
     if in_place:
         if rev:
-            return torch.sub(x2, a_t, alpha=0.1).mul_(s.exp_()), sum_s
-        return (x2 * s.exp_()).add_(a_t, alpha=0.1), sum_s
+            return torch.sub(x2, a_t, alpha=shift).mul_(s.exp_()), sum_s
+        return (x2 * s.exp_()).add_(a_t, alpha=shift), sum_s
     if rev:
-        return _add(x2, a_t, -0.1) * torch.exp(s), sum_s
-    return _add(x2 * torch.exp(s), a_t, 0.1), sum_s
+        return _add(x2, a_t, -shift) * torch.exp(s), sum_s
+    return _add(x2 * torch.exp(s), a_t, shift), sum_s
+
+
+def _log_factors(a_s: Tensor, spec: CouplingSpec, clamp: Any, in_place: bool) -> Tensor:
+    """Return s = clamp * f(input_scale * a_s); both constants may be tensors."""
+    is_tanh, z = spec.function == "tanh", a_s
+    # The first question keeps a graph from depending on an AllInOneBlock's clamp.
+    if spec.activation is not None or spec.input_scale != 1.0:
+        z = a_s * (constant if in_place else operand)(spec.input_scale, a_s.dtype)
+        if in_place:
+            return (z.tanh_() if is_tanh else z.atan_()).mul_(constant(clamp, a_s.dtype))
+    s = torch.tanh(z) if is_tanh else torch.atan(z)
+    return s.mul_(constant(clamp, s.dtype)) if in_place else s * operand(clamp, s.dtype)
 
 
 def _per_channel(t: Tensor, like: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def size_of_log_det_terms(x: Tensor, a: Tensor, coupling: Coupling) -> float:
     g, _, spec = coupling[:3]
     # Make every s non-negative, so that the sum cannot cancel.
     a = a.nan_to_num().abs()
-    spec = spec._replace(clamp=abs(spec.clamp), tanh_scale=abs(spec.tanh_scale))
+    spec = spec._replace(clamp=abs(spec.clamp), input_scale=abs(spec.input_scale))
     x2 = a[:, : a.shape[1] // 2]
     _, sum_s = plain.couple(x2, a, spec._replace(gin=False), False, False)
     terms = sum_s.max().item()

@@ -39,18 +39,18 @@ def _coupling_bwd_kernel(
     y_ptr, dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr,
     dx_ptr, da_ptr, part_ptr,
     B, P, stride_xb, stride_ab, stride_l,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients; with INVERT also reconstruct the active half of x.
 
-    With dv = dy[:, inv], du = dv * scale and t = tanh(tanh_scale * a_s)::
+    With dv = dy[:, inv], du = dv * scale and t = tanh(input_scale * a_s)::
 
         dx   = cat(du1, du2 * exp(s))
         da_t = 0.1 * du2
-        da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * tanh_scale * (1 - t**2)
+        da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * input_scale * (1 - t**2)
 
     Per channel it also sums dv (for offset) and dv * u (for scale). s = clamp * t and u are
     computed again.
@@ -128,7 +128,7 @@ def _coupling_bwd_kernel(
             x2 = load(x_sample_ptr + offs_x2, mask_active, ACC_DTYPE)
         dv2 = load(dy_sample_ptr + offs_y2, mask_active, ACC_DTYPE)
         dv1 = load(dy_sample_ptr + offs_y1, mask_passive, ACC_DTYPE)
-        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
+        t = tanh_of_factor(INPUT_SCALE * a_s, CLAMP)
         s = CLAMP * t
         if sums_ptr is not None:
             mean = total(sums_ptr, b, B, PARTS) / (C2 * P)
@@ -153,7 +153,7 @@ def _coupling_bwd_kernel(
         tl.store(dx_sample_ptr + offs_x1, dv1 * scale1, mask=mask_passive)
         tl.store(dx_sample_ptr + offs_x2, du2 * e, mask=mask_active)
         tl.store(da_tile_ptr + C2 * P, 0.1 * du2, mask=mask_active)
-        da_s = (du2 * x2_e + ds) * (CLAMP * TANH_SCALE * (1.0 - t * t))
+        da_s = (du2 * x2_e + ds) * (CLAMP * INPUT_SCALE * (1.0 - t * t))
         tl.store(da_tile_ptr, da_s, mask=mask_active)
         if part_ptr is not None:
             doffset1 += tl.sum(dv1, axis=1)

@@ -9,7 +9,7 @@ Notation of all kernels, in addition to that of coupling.py:
 
 Constants of all kernels:
 
-- C, CLAMP, TANH_SCALE: from the coupling.
+- C, CLAMP, INPUT_SCALE: from the coupling.
 - ACTIVATION: the activation of the global scale; None for GIN.
 - UNPERMUTES_INPUT: whether the permutation is inverted ahead of the coupling, so that x is read
   through ``inv`` too.
@@ -64,13 +64,13 @@ from fastflow_kernels.layouts import packed
 def _coupling_fwd_kernel(
     x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr,
     B, P, stride_xb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute y, and partial sums of s for the log-determinant.
 
-    With t = tanh(tanh_scale * a_s)::
+    With t = tanh(input_scale * a_s)::
 
         s         = clamp * t                            minus its mean per sample (GIN)
         u         = cat(x1, x2 * exp(s) + 0.1 * a_t)
@@ -119,7 +119,7 @@ def _coupling_fwd_kernel(
         + load(offset_ptr + c, is_passive, ACC_DTYPE)[:, None]
     )
     tl.store(y_ptr + offs_y1, y1, mask=mask_passive)
-    t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
+    t = tanh_of_factor(INPUT_SCALE * a_s, CLAMP)  # 0 where masked
     s = CLAMP * t
     if part_ptr is not None:
         tl.store(part_ptr + program, CLAMP * tl.sum(t))
@@ -137,14 +137,14 @@ def _coupling_fwd_kernel(
 def _coupling_rows_fwd_kernel(
     x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr,
     B, stride_xb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute y and the log-determinant for one pixel, P = 1.
 
-    With t = tanh(tanh_scale * a_s)::
+    With t = tanh(input_scale * a_s)::
 
         s      = clamp * t                            minus its mean per sample (GIN)
         u      = cat(x1, x2 * exp(s) + 0.1 * a_t)
@@ -187,7 +187,7 @@ def _coupling_rows_fwd_kernel(
         a_t = load(a_ptr + offs_a + C2, mask_active, ACC_DTYPE)
         offs_x = b * stride_xb * ALIGN + (j if UNPERMUTES_INPUT else c)[:, None]
         x = load(x_ptr + offs_x, mask, ACC_DTYPE)
-        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)
+        t = tanh_of_factor(INPUT_SCALE * a_s, CLAMP)
         s = CLAMP * t  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
             log_det = CLAMP * tl.sum(t, axis=0, keep_dims=True) + log_scale
@@ -227,7 +227,9 @@ def _prepare(*key: Any) -> Prepared:
 
 
 @on_its_device
-def forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, a: Tensor, coupling: Coupling, y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return y and the log-determinant.
 
     See :class:`~fastflow_kernels.engines.Engine`. y is contiguous.

@@ -85,14 +85,14 @@ def _coupling_inv_passive_kernel(
 def _coupling_inv_active_kernel(
     y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr,
     B, P, stride_yb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute the active channels of x, and the log-determinant or partial sums for it.
 
-    With t = tanh(tanh_scale * a_s)::
+    With t = tanh(input_scale * a_s)::
 
         s         = clamp * t                            minus its mean per sample (GIN)
         x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s)
@@ -144,7 +144,7 @@ def _coupling_inv_active_kernel(
         # The barrier keeps the loads together. ptxas 12.8 delayed half of them: 36.6 us, where the
         # bytes alone take 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).
         tl.debug_barrier()
-        t = tanh_of_factor(TANH_SCALE * a_s, CLAMP)  # 0 where masked
+        t = tanh_of_factor(INPUT_SCALE * a_s, CLAMP)  # 0 where masked
         s = CLAMP * t
         if logdet_ptr is not None:
             if ROWS:

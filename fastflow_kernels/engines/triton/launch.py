@@ -181,7 +181,7 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
         **{name: None if stride is None else stride // align for name, stride in strides.items()},
         "C": operands.channels,
         "CLAMP": operands.spec.clamp,
-        "TANH_SCALE": operands.spec.tanh_scale,
+        "INPUT_SCALE": operands.spec.input_scale,
         "ACTIVATION": operands.activation,
         "UNPERMUTES_INPUT": operands.unpermutes_input,
         "ALIGN": align,

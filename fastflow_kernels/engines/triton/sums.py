@@ -37,7 +37,7 @@ from fastflow_kernels.engines.triton.tiles import index, load
 def _gin_sums_kernel(
     a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr,
     B, P, stride_ab, stride_xb,
-    C: tl.constexpr, CLAMP: tl.constexpr, TANH_SCALE: tl.constexpr, UNPERMUTES_INPUT: tl.constexpr,
+    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, UNPERMUTES_INPUT: tl.constexpr,
     PARTS: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _gin_sums_kernel(
 
     With dv = dy[:, inv]::
 
-        s = clamp * tanh(tanh_scale * a_s)
+        s = clamp * tanh(input_scale * a_s)
         h = dv2 * x2 * exp(s)
 
     With UNPERMUTES_INPUT x2 is that of x[:, inv].
@@ -79,7 +79,7 @@ def _gin_sums_kernel(
         p = (tile % pixel_tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
         offs = c[:, None] * P + p
         mask = (c < C2)[:, None] & (p < P)
-        s = CLAMP * tanh_of_factor(TANH_SCALE * load(a_ptr + offs, mask, ACC_DTYPE), CLAMP)
+        s = CLAMP * tanh_of_factor(INPUT_SCALE * load(a_ptr + offs, mask, ACC_DTYPE), CLAMP)
         sum_s += s
         if dy_ptr is not None:
             offs_y = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
