@@ -1,5 +1,13 @@
 """Fused AllInOneBlock for normalizing flows, a drop-in for anomalib and FrEIA models."""
 
+from fastflow_kernels.coupling_blocks import (
+    AffineCouplingOneSided,
+    ConditionalAffineTransform,
+    GINCouplingBlock,
+    GLOWCouplingBlock,
+    NICECouplingBlock,
+    RNVPCouplingBlock,
+)
 from fastflow_kernels.freia import InvertibleModule
 from fastflow_kernels.modules import AllInOneBlock
 from fastflow_kernels.patch import accelerate, restore
@@ -8,8 +16,14 @@ from fastflow_kernels.sequence import ReversibleSequence
 
 __version__ = "0.1.0"
 __all__ = [
+    "AffineCouplingOneSided",
     "AllInOneBlock",
+    "ConditionalAffineTransform",
+    "GINCouplingBlock",
+    "GLOWCouplingBlock",
     "InvertibleModule",
+    "NICECouplingBlock",
+    "RNVPCouplingBlock",
     "Report",
     "ReversibleSequence",
     "__version__",

@@ -140,7 +140,7 @@ def _forward(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     coupling = engine_coupling(call, route)
     x = _coupling_input(call, route)
     passive, x = fork(x, coupling, route.with_gradients)
-    a = _for_engine(coefficients(call, for_subnet(passive, route)), route)
+    a = for_engine(coefficients(call, for_subnet(passive, route)), route)
     # after the subnet, because gradients arrive in the reverse order
     after = call.permutation.after_coupling()
     y, log_det = fused_coupling(x, a, coupling, after, route)
@@ -206,7 +206,7 @@ def for_subnet(passive: Tensor, route: Route) -> Tensor:
         return passive.clone(memory_format=route.layout)
 
 
-def _for_engine(a: Tensor, route: Route) -> Tensor:
+def for_engine(a: Tensor, route: Route) -> Tensor:
     """Return the coefficients in the layout that the engine reads, now and in the backward pass."""
     if route.is_copied or route.layout is torch.contiguous_format:
         return packed(a)

@@ -43,6 +43,64 @@ class BlockCall(NamedTuple):
     backend: str = "auto"
 
 
+class Side(NamedTuple):
+    """One side of a coupling block: it transforms one part of the channels.
+
+    Attributes:
+        subnet: Maps cat(passive part, *conditions) to the coefficients of the active part.
+        active: Which part it transforms, an index into the call's ``sizes``.
+        passive: Which part the subnet reads; None if it reads the conditions alone.
+    """
+
+    subnet: Callable[[Tensor], Tensor]
+    active: int
+    passive: int | None
+
+
+class SidesCall(NamedTuple):
+    """A checked call of a coupling block, which has one or two sides and no global affine.
+
+    Attributes:
+        x: (B, C, *S). With ``rev`` it is an output of the forward direction.
+        conditions: Tensors (B, C_k, *S).
+        sides: In the order of the forward direction.
+        sizes: Channels of each part.
+        spec: The coupling's constants.
+        rev: Compute the inverse.
+        backend: "auto", "eager" or "triton".
+        global_scale, global_offset, permutation, reverse_permutation: None and False. A
+            :class:`BlockCall` has them.
+    """
+
+    x: Tensor
+    conditions: Sequence[Tensor]
+    sides: tuple[Side, ...]
+    sizes: tuple[int, ...]
+    spec: CouplingSpec
+    rev: bool = False
+    backend: str = "auto"
+
+    global_scale: None = None
+    global_offset: None = None
+    permutation: None = None
+    reverse_permutation: bool = False
+
+    @property
+    def ordered_sides(self) -> tuple[Side, ...]:
+        """The sides in the order in which this call runs them."""
+        return self.sides[::-1] if self.rev else self.sides
+
+    def coefficients(self, side: Side, passive: Tensor | None) -> Tensor:
+        """Run a side's subnet and check its output: see :func:`run_subnet`.
+
+        Returns:
+            (B, 2 * active channels, *S). An additive side has the active channels once.
+        """
+        factor = 1 if self.spec.function == "additive" else 2
+        channels = factor * self.sizes[side.active]
+        return run_subnet(side.subnet, passive, self.conditions, self.x, channels)
+
+
 def single_input(
     x: Sequence[Tensor], channels: int, rank: int, shape: tuple[int, ...] | None = None
 ) -> Tensor:
@@ -177,7 +235,7 @@ def _check_dense(t: Any, what: str, k: int | None = None) -> None:
 
 
 def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
-    """Run the subnet on the passive half and the conditions, and check its output.
+    """Run the subnet on the passive half and check its output: see :func:`run_subnet`.
 
     Args:
         call: The block's call.
@@ -185,6 +243,28 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
 
     Returns:
         (B, 2*C2, *S).
+    """
+    return run_subnet(call.subnet, x1, call.conditions, call.x, call.x.shape[1] // 2 * 2)
+
+
+def run_subnet(
+    subnet: Callable[[Tensor], Tensor],
+    x1: Tensor | None,
+    conditions: Sequence[Tensor],
+    x: Tensor,
+    channels: int,
+) -> Tensor:
+    """Run a subnet on passive channels and the conditions, and check its output.
+
+    Args:
+        subnet: The subnet.
+        x1: The passive channels, (B, C1, *S), or None for the conditions alone.
+        conditions: Tensors (B, C_k, *S).
+        x: The block's input, (B, C, *S).
+        channels: Channels that the subnet must return.
+
+    Returns:
+        (B, channels, *S).
 
     Raises:
         InputTypeError, InputValueError: The subnet's output has another shape or device, or is not
@@ -192,17 +272,18 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
         RuntimeError: The subnet writes to its input. In inference mode only writes to a copy of x
             are noticed. Writes to x itself act there as in the stock block.
     """
-    subnet, conditions, x = call.subnet, call.conditions, call.x
     version_before = None
-    if conditions:
+    if x1 is None:
+        a = subnet(torch.cat(tuple(conditions), 1) if len(conditions) > 1 else conditions[0])
+    elif conditions:
         a = subnet(torch.cat((x1, *conditions), 1))
     else:
         version_before = None if torch.compiler.is_compiling() else version_of(x1)
         a = subnet(x1)
     _check_floating(a, "the subnet's output")
     size = x.shape
-    if a.shape != size or size[1] % 2:  # the output has C channels, or C - 1 if C is odd
-        expected = (size[0], size[1] // 2 * 2, *size[2:])
+    if a.shape != size or size[1] != channels:
+        expected = (size[0], channels, *size[2:])
         if a.shape != expected:
             raise InputValueError(
                 f"expected the subnet to return shape {expected}, got {tuple(a.shape)}"
@@ -211,7 +292,7 @@ def coefficients(call: BlockCall, x1: Tensor) -> Tensor:
         raise InputValueError(
             f"expected the subnet's output on {x.device}, where the input is; got {a.device}"
         )
-    if version_before is not None and version_of(x1) != version_before:
+    if version_before is not None and x1 is not None and version_of(x1) != version_before:
         raise RuntimeError(
             "the subnet changed its input in place; use out-of-place operations at its start (such "
             "as ReLU(inplace=False))"

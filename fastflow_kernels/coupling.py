@@ -27,7 +27,8 @@ class CouplingSpec(NamedTuple):
         activation: ``"SIGMOID"`` (10 * sigmoid(g - 2)), ``"SOFTPLUS"`` (0.1 * softplus(g,
             beta=0.5)) or ``"EXP"``. None without a global affine.
         gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
-        function: The clamp function f: ``"tanh"`` or ``"atan"``.
+        function: The clamp function f, ``"tanh"`` or ``"atan"``. ``"additive"`` stands for s = 0
+            and a = a_t (NICE), which the plain operations alone compute.
         shift_scale: Factor on ``a_t``.
         mean_per_pixel: Whether GIN's mean runs over the channels of a pixel. Otherwise it runs over
             a whole sample.

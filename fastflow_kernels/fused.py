@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +91,9 @@ class _Coupling(Function):
             dy = torch.zeros(x.shape, dtype=promoted(x, a, g), device=x.device)
         if torch.is_grad_enabled() or needs_plain(dy, dlog_det):
             sources = (x, a, g, offset, inner, outer)
-            gradients = _plain_backward(ctx, sources, OutputGrads(dy, dlog_det), coupling)
+            gradients = differentiate(
+                partial(_plain_coupling, coupling), ctx, sources, OutputGrads(dy, dlog_det)
+            )
             return *gradients, None, None
         engine: Engine = ctx.engine
         dinner = douter = None
@@ -107,10 +111,20 @@ class _Coupling(Function):
 _apply_coupling = torch_private.direct_apply(_Coupling)
 
 
-def _plain_backward(
-    ctx: Any, sources: tuple[Any, ...], grads: OutputGrads, coupling: Coupling
+def differentiate(
+    compute: Callable[[list[Any]], tuple[Tensor, ...]],
+    ctx: Any,
+    sources: tuple[Any, ...],
+    grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Compute the gradients by plain operations, which are differentiable again."""
+    """Compute the gradients of a node by plain operations, which are differentiable again.
+
+    Args:
+        compute: Computes what the node computes, by differentiable operations.
+        ctx: The node.
+        sources: The node's first arguments, which may take gradients.
+        grads: The gradients of its results.
+    """
     wanted = ctx.needs_input_grad[: len(sources)]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -119,7 +133,7 @@ def _plain_backward(
             t if not want else t.view_as(t) if create_graph else t.detach().requires_grad_()
             for t, want in zip(sources, wanted, strict=True)
         ]
-        outputs = _plain_coupling(leaves, coupling)
+        outputs = compute(leaves)
         # An output may not require a gradient: the log-determinant, if only offset does.
         pairs = [
             (t, dt)
@@ -141,7 +155,7 @@ def _plain_backward(
     return [next(gradients) if want else None for want in wanted]
 
 
-def _plain_coupling(leaves: list[Tensor], coupling: Coupling) -> tuple[Tensor, Tensor]:
+def _plain_coupling(coupling: Coupling, leaves: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Compute what :func:`fused_coupling` returns by plain operations."""
     x, a, g, offset, inner, outer = leaves
     perm, inv = coupling.perm, coupling.inv

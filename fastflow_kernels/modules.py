@@ -9,13 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import backends, options
-from fastflow_kernels.block import evaluate
-from fastflow_kernels.call import BlockCall, check_conditions, single_input, starts_in_place
+from fastflow_kernels.call import (
+    BlockCall,
+    SidesCall,
+    check_conditions,
+    single_input,
+    starts_in_place,
+)
 from fastflow_kernels.checkpoints import HeldPermutation, inverse_of, read_permutations
 from fastflow_kernels.errors import InputValueError
 from fastflow_kernels.freia import InvertibleModule
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.permutations import one_hot, random_rotation
+from fastflow_kernels.sides import evaluate
 from fastflow_kernels.steps import StockSteps
 from fastflow_kernels.torch_private import parameter_of
 
@@ -23,8 +29,8 @@ from fastflow_kernels.torch_private import parameter_of
 class ChainLink(Protocol):
     """A block's place in a reversible chain, which evaluates the block in its own way."""
 
-    def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """Return what :func:`fastflow_kernels.block.evaluate` returns."""
+    def evaluate(self, call: BlockCall | SidesCall) -> tuple[Tensor, Any]:
+        """Return what :func:`fastflow_kernels.sides.evaluate` returns."""
 
 
 class FusedForward:
@@ -69,7 +75,7 @@ class FusedForward:
 
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
-    ) -> BlockCall | None:
+    ) -> BlockCall | SidesCall | None:
         """Check a call and return it, or None if it runs the stock block's steps."""
         raise NotImplementedError
 

@@ -88,8 +88,7 @@ def check_options(clamp: Any, householder: Any, dialect: Any) -> None:
     """
     if dialect not in DIALECTS:
         raise ValueError(f"expected dialect to be one of {', '.join(DIALECTS)}; got {dialect!r}")
-    if not math.isfinite(_to_float("affine_clamping", clamp)):
-        raise ValueError(f"expected a finite affine_clamping, got {clamp}")
+    check_clamp("affine_clamping", clamp)
     if clamp == 0 and dialect == "freia":
         raise ValueError(
             "affine_clamping=0 divides by zero in dialect 'freia'. Use dialect='anomalib', where "
@@ -108,6 +107,35 @@ def check_options(clamp: Any, householder: Any, dialect: Any) -> None:
             "expected learned_householder_permutation, a number of reflections, to be 0 or more; "
             f"got {householder!r}"
         )
+
+
+def check_clamp(name: str, clamp: Any) -> None:
+    """Check that a clamp is a finite number.
+
+    Raises:
+        TypeError, ValueError: It is not.
+    """
+    if not math.isfinite(_to_float(name, clamp)):
+        raise ValueError(f"expected a finite {name}, got {clamp}")
+
+
+def check_split(split_len: Any, channels: int) -> int:
+    """Return the number of channels of a coupling block's first part.
+
+    Args:
+        split_len: That number, or as a float its share of the channels.
+        channels: C.
+
+    Raises:
+        TypeError, ValueError: It is not between 0 and C, or as a float between 0 and 1.
+    """
+    is_share = isinstance(split_len, float)
+    if not 0 <= _to_float("split_len", split_len) <= (1 if is_share else channels):
+        raise ValueError(
+            f"expected split_len in [0, 1] as a float or in [0, {channels}] as an integer; got "
+            f"{split_len}"
+        )
+    return round(channels * split_len) if is_share else operator.index(split_len)
 
 
 def _to_float(name: str, value: Any) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.backends import requested
-from fastflow_kernels.call import BlockCall
+from fastflow_kernels.call import BlockCall, SidesCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import Engine, available, eager, operators
@@ -49,6 +49,9 @@ SMALL_INPUT = Case(
     "permutation",
     'plain operations with backend "auto", because a fused call has more overhead',
 )
+ADDITIVE = Case(
+    "an additive coupling (NICECouplingBlock)", "plain operations, because nothing can be fused"
+)
 EMPTY = Case("an input without elements", "plain operations")
 INVERSE_WITH_GRADIENTS = Case(
     "the inverse while gradients are enabled",
@@ -58,7 +61,7 @@ PIXEL_ROWS = Case(
     "channels-last input", "fused, pixel by pixel; results and gradients stay channels-last"
 )
 COMPILED = Case(
-    "torch.compile on a GPU",
+    "torch.compile of an AllInOneBlock on a GPU",
     "fused: the graph calls the Triton kernels as operators; it derives the index, too",
 )
 COPIED = Case(
@@ -72,6 +75,7 @@ FUSED = Case(
 WHAT_RUNS_WHERE = (
     STOCK_STEPS,
     RECORDED,
+    ADDITIVE,
     SMALL_INPUT,
     EMPTY,
     INVERSE_WITH_GRADIENTS,
@@ -128,16 +132,18 @@ class Route(NamedTuple):
 
 
 _RECORDED, _EMPTY, _SMALL = Route(RECORDED), Route(EMPTY), Route(SMALL_INPUT)
-_INVERSE_WITH_GRADIENTS = Route(INVERSE_WITH_GRADIENTS)
+_INVERSE_WITH_GRADIENTS, _ADDITIVE = Route(INVERSE_WITH_GRADIENTS), Route(ADDITIVE)
 
 
-def choose_route(call: BlockCall) -> Route:
+def choose_route(call: BlockCall | SidesCall) -> Route:
     """Decide how a call is evaluated, without computing a tensor.
 
     Raises:
         RuntimeError: The backend is "triton" and cannot be used. The message says why.
     """
     x, backend = call.x, requested(call.backend)
+    if call.spec.function == "additive":
+        return _ADDITIVE
     is_recorded = needs_plain(x)
     if is_recorded and (reason := _why_no_operators(call, backend)) is not None:
         if backend == "triton":
@@ -161,7 +167,7 @@ def choose_route(call: BlockCall) -> Route:
     return _route_of_graph(call) if is_recorded else choose_engine(call, backend)
 
 
-def choose_engine(call: BlockCall, backend: str) -> Route:
+def choose_engine(call: BlockCall | SidesCall, backend: str) -> Route:
     """Choose the engine for a call that plain operations do not take, and return its route.
 
     Args:
@@ -174,8 +180,8 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     x = call.x
     layout = memory_format(x)
     is_channels_last = layout is not torch.contiguous_format
-    # GIN's mean runs over all pixels of a sample, but a kernel treats each row by itself
-    pixels_suit_triton = is_channels_last and not call.spec.gin
+    # AllInOneBlock's GIN takes a mean over all pixels, but a kernel treats each row by itself
+    pixels_suit_triton = is_channels_last and (not call.spec.gin or call.spec.mean_per_pixel)
     is_wanted = wants_triton(x, backend, call.spec)
     reason = available.why_not_triton(x, pixels_suit_triton) if is_wanted else None
     if reason is not None and backend == "triton":
@@ -201,7 +207,7 @@ def choose_engine(call: BlockCall, backend: str) -> Route:
     )  # fmt: skip
 
 
-def _route_of_graph(call: BlockCall) -> Route:
+def _route_of_graph(call: BlockCall | SidesCall) -> Route:
     """Return the route of a call whose graph may call operators. It depends on no size."""
     x = call.x
     layout = memory_format(x)
@@ -217,11 +223,11 @@ def _route_of_graph(call: BlockCall) -> Route:
     )
 
 
-def _is_small_for_a_product(call: BlockCall) -> bool:
+def _is_small_for_a_product(call: BlockCall | SidesCall) -> bool:
     return isinstance(call.permutation, MatrixPermutation) and is_small(call.x, PRODUCT_COST)
 
 
-def _folds_affine(call: BlockCall) -> bool:
+def _folds_affine(call: BlockCall | SidesCall) -> bool:
     """Return whether u = (w^-1 y - offset) / scale is computed as one product with a bias.
 
     That saves two passes. Without it an inverse takes 1.04 to 1.08 times as long, subnet included,
@@ -283,9 +289,11 @@ def _warn_of_annealing() -> None:
     )
 
 
-def _why_no_operators(call: BlockCall, backend: str) -> str | None:
+def _why_no_operators(call: BlockCall | SidesCall, backend: str) -> str | None:
     """Return why a recorded call runs plain operations, or None if its graph calls operators."""
     x = call.x
+    if call.global_scale is None:
+        return "a coupling block that is compiled or traced has no operators"
     if not torch_private.is_compiled_here():
         return "the call is being traced, exported or transformed"
     for t in (x, call.global_scale, call.global_offset):

@@ -43,7 +43,13 @@ class Engine(Protocol):
         """
 
     def backward(
-        self, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+        self,
+        x: Tensor,
+        a: Tensor,
+        grads: OutputGrads,
+        coupling: Coupling,
+        want_params: bool,
+        dx: Tensor | None = None,
     ) -> CouplingGrads:
         """Return the gradients of :meth:`forward`. It computes tanh and exp again.
 
@@ -51,6 +57,7 @@ class Engine(Protocol):
             x, a, coupling: The arguments of :meth:`forward`.
             grads: The gradients of y and of the log-determinant.
             want_params: Whether the gradients of global_scale and global_offset are wanted.
+            dx: Where a side writes the gradient of x, (B, C, *S). None for a new tensor.
         """
 
     def invert_passive(self, y: Tensor, coupling: Coupling) -> Tensor:

@@ -35,6 +35,7 @@ def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int, active: int) 
     """
     batch, channels, pixels = x.shape
     pairs = max(1, active)
+    channels = max(channels, 2 * pairs)  # a side's x lacks the passive ones, but not the scratch
     if x.device.type != "cpu":
         return batch, pairs  # elsewhere each chunk costs launches, so one is best
     budget = _CHUNK_BYTES // dtype.itemsize * torch.get_num_threads()

@@ -44,22 +44,26 @@ def forward(
     samples, pairs = chunk_sizes(x, acc_dtype, _rows_kept_together(coupling), active)
     # If nothing moves and y has the dtype of the computation, compute in y itself.
     is_in_place = perm is None and y.dtype is acc_dtype
-    shapes = [(samples, pairs, pixels)] * 2
+    shapes = [(samples, pairs, pixels)] * (1 + clamp.buffers)
     if not is_in_place:
         shapes.append((samples, channels, pixels))
-    s, work, *v_scratch = scratch.take(x, acc_dtype, *shapes)
+    s, *work = scratch.take(x, acc_dtype, *shapes)
     sums: list[Tensor] = []
     for x_i, a_i, y_i in chunks_of(0, samples, x, a, out):
         x_i, a_i, v = cast(x_i, acc_dtype), cast(a_i, acc_dtype), y_i
         if not is_in_place:
-            v = resized(v_scratch[0], x_i)
+            v = resized(work[-1], x_i)
         x1, x2 = split_at(x_i, channels - active, active)
         v1, v2 = split_at(v, channels - active, active)
         total: Tensor | None = None
         for x2_j, v2_j, a_s, a_t in chunks_of(1, pairs, x2, v2, *split_at(a_i, active, active)):
-            s_j = clamp.log_factors(a_s, 1.0, resized(s, a_s), resized(work, a_s))
+            buffers = (resized(t, a_s) for t in work[: clamp.buffers])
+            s_j = clamp.log_factors(a_s, 1.0, resized(s, a_s), *buffers)
             total = _add_sums(total, s_j, clamp)
-            torch.mul(x2_j, clamp.exp_(s_j), out=v2_j).add_(a_t, alpha=shift)
+            if shift == 1.0:
+                torch.addcmul(a_t, x2_j, clamp.exp_(s_j), out=v2_j)
+            else:
+                torch.mul(x2_j, clamp.exp_(s_j), out=v2_j).add_(a_t, alpha=shift)
         if offset is None:
             pass
         elif scale is None:
@@ -141,9 +145,16 @@ def _finish_log_det(
 
 
 def backward(
-    x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+    x: Tensor,
+    a: Tensor,
+    grads: OutputGrads,
+    coupling: Coupling,
+    want_params: bool,
+    dx: Tensor | None = None,
 ) -> CouplingGrads:
     """Compute the gradients of :func:`forward`. tanh and exp are computed again."""
+    if coupling.is_side:
+        return _backward_of_side(x, a, grads, coupling, dx)
     return _backward(x, a, grads, coupling, want_params, False)
 
 
@@ -173,6 +184,36 @@ def _backward(
         step.run(*chunk)
     pixels = coupling.rows_per_sample * x.shape[2]
     return CouplingGrads(dx, da, *step.parameter_gradients(grads.log_det, pixels))
+
+
+def _backward_of_side(
+    x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, dx: Tensor | None
+) -> CouplingGrads:
+    """Compute :func:`backward` of a side, which changes all channels and has no parameters."""
+    acc_dtype = accumulator(promoted(x, a))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
+    da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    active, clamp = x.shape[1], SoftClamp.of(coupling, x)
+    samples, pairs = chunk_sizes(flat(x), acc_dtype, _rows_kept_together(coupling), active)
+    step = _BackwardStep(coupling, clamp, acc_dtype, False, False, (samples, pairs))
+    direct = [] if coupling.spec.gin else step.direct_gradient(grads.log_det)
+    whole = flat(x), flat(grads.y), flat(dx), *split_at(flat(a), active, active)
+    whole = *whole, *split_at(flat(da), active, active)
+    shape = samples, pairs, whole[0].shape[2]
+    exp, slope, *work = scratch.take(x, acc_dtype, *[shape] * (1 + clamp.buffers))
+    for chunk in chunks_of(0, samples, *whole, *direct):
+        for x_j, dy_j, dx_j, a_s, _, ds, dt in chunks_of(1, pairs, *chunk[:7]):
+            x_j, dy_j, a_s = (cast(t, acc_dtype) for t in (x_j, dy_j, a_s))
+            exp_j, slope_j = resized(exp, a_s), resized(slope, a_s)
+            clamp.exp_and_slope(a_s, exp_j, slope_j, False, *(resized(t, a_s) for t in work))
+            dx_acc = torch.mul(dy_j, exp_j, out=dx_j if dx_j.dtype is acc_dtype else exp_j)
+            ds_acc = ds if ds.dtype is acc_dtype else torch.empty_like(exp_j)
+            step.finish_slope(torch.mul(dx_acc, x_j, out=ds_acc), slope_j, *chunk[7:])
+            torch.mul(dy_j, constant(coupling.spec.shift_scale, acc_dtype), out=dt)
+            for result, computed in ((dx_j, dx_acc), (ds, ds_acc)):
+                if computed is not result:
+                    result.copy_(computed)
+    return CouplingGrads(dx, da, None, None)
 
 
 @dataclass
@@ -264,7 +305,7 @@ class _BackwardStep:
                 if not self.is_inverting:
                     product = torch.add(ds.sum((0, 2)), product, alpha=shift)
                 products.append(product)
-            self._finish_slope(ds, slope_j, *direct)
+            self.finish_slope(ds, slope_j, *direct)
         if self.want_scale:
             self.product_sum = _accumulate(self.product_sum, torch.cat(products))
         if dx.dtype is not self.dtype:
@@ -272,7 +313,7 @@ class _BackwardStep:
         if da_acc is not da:
             da.copy_(da_acc)
 
-    def _finish_slope(self, ds: Tensor, slope: Tensor, *direct: Tensor) -> None:
+    def finish_slope(self, ds: Tensor, slope: Tensor, *direct: Tensor) -> None:
         """Turn the gradient of s into the gradient of a_s, in place."""
         factor = self.clamp.slope_factor
         if self.coupling.spec.gin:
@@ -365,7 +406,7 @@ def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor
     batch, channels, pixels = out.shape
     active = a.shape[1] // 2
     samples, pairs = chunk_sizes(out, acc_dtype, _rows_kept_together(coupling), active)
-    s, work = scratch.take(x, acc_dtype, *[(samples, pairs, pixels)] * 2)
+    s, *work = scratch.take(x, acc_dtype, *[(samples, pairs, pixels)] * (1 + clamp.buffers))
     sums: list[Tensor] = []
     for y_i, a_i, x_i in chunks_of(0, samples, y, a, out):
         x2 = x_i.narrow(1, channels - active, active)
@@ -379,7 +420,8 @@ def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor
         total = None
         halves = split_at(cast(a_i, acc_dtype), active, active)
         for u2_j, result_j, a_s, a_t in chunks_of(1, pairs, u2, result, *halves):
-            s_j = clamp.log_factors(a_s, -1.0, resized(s, a_s), resized(work, a_s))
+            buffers = (resized(t, a_s) for t in work)
+            s_j = clamp.log_factors(a_s, -1.0, resized(s, a_s), *buffers)
             total = _add_sums(total, s_j, clamp)
             torch.sub(u2_j, a_t, alpha=shift, out=result_j).mul_(clamp.exp_(s_j))
         if result is not x2:

@@ -326,8 +326,15 @@ class OperatorEngine:
         return y, log_det
 
     def backward(
-        self, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+        self,
+        x: Tensor,
+        a: Tensor,
+        grads: OutputGrads,
+        coupling: Coupling,
+        want_params: bool,
+        dx: Tensor | None = None,
     ) -> CouplingGrads:
+        assert dx is None
         results = _OPERATORS.coupling_backward(
             grads.y, grads.log_det, x, a, want_params, *self._operands(coupling)
         )

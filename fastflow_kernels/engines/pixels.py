@@ -35,7 +35,13 @@ class ByPixels:
         return y, _sum_per_sample(log_det, x)
 
     def backward(
-        self, x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+        self,
+        x: Tensor,
+        a: Tensor,
+        grads: OutputGrads,
+        coupling: Coupling,
+        want_params: bool,
+        dx: Tensor | None = None,
     ) -> CouplingGrads:
         row_grads = self._engine.backward(
             as_rows(x),
@@ -43,7 +49,10 @@ class ByPixels:
             _grads_of_rows(grads),
             _coupling_of_rows(coupling, x),
             want_params,
+            None if dx is None else _writable_rows(dx),
         )
+        if dx is not None:
+            return CouplingGrads(dx, from_rows(row_grads.a, x), None, None)
         return _grads_of_pixels(row_grads, x)
 
     def invert_passive(self, y: Tensor, coupling: Coupling) -> Tensor:

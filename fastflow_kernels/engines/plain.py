@@ -165,7 +165,8 @@ def couple(
 
     Returns:
         x2 * exp(s) + shift_scale * a_t and the sum of s per sample, (B,). With ``rev`` these are
-        (x2 - shift_scale * a_t) * exp(-s) and the sum of -s.
+        (x2 - shift_scale * a_t) * exp(-s) and the sum of -s. With ``mean_per_pixel`` the second one
+        means nothing.
     """
     a_s, a_t = split_at(a, x2.shape[1], x2.shape[1])
     s = _log_factors(a_s, spec, -spec.clamp if rev else spec.clamp, in_place)
@@ -173,7 +174,8 @@ def couple(
     if spec.gin and s.numel():
         mean = s.mean(1 if spec.mean_per_pixel else dims, keepdim=True)
         s = s - mean
-        sum_s = 0.0 * mean.flatten(1).sum(1)  # 0, or NaN where s is NaN; the stock block's graph
+        # 0, or NaN where s is NaN; the graph is the stock block's. A side of GIN has no sum.
+        sum_s = mean if spec.mean_per_pixel else 0.0 * mean.flatten()
     else:
         sum_s = s.sum(dims)
     shift = spec.shift_scale

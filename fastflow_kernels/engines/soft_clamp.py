@@ -48,10 +48,7 @@ _TANH_POLYNOMIAL = (
 )
 _TANH_POLE, _TANH_SHIFT = 2.0011255121967095, 2.467730965303713
 LEAST_FAST_CLAMP, MOST_FAST_CLAMP = 1e-6, 2.0  # derived in the docstring above
-# The rational function of _half_angle_atan, for t in [-1, 1].
-_ATAN_POLYNOMIAL = (0.36893311262575584, -0.010497837829334217)
-_ATAN_POLES = ((0.27904547705103, 1.2161612923226248), (1.2022161159467923, 2.9934236167888262))
-_MOST_ATAN_INPUT = 1e18  # atan is pi / 2 beyond, and the square of the input would overflow
+_MOST_ATAN_INPUT = 1e18  # atan rounds to pi / 2 beyond, and the square would overflow
 _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
 
@@ -88,7 +85,12 @@ class SoftClamp(NamedTuple):
         is_sigmoid = self.is_fast and self.spec.function == "tanh"
         return (4.0 if is_sigmoid else 1.0) * self.spec.clamp * self.spec.input_scale
 
-    def log_factors(self, a_s: Tensor, sign: float, out: Tensor, scratch: Tensor) -> Tensor:
+    @property
+    def buffers(self) -> int:
+        """How many scratch buffers :meth:`log_factors` takes."""
+        return 2 if self.is_fast and self.spec.activation is None else 1
+
+    def log_factors(self, a_s: Tensor, sign: float, out: Tensor, *scratch: Tensor) -> Tensor:
         """Write sign * s to ``out``, accurate to a few ulp at every magnitude.
 
         For GIN the mean of s is subtracted.
@@ -97,7 +99,7 @@ class SoftClamp(NamedTuple):
             a_s: The first half of the coefficients, (B, channels, P).
             sign: 1.0, or -1.0 for the inverse.
             out: The result, of the shape of a_s.
-            scratch: A buffer of that shape and of the dtype of ``out``.
+            scratch: :attr:`buffers` tensors of that shape and of the dtype of ``out``.
 
         Returns:
             ``out``.
@@ -107,9 +109,11 @@ class SoftClamp(NamedTuple):
             torch.mul(a_s, constant(self.spec.input_scale, out.dtype), out=out)
             (out.tanh_() if is_tanh else out.atan_()).mul_(constant(factor, out.dtype))
         elif not is_tanh:
-            _half_angle_atan(a_s, factor, out, scratch)
+            _half_angle_atan(a_s, factor, out, *scratch)
+        elif self.spec.activation is None:
+            _wide_tanh(a_s, self.spec.input_scale, factor, out, *scratch)
         else:
-            _rational_tanh(a_s, self.spec.input_scale, factor, out, scratch)
+            _rational_tanh(a_s, self.spec.input_scale, factor, out, *scratch)
         return self.subtract_mean_(out) if self.spec.gin else out
 
     def exp_(self, s: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ class SoftClamp(NamedTuple):
         return s.exp2_() if self.is_fast else s.exp_()
 
     def exp_and_slope(
-        self, a_s: Tensor, exp: Tensor, slope: Tensor, want_forward_bits: bool
+        self, a_s: Tensor, exp: Tensor, slope: Tensor, want_forward_bits: bool, *scratch: Tensor
     ) -> None:
         """Write exp(s) to ``exp``, and to ``slope`` the argument of :meth:`times_slope_`.
 
@@ -127,10 +131,11 @@ class SoftClamp(NamedTuple):
             want_forward_bits: Whether s must have the bits that it had in the forward pass. If x is
                 reconstructed with them, the input of 32 blocks is off by 0.46 times as much (median
                 of 24 draws).
+            scratch: For a side the second of :attr:`buffers`; ``slope`` serves as the first.
         """
         spec = self.spec
         if spec.function == "atan":
-            self.log_factors(a_s, 1.0, exp, slope)
+            self.log_factors(a_s, 1.0, exp, slope, *scratch)
             one = constant(1.0, slope.dtype)
             torch.addcmul(one, a_s, a_s, value=spec.input_scale**2, out=slope)
         elif self.is_fast and want_forward_bits:
@@ -257,33 +262,78 @@ def _tanh_from_sigmoid(sigma: Tensor, a_s: Tensor, factor: float, out: Tensor) -
     return out if factor > 0.0 else out.neg_()
 
 
-def _half_angle_atan(a_s: Tensor, factor: float, out: Tensor, w: Tensor) -> Tensor:
+class _Rational(NamedTuple):
+    """An odd function t * (p0 + p1 * w + ... + c1 / w + c2 / (w + d2 - d1) + ...), w = t**2 + d1.
+
+    Attributes:
+        polynomial: p0, p1, ...
+        poles: (c1, d1), (c2, d2), ...
+    """
+
+    polynomial: tuple[float, ...]
+    poles: tuple[tuple[float, float], ...]
+
+    def evaluate(self, t: Tensor, factor: float, out: Tensor, w: Tensor) -> Tensor:
+        """Write factor times the function of t to ``out``, which ``w`` serves as scratch."""
+        dtype, shift = out.dtype, self.poles[0][1]
+        torch.addcmul(constant(shift, dtype), t, t, out=w)
+        *lower, second, last = (factor * p for p in self.polynomial)
+        torch.add(constant(second, dtype), w, alpha=last, out=out)
+        for p in reversed(lower):
+            torch.addcmul(constant(p, dtype), out, w, out=out)
+        for c, d in self.poles:
+            if d != shift:
+                w.add_(constant(d - shift, dtype))
+                shift = d
+            torch.addcdiv(out, constant(factor * c, dtype), w, out=out)
+        return out.mul_(t)
+
+
+# Minimax functions, found by Lawson's iteration. Their poles lie near those of tanh, at t**2 =
+# -(pi / 2)**2 and so on, or on the cut of atan. All terms but the polynomial's are positive.
+_TANH = _Rational(  # for t in [-9, 9], with a relative error of 5.9e-8
+    (0.047331620566711495, -6.476311422981573e-05, 8.003308733259177e-08),
+    (
+        (2.000065144515259, 2.467430682533335),
+        (2.071012309224717, 22.40335232807674),
+        (3.949468585966192, 79.30754235054874),
+    ),
+)
+_ATAN = _Rational(  # for t in [-1, 1], with a relative error of 2.8e-8
+    (0.3817001766468723, -0.010497837829334217),
+    ((0.27904547705103, 1.2161612923226248), (1.2022161159467923, 2.9934236167888262)),
+)
+
+
+def _wide_tanh(
+    a_s: Tensor, scale: float, factor: float, out: Tensor, w: Tensor, z: Tensor
+) -> Tensor:
+    """Write factor * tanh(scale * a_s) to ``out``, for arguments of any size alike.
+
+    The relative error is at most 5 * 2**-24. :func:`_rational_tanh` is faster for small arguments,
+    as they are with the factor 0.1 of AllInOneBlock, and slower beyond.
+    """
+    torch.mul(a_s, constant(scale, out.dtype), out=z)
+    return _TANH.evaluate(z.clamp_(-9.0, 9.0), factor, out, w)  # tanh(9) rounds to 1
+
+
+def _half_angle_atan(a_s: Tensor, factor: float, out: Tensor, w: Tensor, t: Tensor) -> Tensor:
     """Write factor * atan(a_s) to ``out``, with a relative error of at most 5 * 2**-24.
 
-    With t = z / (1 + sqrt(1 + z**2)), the tangent of half the angle, and w = t**2::
-
-        atan(z) = 2 * atan(t) = 2 * t * (p0 + p1 * w + c1 / (w + d1) + c2 / (w + d2))
-
-    This is a minimax rational function with a relative error of 2.8e-8. No operation cancels, so
-    that small arguments keep their digits. The roundings: 1 + z**2 and its root 3/4 of the error of
-    a rounding, as the root halves what comes in, t 3, the function 1.5 (all in units of 2**-24).
+    With z = a_s and t = z / (1 + sqrt(1 + z**2)), the tangent of half the angle, it is 2 * atan(t).
+    No operation cancels, so that small arguments keep their digits. In units of 2**-24, t is off by
+    up to 2.25: the root halves the error of 1 + z**2. The function adds up to 2.5.
 
     Args:
-        a_s: The argument z, (B, channels, P).
+        a_s: The argument, (B, channels, P).
         factor: The factor of atan.
         out: The result, of the shape of a_s.
-        w: Scratch of the shape and dtype of ``out``.
+        w, t: Scratch of the shape and dtype of ``out``.
 
     Returns:
         ``out``.
     """
-    (c1, d1), (c2, d2) = _ATAN_POLES
-    p0, p1 = _ATAN_POLYNOMIAL
-    dtype, factor = out.dtype, 2.0 * factor
-    t = torch.clamp(a_s, -_MOST_ATAN_INPUT, _MOST_ATAN_INPUT, out=torch.empty_like(out))
-    t.div_(torch.addcmul(constant(1.0, dtype), t, t, out=w).sqrt_().add_(constant(1.0, dtype)))
-    torch.addcmul(constant(d1, dtype), t, t, out=w)
-    torch.add(constant(factor * (p0 - p1 * d1), dtype), w, alpha=factor * p1, out=out)
-    torch.addcdiv(out, constant(factor * c1, dtype), w, out=out)
-    w.add_(constant(d2 - d1, dtype))
-    return torch.addcdiv(out, constant(factor * c2, dtype), w, out=out).mul_(t)
+    one = constant(1.0, out.dtype)
+    torch.clamp(a_s, -_MOST_ATAN_INPUT, _MOST_ATAN_INPUT, out=t)
+    t.div_(torch.addcmul(one, t, t, out=w).sqrt_().add_(one))
+    return _ATAN.evaluate(t, 2.0 * factor, out, w)

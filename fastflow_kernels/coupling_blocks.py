@@ -1,0 +1,394 @@
+"""The coupling blocks of FrEIA beside ``AllInOneBlock``: drop-in classes that run fused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastflow_kernels import backends, options
+from fastflow_kernels.call import (
+    Side,
+    SidesCall,
+    check_conditions,
+    single_input,
+)
+from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.freia import InvertibleModule
+from fastflow_kernels.modules import FusedForward
+from fastflow_kernels.sides import split
+
+ClampFunction = Callable[[Tensor], Tensor]
+
+
+def _atan(u: Tensor) -> Tensor:
+    return 0.636 * torch.atan(u)
+
+
+def _sigmoid(u: Tensor) -> Tensor:
+    return 2.0 * (torch.sigmoid(u) - 0.5)
+
+
+CLAMP_FUNCTIONS: dict[str, ClampFunction] = {"ATAN": _atan, "TANH": torch.tanh, "SIGMOID": _sigmoid}
+
+
+class Form(NamedTuple):
+    """What a class of coupling blocks computes.
+
+    Attributes:
+        subnets: For each side, in the forward direction, the names of its subnets: one that returns
+            (a_s, a_t), or one for each of them.
+        parts: For each side its active part and the part that its subnet reads; see
+            :class:`~fastflow_kernels.call.Side`.
+        is_gin: Whether the mean of s over the channels is removed.
+        is_additive: Whether the subnet returns a_t alone, and s is 0.
+    """
+
+    subnets: tuple[tuple[str, ...], ...]
+    parts: tuple[tuple[int, int | None], ...] = ((0, 1), (1, 0))
+    is_gin: bool = False
+    is_additive: bool = False
+
+
+FORMS = {
+    "NICECouplingBlock": Form((("F",), ("G",)), is_additive=True),
+    "RNVPCouplingBlock": Form((("subnet_s2", "subnet_t2"), ("subnet_s1", "subnet_t1"))),
+    "GLOWCouplingBlock": Form((("subnet2",), ("subnet1",))),
+    "GINCouplingBlock": Form((("subnet2",), ("subnet1",)), is_gin=True),
+    "AffineCouplingOneSided": Form((("subnet",),), ((1, 0),)),
+    "ConditionalAffineTransform": Form((("subnet",),), ((0, None),)),
+}
+
+
+def spec_of(form: Form, clamp: Any, clamp_function: str | None) -> CouplingSpec:
+    """Return the constants of a coupling block.
+
+    Args:
+        form: The form of its class.
+        clamp: A number.
+        clamp_function: "ATAN", "TANH" or "SIGMOID"; it does not matter for additive ones.
+    """
+    if form.is_additive:
+        return CouplingSpec(0.0, 1.0, None, False, "additive", 1.0)
+    clamp = float(clamp)
+    if clamp_function == "ATAN":
+        return CouplingSpec(0.636 * clamp, 1.0, None, form.is_gin, "atan", 1.0, form.is_gin)
+    scale = 0.5 if clamp_function == "SIGMOID" else 1.0  # 2 * sigmoid(u) - 1 = tanh(u / 2)
+    return CouplingSpec(clamp, scale, None, form.is_gin, "tanh", 1.0, form.is_gin)
+
+
+def sizes_of(block: Any, form: Form) -> tuple[int, ...]:
+    """Return the channels of each part of a coupling block, ours or a stock one."""
+    if form.parts[0][1] is None:
+        return (block.channels,)
+    return block.split_len1, block.split_len2
+
+
+def sides_of(block: Any, form: Form) -> tuple[Side, ...]:
+    """Return the sides of a coupling block, ours or a stock one."""
+    return tuple(
+        Side(subnet_of(block, names), *parts)
+        for names, parts in zip(form.subnets, form.parts, strict=True)
+    )
+
+
+def subnet_of(block: Any, names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
+    """Return what computes the coefficients of a side, by the names of its subnets."""
+    first = block._modules[names[0]]
+    if len(names) == 1:
+        return first
+    second = block._modules[names[1]]
+    return lambda x: torch.cat((first(x), second(x)), 1)
+
+
+class CouplingBlock(FusedForward, InvertibleModule):
+    """The base class of the coupling blocks, whose arguments are those of most of them.
+
+    The channels of x are split into x1 and x2. A subnet reads one of them, with the conditions, and
+    returns the coefficients (a_s, a_t), which transform the other one::
+
+        s      = clamp * f(a_s)
+        y      = x * exp(s) + a_t
+        logdet = sum(s)
+
+    Args:
+        dims_in: ``[(C, *S)]`` with 0 to 3 spatial dimensions. The block takes any spatial size.
+        dims_c: Shapes of the conditions, ``[(C_k, *S), ...]``.
+        subnet_constructor: A function ``f(channels_in, channels_out)`` that returns a subnet.
+        clamp: Factor of the clamp function f. It bounds s.
+        clamp_activation: The clamp function f: ``"ATAN"`` (0.636 * atan), ``"TANH"``, ``"SIGMOID"``
+            (2 * sigmoid - 1) or a function. A function runs the stock maths.
+        split_len: Channels of x1. A float is a share of C, which is rounded.
+        backend: One of ``"auto"``, ``"eager"`` and ``"triton"``.
+
+    Shape:
+        ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample.
+        The dtype of y is the promoted one of x and the coefficients. The dtype of logdet is float64
+        for float64 data, otherwise float32.
+
+    Raises:
+        ValueError, TypeError: An option or a shape is not valid.
+    """
+
+    _form: Form
+
+    def __init__(
+        self,
+        dims_in: Sequence[Sequence[int]],
+        dims_c: Sequence[Sequence[int]] | None = None,
+        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
+        clamp: float = 2.0,
+        clamp_activation: str | ClampFunction = "ATAN",
+        split_len: float | int = 0.5,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        dims_in, dims_c = options.check_dims(dims_in, dims_c)
+        subnet_constructor = options.check_constructor(subnet_constructor)
+        options.check_clamp("clamp", clamp)
+        if isinstance(clamp_activation, str) and clamp_activation not in CLAMP_FUNCTIONS:
+            raise ValueError(
+                f"expected clamp_activation to be one of {', '.join(CLAMP_FUNCTIONS)} or a "
+                f"function; got {clamp_activation!r}"
+            )
+        if self._form.parts[0][1] is None and not dims_c:
+            raise ValueError(f"expected a condition: {type(self).__name__} needs dims_c, got none")
+        channels = dims_in[0][0]
+        split_len = options.check_split(split_len, channels)
+        backend = backends.validated(backend)
+        super().__init__(dims_in, dims_c)
+
+        self.channels = channels
+        self.ndims = len(dims_in[0])
+        self.split_len1, self.split_len2 = split_len, channels - split_len
+        self.clamp = clamp
+        self.conditional = bool(dims_c)
+        self.condition_length = sum(shape[0] for shape in dims_c)
+        self.f_clamp = (
+            CLAMP_FUNCTIONS[clamp_activation]
+            if isinstance(clamp_activation, str)
+            else clamp_activation
+        )
+        self.backend = backend
+        self._make_subnets(subnet_constructor)
+
+    def _make_subnets(self, constructor: Callable[[int, int], nn.Module]) -> None:
+        form, sizes = self._form, sizes_of(self, self._form)
+        sides = list(zip(form.subnets, form.parts, strict=True))
+        # in the stock block's order, because subnets draw random numbers
+        for names, (active, passive) in sides if form.is_additive else reversed(sides):
+            channels_in = self.condition_length + (0 if passive is None else sizes[passive])
+            is_joint = len(names) == 1 and not form.is_additive
+            for name in names:
+                subnet = constructor(channels_in, sizes[active] * (2 if is_joint else 1))
+                setattr(self, name, subnet)
+
+    def _clamp_function(self) -> str | None:
+        """Return the name of the clamp function, or None if it is another function."""
+        for name, function in CLAMP_FUNCTIONS.items():
+            if self.f_clamp is function:
+                return name
+        return None
+
+    def _why_not_fused(self) -> str | None:
+        if not self._form.is_additive:
+            if isinstance(self.clamp, Tensor):
+                return "its clamp is a tensor: the stock maths runs"
+            if self._clamp_function() is None:
+                return "its clamp function is not one of the known ones: the stock maths runs"
+        for step, own in _STEPS.items():
+            if step in vars(self) or getattr(type(self), step) is not own:
+                return f"{step} is overridden: the stock maths runs"
+        return None
+
+    def _checked_call(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
+    ) -> SidesCall | None:
+        form = self._form
+        x = single_input(x, self.channels, self.ndims - 1)
+        c = check_conditions(c, self.dims_c, x)
+        if self._why_not_fused() is not None:
+            return None
+        spec = spec_of(form, self.clamp, self._clamp_function())
+        sides, sizes = sides_of(self, form), sizes_of(self, form)
+        return SidesCall(x, c, sides, sizes, spec, rev, self.backend)
+
+    def _stock_forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
+    ) -> tuple[tuple[Tensor], Any]:
+        if backends.requested(self.backend) == "triton":
+            raise RuntimeError(
+                f"backend 'triton' cannot be used here: {self._why_not_fused()}. Use "
+                "backend='auto' to run it."
+            )
+        parts = split(x[0], sizes_of(self, self._form))
+        c = check_conditions(c, self.dims_c, x[0])
+        log_det: Any = 0.0
+        places = range(len(self._form.parts))
+        for place in reversed(places) if rev else places:
+            active, passive = self._form.parts[place]
+            inputs = [*([] if passive is None else [parts[passive]]), *c]
+            u = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
+            step = self._coupling2 if active else self._coupling1
+            parts[active], log_det_of_side = step(parts[active], u, rev=rev)
+            log_det = log_det_of_side + log_det
+        return (torch.cat(parts, 1) if len(parts) > 1 else parts[0],), log_det
+
+    def _coupling1(self, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Any]:
+        """Transform the first part of the channels.
+
+        Args:
+            x1: (B, C1, *S).
+            u2: What the subnet reads: the second part and the conditions.
+            rev: Compute the inverse.
+
+        Returns:
+            The transformed part (B, C1, *S) and its log-determinant, (B,) in nats or 0.0.
+        """
+        return self._transform(0, x1, u2, rev)
+
+    def _coupling2(self, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Any]:
+        """Transform the second part of the channels, as :meth:`_coupling1` does the first."""
+        return self._transform(len(self._form.parts) - 1, x2, u1, rev)
+
+    def _transform(self, place: int, x: Tensor, u: Tensor, rev: bool) -> tuple[Tensor, Any]:
+        a = sides_of(self, self._form)[place].subnet(u)
+        if self._form.is_additive:
+            return (x - a if rev else x + a), 0.0
+        a_s, a_t = torch.split(a, x.shape[1], 1)
+        s = self.clamp * self.f_clamp(a_s)
+        log_det: Any = 0.0
+        if self._form.is_gin:
+            s = s - s.mean(1, keepdim=True)
+        else:
+            log_det = s.sum(tuple(range(1, s.dim())))
+        if rev:
+            return (x - a_t) * torch.exp(-s), -log_det
+        return torch.exp(s) * x + a_t, log_det
+
+    def output_dims(self, input_dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the output's shape, which is the input's.
+
+        Args:
+            input_dims: ``[(C, *S)]``.
+
+        Raises:
+            ValueError: It is not one shape.
+        """
+        if len(input_dims) != 1:
+            raise ValueError(f"expected one input, got {len(input_dims)}")
+        return input_dims
+
+    def extra_repr(self) -> str:
+        return f"{self.channels} channels, split {self.split_len1}, backend={self.backend!r}"
+
+
+# the original methods, even if the class gets others later
+_STEPS = {name: getattr(CouplingBlock, name) for name in ("_coupling1", "_coupling2")}
+
+
+class NICECouplingBlock(CouplingBlock):
+    """Additive coupling of both halves: a drop-in for FrEIA's block of this name.
+
+    With the subnets F and G::
+
+        y1 = x1 + F(x2, *c)
+        y2 = x2 + G(y1, *c)
+
+    It runs plain operations, because an addition alone has nothing to fuse. A reversible chain
+    saves its activations. The log-determinant is the number 0.0, as in FrEIA.
+
+    See :class:`CouplingBlock` for the arguments; there is no clamp.
+
+    Source: Dinh, Krueger & Bengio 2015 (NICE); Ardizzone et al., FrEIA.
+    """
+
+    _form = FORMS["NICECouplingBlock"]
+
+    def __init__(
+        self,
+        dims_in: Sequence[Sequence[int]],
+        dims_c: Sequence[Sequence[int]] | None = None,
+        subnet_constructor: Callable[[int, int], nn.Module] | None = None,
+        split_len: float | int = 0.5,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(dims_in, dims_c, subnet_constructor, split_len=split_len, backend=backend)
+        self.clamp = 0.0
+
+
+class RNVPCouplingBlock(CouplingBlock):
+    """Affine coupling of both halves, with two subnets a side: FrEIA's block of this name.
+
+    With f and clamp as in :class:`CouplingBlock`, which documents the arguments::
+
+        y1 = x1 * exp(clamp * f(subnet_s2(x2, *c))) + subnet_t2(x2, *c)
+        y2 = x2 * exp(clamp * f(subnet_s1(y1, *c))) + subnet_t1(y1, *c)
+
+    Source: Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP); Ardizzone et al., FrEIA.
+    """
+
+    _form = FORMS["RNVPCouplingBlock"]
+
+
+class GLOWCouplingBlock(CouplingBlock):
+    """Affine coupling of both halves, with one subnet a side: FrEIA's block of this name.
+
+    The first side transforms x1 by the coefficients subnet2(x2, *c). The second one transforms x2
+    by subnet1(y1, *c). See :class:`CouplingBlock` for the formula and the arguments.
+
+    Source: Kingma & Dhariwal 2018 (Glow); Ardizzone et al., FrEIA.
+
+    Example:
+        >>> import torch
+        >>> from fastflow_kernels import GLOWCouplingBlock
+        >>> block = GLOWCouplingBlock([(6,)], subnet_constructor=torch.nn.Linear)
+        >>> (y,), logdet = block([torch.randn(2, 6)])
+        >>> (x,), _ = block([y], rev=True)
+        >>> y.shape, logdet.shape
+        (torch.Size([2, 6]), torch.Size([2]))
+    """
+
+    _form = FORMS["GLOWCouplingBlock"]
+
+
+class GINCouplingBlock(CouplingBlock):
+    """:class:`GLOWCouplingBlock` that preserves volume: FrEIA's block of this name.
+
+    The mean of s over the channels is removed in each pixel, so that s sums to 0. The
+    log-determinant is the number 0.0, as in FrEIA.
+
+    Source: Sorrenson, Rother & Koethe 2020 (GIN); Ardizzone et al., FrEIA.
+    """
+
+    _form = FORMS["GINCouplingBlock"]
+
+
+class AffineCouplingOneSided(CouplingBlock):
+    """Affine coupling of x2 alone: FrEIA's block of this name.
+
+    ``y = cat(x1, x2 * exp(s) + a_t)`` with the coefficients subnet(x1, *c). See
+    :class:`CouplingBlock` for s and the arguments.
+
+    Source: Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP); Ardizzone et al., FrEIA.
+    """
+
+    _form = FORMS["AffineCouplingOneSided"]
+
+
+class ConditionalAffineTransform(CouplingBlock):
+    """An affine transform of all channels by the conditions alone: FrEIA's block of this name.
+
+    ``y = x * exp(s) + a_t`` with the coefficients subnet(*c). See :class:`CouplingBlock` for s and
+    the arguments.
+
+    Raises:
+        ValueError: There is no condition, or as in :class:`CouplingBlock`.
+
+    Source: Park et al. 2019 (SPADE); Ardizzone et al., FrEIA.
+    """
+
+    _form = FORMS["ConditionalAffineTransform"]

@@ -1,0 +1,271 @@
+"""The evaluation of a coupling block of FrEIA, which transforms its halves one after the other.
+
+Each side reads one half through a subnet and transforms the other one. A side writes its result to
+where it stays: to channels of the block's output, which the next side's subnet reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastflow_kernels import block, torch_private
+from fastflow_kernels.block import for_engine, for_subnet
+from fastflow_kernels.call import BlockCall, SidesCall
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.dtypes import accumulator, cast, promoted
+from fastflow_kernels.engines import Engine, plain
+from fastflow_kernels.fused import differentiate
+from fastflow_kernels.layouts import in_layout
+from fastflow_kernels.route import Route, choose_route
+from fastflow_kernels.torch_private import needs_plain
+
+
+def evaluate(call: BlockCall | SidesCall) -> tuple[Tensor, Any]:
+    """Evaluate a call of any block, or its inverse.
+
+    Returns:
+        The output (B, C, *S), as :func:`fastflow_kernels.block.evaluate` does, and the
+        log-determinant (B,) in nats. Coupling blocks that preserve volume return 0.0 for it.
+    """
+    if isinstance(call, BlockCall):
+        return block.evaluate(call)
+    route = choose_route(call)
+    if route.engine is None or 0 in call.sizes:
+        y, sums = _plain(call)
+    else:
+        y, sums = _fused(call, route, route.engine)
+    if call.spec.gin or call.spec.function == "additive":
+        return y, 0.0
+    return y, sums[0] if len(sums) == 1 else sums[0] + sums[1]
+
+
+# --- plain operations -----------------------------------------------------------------------------
+
+
+def _plain(call: SidesCall) -> tuple[Tensor, list[Any]]:
+    """Compute a block or its inverse by ordinary differentiable operations."""
+    parts, sums = split(call.x, call.sizes), []
+    for side in call.ordered_sides:
+        a = call.coefficients(side, None if side.passive is None else parts[side.passive])
+        parts[side.active], sum_s = transform(parts[side.active], a, call.spec, call.rev)
+        sums.append(sum_s)
+    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]), sums
+
+
+def transform(x: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tuple[Tensor, Any]:
+    """Transform the active part by plain operations: see :func:`plain.couple`."""
+    if spec.function == "additive":
+        return (x - a if rev else x + a), 0.0
+    dtype = promoted(x, a)
+    acc_dtype = accumulator(dtype)
+    y, sum_s = plain.couple(cast(x, acc_dtype), cast(a, acc_dtype), spec, rev, plain.may_write())
+    return cast(y, dtype), sum_s
+
+
+def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return consecutive channels of x, (B, C, *S), as views of these sizes."""
+    return list(torch.split_with_sizes(x, sizes, 1)) if len(sizes) > 1 else [x]
+
+
+# --- an engine ------------------------------------------------------------------------------------
+
+
+def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[Any]]:
+    """Compute a block or its inverse by an engine."""
+    x = call.x.contiguous() if route.is_copied else call.x
+    output, sums, first = _Output(call, engine, x, route), [], call.ordered_sides[0].passive
+    if route.with_gradients and x.requires_grad and first is not None:
+        output.shared = _Shared()
+        *before, passive = _apply_parts(x, call.sizes, first, output.shared)
+    else:
+        before = split(x, call.sizes)
+        passive = None if first is None else before[first]
+    # The parts as the subnets see them: those of x, until a side has written its own.
+    parts, y = before[:], x
+    for i, side in enumerate(call.ordered_sides):
+        if i:
+            passive = None if side.passive is None else parts[side.passive]
+        passive = None if passive is None else for_subnet(passive, route)
+        a = for_engine(call.coefficients(side, passive), route)
+        if i < len(call.sides) - 1:
+            rest = None
+        else:  # the last side also takes care of the parts that it does not write
+            rest = parts[1 - side.active] if len(parts) > 1 else None
+        step = _apply_side if route.with_gradients else _run_side
+        y, sum_s = step(before[side.active], a, rest, output, side.active)
+        parts[side.active] = y
+        sums.append(sum_s)
+    return in_layout(y, route.layout), sums
+
+
+class _Output:
+    """The tensor that the sides of a call write to, and what they have in common.
+
+    Attributes:
+        y: The tensor (B, C, *S), once a side has begun.
+        shared: What their backward passes share, if x is split and takes a gradient.
+    """
+
+    y: Any = None
+    shared: _Shared | None = None
+
+    def __init__(self, call: SidesCall, engine: Engine, x: Tensor, route: Route) -> None:
+        self.spec, self.engine, self.rev, self.sizes = call.spec, engine, call.rev, call.sizes
+        self.shape, self.device = x.shape, x.device
+        self.layout = torch.contiguous_format if route.is_copied else route.layout
+
+    def range_of(self, part: int) -> tuple[int, int]:
+        """Return the first channel of a part and the number of its channels."""
+        return sum(self.sizes[:part]), self.sizes[part]
+
+    def write(self, x: Tensor, a: Tensor, rest: Tensor | None, part: int) -> Tensor:
+        """Transform a part and write it to y, and return the sum of s per sample.
+
+        Args:
+            x: The part before.
+            a: Its coefficients.
+            rest: The other part as it ends up, if y must be complete afterwards. It is there
+                already if a side has written it.
+            part: Which part it is.
+        """
+        dtype = promoted(x, a, rest)
+        y = self.y
+        if y is None or y.dtype is not dtype:
+            with torch_private.versions_counted():
+                y = torch.empty(
+                    self.shape, dtype=dtype, device=self.device, memory_format=self.layout
+                )
+            if rest is not None:
+                y.narrow(1, *self.range_of(1 - part)).copy_(rest)
+            self.y = y
+        # Use .data: otherwise autograd sees this as a change to what the next subnet has saved.
+        target = y.data.narrow(1, *self.range_of(part))
+        coupling = Coupling(None, None, self.spec)
+        if self.rev:
+            return self.engine.invert_active(x, target, a, coupling)
+        return self.engine.forward(x, a, coupling, target)[1]
+
+    def is_complete(self, rest: Tensor | None) -> bool:
+        """Return whether a side that got this ``rest`` is the last one."""
+        return rest is not None or len(self.sizes) == 1
+
+
+def _run_side(
+    x: Tensor, a: Tensor, rest: Tensor | None, output: _Output, part: int
+) -> tuple[Tensor, Tensor]:
+    """Compute one side as :class:`_Side` does, without gradients."""
+    sum_s = output.write(x, a, rest, part)
+    y: Tensor = output.y
+    return (y if output.is_complete(rest) else y.narrow(1, *output.range_of(part))), sum_s
+
+
+class _Shared:
+    """What the backward passes of a call's sides share.
+
+    Attributes:
+        dx: The gradient of the whole x while they write to it, each to its own part.
+    """
+
+    dx: Tensor | None = None
+
+
+class _Parts(Function):
+    """The autograd node x -> (its parts for the sides, the part that the first subnet reads).
+
+    The sides have written their parts' gradients to one tensor, unless something else was added.
+    Autograd's own split would copy all of them. See also :class:`fastflow_kernels.fork._Fork`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sizes: tuple[int, ...], passive: int, shared: _Shared
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.constants = sizes, passive, shared, x.shape, x.dtype, x.device
+        parts = split(x, sizes)
+        return *parts, parts[passive].view_as(parts[passive])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        sizes, passive, shared, shape, dtype, device = ctx.constants
+        dx, shared.dx = shared.dx, None
+        *of_parts, of_passive = grads
+        is_plain = torch.is_grad_enabled() or needs_plain(*grads)
+        if dx is None or is_plain:
+            dx = torch.zeros(shape, dtype=dtype, device=device)
+        targets = split(dx, sizes)
+        for i, d in enumerate(of_parts):
+            if d is None:
+                targets[i].zero_()
+            elif is_plain:
+                targets[i] = d
+            elif d.data_ptr() != targets[i].data_ptr():
+                targets[i].copy_(d)
+        if of_passive is not None:
+            if is_plain:
+                targets[passive] = targets[passive] + of_passive
+            else:
+                targets[passive].add_(of_passive)
+        return (torch.cat(targets, 1) if is_plain else dx), None, None, None
+
+
+_apply_parts = torch_private.direct_apply(_Parts)
+
+
+class _Side(Function):
+    """One side as an autograd node, which saves its part of x and the coefficients.
+
+    The last side returns the whole y. The one before returns what it has written, for a subnet.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, rest: Tensor | None, output: _Output, part: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a)
+        ctx.constants = output.spec, output.engine, output.shared, output.shape, output.layout
+        sum_s = output.write(x, a, rest, part)
+        ctx.own = output.range_of(part)
+        ctx.rest = None if rest is None else output.range_of(1 - part)
+        ctx.is_whole = output.is_complete(rest)
+        if ctx.is_whole:
+            return output.y, sum_s
+        # A view of y would keep y's graph alive, which contains the view. The detached tensor
+        # still counts changes together with y.
+        return output.y.detach().narrow(1, *ctx.own), sum_s
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, a = ctx.saved_tensors
+        spec, engine, shared, shape, layout = ctx.constants
+        drest = None
+        if dy is None:
+            dy = torch.zeros(x.shape, dtype=promoted(x, a), device=x.device)
+        elif ctx.is_whole:
+            drest = None if ctx.rest is None else dy.narrow(1, *ctx.rest)
+            dy = dy.narrow(1, *ctx.own)
+        if torch.is_grad_enabled() or needs_plain(dy, dsum):
+            dx, da = differentiate(
+                lambda leaves: transform(leaves[0], leaves[1], spec, False),
+                ctx,
+                (x, a),
+                (dy, dsum),
+            )
+            return dx, da, drest, None, None
+        target = None
+        if shared is not None:
+            if shared.dx is None:
+                shared.dx = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+            target = shared.dx.narrow(1, *ctx.own)
+        operands = OutputGrads(dy, dsum), Coupling(None, None, spec), False, target
+        dx, da, *_ = engine.backward(x, a, *operands)
+        return dx, da, drest, None, None
+
+
+_apply_side = torch_private.direct_apply(_Side)
