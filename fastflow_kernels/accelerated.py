@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from fastflow_kernels.call import BlockCall, check_conditions, single_input
+from fastflow_kernels.call import (
+    BlockCall,
+    check_conditions,
+    single_input,
+)
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FusedForward
@@ -43,26 +47,17 @@ else:
     _Stock = object
 
 
-class AcceleratedBlock(FusedForward, _Stock):
-    """A mixin that makes a stock block run fused."""
+class AcceleratedModule(FusedForward, _Stock):
+    """A mixin that makes a stock block of any kind run fused."""
 
     _fastflow_prefix = "Accelerated"
     _fastflow_attributes: tuple[str, ...] = ("_fastflow",)
     _fastflow_stock: Any
 
-    _fastflow: Held
+    _fastflow: Any
 
-    # the stock block's
-    in_channels: int
-    input_rank: int
-    dims_c: Sequence[Sequence[int]]
+    dims_c: Sequence[Sequence[int]]  # the stock block's
     clamp: float
-    GIN: bool
-    reverse_pre_permute: bool
-    dims_in: Sequence[tuple[int, ...]]
-    global_scale: Tensor
-    global_offset: Tensor
-    subnet: nn.Module
 
     def _why_not_fused(self) -> str | None:
         changed = self._find_change()
@@ -70,6 +65,46 @@ class AcceleratedBlock(FusedForward, _Stock):
 
     def _find_change(self) -> str | None:
         """Return the name of something that the stock block reads and that has changed, or None."""
+        if not is_number(self.__dict__.get("clamp")):
+            return "clamp"
+        return self._fastflow.seen.find_change(self)
+
+    def _stock_forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
+    ) -> tuple[tuple[Tensor], Tensor]:
+        conditions = () if c is None else (c,)
+        result: tuple[tuple[Tensor], Tensor] = self._fastflow_stock.forward(
+            self, x, *conditions, rev=rev, jac=jac
+        )
+        return result
+
+    def _describe(self) -> str:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        own, added = super().extra_repr(), f"accelerated, {self._describe()}"
+        return f"{own}, {added}" if own else added
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _new, (_mixin_of(self), self._fastflow_stock), self.__dict__.copy()
+
+
+class AcceleratedBlock(AcceleratedModule):
+    """A mixin that makes a stock AllInOneBlock run fused."""
+
+    _fastflow: Held
+
+    # the stock block's
+    in_channels: int
+    input_rank: int
+    GIN: bool
+    reverse_pre_permute: bool
+    dims_in: Sequence[tuple[int, ...]]
+    global_scale: Tensor
+    global_offset: Tensor
+    subnet: nn.Module
+
+    def _find_change(self) -> str | None:
         held, clamp = self._fastflow, self.__dict__.get("clamp")
         if not is_number(clamp) or (held.dialect == "freia" and clamp == 0):
             return "clamp"
@@ -101,19 +136,8 @@ class AcceleratedBlock(FusedForward, _Stock):
             held.backend,
         )
 
-    def _stock_forward(
-        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool, jac: bool
-    ) -> tuple[tuple[Tensor], Tensor]:
-        conditions = () if c is None else (c,)
-        result: tuple[tuple[Tensor], Tensor] = self._fastflow_stock.forward(
-            self, x, *conditions, rev=rev, jac=jac
-        )
-        return result
-
-    def extra_repr(self) -> str:
-        held, own = self._fastflow, super().extra_repr()
-        added = f"accelerated, dialect={held.dialect!r}, backend={held.backend!r}"
-        return f"{own}, {added}" if own else added
+    def _describe(self) -> str:
+        return f"dialect={self._fastflow.dialect!r}, backend={self._fastflow.backend!r}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -181,21 +205,26 @@ def hold(block: Any, maths: Maths, backend: str) -> None:
         block.w_perm = block.w_perm_inv = None
     held = Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
     held.index.refresh(block)
+    change_class(block, held, AcceleratedBlock)
+
+
+def change_class(block: Any, held: Any, mixin: Any) -> None:
+    """Give a stock module a subclass of its class, with a mixin and what that keeps."""
     block.__dict__["_fastflow"] = held
-    if not isinstance(block, AcceleratedBlock):
+    if not isinstance(block, mixin):
         cls: Any = type(block)
-        block.__class__ = _derive(AcceleratedBlock, cls)
+        block.__class__ = _derive(mixin, cls)
 
 
-def held_by(block: Any) -> Held:
+def held_by(block: Any) -> Any:
     """Return what an accelerated block keeps beside its own attributes."""
-    held: Held = block._fastflow
-    return held
+    return block._fastflow
 
 
 def set_backend(block: Any, backend: str) -> None:
-    """Set the backend of an accelerated block."""
-    block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
+    """Set the backend of an accelerated block. A permutation has none."""
+    if not isinstance(block._fastflow, IndexCache):
+        block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
 
 
 def make_reversible(chain: Any) -> tuple[bool, str] | None:
@@ -234,7 +263,7 @@ def describe_reversible(chain: Any) -> str:
 
 def class_before(part: Any) -> Any:
     """Return the class that a block or chain had before accelerate, or has if it is unchanged."""
-    is_changed = isinstance(part, AcceleratedBlock | AcceleratedChain)
+    is_changed = isinstance(part, AcceleratedModule | AcceleratedChain)
     return part._fastflow_stock if is_changed else type(part)
 
 
@@ -252,7 +281,7 @@ def give_back_class(part: Any) -> None:
 
 def _mixin_of(part: Any) -> Any:
     """Return the mixin that accelerate has added to the class of a block or chain."""
-    return AcceleratedBlock if isinstance(part, AcceleratedBlock) else AcceleratedChain
+    return next(base for base in type(part).__mro__ if "_fastflow_stock" in vars(base)).__bases__[0]
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.errors import InputTypeError, InputValueError
-from fastflow_kernels.permutations import Permutation
+from fastflow_kernels.permutations import IndexPermutation, Permutation
 from fastflow_kernels.torch_private import version_of
 
 
@@ -50,11 +50,13 @@ class Side(NamedTuple):
         subnet: Maps cat(passive part, *conditions) to the coefficients of the active part.
         active: Which part it transforms, an index into the call's ``sizes``.
         passive: Which part the subnet reads; None if it reads the conditions alone.
+        modules: The modules that the subnet consists of.
     """
 
     subnet: Callable[[Tensor], Tensor]
     active: int
     passive: int | None
+    modules: tuple[torch.nn.Module, ...]
 
 
 class SidesCall(NamedTuple):
@@ -99,6 +101,24 @@ class SidesCall(NamedTuple):
         factor = 1 if self.spec.function == "additive" else 2
         channels = factor * self.sizes[side.active]
         return run_subnet(side.subnet, passive, self.conditions, self.x, channels)
+
+
+class PermutationCall(NamedTuple):
+    """A call of a module that only permutes channels.
+
+    Attributes:
+        x: (B, C, *S).
+        permutation: An index.
+        rev: Compute the inverse.
+        conditions, global_scale, global_offset: Empty and None. A :class:`BlockCall` has them.
+    """
+
+    x: Tensor
+    permutation: IndexPermutation
+    rev: bool = False
+    conditions: tuple[()] = ()
+    global_scale: None = None
+    global_offset: None = None
 
 
 def single_input(

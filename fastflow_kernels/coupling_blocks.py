@@ -88,19 +88,17 @@ def sizes_of(block: Any, form: Form) -> tuple[int, ...]:
 
 def sides_of(block: Any, form: Form) -> tuple[Side, ...]:
     """Return the sides of a coupling block, ours or a stock one."""
-    return tuple(
-        Side(subnet_of(block, names), *parts)
-        for names, parts in zip(form.subnets, form.parts, strict=True)
-    )
+    sides = []
+    for names, (active, passive) in zip(form.subnets, form.parts, strict=True):
+        modules = tuple([block._modules[name] for name in names])
+        subnet = modules[0] if len(modules) == 1 else _joined(*modules)
+        sides.append(Side(subnet, active, passive, modules))
+    return tuple(sides)
 
 
-def subnet_of(block: Any, names: tuple[str, ...]) -> Callable[[Tensor], Tensor]:
-    """Return what computes the coefficients of a side, by the names of its subnets."""
-    first = block._modules[names[0]]
-    if len(names) == 1:
-        return first
-    second = block._modules[names[1]]
-    return lambda x: torch.cat((first(x), second(x)), 1)
+def _joined(scale: nn.Module, shift: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a subnet whose output is that of two, a_s and a_t."""
+    return lambda x: torch.cat((scale(x), shift(x)), 1)
 
 
 class CouplingBlock(FusedForward, InvertibleModule):
@@ -185,8 +183,11 @@ class CouplingBlock(FusedForward, InvertibleModule):
                 subnet = constructor(channels_in, sizes[active] * (2 if is_joint else 1))
                 setattr(self, name, subnet)
 
-    def _clamp_function(self) -> str | None:
-        """Return the name of the clamp function, or None if it is another function."""
+    @property
+    def clamp_function(self) -> str | None:
+        """The name of the clamp function. "" for an additive block, None for another function."""
+        if self._form.is_additive:
+            return ""
         for name, function in CLAMP_FUNCTIONS.items():
             if self.f_clamp is function:
                 return name
@@ -196,12 +197,15 @@ class CouplingBlock(FusedForward, InvertibleModule):
         if not self._form.is_additive:
             if isinstance(self.clamp, Tensor):
                 return "its clamp is a tensor: the stock maths runs"
-            if self._clamp_function() is None:
+            if self.clamp_function is None:
                 return "its clamp function is not one of the known ones: the stock maths runs"
         for step, own in _STEPS.items():
             if step in vars(self) or getattr(type(self), step) is not own:
                 return f"{step} is overridden: the stock maths runs"
         return None
+
+    def _subnets(self) -> tuple[Any, ...]:
+        return tuple(subnet for side in sides_of(self, self._form) for subnet in side.modules)
 
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
@@ -211,7 +215,7 @@ class CouplingBlock(FusedForward, InvertibleModule):
         c = check_conditions(c, self.dims_c, x)
         if self._why_not_fused() is not None:
             return None
-        spec = spec_of(form, self.clamp, self._clamp_function())
+        spec = spec_of(form, self.clamp, self.clamp_function)
         sides, sizes = sides_of(self, form), sizes_of(self, form)
         return SidesCall(x, c, sides, sizes, spec, rev, self.backend)
 

@@ -73,6 +73,15 @@ class IndexCache:
         uses_both = block.reverse_pre_permute
         return self._resolve(w, w_inv, uses_both or not rev, uses_both or rev)
 
+    def of_index(
+        self, perm: Tensor, inverse: Tensor, rev: bool
+    ) -> IndexPermutation | MatrixPermutation:
+        """Return the permutation of a module that holds an index (C,) and its inverse.
+
+        It is an index if they are a permutation and its inverse.
+        """
+        return self._resolve(perm, inverse, not rev, rev)
+
     def _resolve(
         self, w: Tensor, w_inv: Tensor | None, uses_w: bool, uses_inverse: bool
     ) -> IndexPermutation | MatrixPermutation:

@@ -6,20 +6,21 @@ The activation that a block has reconstructed travels to the block before it thr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fastflow_kernels.block import evaluate
-from fastflow_kernels.call import BlockCall
-from fastflow_kernels.coupling import CouplingSpec, OutputGrads
+from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall
+from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.drift import Checkpoints, Differences, Segment, error_of
-from fastflow_kernels.permutations import HouseholderPermutation, Permutation
+from fastflow_kernels.permutations import HouseholderPermutation
 from fastflow_kernels.predicates import is_capturing
 from fastflow_kernels.reconstruct import reconstruct
 from fastflow_kernels.replay import ReplayedSubnet, swap_lock, without_autocast
+from fastflow_kernels.sides import evaluate
 from fastflow_kernels.torch_private import needs_plain, version_of
 
 
@@ -73,25 +74,20 @@ class Link:
     def is_last(self) -> bool:
         return self.place == self.segment.last
 
-    def evaluate(self, call: BlockCall) -> tuple[Tensor, Tensor]:
-        """Evaluate a call as :func:`fastflow_kernels.block.evaluate` does."""
-        replayed = ReplayedSubnet(self.block.subnet, call.subnet, call.x.device)
-        for p in replayed.parameters:
+    def evaluate(self, call: AnyCall) -> tuple[Tensor, Any]:
+        """Evaluate a call as :func:`fastflow_kernels.sides.evaluate` does."""
+        replayed = _replayed_subnets(call, self.block)
+        parameters = dict.fromkeys(p for subnet in replayed for p in subnet.parameters)
+        for p in parameters:
             if type(p) is not Tensor and type(p) is not nn.Parameter:
                 raise TypeError(
                     f"expected the parameters of the subnet of block {self.place} in a reversible "
                     f"chain to be plain tensors, got {type(p).__name__}; initialise lazy modules "
                     "first, and shard whole blocks or the chain, not the subnet"
                 )
-        permutation = call.permutation
+        permutation, template = call.permutation, cast(Any, call)._replace(x=None, conditions=())
         linked = _Linked(
-            self,
-            replayed,
-            permutation,
-            call.spec,
-            len(call.conditions),
-            call.reverse_permutation,
-            call.backend,
+            self, replayed, list(parameters), template, len(call.conditions), call.x.device
         )
         vectors = permutation.vectors if isinstance(permutation, HouseholderPermutation) else None
         y, log_det = _LinkedBlock.apply(
@@ -101,7 +97,7 @@ class Link:
             call.global_offset,
             vectors,
             *call.conditions,
-            *replayed.parameters,
+            *parameters,
         )
         self.seen = identity_of(call.x), identity_of(y)
         return y, log_det
@@ -140,16 +136,36 @@ def identity_of(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.shape, x.dtype, version_of(x)
 
 
+AnyCall = BlockCall | SidesCall | PermutationCall
+
+
+def _replayed_subnets(call: AnyCall, block: Any) -> list[ReplayedSubnet]:
+    """Return the subnets of a call, each ready to run again."""
+    device = call.x.device
+    if isinstance(call, BlockCall):
+        return [ReplayedSubnet([block.subnet], call.subnet, device)]
+    sides = call.sides if isinstance(call, SidesCall) else ()
+    return [ReplayedSubnet(side.modules, side.subnet, device) for side in sides]
+
+
 class _Linked(NamedTuple):
-    """The inputs of a linked block that take no gradients."""
+    """The inputs of a linked block that take no gradients.
+
+    Attributes:
+        link: Its place in the chain.
+        subnets: Its subnets.
+        parameters: The parameters of all of them, each once.
+        template: The call without x and conditions.
+        condition_count: Number of its conditions.
+        device: Where it runs.
+    """
 
     link: Link
-    subnet: ReplayedSubnet
-    permutation: Permutation
-    spec: CouplingSpec
+    subnets: list[ReplayedSubnet]
+    parameters: list[Tensor]
+    template: Any
     condition_count: int
-    reverse_permutation: bool
-    backend: str
+    device: torch.device
 
 
 class _LinkedBlock(Function):
@@ -161,9 +177,11 @@ class _LinkedBlock(Function):
         ctx.linked, link = linked, linked.link
         # For x and the conditions, which come after the parameters and vectors.
         wanted = ctx.needs_input_grad[1], *ctx.needs_input_grad[5 : 5 + linked.condition_count]
-        linked.subnet.input_takes_gradient = any(wanted)
+        for i, subnet in enumerate(linked.subnets):
+            # a second side's subnet reads what the first one's parameters have changed
+            subnet.input_takes_gradient = any(wanted) or i > 0
         with without_autocast(x.device):
-            y, log_det = evaluate(_make_call(linked, x, tensors, linked.subnet))
+            y, log_det = evaluate(_make_call(linked, x, tensors, linked.subnets))
         if y.dtype is not x.dtype:
             raise TypeError(
                 f"expected block {link.place} of the reversible chain to return {x.dtype}, its "
@@ -173,7 +191,8 @@ class _LinkedBlock(Function):
         kept_y = y if link.is_last else None
         # Parameters, constant buffers and indices are saved, too, so that autograd notices if one
         # changes before the backward pass.
-        unchanged = *linked.subnet.constants(), *_fixed_tensors(linked.permutation)
+        unchanged = [t for subnet in linked.subnets for t in subnet.constants()]
+        unchanged += _fixed_tensors(linked.template)
         ctx.save_for_backward(kept_x, kept_y, *tensors, *unchanged)
         return y, log_det
 
@@ -193,14 +212,12 @@ class _LinkedBlock(Function):
             for t, want in zip(tensors[: len(wanted)], wanted, strict=True)
         ]
         parameters = leaves[3 + linked.condition_count :]
-        stand_ins: dict[Tensor, Tensor] = dict(
-            zip(linked.subnet.parameters, parameters, strict=True)
-        )
-        with (
-            swap_lock,
-            without_autocast(linked.subnet.device),
-            linked.subnet.as_it_was(stand_ins),
-        ):
+        stand_ins: dict[Tensor, Tensor] = dict(zip(linked.parameters, parameters, strict=True))
+        with ExitStack() as stack:
+            stack.enter_context(swap_lock)
+            stack.enter_context(without_autocast(linked.device))
+            for subnet in linked.subnets:
+                stack.enter_context(subnet.as_it_was(stand_ins))
             if link.is_first and link.is_last:
                 dx = _differentiate_kept(
                     linked, x.detach().requires_grad_(want_x), y, leaves, (dy, dlog_det)
@@ -211,7 +228,7 @@ class _LinkedBlock(Function):
             else:
                 link.segment.largest = torch.linalg.vector_norm(y, torch.inf)
             dy = torch.zeros_like(y) if dy is None else dy
-            call = _make_call(linked, y, leaves, linked.subnet.run_again)
+            call = _make_call(linked, y, leaves, [s.run_again for s in linked.subnets])
             block = reconstruct(call, OutputGrads(dy, dlog_det), want_x, wanted[0] or wanted[1])
         link.finish(y.dtype, want_x)
         if x is not None:
@@ -223,30 +240,34 @@ class _LinkedBlock(Function):
         return None, dx, block.dglobal_scale, block.dglobal_offset, *from_leaves
 
 
-def _make_call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnet: Any) -> BlockCall:
+def _make_call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnets: Sequence[Any]) -> Any:
     """Make the call of a linked block.
 
     Args:
         linked: The block.
         x: The block's input, or its output if the input is to be reconstructed.
         tensors: global_scale, global_offset, the reflections' vectors or None, the conditions, the
-            subnet's parameters.
-        subnet: What runs the subnet.
+            subnets' parameters.
+        subnets: What runs the subnets.
     """
     global_scale, global_offset, vectors, *conditions_and_parameters = tensors
-    permutation = linked.permutation
+    call, conditions = linked.template, tuple(conditions_and_parameters[: linked.condition_count])
+    if isinstance(call, PermutationCall):
+        return call._replace(x=x)
+    if isinstance(call, SidesCall):
+        pairs = zip(call.sides, subnets, strict=True)
+        sides = tuple([side._replace(subnet=subnet) for side, subnet in pairs])
+        return call._replace(x=x, conditions=conditions, sides=sides)
+    permutation = call.permutation
     if isinstance(permutation, HouseholderPermutation):
         permutation = permutation._replace(vectors=vectors)
-    return BlockCall(
-        x,
-        tuple(conditions_and_parameters[: linked.condition_count]),
-        subnet,
-        global_scale,
-        global_offset,
-        permutation,
-        linked.spec,
-        reverse_permutation=linked.reverse_permutation,
-        backend=linked.backend,
+    return call._replace(
+        x=x,
+        conditions=conditions,
+        subnet=subnets[0],
+        global_scale=global_scale,
+        global_offset=global_offset,
+        permutation=permutation,
     )
 
 
@@ -260,7 +281,8 @@ def _differentiate_kept(
     """Differentiate a block whose input and output are kept, and return the gradient of x."""
     link = linked.link
     with torch.enable_grad():
-        results = evaluate(_make_call(linked, x, leaves, linked.subnet.run_again))
+        call = _make_call(linked, x, leaves, [s.run_again for s in linked.subnets])
+        results = evaluate(call)
     link.chain_pass.differences.record(link.place, results[0], y)
     link.finish(y.dtype, x.requires_grad)
     pairs = [
@@ -273,8 +295,9 @@ def _differentiate_kept(
     return x.grad
 
 
-def _fixed_tensors(permutation: Permutation) -> tuple[Tensor, ...]:
-    """Return the tensors of a permutation that take no gradient."""
+def _fixed_tensors(call: AnyCall) -> tuple[Tensor, ...]:
+    """Return the tensors of a call's permutation that take no gradient."""
+    permutation = call.permutation
     if isinstance(permutation, HouseholderPermutation):
-        return _fixed_tensors(permutation.base)
-    return tuple(permutation)
+        permutation = permutation.base
+    return () if permutation is None else tuple(permutation)

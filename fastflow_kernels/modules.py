@@ -29,12 +29,14 @@ from fastflow_kernels.torch_private import parameter_of
 class ChainLink(Protocol):
     """A block's place in a reversible chain, which evaluates the block in its own way."""
 
-    def evaluate(self, call: BlockCall | SidesCall) -> tuple[Tensor, Any]:
+    def evaluate(self, call: Any) -> tuple[Tensor, Any]:
         """Return what :func:`fastflow_kernels.sides.evaluate` returns."""
 
 
 class FusedForward:
     """The ``forward`` of blocks that run fused: ours, and stock blocks that are accelerated."""
+
+    subnet: Any  # of an AllInOneBlock
 
     def forward(
         self,
@@ -73,6 +75,9 @@ class FusedForward:
     def _why_not_fused(self) -> str | None:
         raise NotImplementedError
 
+    def _subnets(self) -> tuple[Any, ...]:
+        return (self.subnet,)
+
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
     ) -> BlockCall | SidesCall | None:
@@ -86,7 +91,8 @@ class FusedForward:
         raise NotImplementedError
 
 
-_FUSED_FORWARD = FusedForward.forward  # the original, even if the class gets another one later
+# The original forwards that take a link, even if their classes get others later.
+FORWARDS_WITH_LINK: set[Any] = {FusedForward.forward}
 
 
 def why_not_fused(block: FusedForward) -> str | None:
@@ -94,10 +100,15 @@ def why_not_fused(block: FusedForward) -> str | None:
     return block._why_not_fused()
 
 
+def subnets_of(block: FusedForward) -> tuple[Any, ...]:
+    """Return the subnets of a block."""
+    return block._subnets()
+
+
 def takes_link(block: FusedForward) -> bool:
-    """Return whether a block runs fused by :meth:`FusedForward.forward`, which uses ``link``."""
+    """Return whether a block runs fused by a ``forward`` that uses ``link``."""
     return (
-        type(block).forward is _FUSED_FORWARD
+        type(block).forward in FORWARDS_WITH_LINK
         and "forward" not in block.__dict__
         and why_not_fused(block) is None
     )

@@ -12,18 +12,28 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastflow_kernels import accelerated, backends, probe
-from fastflow_kernels.accelerated import AcceleratedBlock, AcceleratedChain
-from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
-from fastflow_kernels.reporting import modules_of
+from fastflow_kernels import (
+    accelerated,
+    accelerated_couplings,
+    backends,
+    probe,
+    probe_couplings,
+)
+from fastflow_kernels.accelerated import AcceleratedChain, AcceleratedModule
+from fastflow_kernels.modules import FusedForward, why_not_fused
+from fastflow_kernels.reporting import is_stock, modules_of
 from fastflow_kernels.reversible import ReversibleChain
-from fastflow_kernels.stock import Left, is_named
+from fastflow_kernels.stock import PERMUTATION, Left, is_named
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False) -> _Model:
-    """Make every AllInOneBlock of FrEIA or anomalib in ``model`` run fused, in place.
+    """Make every AllInOneBlock and affine coupling block in ``model`` run fused, in place.
+
+    These are the blocks of FrEIA and anomalib: AllInOneBlock, GLOWCouplingBlock, RNVPCouplingBlock,
+    GINCouplingBlock, NICECouplingBlock, AffineCouplingOneSided and ConditionalAffineTransform.
+    FrEIA's PermuteRandom then gathers channels in its backward pass, too.
 
     Parameters stay the same objects. Hooks, state-dict keys and values do not change either.
 
@@ -64,9 +74,7 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
     backends.validated(backend)
     parts = [part for _, part in modules_of(model)]
     for block in parts:
-        if isinstance(block, AcceleratedBlock) or (
-            is_named(type(block)) and not isinstance(block, AllInOneBlock)
-        ):
+        if is_stock(block):
             _accelerate_block(block, backend)
     if reversible:
         for chain in parts:
@@ -104,7 +112,7 @@ def restore(model: _Model) -> _Model:
     changed = [
         (name, part)
         for name, part in modules_of(model)
-        if isinstance(part, AcceleratedBlock | AcceleratedChain)
+        if isinstance(part, AcceleratedModule | AcceleratedChain)
     ]
     stuck = [
         name or "the model itself"
@@ -126,14 +134,19 @@ def _accelerate_block(block: Any, backend: str) -> None:
 
     An accelerated block is probed again if it has changed since then.
     """
-    cls: Any = type(block)
-    if isinstance(block, AcceleratedBlock):
+    if isinstance(block, AcceleratedModule):
         accelerated.set_backend(block, backend)
         if why_not_fused(block) is None:
             return
-        cls = accelerated.class_before(block)
+    cls = accelerated.class_before(block)
     try:
-        maths = probe.identify(block, cls)
+        if is_named(cls):
+            accelerated.hold(block, probe.identify(block, cls), backend)
+        elif is_named(cls, PERMUTATION):
+            probe_couplings.check_permutation(block, cls)
+            accelerated_couplings.hold_permutation(block)
+        else:
+            maths = probe_couplings.identify(block, cls)
+            accelerated_couplings.hold_coupling(block, maths, backend)
     except Left:
         return
-    accelerated.hold(block, maths, backend)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import torch_private
-from fastflow_kernels.block import evaluate
 from fastflow_kernels.call import BlockCall, starts_in_place
 from fastflow_kernels.coupling import DIALECTS, CouplingSpec
 from fastflow_kernels.foreign_activation import activation_of, known_activation
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.seen import ACTIVATION, Seen, is_number, may_read_state, record_reads
+from fastflow_kernels.sides import evaluate
 from fastflow_kernels.steps import STEPS
 from fastflow_kernels.stock import Left, shallow_copy, stock_class
 
@@ -52,31 +53,52 @@ def identify(block: Any, cls: Any) -> Maths:
     for step in _STEPS:
         if step in vars(block) or getattr(cls, step, None) is not getattr(stock, step, None):
             raise Left(f"{cls.__name__} overrides {step}")
+    with probing(block, ("subnet",), "global_scale"):
+        return _identify_values(block, cls, stock)
+
+
+@contextmanager
+def probing(block: Any, subnets: Sequence[str], parameter: str | None) -> Iterator[None]:
+    """Check what can be known of a block without running it, and make a context to run it in.
+
+    Args:
+        block: The block.
+        subnets: The names of its subnets.
+        parameter: The name of a parameter on its device. None if all are the subnets'.
+
+    Raises:
+        Left: The block cannot be accelerated, or the context ends with an error.
+    """
     try:
         if torch_private.is_symbolic():
             raise Left(
                 "tensors have no values here, under FakeTensorMode or while tracing; accelerate it "
                 "outside"
             )
-        if block.global_scale.is_meta:
+        modules = [getattr(block, name) for name in subnets]
+        like = (
+            next(block.parameters(), torch.empty(0))
+            if parameter is None
+            else getattr(block, parameter)
+        )
+        if like.is_meta:
             raise Left("its parameters are on the meta device; accelerate it once they hold values")
         if isinstance(block.clamp, Tensor):
             raise Left("its clamp is a tensor; the fused block takes a number")
         if not is_number(vars(block).get("clamp")):
             raise Left(f"its clamp is not a plain number that is an attribute, but {block.clamp!r}")
-        if not block.conditional and starts_in_place(block.subnet):
+        if not block.conditional and any(map(starts_in_place, modules)):
             raise Left(
                 "its subnet starts with an in-place operation, which changes the stock block's "
                 "passive half"
             )
-        device = block.global_scale.device
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-            torch.device(device),
+            torch.autocast(like.device.type, enabled=False),
+            torch.device(like.device),
         ):
-            return _identify_values(block, cls, stock)
+            yield
     except Left:
         raise
     except Exception as error:
@@ -113,7 +135,7 @@ def _identify_values(block: Any, cls: Any, stock: Any) -> Maths:
     return Maths(dialects[0], activation, probe.is_sized, seen)
 
 
-class _FixedSubnet(nn.Module):
+class FixedSubnet(nn.Module):
     """A subnet that returns the same coefficients for any input, and keeps that input."""
 
     def __init__(self, a: Tensor) -> None:
@@ -162,7 +184,7 @@ class _Probe:
         for dialect in DIALECTS:
             if clamp == 0 and dialect == "freia":
                 continue
-            subnet, fused_results = _FixedSubnet(a), []
+            subnet, fused_results = FixedSubnet(a), []
             call = BlockCall(
                 x,
                 c,
@@ -177,7 +199,7 @@ class _Probe:
             for rev in (False, True):
                 fused_results.append((*evaluate(call._replace(rev=rev)), subnet.received))
             if all(
-                _are_alike(of_stock, of_fused)
+                are_alike(of_stock, of_fused)
                 for pair in zip(stock_results, fused_results, strict=True)
                 for of_stock, of_fused in zip(*pair, strict=True)
             ):
@@ -225,7 +247,7 @@ class _Probe:
         # so that exp(clamp * tanh(0.1 * a)) does not overflow
         size = 10.0 / max(1.0, abs(self.block.clamp) / 5.0)
         a = size * self._random((2, 2 * active, *spatial), self.scale)
-        self.block._modules["subnet"] = subnet = _FixedSubnet(a)
+        self.block._modules["subnet"] = subnet = FixedSubnet(a)
         c = [self._random((2, shape[0], *spatial), self.scale) for shape in self.block.dims_c]
         results: list[tuple[Tensor, ...]] = []
         for rev in (False, True):
@@ -246,9 +268,11 @@ def _widest(parameter: Tensor) -> torch.dtype:
     return torch.float64
 
 
-def _are_alike(of_stock: Tensor, of_fused: Tensor) -> bool:
+def are_alike(of_stock: Tensor, of_fused: Tensor) -> bool:
+    """Return whether two results agree but for rounding."""
     # Far above rounding errors, and far below the difference between two formulas.
     tolerance = 1e-9 if of_stock.dtype is torch.float64 else 1e-3
-    return of_stock.shape == of_fused.shape and bool(
-        (of_stock - of_fused).abs().max() <= tolerance * of_fused.abs().max().clamp(min=1.0)
-    )
+    if of_stock.shape != of_fused.shape or not of_stock.numel():
+        return of_stock.shape == of_fused.shape
+    allowed = tolerance * of_fused.abs().max().clamp(min=1.0)
+    return bool((of_stock - of_fused).abs().max() <= allowed)

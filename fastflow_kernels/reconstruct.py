@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels.backends import requested
-from fastflow_kernels.block import engine_coupling, for_subnet
-from fastflow_kernels.call import BlockCall, coefficients
-from fastflow_kernels.coupling import OutputGrads
+from fastflow_kernels.block import engine_coupling, for_engine, for_subnet
+from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall, coefficients
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.layouts import in_layout
 from fastflow_kernels.permutations import (
     HouseholderPermutation,
@@ -19,6 +19,7 @@ from fastflow_kernels.permutations import (
     Permutation,
 )
 from fastflow_kernels.route import choose_engine
+from fastflow_kernels.sides import split, transform
 
 
 class Reconstructed(NamedTuple):
@@ -38,9 +39,12 @@ class Reconstructed(NamedTuple):
 
 
 def reconstruct(
-    call: BlockCall, grads: OutputGrads, want_x: bool, want_params: bool
+    call: BlockCall | SidesCall | PermutationCall,
+    grads: OutputGrads,
+    want_x: bool,
+    want_params: bool,
 ) -> Reconstructed:
-    """Invert a block and differentiate it, running the subnet once for both.
+    """Invert a block and differentiate it, running each subnet once for both.
 
     The gradients of the conditions, of a :class:`HouseholderPermutation`'s vectors and of what the
     subnet depends on are added to the ``grad`` of those tensors. They should therefore be leaves
@@ -52,6 +56,11 @@ def reconstruct(
         want_x: Whether the gradient of the block's input is wanted.
         want_params: Whether the gradients of global_scale and global_offset are wanted.
     """
+    if isinstance(call, PermutationCall):
+        unpermute = call.permutation.unpermute
+        return Reconstructed(unpermute(call.x), unpermute(grads.y), None, None)
+    if isinstance(call, SidesCall):
+        return _reconstruct_sides(call, grads)
     route = choose_engine(call, requested(call.backend))
     engine, permutation = route.engine, call.permutation
     assert engine is not None
@@ -89,6 +98,61 @@ def reconstruct(
         x = _invert_permutation(permutation, x, True)
         dx = _pull_back(permutation, x, dx, True)
     return Reconstructed(in_layout(x, route.layout), in_layout(dx, route.layout), dg, doffset)
+
+
+def _reconstruct_sides(call: SidesCall, grads: OutputGrads) -> Reconstructed:
+    """Do :func:`reconstruct` for a coupling block, from its last side to its first."""
+    route = choose_engine(call, requested(call.backend))
+    engine = None if call.spec.function == "additive" or 0 in call.sizes else route.engine
+    y = call.x.contiguous() if route.is_copied else call.x
+    x, dx = torch.empty_like(y), torch.empty_like(y)
+    coupling = Coupling(None, None, call.spec)
+    parts, d_parts = split(y, call.sizes), split(grads.y, call.sizes)
+    targets, d_targets = split(x, call.sizes), split(dx, call.sizes)
+    for side in reversed(call.sides):
+        i, j, leaf = side.active, side.passive, None
+        with torch.enable_grad():
+            if j is not None:
+                leaf = parts[j].detach().requires_grad_()
+            a = call.coefficients(side, None if leaf is None else for_subnet(leaf, route))
+        coefficients_of_side, of_y = (
+            for_engine(a.detach(), route),
+            OutputGrads(d_parts[i], grads.log_det),
+        )
+        if engine is None:
+            x_i, dx_i, da = _invert_plainly(call.spec, parts[i], a.detach(), of_y)
+            targets[i].copy_(x_i)
+            d_targets[i].copy_(dx_i)
+        else:
+            engine.invert_active(parts[i], targets[i], coefficients_of_side, coupling)
+            operands = coefficients_of_side, of_y, coupling, False, d_targets[i]
+            da = engine.backward(targets[i], *operands).a
+        if a.requires_grad:
+            torch.autograd.backward(a, da)
+        parts[i], d_parts[i] = targets[i], d_targets[i]
+        if j is not None and leaf is not None and leaf.grad is not None:
+            d_parts[j] = d_parts[j] + leaf.grad
+    for part, target in zip([*parts, *d_parts], [*targets, *d_targets], strict=True):
+        if part is not target:
+            target.copy_(part)
+    return Reconstructed(in_layout(x, route.layout), in_layout(dx, route.layout), None, None)
+
+
+def _invert_plainly(
+    spec: CouplingSpec, y: Tensor, a: Tensor, grads: OutputGrads
+) -> tuple[Tensor, ...]:
+    """Return a side's part of x and the gradients of x and a, by plain operations."""
+    x, _ = transform(y, a, spec, True)
+    with torch.enable_grad():
+        leaves = x.detach().requires_grad_(), a.detach().requires_grad_()
+        results = transform(*leaves, spec, False)
+    pairs = [
+        (t, dt)
+        for t, dt in zip(results, grads, strict=True)
+        if isinstance(t, Tensor) and dt is not None
+    ]
+    dx, da = torch.autograd.grad([t for t, _ in pairs], leaves, [dt for _, dt in pairs])
+    return x, dx, da
 
 
 def _permute(permutation: Permutation, x: Tensor, rev: bool) -> Tensor:

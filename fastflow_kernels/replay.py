@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -32,10 +32,13 @@ class ReplayedSubnet:
     """
 
     def __init__(
-        self, module: nn.Module, evaluate: Callable[[Tensor], Tensor], device: torch.device
+        self,
+        roots: Sequence[nn.Module],
+        evaluate: Callable[[Tensor], Tensor],
+        device: torch.device,
     ) -> None:
         self.evaluate, self.device = evaluate, device
-        modules = list(module.modules())
+        modules = [m for root in roots for m in root.modules()]
         self.training = [(m, m.training) for m in modules]
         self.places = [
             (m._parameters, name, p)

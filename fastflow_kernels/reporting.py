@@ -7,23 +7,25 @@ from typing import Any
 
 from torch import nn
 
-from fastflow_kernels import probe, torch_private
+from fastflow_kernels import probe, probe_couplings, torch_private
 from fastflow_kernels.accelerated import (
-    AcceleratedBlock,
     AcceleratedChain,
+    AcceleratedModule,
     class_before,
     describe_reversible,
     held_by,
     make_reversible,
 )
+from fastflow_kernels.accelerated_couplings import HeldCoupling
 from fastflow_kernels.backends import auto_chooses
+from fastflow_kernels.coupling_blocks import CouplingBlock
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import AllInOneBlock, FusedForward, why_not_fused
 from fastflow_kernels.permutations import IndexPermutation
 from fastflow_kernels.predicates import SMALL
 from fastflow_kernels.reversible import ReversibleChain
 from fastflow_kernels.route import PRODUCT_COST
-from fastflow_kernels.stock import GRAPH, SEQUENCE, Left, is_named, shallow_copy
+from fastflow_kernels.stock import GRAPH, PERMUTATION, SEQUENCE, Left, is_named, shallow_copy
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Report:
         lines = [
             f"{fused} of {len(self.entries)} blocks run fused"
             if self.entries
-            else "no AllInOneBlock found in the model"
+            else "no AllInOneBlock and no coupling block of FrEIA found in the model"
         ]
         lines += [_line(entry) for entry in self.entries]
         if self.chains:
@@ -86,6 +88,7 @@ class Report:
         return "\n".join(lines)
 
 
+_GATHER = "a permutation by a gather, forward and backward"
 NOTE_ON_SMALL_INPUTS = (
     f"small inputs on a CPU run plain operations: up to {SMALL} elements, in training with a soft "
     f"permutation {PRODUCT_COST * SMALL}"
@@ -127,19 +130,25 @@ def report(model: nn.Module) -> Report:
 
 def _entry_of_block(name: str, block: Any) -> Entry | None:
     kind = _kind(block)
-    is_changed = isinstance(block, AcceleratedBlock)
+    is_changed = isinstance(block, AcceleratedModule)
     if isinstance(block, FusedForward):
         if (reason := why_not_fused(block)) is not None:
             return Entry(name, kind, "stock maths", is_changed, reason)
         state = "accelerated" if is_changed else "fused"
         return Entry(name, kind, state, is_changed, _describe_fused(block))
-    if not is_named(type(block)):
+    if not is_stock(block):
         return None
     try:
-        maths = probe.identify(block, type(block))
+        if is_named(type(block)):
+            maths = probe.identify(block, type(block))
+            words = _describe(block, maths.dialect, maths.activation)
+        elif is_named(type(block), PERMUTATION):
+            probe_couplings.check_permutation(block, type(block))
+            words = _GATHER
+        else:
+            words = _describe_coupling(probe_couplings.identify(block, type(block)).clamp_function)
     except Left as reason:
         return Entry(name, kind, "left", False, str(reason))
-    words = _describe(block, maths.dialect, maths.activation)
     return Entry(name, kind, "left", False, f"accelerate(model) would take it: computes {words}")
 
 
@@ -148,7 +157,7 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     if isinstance(chain, ReversibleChain):
         is_changed = isinstance(chain, AcceleratedChain)
         return Entry(name, kind, "reversible", is_changed, describe_reversible(chain))
-    if is_named(type(chain), GRAPH) and any(is_named(type(part)) for part in chain.modules()):
+    if is_named(type(chain), GRAPH) and any(map(is_stock, chain.modules())):
         reason = "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can"
         return Entry(name, kind, "left", False, reason)
     if not is_named(type(chain), SEQUENCE):
@@ -167,9 +176,21 @@ def _describe_fused(block: Any) -> str:
     if isinstance(block, AllInOneBlock):
         words = _describe(block, block.dialect, block.global_affine_type)
         return f"{words}; backend {block.backend!r}"
+    if isinstance(block, CouplingBlock):
+        return f"{_describe_coupling(block.clamp_function)}; backend {block.backend!r}"
     held = held_by(block)
+    if isinstance(held, IndexCache):
+        return f"computes {_GATHER}"
+    if isinstance(held, HeldCoupling):
+        return f"computes {_describe_coupling(held.clamp_function)}; backend {held.backend!r}"
     words = _describe(block, held.dialect, held.activation)
     return f"computes {words}; backend {held.backend!r}"
+
+
+def _describe_coupling(clamp_function: str | None) -> str:
+    if not clamp_function:
+        return "an additive coupling, in plain operations"
+    return f"an affine coupling with clamp function {clamp_function!r}"
 
 
 def _describe(block: Any, dialect: str, activation: str) -> str:
@@ -190,6 +211,14 @@ def _describe(block: Any, dialect: str, activation: str) -> str:
 def _kind(part: Any) -> str:
     cls = class_before(part)
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def is_stock(block: Any) -> bool:
+    """Return whether a module is a stock block of FrEIA or anomalib, accelerated or not."""
+    if isinstance(block, AllInOneBlock | CouplingBlock):
+        return False
+    cls = type(block)
+    return is_named(cls) or is_named(cls, PERMUTATION) or probe_couplings.form_of(cls) is not None
 
 
 def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

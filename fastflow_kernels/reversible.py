@@ -20,7 +20,7 @@ from fastflow_kernels import torch_private
 from fastflow_kernels.drift import Checkpoints, Segment
 from fastflow_kernels.dtypes import promoted
 from fastflow_kernels.link import Link, Pass, identity_of
-from fastflow_kernels.modules import FusedForward, takes_link
+from fastflow_kernels.modules import FusedForward, subnets_of, takes_link
 from fastflow_kernels.predicates import is_autocast
 from fastflow_kernels.torch_private import needs_plain
 
@@ -94,7 +94,7 @@ class ReversibleChain:
             module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
             if link is not None and x[0].is_floating_point() and is_autocast(x[0].device):
                 # the chain's state stays in the parameters' dtype
-                x = (x[0].to(promoted(x[0], module.global_scale)),)
+                x = (x[0].to(promoted(x[0], getattr(module, "global_scale", None))),)
             x_in = x[0]
             arguments: dict[str, Any] = (
                 {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "link": link}
@@ -157,7 +157,9 @@ class ReversibleChain:
             if is_needed and is_reversible(module):
                 previous = links.get(i - 1)
                 segment = None if previous is None else previous.segment
-                spacing = self._checkpoints.spacing(promoted(x[0], module.global_scale))
+                spacing = self._checkpoints.spacing(
+                    promoted(x[0], getattr(module, "global_scale", None))
+                )
                 if segment is None or i - segment.first >= spacing:
                     segment = Segment(i, i)
                 segment.last = i
@@ -190,7 +192,9 @@ def is_reversible(module: nn.Module) -> bool:
     if not issubclass(type(module), FusedForward):
         return False
     block: Any = module
-    if not takes_link(block) or torch_private.is_compiled(block) or not _runs_twice(block.subnet):
+    if not takes_link(block) or torch_private.is_compiled(block):
+        return False
+    if not all(map(_runs_twice, subnets_of(block))):
         return False
     return not any(
         getattr(getattr(block, name, None), "requires_grad", False)

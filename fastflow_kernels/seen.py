@@ -11,7 +11,7 @@ import copy
 import inspect
 import numbers
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -183,6 +183,8 @@ _LIVE = {
 # The fused block reads these, too, but not every stock block reads all of them. A change that only
 # one of the two would notice makes the stock maths run.
 _FIXED = (
+    "channels",
+    "condition_length",
     "householder",
     "reverse_pre_permute",
     "conditional",
@@ -191,6 +193,9 @@ _FIXED = (
     "GIN",
     "in_channels",
     "input_rank",
+    "ndims",
+    "split_len1",
+    "split_len2",
     "splits",
 )
 
@@ -206,8 +211,10 @@ def _find_functions(cls: Any, steps: Sequence[str]) -> tuple[Any, ...]:
     return tuple(getattr(cls, name, None) for name in steps)
 
 
-def record_reads(block: Any, cls: Any, softplus_of: Any) -> Seen:
-    """Record what a block's ``forward`` reads.
+def record_reads(
+    block: Any, cls: Any, softplus_of: Any = None, live: Collection[str] = _LIVE
+) -> Seen:
+    """Record what a block's ``forward`` reads, except what is ``live``.
 
     The names come from its code and from that of the methods that it calls on itself.
 
@@ -219,7 +226,7 @@ def record_reads(block: Any, cls: Any, softplus_of: Any) -> Seen:
     tensors = {**block._parameters, **block._buffers, **block._modules}
     attributes, steps = [], ["forward"]
     for name in names:
-        if name in _LIVE or hasattr(nn.Module, name):
+        if name in live or hasattr(nn.Module, name):
             continue
         if tensors.get(name) is not None and name not in ("softplus", ACTIVATION):
             raise Left(f"a step reads its {name}, which the fused block does not know")

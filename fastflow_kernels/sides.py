@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from fastflow_kernels import block, torch_private
 from fastflow_kernels.block import for_engine, for_subnet
-from fastflow_kernels.call import BlockCall, SidesCall
+from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.dtypes import accumulator, cast, promoted
 from fastflow_kernels.engines import Engine, plain
@@ -25,15 +25,18 @@ from fastflow_kernels.route import Route, choose_route
 from fastflow_kernels.torch_private import needs_plain
 
 
-def evaluate(call: BlockCall | SidesCall) -> tuple[Tensor, Any]:
-    """Evaluate a call of any block, or its inverse.
+def evaluate(call: BlockCall | SidesCall | PermutationCall) -> tuple[Tensor, Any]:
+    """Evaluate a call of any module that we run, or its inverse.
 
     Returns:
         The output (B, C, *S), as :func:`fastflow_kernels.block.evaluate` does, and the
-        log-determinant (B,) in nats. Coupling blocks that preserve volume return 0.0 for it.
+        log-determinant (B,) in nats. Modules of FrEIA that preserve volume return 0.0 for it.
     """
     if isinstance(call, BlockCall):
         return block.evaluate(call)
+    if isinstance(call, PermutationCall):
+        permutation = call.permutation
+        return (permutation.unpermute if call.rev else permutation.permute)(call.x), 0.0
     route = choose_route(call)
     if route.engine is None or 0 in call.sizes:
         y, sums = _plain(call)

@@ -7,6 +7,7 @@ from typing import Any
 BLOCK = "AllInOneBlock"
 SEQUENCE = "SequenceINN"
 GRAPH = "GraphINN"
+PERMUTATION = "PermuteRandom"
 
 
 class Left(Exception):

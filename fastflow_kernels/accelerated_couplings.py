@@ -1,0 +1,115 @@
+"""The classes that accelerate gives to FrEIA's coupling blocks and random permutations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastflow_kernels.accelerated import AcceleratedModule, change_class
+from fastflow_kernels.call import PermutationCall, SidesCall, check_conditions, single_input
+from fastflow_kernels.coupling_blocks import Form, sides_of, sizes_of, spec_of
+from fastflow_kernels.index_cache import IndexCache
+from fastflow_kernels.modules import FORWARDS_WITH_LINK, ChainLink
+from fastflow_kernels.permutations import IndexPermutation
+from fastflow_kernels.probe_couplings import CouplingMaths
+from fastflow_kernels.seen import Seen
+from fastflow_kernels.sides import evaluate
+
+
+@dataclass(frozen=True)
+class HeldCoupling:
+    """What an accelerated coupling block keeps beside its own attributes."""
+
+    form: Form
+    clamp_function: str
+    backend: str
+    seen: Seen
+
+
+class AcceleratedCoupling(AcceleratedModule):
+    """A mixin that makes a stock coupling block run fused."""
+
+    channels: int  # the stock block's
+    ndims: int
+
+    def _checked_call(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
+    ) -> SidesCall | None:
+        held: HeldCoupling = self._fastflow
+        if self._find_change() is not None:
+            return None
+        x = single_input(x, self.channels, self.ndims - 1)
+        c, form = check_conditions(c, self.dims_c, x), held.form
+        spec = spec_of(form, self.clamp, held.clamp_function)
+        return SidesCall(x, c, sides_of(self, form), sizes_of(self, form), spec, rev, held.backend)
+
+    def _subnets(self) -> tuple[Any, ...]:
+        return tuple(
+            subnet for side in sides_of(self, self._fastflow.form) for subnet in side.modules
+        )
+
+    def _describe(self) -> str:
+        held: HeldCoupling = self._fastflow
+        words = f"clamp function {held.clamp_function}" if held.clamp_function else "additive"
+        return f"{words}, backend={held.backend!r}"
+
+
+class AcceleratedPermutation(AcceleratedModule):
+    """A mixin that makes FrEIA's PermuteRandom gather channels, forward and backward."""
+
+    _fastflow: IndexCache
+
+    perm: Tensor  # the stock module's
+    perm_inv: Tensor
+
+    def forward(  # type: ignore[override]  # as in FrEIA, without conditions
+        self,
+        x: Sequence[Tensor],
+        rev: bool = False,
+        jac: bool = True,
+        *,
+        link: ChainLink | None = None,
+    ) -> tuple[list[Tensor], float]:
+        """Permute x[0], (B, C, *S), or invert the permutation.
+
+        Args:
+            x: A list with one tensor.
+            rev: Compute the inverse.
+            jac: Ignored.
+            link: For reversible chains only.
+
+        Returns:
+            ``([y], 0.0)``.
+        """
+        permutation = self._fastflow.of_index(self.perm, self.perm_inv, rev)
+        if not isinstance(permutation, IndexPermutation):  # a load has left none
+            result: tuple[list[Tensor], float] = self._fastflow_stock.forward(self, x, rev, jac)
+            return result
+        call = PermutationCall(x[0], permutation, rev)
+        return [(evaluate(call) if link is None else link.evaluate(call))[0]], 0.0
+
+    def _why_not_fused(self) -> str | None:
+        return None
+
+    def _subnets(self) -> tuple[Any, ...]:
+        return ()
+
+    def _describe(self) -> str:
+        return "a gather"
+
+
+FORWARDS_WITH_LINK.add(AcceleratedPermutation.forward)
+
+
+def hold_coupling(block: Any, maths: CouplingMaths, backend: str) -> None:
+    """Turn a stock coupling block into an accelerated one, or renew what it holds."""
+    held = HeldCoupling(maths.form, maths.clamp_function, backend, maths.seen)
+    change_class(block, held, AcceleratedCoupling)
+
+
+def hold_permutation(block: Any) -> None:
+    """Turn a stock PermuteRandom into an accelerated one."""
+    change_class(block, IndexCache(), AcceleratedPermutation)
