@@ -57,8 +57,8 @@ def reconstruct(
         want_params: Whether the gradients of global_scale and global_offset are wanted.
     """
     if isinstance(call, PermutationCall):
-        unpermute = call.permutation.unpermute
-        return Reconstructed(unpermute(call.x), unpermute(grads.y), None, None)
+        x, dx = call.permutation.unpermute(call.x), call.permutation.unpermute(grads.y)
+        return Reconstructed(x, dx, None, None)
     if isinstance(call, SidesCall):
         return _reconstruct_sides(call, grads)
     route = choose_engine(call, requested(call.backend))

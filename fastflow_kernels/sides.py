@@ -35,8 +35,9 @@ def evaluate(call: BlockCall | SidesCall | PermutationCall) -> tuple[Tensor, Any
     if isinstance(call, BlockCall):
         return block.evaluate(call)
     if isinstance(call, PermutationCall):
-        permutation = call.permutation
-        return (permutation.unpermute if call.rev else permutation.permute)(call.x), 0.0
+        if call.rev:
+            return call.permutation.unpermute(call.x), 0.0
+        return call.permutation.permute(call.x), 0.0
     route = choose_route(call)
     if route.engine is None or 0 in call.sizes:
         y, sums = _plain(call)
@@ -99,8 +100,11 @@ def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[
             rest = None
         else:  # the last side also takes care of the parts that it does not write
             rest = parts[1 - side.active] if len(parts) > 1 else None
-        step = _apply_side if route.with_gradients else _run_side
-        y, sum_s = step(before[side.active], a, rest, output, side.active)
+        operands = before[side.active], a, rest, output, side.active
+        if route.with_gradients:
+            y, sum_s = _apply_side(*operands)
+        else:
+            y, sum_s = _run_side(*operands)
         parts[side.active] = y
         sums.append(sum_s)
     return in_layout(y, route.layout), sums
