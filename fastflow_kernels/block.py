@@ -225,8 +225,7 @@ def _coupling_input(call: BlockCall, route: Route) -> Tensor:
 def _unpermuted_affine(call: BlockCall, coupling: Coupling) -> Tensor:
     """Compute u = (w^-1 y - offset) / scale as one product with a bias, in the layout of y."""
     assert isinstance(call.permutation, MatrixPermutation)  # the route says so
-    g, offset = coupling.global_scale, coupling.global_offset
-    assert g is not None and offset is not None  # noqa: PT018
+    g, offset = coupling.parameters
     scale = None if call.spec.gin else plain.activated(g, call.spec.activation)
     with torch_private.versions_counted():
         u = call.permutation.unpermute_affine(call.x, scale, offset)

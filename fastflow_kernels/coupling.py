@@ -72,6 +72,8 @@ class Coupling(NamedTuple):
             Triton only.
         rows_per_sample: Number of rows of x per sample, where the pixels of a channels-last image
             are passed as rows. GIN's mean and the gradient of the log-determinant are per sample.
+        exp: exp(s) of a side, (B, C, *S). The forward pass of the eager engine writes it, if it is
+            there, and the backward pass reads it. On a CPU to compute s again would take longest.
     """
 
     global_scale: Tensor | None
@@ -81,6 +83,14 @@ class Coupling(NamedTuple):
     inv: Tensor | None = None
     unpermutes_input: bool = False
     rows_per_sample: int = 1
+    exp: Tensor | None = None
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """The global scale, before its activation, and the offset. A side has none."""
+        assert self.global_scale is not None
+        assert self.global_offset is not None
+        return self.global_scale, self.global_offset
 
     @property
     def is_side(self) -> bool:

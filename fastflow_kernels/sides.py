@@ -130,7 +130,9 @@ class _Output:
         """Return the first channel of a part and the number of its channels."""
         return sum(self.sizes[:part]), self.sizes[part]
 
-    def write(self, x: Tensor, a: Tensor, rest: Tensor | None, part: int) -> Tensor:
+    def write(
+        self, x: Tensor, a: Tensor, rest: Tensor | None, part: int, exp: Tensor | None = None
+    ) -> Tensor:
         """Transform a part and write it to y, and return the sum of s per sample.
 
         Args:
@@ -139,6 +141,7 @@ class _Output:
             rest: The other part as it ends up, if y must be complete afterwards. It is there
                 already if a side has written it.
             part: Which part it is.
+            exp: See :class:`~fastflow_kernels.coupling.Coupling`.
         """
         dtype = promoted(x, a, rest)
         y = self.y
@@ -152,7 +155,7 @@ class _Output:
             self.y = y
         # Use .data: otherwise autograd sees this as a change to what the next subnet has saved.
         target = y.data.narrow(1, *self.range_of(part))
-        coupling = Coupling(None, None, self.spec)
+        coupling = Coupling(None, None, self.spec, exp=exp)
         if self.rev:
             return self.engine.invert_active(x, target, a, coupling)
         return self.engine.forward(x, a, coupling, target)[1]
@@ -227,7 +230,7 @@ _apply_parts = torch_private.direct_apply(_Parts)
 class _Side(Function):
     """One side as an autograd node, which saves its part of x and the coefficients.
 
-    The last side returns the whole y. The one before returns what it has written, for a subnet.
+    On a CPU it also saves exp(s), so that it needs as much memory as FrEIA's block. The last side returns the whole y. The one before returns what it has written, for a subnet.
     """
 
     @staticmethod
@@ -235,9 +238,12 @@ class _Side(Function):
         ctx: Any, x: Tensor, a: Tensor, rest: Tensor | None, output: _Output, part: int
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, a)
+        exp = None
+        if x.device.type == "cpu" and x.dtype is a.dtype is accumulator(x.dtype):
+            exp = torch.empty(x.shape, dtype=x.dtype, memory_format=output.layout)
+        ctx.save_for_backward(x, a, exp)
         ctx.constants = output.spec, output.engine, output.shared, output.shape, output.layout
-        sum_s = output.write(x, a, rest, part)
+        sum_s = output.write(x, a, rest, part, exp)
         ctx.own = output.range_of(part)
         ctx.rest = None if rest is None else output.range_of(1 - part)
         ctx.is_whole = output.is_complete(rest)
@@ -249,7 +255,7 @@ class _Side(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, a = ctx.saved_tensors
+        x, a, exp = ctx.saved_tensors
         spec, engine, shared, shape, layout = ctx.constants
         drest = None
         if dy is None:
@@ -270,7 +276,8 @@ class _Side(Function):
             if shared.dx is None:
                 shared.dx = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
             target = shared.dx.narrow(1, *ctx.own)
-        operands = OutputGrads(dy, dsum), Coupling(None, None, spec), False, target
+        coupling = Coupling(None, None, spec, exp=exp)
+        operands = OutputGrads(dy, dsum), coupling, False, target
         dx, da, *_ = engine.backward(x, a, *operands)
         return dx, da, drest, None, None
 

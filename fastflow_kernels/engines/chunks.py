@@ -19,10 +19,12 @@ _MAX_VIEWS = 64  # Per thread: views of the buffers, kept by dtype and shapes.
 
 def flat(t: Tensor) -> Tensor:
     """Return t, (B, C, *S), as (B, C, P). It is a view if each sample is contiguous."""
-    return packed(t).view(t.shape[0], t.shape[1], math.prod(t.shape[2:]))
+    if t.dim() == 2:
+        return (t if t.stride(1) == 1 else t.contiguous()).unsqueeze(2)
+    return packed(t).flatten(2)
 
 
-def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int, active: int) -> tuple[int, int]:
+def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int) -> tuple[int, int]:
     """Return how many samples, and how many channel pairs of each, form a chunk.
 
     Args:
@@ -30,12 +32,9 @@ def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int, active: int) 
         dtype: The dtype of the computation.
         keep_together: Number of consecutive samples that stay in one chunk, each of them whole. 0
             allows a chunk to be a part of one sample.
-        active: Number of active channels, each of which is a pair with a passive one if there are
-            any.
     """
     batch, channels, pixels = x.shape
-    pairs = max(1, active)
-    channels = max(channels, 2 * pairs)  # a side's x lacks the passive ones, but not the scratch
+    pairs = max(1, channels // 2)
     if x.device.type != "cpu":
         return batch, pairs  # elsewhere each chunk costs launches, so one is best
     budget = _CHUNK_BYTES // dtype.itemsize * torch.get_num_threads()

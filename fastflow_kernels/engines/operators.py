@@ -363,7 +363,12 @@ class OperatorEngine:
         return _with_none(results, coupling.spec.gin, want_params)
 
     def _operands(self, coupling: Coupling) -> tuple[Any, ...]:
-        g, offset, _, perm, inv, _, _ = coupling
+        g, offset, perm, inv = (
+            coupling.global_scale,
+            coupling.global_offset,
+            coupling.perm,
+            coupling.inv,
+        )
         return g, offset, perm, inv, encoded(coupling, self._by_pixels)
 
 

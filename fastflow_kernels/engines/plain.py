@@ -50,6 +50,17 @@ def activated(g: Tensor, activation: str | None) -> Tensor:
     )
 
 
+def log_slope(scale: Tensor, activation: str | None) -> Tensor | float:
+    """Return d log(scale) / d g, given the scale. It is finite even if the scale is 0."""
+    if activation == "SIGMOID":
+        return 1.0 - 0.1 * scale
+    if activation == "SOFTPLUS":  # 0.1 * sigmoid(g / 2) / scale, written as a function of scale
+        scale = scale.clamp_min(1e-30)
+        return torch.mul(scale, -5.0).expm1_().div_(scale).mul_(-0.1)
+    assert activation == "EXP"
+    return 1.0
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the passive half of x, C - C//2 channels, and the active half, C//2, as views."""
     active = x.shape[1] // 2
