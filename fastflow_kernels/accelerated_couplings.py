@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastflow_kernels.accelerated import AcceleratedModule, change_class
+from fastflow_kernels.accelerated import AcceleratedModule, change_class, class_before
 from fastflow_kernels.call import PermutationCall, SidesCall, check_conditions, single_input
-from fastflow_kernels.coupling_blocks import Form, sides_of, sizes_of, spec_of
+from fastflow_kernels.coupling_blocks import Form, constants_of, sides_of
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FORWARDS_WITH_LINK, ChainLink
 from fastflow_kernels.permutations import IndexPermutation
-from fastflow_kernels.probe_couplings import CouplingMaths
+from fastflow_kernels.probe_couplings import CouplingMaths, reads_of_permutation
 from fastflow_kernels.seen import Seen
 from fastflow_kernels.sides import evaluate
 
@@ -32,6 +32,8 @@ class HeldCoupling:
 class AcceleratedCoupling(AcceleratedModule):
     """A mixin that makes a stock coupling block run fused."""
 
+    _fastflow_attributes = ("_fastflow", "_fastflow_call")
+
     channels: int  # the stock block's
     ndims: int
 
@@ -42,14 +44,13 @@ class AcceleratedCoupling(AcceleratedModule):
         if self._find_change() is not None:
             return None
         x = single_input(x, self.channels, self.ndims - 1)
-        c, form = check_conditions(c, self.dims_c, x), held.form
-        spec = spec_of(form, self.clamp, held.clamp_function)
-        return SidesCall(x, c, sides_of(self, form), sizes_of(self, form), spec, rev, held.backend)
+        c = check_conditions(c, self.dims_c, x)
+        constants = constants_of(self, held.form, held.clamp_function)
+        return SidesCall(x, c, *constants, rev, held.backend)
 
     def _subnets(self) -> tuple[Any, ...]:
-        return tuple(
-            subnet for side in sides_of(self, self._fastflow.form) for subnet in side.modules
-        )
+        form = self._fastflow.form
+        return tuple(subnet for side in sides_of(self, form) for subnet in side.subnets)
 
     def _describe(self) -> str:
         held: HeldCoupling = self._fastflow
@@ -57,10 +58,21 @@ class AcceleratedCoupling(AcceleratedModule):
         return f"{words}, backend={held.backend!r}"
 
 
+class HeldPermutation(IndexCache):
+    """What an accelerated permutation keeps beside its own attributes."""
+
+    def __init__(self, seen: Seen) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"seen": self.seen}
+
+
 class AcceleratedPermutation(AcceleratedModule):
     """A mixin that makes FrEIA's PermuteRandom gather channels, forward and backward."""
 
-    _fastflow: IndexCache
+    _fastflow: HeldPermutation
 
     perm: Tensor  # the stock module's
     perm_inv: Tensor
@@ -84,15 +96,18 @@ class AcceleratedPermutation(AcceleratedModule):
         Returns:
             ``([y], 0.0)``.
         """
-        permutation = self._fastflow.of_index(self.perm, self.perm_inv, rev)
-        if not isinstance(permutation, IndexPermutation):  # a load has left none
+        permutation = None
+        # FrEIA's module takes other numbers of channels, too.
+        if self._find_change() is None and len(self.perm) == x[0].shape[1]:
+            permutation = self._fastflow.of_index(self.perm, self.perm_inv, rev)
+        if not isinstance(permutation, IndexPermutation):  # a load may have left none
             result: tuple[list[Tensor], float] = self._fastflow_stock.forward(self, x, rev, jac)
             return result
         call = PermutationCall(x[0], permutation, rev)
         return [(evaluate(call) if link is None else link.evaluate(call))[0]], 0.0
 
-    def _why_not_fused(self) -> str | None:
-        return None
+    def _find_change(self) -> str | None:
+        return self._fastflow.seen.find_change(self)
 
     def _subnets(self) -> tuple[Any, ...]:
         return ()
@@ -112,4 +127,5 @@ def hold_coupling(block: Any, maths: CouplingMaths, backend: str) -> None:
 
 def hold_permutation(block: Any) -> None:
     """Turn a stock PermuteRandom into an accelerated one."""
-    change_class(block, IndexCache(), AcceleratedPermutation)
+    seen = reads_of_permutation(block, class_before(block))
+    change_class(block, HeldPermutation(seen), AcceleratedPermutation)

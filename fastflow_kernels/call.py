@@ -47,16 +47,15 @@ class Side(NamedTuple):
     """One side of a coupling block: it transforms one part of the channels.
 
     Attributes:
-        subnet: Maps cat(passive part, *conditions) to the coefficients of the active part.
+        subnets: One that maps cat(passive part, *conditions) to the coefficients (a_s, a_t) of the
+            active part, or two, one for each.
         active: Which part it transforms, an index into the call's ``sizes``.
         passive: Which part the subnet reads; None if it reads the conditions alone.
-        modules: The modules that the subnet consists of.
     """
 
-    subnet: Callable[[Tensor], Tensor]
+    subnets: tuple[Callable[[Tensor], Tensor], ...]
     active: int
     passive: int | None
-    modules: tuple[torch.nn.Module, ...]
 
 
 class SidesCall(NamedTuple):
@@ -92,15 +91,24 @@ class SidesCall(NamedTuple):
         """The sides in the order in which this call runs them."""
         return self.sides[::-1] if self.rev else self.sides
 
-    def coefficients(self, side: Side, passive: Tensor | None) -> Tensor:
-        """Run a side's subnet and check its output: see :func:`run_subnet`.
+    def coefficients(self, side: Side, passive: Tensor | None) -> tuple[Tensor, ...]:
+        """Run a side's subnets and check their output: see :func:`run_subnet`.
 
         Returns:
-            (B, 2 * active channels, *S). An additive side has the active channels once.
+            (a,), which is (B, 2 * active channels, *S), or the halves (a_s, a_t). An additive side
+            has a_t alone.
         """
-        factor = 1 if self.spec.function == "additive" else 2
-        channels = factor * self.sizes[side.active]
-        return run_subnet(side.subnet, passive, self.conditions, self.x, channels)
+        x, channels, conditions = self.x, self.sizes[side.active], self.conditions
+        if len(side.subnets) == 1:
+            channels *= 1 if self.spec.function == "additive" else 2
+            return (run_subnet(side.subnets[0], passive, conditions, x, channels),)
+        if conditions and passive is not None:
+            passive, conditions = torch.cat((passive, *conditions), 1), ()
+        scale, shift = side.subnets
+        return (
+            run_subnet(scale, passive, conditions, x, channels),
+            run_subnet(shift, passive, conditions, x, channels),
+        )
 
 
 class PermutationCall(NamedTuple):

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall
 from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.drift import Checkpoints, Differences, Segment, error_of
+from fastflow_kernels.modules import subnets_of
 from fastflow_kernels.permutations import HouseholderPermutation
 from fastflow_kernels.predicates import is_capturing
 from fastflow_kernels.reconstruct import reconstruct
@@ -141,11 +142,12 @@ AnyCall = BlockCall | SidesCall | PermutationCall
 
 def _replayed_subnets(call: AnyCall, block: Any) -> list[ReplayedSubnet]:
     """Return the subnets of a call, each ready to run again."""
-    device = call.x.device
-    if isinstance(call, BlockCall):
-        return [ReplayedSubnet([block.subnet], call.subnet, device)]
     sides = call.sides if isinstance(call, SidesCall) else ()
-    return [ReplayedSubnet(side.modules, side.subnet, device) for side in sides]
+    runs = [subnet for side in sides for subnet in side.subnets]
+    if isinstance(call, BlockCall):
+        runs = [call.subnet]
+    pairs = zip(subnets_of(block), runs, strict=True)
+    return [ReplayedSubnet(module, run, call.x.device) for module, run in pairs]
 
 
 class _Linked(NamedTuple):
@@ -255,9 +257,11 @@ def _make_call(linked: _Linked, x: Tensor, tensors: Sequence[Any], subnets: Sequ
     if isinstance(call, PermutationCall):
         return call._replace(x=x)
     if isinstance(call, SidesCall):
-        pairs = zip(call.sides, subnets, strict=True)
-        sides = tuple([side._replace(subnet=subnet) for side, subnet in pairs])
-        return call._replace(x=x, conditions=conditions, sides=sides)
+        runs = iter(subnets)
+        sides = [
+            side._replace(subnets=tuple(next(runs) for _ in side.subnets)) for side in call.sides
+        ]
+        return call._replace(x=x, conditions=conditions, sides=tuple(sides))
     permutation = call.permutation
     if isinstance(permutation, HouseholderPermutation):
         permutation = permutation._replace(vectors=vectors)

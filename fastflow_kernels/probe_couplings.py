@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastflow_kernels import torch_private
 from fastflow_kernels.call import SidesCall
 from fastflow_kernels.coupling_blocks import (
     CLAMP_FUNCTIONS,
@@ -65,15 +66,27 @@ def identify(block: Any, cls: Any) -> CouplingMaths:
         if not form.is_additive and may_read_state(f_clamp):
             raise Left("its clamp function reads variables around it, and those may change")
         functions = [""] if form.is_additive else list(CLAMP_FUNCTIONS)
-        for clamp in (block.clamp, 1.3):
-            functions = _matching(block, cls, form, clamp, functions)
+        # large coefficients tell a function that is clipped; exp(s) must not overflow
+        for clamp, largest in ((block.clamp, 1.0), (1.3, 100.0)):
+            functions = _matching(block, cls, form, (clamp, largest), functions)
         if not functions:
             raise Left("it computes something else than FrEIA's block with a known clamp function")
         return CouplingMaths(form, functions[0], seen)
 
 
-def _matching(block: Any, cls: Any, form: Form, clamp: float, functions: list[str]) -> list[str]:
-    """Return the clamp functions with which the fused block gives the stock block's results."""
+def _matching(
+    block: Any, cls: Any, form: Form, case: tuple[float, float], functions: list[str]
+) -> list[str]:
+    """Return the clamp functions with which the fused block gives the stock block's results.
+
+    Args:
+        block: The block.
+        cls: Its stock class.
+        form: Its form.
+        case: The clamp, and the factor of the largest coefficients; the smallest one's is 0.1.
+        functions: Names of the functions to try.
+    """
+    clamp, largest = case
     probe, generator = shallow_copy(block, cls), torch.Generator("cpu").manual_seed(0)
     spatial = (2,) * (block.ndims - 1)
 
@@ -85,7 +98,9 @@ def _matching(block: Any, cls: Any, form: Form, clamp: float, functions: list[st
     subnets = {}
     for names, (active, _) in zip(form.subnets, form.parts, strict=True):
         for name in names:
-            subnets[name] = FixedSubnet(random(sizes[active] * factor // len(names)))
+            a = random(sizes[active] * factor // len(names))
+            factors = torch.linspace(0.1, largest, a.numel(), dtype=a.dtype, device="cpu")
+            subnets[name] = FixedSubnet(a * factors.view(a.shape))
     probe.__dict__.update(_modules={**block._modules, **subnets}, clamp=clamp)
     x, c = random(sum(sizes)), [random(shape[0]) for shape in block.dims_c]
     stock = [_flat(cls.forward(probe, [x], c, rev=rev), subnets) for rev in (False, True)]
@@ -119,14 +134,30 @@ def check_permutation(module: Any, cls: Any) -> None:
     stock = next(base for base in cls.__mro__ if base.__name__ == PERMUTATION)
     if "forward" in vars(module) or getattr(cls, "forward", None) is not stock.forward:
         raise Left(f"{cls.__name__} overrides forward")
+    reads_of_permutation(module, cls)
     try:
+        if torch_private.is_symbolic():
+            raise Left("tensors have no values here, under FakeTensorMode or while tracing")
+        if module._parameters["perm"].is_meta:
+            raise Left("its index is on the meta device; accelerate it once it holds values")
         index = [module._parameters[name].detach().cpu() for name in ("perm", "perm_inv")]
         x = torch.arange(2.0 * len(index[0]), device="cpu").view(2, -1)
         copied = shallow_copy(module, cls)
         copied.__dict__["_parameters"] = dict(zip(("perm", "perm_inv"), index, strict=True))
         results = [cls.forward(copied, [x], rev=rev) for rev in (False, True)]
+    except Left:
+        raise
     except Exception as error:
         raise Left(f"could not be probed: {type(error).__name__}: {error}") from error
     for ((y,), log_det), order in zip(results, index, strict=True):
         if log_det != 0 or not torch.equal(y, x[:, order]):
             raise Left("it computes something else than FrEIA's PermuteRandom")
+
+
+def reads_of_permutation(module: Any, cls: Any) -> Seen:
+    """Record what a permutation reads beside its index.
+
+    Raises:
+        Left: It may change unnoticed.
+    """
+    return record_reads(module, cls, live={"perm", "perm_inv"})

@@ -19,7 +19,7 @@ from fastflow_kernels.permutations import (
     Permutation,
 )
 from fastflow_kernels.route import choose_engine
-from fastflow_kernels.sides import split, transform
+from fastflow_kernels.sides import joined, split, transform
 
 
 class Reconstructed(NamedTuple):
@@ -114,7 +114,7 @@ def _reconstruct_sides(call: SidesCall, grads: OutputGrads) -> Reconstructed:
         with torch.enable_grad():
             if j is not None:
                 leaf = parts[j].detach().requires_grad_()
-            a = call.coefficients(side, None if leaf is None else for_subnet(leaf, route))
+            a = joined(call.coefficients(side, None if leaf is None else for_subnet(leaf, route)))
         coefficients_of_side, of_y = (
             for_engine(a.detach(), route),
             OutputGrads(d_parts[i], grads.log_det),
@@ -142,10 +142,10 @@ def _invert_plainly(
     spec: CouplingSpec, y: Tensor, a: Tensor, grads: OutputGrads
 ) -> tuple[Tensor, ...]:
     """Return a side's part of x and the gradients of x and a, by plain operations."""
-    x, _ = transform(y, a, spec, True)
+    x, _ = transform(y, (a,), spec, True)
     with torch.enable_grad():
         leaves = x.detach().requires_grad_(), a.detach().requires_grad_()
-        results = transform(*leaves, spec, False)
+        results = transform(leaves[0], (leaves[1],), spec, False)
     pairs = [
         (t, dt)
         for t, dt in zip(results, grads, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -32,13 +32,10 @@ class ReplayedSubnet:
     """
 
     def __init__(
-        self,
-        roots: Sequence[nn.Module],
-        evaluate: Callable[[Tensor], Tensor],
-        device: torch.device,
+        self, module: nn.Module, evaluate: Callable[[Tensor], Tensor], device: torch.device
     ) -> None:
         self.evaluate, self.device = evaluate, device
-        modules = [m for root in roots for m in root.modules()]
+        modules = list(module.modules())
         self.training = [(m, m.training) for m in modules]
         self.places = [
             (m._parameters, name, p)

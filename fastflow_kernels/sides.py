@@ -38,12 +38,14 @@ def evaluate(call: BlockCall | SidesCall | PermutationCall) -> tuple[Tensor, Any
         if call.rev:
             return call.permutation.unpermute(call.x), 0.0
         return call.permutation.permute(call.x), 0.0
+    if call.spec.function == "additive":
+        return _plain(call)[0], 0.0
     route = choose_route(call)
     if route.engine is None or 0 in call.sizes:
         y, sums = _plain(call)
     else:
         y, sums = _fused(call, route, route.engine)
-    if call.spec.gin or call.spec.function == "additive":
+    if call.spec.gin:
         return y, 0.0
     return y, sums[0] if len(sums) == 1 else sums[0] + sums[1]
 
@@ -53,22 +55,36 @@ def evaluate(call: BlockCall | SidesCall | PermutationCall) -> tuple[Tensor, Any
 
 def _plain(call: SidesCall) -> tuple[Tensor, list[Any]]:
     """Compute a block or its inverse by ordinary differentiable operations."""
-    parts, sums = split(call.x, call.sizes), []
+    parts, sums, in_place = split(call.x, call.sizes), [], plain.may_write()
     for side in call.ordered_sides:
         a = call.coefficients(side, None if side.passive is None else parts[side.passive])
-        parts[side.active], sum_s = transform(parts[side.active], a, call.spec, call.rev)
+        parts[side.active], sum_s = transform(parts[side.active], a, call.spec, call.rev, in_place)
         sums.append(sum_s)
     return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]), sums
 
 
-def transform(x: Tensor, a: Tensor, spec: CouplingSpec, rev: bool) -> tuple[Tensor, Any]:
-    """Transform the active part by plain operations: see :func:`plain.couple`."""
+def transform(
+    x: Tensor, a: tuple[Tensor, ...], spec: CouplingSpec, rev: bool, in_place: bool = False
+) -> tuple[Tensor, Any]:
+    """Transform the active part by plain operations: see :func:`plain.couple`.
+
+    The coefficients are those of :meth:`SidesCall.coefficients`.
+    """
     if spec.function == "additive":
-        return (x - a if rev else x + a), 0.0
-    dtype = promoted(x, a)
+        return (x - a[0] if rev else x + a[0]), 0.0
+    a_s, a_t = a if len(a) > 1 else plain.split_at(a[0], x.shape[1], x.shape[1])
+    dtype = promoted(x, a_s, a_t)
     acc_dtype = accumulator(dtype)
-    y, sum_s = plain.couple(cast(x, acc_dtype), cast(a, acc_dtype), spec, rev, plain.may_write())
+    if x.dtype is a_s.dtype is a_t.dtype is acc_dtype:
+        return plain.couple_by(x, a_s, a_t, spec, rev, in_place)
+    halves = cast(a_s, acc_dtype), cast(a_t, acc_dtype)
+    y, sum_s = plain.couple_by(cast(x, acc_dtype), *halves, spec, rev, in_place)
     return cast(y, dtype), sum_s
+
+
+def joined(a: tuple[Tensor, ...]) -> Tensor:
+    """Return coefficients in one tensor, as the engines take them."""
+    return a[0] if len(a) == 1 else torch.cat(a, 1)
 
 
 def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -95,7 +111,7 @@ def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[
         if i:
             passive = None if side.passive is None else parts[side.passive]
         passive = None if passive is None else for_subnet(passive, route)
-        a = for_engine(call.coefficients(side, passive), route)
+        a = for_engine(joined(call.coefficients(side, passive)), route)
         if i < len(call.sides) - 1:
             rest = None
         else:  # the last side also takes care of the parts that it does not write
@@ -230,7 +246,9 @@ _apply_parts = torch_private.direct_apply(_Parts)
 class _Side(Function):
     """One side as an autograd node, which saves its part of x and the coefficients.
 
-    On a CPU it also saves exp(s), so that it needs as much memory as FrEIA's block. The last side returns the whole y. The one before returns what it has written, for a subnet.
+    On a CPU it also saves exp(s), so that it needs as much memory as FrEIA's block.
+
+    The last side returns the whole y. The one before returns what it has written, for a subnet.
     """
 
     @staticmethod
@@ -265,7 +283,7 @@ class _Side(Function):
             dy = dy.narrow(1, *ctx.own)
         if torch.is_grad_enabled() or needs_plain(dy, dsum):
             dx, da = differentiate(
-                lambda leaves: transform(leaves[0], leaves[1], spec, False),
+                lambda leaves: transform(leaves[0], (leaves[1],), spec, False),
                 ctx,
                 (x, a),
                 (dy, dsum),

@@ -180,8 +180,15 @@ def couple(
         means nothing.
     """
     a_s, a_t = split_at(a, x2.shape[1], x2.shape[1])
+    return couple_by(x2, a_s, a_t, spec, rev, in_place)
+
+
+def couple_by(
+    x2: Tensor, a_s: Tensor, a_t: Tensor, spec: CouplingSpec, rev: bool, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """Do :func:`couple` with the two halves of the coefficients, each (B, C2, *S)."""
     s = _log_factors(a_s, spec, -spec.clamp if rev else spec.clamp, in_place)
-    dims = tuple(range(1, s.dim()))
+    dims = 1 if s.dim() == 2 else tuple(range(1, s.dim()))
     if spec.gin and s.numel():
         mean = s.mean(1 if spec.mean_per_pixel else dims, keepdim=True)
         s = s - mean
@@ -193,6 +200,8 @@ def couple(
     if in_place:
         if rev:
             return torch.sub(x2, a_t, alpha=shift).mul_(s.exp_()), sum_s
+        if shift == 1.0:
+            return torch.addcmul(a_t, x2, s.exp_()), sum_s
         return (x2 * s.exp_()).add_(a_t, alpha=shift), sum_s
     if rev:
         return _add(x2, a_t, -shift) * torch.exp(s), sum_s
