@@ -109,6 +109,12 @@ class AcceleratedPermutation(AcceleratedModule):
     def _find_change(self) -> str | None:
         return self._fastflow.seen.find_change(self)
 
+    def _why_not_fused(self) -> str | None:
+        if (reason := super()._why_not_fused()) is not None:
+            return reason
+        index = self._fastflow.of_index(self.perm, self.perm_inv, False)
+        return None if isinstance(index, IndexPermutation) else "its index is not a permutation"
+
     def _subnets(self) -> tuple[Any, ...]:
         return ()
 

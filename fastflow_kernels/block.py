@@ -88,7 +88,7 @@ def plain_forward(call: BlockCall) -> tuple[Tensor, Tensor]:
     a = coefficients(call, x1)
     v, log_det = plain.forward(x1, x2, a, call.global_scale, call.global_offset, call.spec)
     y = call.permutation.permute(v)
-    return y if y.dim() < 4 else _match_format(call.x, y), log_det
+    return y if y.dim() < 4 else match_format(call.x, y), log_det
 
 
 def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def plain_inverse(call: BlockCall) -> tuple[Tensor, Tensor]:
     if a.dtype is not dtype:
         dtype = torch.promote_types(dtype, a.dtype)
     x, log_det = _finish_inverse(call, u1, u2, scale, a, dtype)
-    return x if x.dim() < 4 else _match_format(call.x, x), log_det
+    return x if x.dim() < 4 else match_format(call.x, x), log_det
 
 
 def _cast_for_subnet(u1: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,7 +126,7 @@ def _finish_inverse(
     return (call.permutation.permute(x) if call.reverse_permutation else x), log_det
 
 
-def _match_format(x: Tensor, y: Tensor) -> Tensor:
+def match_format(x: Tensor, y: Tensor) -> Tensor:
     """Return y in the memory format of x, except under torch.func, because vmap has no formats."""
     if torch_private.is_transformed():
         return y

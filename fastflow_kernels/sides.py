@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastflow_kernels import block, torch_private
-from fastflow_kernels.block import for_engine, for_subnet
+from fastflow_kernels.block import for_engine, for_subnet, match_format
 from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.dtypes import accumulator, cast, promoted
@@ -60,7 +60,8 @@ def _plain(call: SidesCall) -> tuple[Tensor, list[Any]]:
         a = call.coefficients(side, None if side.passive is None else parts[side.passive])
         parts[side.active], sum_s = transform(parts[side.active], a, call.spec, call.rev, in_place)
         sums.append(sum_s)
-    return (torch.cat(parts, 1) if len(parts) > 1 else parts[0]), sums
+    y = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    return (y if y.dim() < 4 else match_format(call.x, y)), sums
 
 
 def transform(

@@ -156,7 +156,9 @@ class SoftClamp(NamedTuple):
         scale = self.spec.input_scale
         if self.spec.function == "atan":
             torch.mul(a_s, a_s, out=out)
-            return torch.add(constant(1.0, out.dtype), out, alpha=scale * scale, out=out)
+            if scale != 1.0:
+                out.mul_(constant(scale * scale, out.dtype))
+            return out.add_(constant(1.0, out.dtype))
         if self.is_fast:
             return _small_sigmoid(a_s, scale, out)
         return torch.mul(a_s, constant(scale, out.dtype), out=out).tanh_()
