@@ -74,6 +74,8 @@ class Coupling(NamedTuple):
             are passed as rows. GIN's mean and the gradient of the log-determinant are per sample.
         exp: exp(s) of a side, (B, C, *S). The forward pass of the eager engine writes it, if it is
             there, and the backward pass reads it. On a CPU to compute s again would take longest.
+        shift: a_t of a side, (B, C, *S), if another subnet than that of a_s returns it. Then a is
+            a_s alone. The gradient of a_t is that of y.
     """
 
     global_scale: Tensor | None
@@ -84,6 +86,7 @@ class Coupling(NamedTuple):
     unpermutes_input: bool = False
     rows_per_sample: int = 1
     exp: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor]:

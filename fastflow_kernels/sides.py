@@ -112,12 +112,12 @@ def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[
         if i:
             passive = None if side.passive is None else parts[side.passive]
         passive = None if passive is None else for_subnet(passive, route)
-        a = for_engine(joined(call.coefficients(side, passive)), route)
+        a, *shift = [for_engine(t, route) for t in call.coefficients(side, passive)]
         if i < len(call.sides) - 1:
             rest = None
         else:  # the last side also takes care of the parts that it does not write
             rest = parts[1 - side.active] if len(parts) > 1 else None
-        operands = before[side.active], a, rest, output, side.active
+        operands = before[side.active], a, (*shift, None)[0], rest, output, side.active
         if route.with_gradients:
             y, sum_s = _apply_side(*operands)
         else:
@@ -148,19 +148,19 @@ class _Output:
         return sum(self.sizes[:part]), self.sizes[part]
 
     def write(
-        self, x: Tensor, a: Tensor, rest: Tensor | None, part: int, exp: Tensor | None = None
+        self, x: Tensor, a: Tensor, coupling: Coupling, rest: Tensor | None, part: int
     ) -> Tensor:
         """Transform a part and write it to y, and return the sum of s per sample.
 
         Args:
             x: The part before.
-            a: Its coefficients.
+            a: Its coefficients, or a_s alone.
+            coupling: What to compute.
             rest: The other part as it ends up, if y must be complete afterwards. It is there
                 already if a side has written it.
             part: Which part it is.
-            exp: See :class:`~fastflow_kernels.coupling.Coupling`.
         """
-        dtype = promoted(x, a, rest)
+        dtype = promoted(x, a, coupling.shift, rest)
         y = self.y
         if y is None or y.dtype is not dtype:
             with torch_private.versions_counted():
@@ -172,7 +172,6 @@ class _Output:
             self.y = y
         # Use .data: otherwise autograd sees this as a change to what the next subnet has saved.
         target = y.data.narrow(1, *self.range_of(part))
-        coupling = Coupling(None, None, self.spec, exp=exp)
         if self.rev:
             return self.engine.invert_active(x, target, a, coupling)
         return self.engine.forward(x, a, coupling, target)[1]
@@ -183,10 +182,15 @@ class _Output:
 
 
 def _run_side(
-    x: Tensor, a: Tensor, rest: Tensor | None, output: _Output, part: int
+    x: Tensor,
+    a: Tensor,
+    shift: Tensor | None,
+    rest: Tensor | None,
+    output: _Output,
+    part: int,
 ) -> tuple[Tensor, Tensor]:
     """Compute one side as :class:`_Side` does, without gradients."""
-    sum_s = output.write(x, a, rest, part)
+    sum_s = output.write(x, a, Coupling(None, None, output.spec, shift=shift), rest, part)
     y: Tensor = output.y
     return (y if output.is_complete(rest) else y.narrow(1, *output.range_of(part))), sum_s
 
@@ -247,6 +251,8 @@ _apply_parts = torch_private.direct_apply(_Parts)
 class _Side(Function):
     """One side as an autograd node, which saves its part of x and the coefficients.
 
+    Coefficients a_t that come apart are not saved, because no gradient depends on them.
+
     On a CPU it also saves exp(s), so that it needs as much memory as FrEIA's block.
 
     The last side returns the whole y. The one before returns what it has written, for a subnet.
@@ -254,7 +260,13 @@ class _Side(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, rest: Tensor | None, output: _Output, part: int
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        shift: Tensor | None,
+        rest: Tensor | None,
+        output: _Output,
+        part: int,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         exp = None
@@ -262,7 +274,9 @@ class _Side(Function):
             exp = torch.empty(x.shape, dtype=x.dtype, memory_format=output.layout)
         ctx.save_for_backward(x, a, exp)
         ctx.constants = output.spec, output.engine, output.shared, output.shape, output.layout
-        sum_s = output.write(x, a, rest, part, exp)
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        coupling = Coupling(None, None, output.spec, exp=exp, shift=shift)
+        sum_s = output.write(x, a, coupling, rest, part)
         ctx.own = output.range_of(part)
         ctx.rest = None if rest is None else output.range_of(1 - part)
         ctx.is_whole = output.is_complete(rest)
@@ -282,14 +296,15 @@ class _Side(Function):
         elif ctx.is_whole:
             drest = None if ctx.rest is None else dy.narrow(1, *ctx.rest)
             dy = dy.narrow(1, *ctx.own)
+        dshift = None if ctx.shift_dtype is None else cast(dy, ctx.shift_dtype)
         if torch.is_grad_enabled() or needs_plain(dy, dsum):
             dx, da = differentiate(
-                lambda leaves: transform(leaves[0], (leaves[1],), spec, False),
+                lambda leaves: _transform_by_s(leaves[0], leaves[1], spec),
                 ctx,
                 (x, a),
                 (dy, dsum),
             )
-            return dx, da, drest, None, None
+            return dx, da, dshift, drest, None, None
         target = None
         if shared is not None:
             if shared.dx is None:
@@ -298,7 +313,13 @@ class _Side(Function):
         coupling = Coupling(None, None, spec, exp=exp)
         operands = OutputGrads(dy, dsum), coupling, False, target
         dx, da, *_ = engine.backward(x, a, *operands)
-        return dx, da, drest, None, None
+        return dx, da, dshift, drest, None, None
+
+
+def _transform_by_s(x: Tensor, a: Tensor, spec: CouplingSpec) -> tuple[Tensor, Any]:
+    """Do :func:`transform`. If a is a_s alone, any a_t gives the same gradients."""
+    coefficients = (a,) if a.shape[1] > x.shape[1] else (a, torch.zeros_like(a))
+    return transform(x, coefficients, spec, False)
 
 
 _apply_side = torch_private.direct_apply(_Side)

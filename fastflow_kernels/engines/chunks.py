@@ -24,7 +24,9 @@ def flat(t: Tensor) -> Tensor:
     return packed(t).flatten(2)
 
 
-def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int) -> tuple[int, int]:
+def chunk_sizes(
+    x: Tensor, dtype: torch.dtype, keep_together: int, pairs: int | None = None
+) -> tuple[int, int]:
     """Return how many samples, and how many channel pairs of each, form a chunk.
 
     Args:
@@ -32,9 +34,10 @@ def chunk_sizes(x: Tensor, dtype: torch.dtype, keep_together: int) -> tuple[int,
         dtype: The dtype of the computation.
         keep_together: Number of consecutive samples that stay in one chunk, each of them whole. 0
             allows a chunk to be a part of one sample.
+        pairs: Number of channel pairs, if x is the active half alone.
     """
     batch, channels, pixels = x.shape
-    pairs = max(1, channels // 2)
+    channels, pairs = (channels, max(1, channels // 2)) if pairs is None else (2 * pairs, pairs)
     if x.device.type != "cpu":
         return batch, pairs  # elsewhere each chunk costs launches, so one is best
     budget = _CHUNK_BYTES // dtype.itemsize * torch.get_num_threads()

@@ -21,18 +21,22 @@ def transform(x: Tensor, a: Tensor, coupling: Coupling, out: Tensor, sign: float
 
     Args:
         x: (B, C, *S), for the inverse y.
-        a: The coefficients, (B, 2*C, *S).
+        a: The coefficients, (B, 2*C, *S), or a_s alone.
         coupling: What to compute.
         out: (B, C, *S), for the inverse x.
         sign: 1.0, or -1.0 for the inverse.
     """
-    acc_dtype = accumulator(promoted(x, a))
+    acc_dtype = accumulator(promoted(x, a, coupling.shift))
     clamp, kept = SoftClamp.of(coupling, x), coupling.exp
     x, a, out = flat(x), flat(a), flat(out)
-    samples, channels = _chunk_sizes(a, acc_dtype, coupling)
+    if coupling.shift is None:
+        halves = split_at(a, x.shape[1], x.shape[1])
+    else:
+        halves = a, flat(coupling.shift)
+    samples, channels = _chunk_sizes(x, acc_dtype, coupling)
     shape = samples, channels, x.shape[2]
     s, *work = scratch.take(x, acc_dtype, *[shape] * (1 + clamp.buffers))
-    tensors = [x, out, *split_at(a, x.shape[1], x.shape[1])]
+    tensors = [x, out, *halves]
     sums: list[Tensor] = []
     for chunk in chunks_of(0, samples, *tensors, *([] if kept is None else [flat(kept)])):
         total: Tensor | None = None
@@ -64,25 +68,27 @@ def backward(
     acc_dtype = accumulator(promoted(x, a))
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    clamp, kept, active = SoftClamp.of(coupling, x), coupling.exp, x.shape[1]
-    x, a = flat(x), flat(a)
-    samples, channels = _chunk_sizes(a, acc_dtype, coupling)
+    clamp, active = SoftClamp.of(coupling, x), x.shape[1]
+    x, a_s, halves = flat(x), flat(a).narrow(1, 0, active), flat(da).split(active, 1)
+    samples, channels = _chunk_sizes(x, acc_dtype, coupling)
     shape = samples, channels, x.shape[2]
     exp, slope, *work = scratch.take(x, acc_dtype, *[shape] * (1 + clamp.buffers))
-    tensors = [x, flat(grads.y), flat(dx), a.narrow(1, 0, active)]
-    tensors += [*split_at(flat(da), active, active), *([] if kept is None else [flat(kept)])]
+    tensors = [x, flat(grads.y), flat(dx), a_s, *halves]
+    kept = [] if coupling.exp is None else [flat(coupling.exp)]
     direct = _direct_gradient(grads.log_det, clamp, acc_dtype)
-    for chunk in chunks_of(0, samples, *tensors, *direct):
-        direct_i = chunk[len(tensors) :]
-        for x_j, dy_j, dx_j, a_s, ds, dt, *kept_j in chunks_of(1, channels, *chunk[: len(tensors)]):
-            x_j, dy_j, a_s = cast(x_j, acc_dtype), cast(dy_j, acc_dtype), cast(a_s, acc_dtype)
-            exp_j, slope_j = resized(exp, a_s), resized(slope, a_s)
-            if kept_j:
-                exp_j = kept_j[0]
-                clamp.slope(a_s, slope_j)
+    for chunk in chunks_of(0, samples, *tensors, *kept, *direct):
+        whole = chunk[: len(tensors) + len(kept)]
+        direct_i = chunk[len(whole) :]
+        for x_j, dy_j, dx_j, a_j, ds, *more in chunks_of(1, channels, *whole):
+            x_j, dy_j, a_j = cast(x_j, acc_dtype), cast(dy_j, acc_dtype), cast(a_j, acc_dtype)
+            exp_j, slope_j = resized(exp, a_j), resized(slope, a_j)
+            if kept:
+                exp_j = more[-1]
+                clamp.slope(a_j, slope_j)
             else:
-                clamp.exp_and_slope(a_s, exp_j, slope_j, False, *[resized(t, a_s) for t in work])
-            dt.copy_(dy_j)
+                clamp.exp_and_slope(a_j, exp_j, slope_j, False, *[resized(t, a_j) for t in work])
+            if len(halves) > 1:
+                more[0].copy_(dy_j)
             dx_acc = torch.mul(dy_j, exp_j, out=dx_j if dx_j.dtype is acc_dtype else exp_j)
             ds_acc = ds if ds.dtype is acc_dtype else torch.empty_like(exp_j)
             torch.mul(dx_acc, x_j, out=ds_acc)
@@ -97,13 +103,12 @@ def backward(
     return CouplingGrads(dx, da, None, None)
 
 
-def _chunk_sizes(a: Tensor, dtype: torch.dtype, coupling: Coupling) -> tuple[int, int]:
+def _chunk_sizes(x: Tensor, dtype: torch.dtype, coupling: Coupling) -> tuple[int, int]:
     """Return how many samples, and how many channels of each, form a chunk.
 
-    The coefficients (B, 2*C, P) stand for x, which lacks the passive channels. GIN's mean over the
-    channels of a pixel keeps them together.
+    GIN's mean over the channels of a pixel keeps them together.
     """
-    return chunk_sizes(a, dtype, 1 if coupling.spec.gin else 0)
+    return chunk_sizes(x, dtype, 1 if coupling.spec.gin else 0, x.shape[1])
 
 
 def _direct_gradient(dlog_det: Tensor | None, clamp: SoftClamp, dtype: torch.dtype) -> list[Tensor]:

@@ -98,7 +98,8 @@ def _writable_rows(x: Tensor) -> Tensor:
 
 def _coupling_of_rows(coupling: Coupling, x: Tensor) -> Coupling:
     exp = None if coupling.exp is None else _writable_rows(coupling.exp)
-    return coupling._replace(rows_per_sample=x.shape[2:].numel(), exp=exp)
+    shift = None if coupling.shift is None else as_rows(coupling.shift)
+    return coupling._replace(rows_per_sample=x.shape[2:].numel(), exp=exp, shift=shift)
 
 
 def _sum_per_sample(log_det: Tensor, x: Tensor) -> Tensor:
