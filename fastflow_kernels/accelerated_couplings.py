@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastflow_kernels.accelerated import AcceleratedModule, change_class, class_before
 from fastflow_kernels.call import PermutationCall, SidesCall, check_conditions, single_input
-from fastflow_kernels.coupling_blocks import Form, constants_of, sides_of
+from fastflow_kernels.coupling_forms import Form, constants_of, sides_of
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FORWARDS_WITH_LINK, ChainLink
 from fastflow_kernels.permutations import IndexPermutation

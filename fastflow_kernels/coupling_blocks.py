@@ -3,123 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import backends, options
-from fastflow_kernels.call import (
-    Side,
-    SidesCall,
-    check_conditions,
-    single_input,
+from fastflow_kernels.call import SidesCall, check_conditions, single_input
+from fastflow_kernels.coupling_forms import (
+    CLAMP_FUNCTIONS,
+    FORMS,
+    ClampFunction,
+    Form,
+    constants_of,
+    sides_of,
+    sizes_of,
 )
-from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.freia import InvertibleModule
 from fastflow_kernels.modules import FusedForward
 from fastflow_kernels.sides import split
-
-ClampFunction = Callable[[Tensor], Tensor]
-
-
-def _atan(u: Tensor) -> Tensor:
-    return 0.636 * torch.atan(u)
-
-
-def _sigmoid(u: Tensor) -> Tensor:
-    return 2.0 * (torch.sigmoid(u) - 0.5)
-
-
-CLAMP_FUNCTIONS: dict[str, ClampFunction] = {"ATAN": _atan, "TANH": torch.tanh, "SIGMOID": _sigmoid}
-
-
-class Form(NamedTuple):
-    """What a class of coupling blocks computes.
-
-    Attributes:
-        subnets: For each side, in the forward direction, the names of its subnets: one that returns
-            (a_s, a_t), or one for each of them.
-        parts: For each side its active part and the part that its subnet reads; see
-            :class:`~fastflow_kernels.call.Side`.
-        is_gin: Whether the mean of s over the channels is removed.
-        is_additive: Whether the subnet returns a_t alone, and s is 0.
-    """
-
-    subnets: tuple[tuple[str, ...], ...]
-    parts: tuple[tuple[int, int | None], ...] = ((0, 1), (1, 0))
-    is_gin: bool = False
-    is_additive: bool = False
-
-
-FORMS = {
-    "NICECouplingBlock": Form((("F",), ("G",)), is_additive=True),
-    "RNVPCouplingBlock": Form((("subnet_s2", "subnet_t2"), ("subnet_s1", "subnet_t1"))),
-    "GLOWCouplingBlock": Form((("subnet2",), ("subnet1",))),
-    "GINCouplingBlock": Form((("subnet2",), ("subnet1",)), is_gin=True),
-    "AffineCouplingOneSided": Form((("subnet",),), ((1, 0),)),
-    "ConditionalAffineTransform": Form((("subnet",),), ((0, None),)),
-}
-
-
-def spec_of(form: Form, clamp: Any, clamp_function: str) -> CouplingSpec:
-    """Return the constants of a coupling block.
-
-    Args:
-        form: The form of its class.
-        clamp: A number.
-        clamp_function: "ATAN", "TANH" or "SIGMOID"; it does not matter for additive ones.
-    """
-    if form.is_additive:
-        return CouplingSpec(0.0, 1.0, None, False, "additive", 1.0)
-    clamp = float(clamp)
-    if clamp_function == "ATAN":
-        return CouplingSpec(0.636 * clamp, 1.0, None, form.is_gin, "atan", 1.0, form.is_gin)
-    scale = 0.5 if clamp_function == "SIGMOID" else 1.0  # 2 * sigmoid(u) - 1 = tanh(u / 2)
-    return CouplingSpec(clamp, scale, None, form.is_gin, "tanh", 1.0, form.is_gin)
-
-
-def sizes_of(block: Any, form: Form) -> tuple[int, ...]:
-    """Return the channels of each part of a coupling block, ours or a stock one."""
-    if form.parts[0][1] is None:
-        return (block.channels,)
-    return block.split_len1, block.split_len2
-
-
-def sides_of(block: Any, form: Form) -> tuple[Side, ...]:
-    """Return the sides of a coupling block, ours or a stock one."""
-    modules = block._modules
-    return tuple(
-        Side(tuple(modules[name] for name in names), active, passive)
-        for names, (active, passive) in zip(form.subnets, form.parts, strict=True)
-    )
-
-
-def constants_of(
-    block: Any, form: Form, clamp_function: str
-) -> tuple[tuple[Side, ...], tuple[int, ...], CouplingSpec]:
-    """Return the sides of a coupling block, their sizes and its constants.
-
-    They are kept in the block while nothing changes that they depend on: 2 us less for a call, of
-    40 us at (64, 8) (AMD EPYC). A compiler sees through all of it.
-    """
-    kept, modules = block.__dict__.get("_fastflow_call"), block._modules
-    if kept is not None and not torch.compiler.is_compiling():
-        key, call = kept
-        clamp, function, split_len, subnets = key
-        if clamp is block.clamp and function == clamp_function and split_len == block.split_len1:
-            for name, subnet in subnets:
-                if modules.get(name) is not subnet:
-                    break
-            else:
-                return call
-    call = sides_of(block, form), sizes_of(block, form), spec_of(form, block.clamp, clamp_function)
-    if not torch.compiler.is_compiling():
-        names = [name for names in form.subnets for name in names]
-        subnets = [(name, modules[name]) for name in names]
-        key = block.clamp, clamp_function, block.split_len1, subnets
-        block.__dict__["_fastflow_call"] = key, call
-    return call
 
 
 class CouplingBlock(FusedForward, InvertibleModule):

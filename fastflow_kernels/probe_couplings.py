@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.call import SidesCall
-from fastflow_kernels.coupling_blocks import (
+from fastflow_kernels.coupling_forms import (
     CLAMP_FUNCTIONS,
     FORMS,
     Form,

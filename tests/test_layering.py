@@ -23,7 +23,7 @@ LAYERS = (
     ("engines", "channels"),
     ("permutations",),
     ("index_cache", "fork", "call"),
-    ("checkpoints", "route", "steps"),
+    ("checkpoints", "route", "steps", "coupling_forms"),
     ("fused", "replay", "drift", "seen"),
     ("block",),
     ("sides",),
