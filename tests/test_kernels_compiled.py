@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -38,6 +39,7 @@ from tests.support.compile_targets import (
     compile_for,
     launches_of_passes,
     launches_of_reconstruction,
+    launches_of_side,
 )
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("fused")]
@@ -59,6 +61,9 @@ WIDE = {
     "_coupling_bwd_kernel, inverting": (6, 5),
     "_coupling_inv_passive_kernel": (1, 1),
     "_coupling_inv_active_kernel": (3, 1),
+    "_coupling_fwd_kernel, side": (3, 1),
+    "_coupling_bwd_kernel, side": (3, 3),
+    "_coupling_inv_active_kernel, side": (3, 1),
 }
 
 
@@ -159,6 +164,41 @@ def test_kernels_compile_lean_with_reverse_permutation(
     )
     if shape is PLANES:
         assert_wide(codes)
+
+
+def compiled_side(
+    target: str, shape: tuple[int, ...], dtype: str, *options: Any
+) -> tuple[Code, ...]:
+    """Return the code of every kernel of one side of a block; options are gin and the function."""
+    gin, function = options
+    spec = CouplingSpec(1.272, 1.0, None, gin, function, 1.0, gin)
+    codes = (
+        (run.kernel.__name__ + ", side", compile_for(target, run))
+        for run in launches_of_side(shape, DTYPES[dtype], spec)
+    )
+    return tuple(replace(code, kernel=name) for name, code in codes)
+
+
+@pytest.mark.parametrize("function", ["tanh", "atan"])
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("shape", [PLANES, ROWS], ids=["planes", "rows"])
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("sm_90", "fp32"), ("sm_90", "bf16"), ("gfx942", "fp32")]
+)
+def test_kernels_of_sides_compile_lean(
+    target: str, dtype: str, shape: tuple[int, ...], gin: bool, function: str
+) -> None:
+    codes = compiled_side(target, shape, dtype, gin, function)
+    assert_lean(codes)
+    if shape is PLANES and not gin:
+        assert_wide(codes)
+        assert {code.kernel for code in codes} >= {name for name in WIDE if ", side" in name}
+
+
+def test_gaps_between_rows_leave_accesses_wide() -> None:
+    forward, _, inverse = compiled_side("sm_90", ROWS, "fp32", False, "tanh")
+    for code in (forward, inverse):
+        assert max(code.loads) == max(code.stores) == 128, code
 
 
 @pytest.mark.parametrize("shape", [(32, 768, 28, 28), (8, 384, 14, 14)], ids=["28x28", "14x14"])

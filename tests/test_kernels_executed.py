@@ -29,8 +29,10 @@ from fastflow_kernels.engines.triton.sums import prepare_gin_sums
 from tests.support.coupling import (
     cast,
     check_everything,
+    check_side,
     close,
     make,
+    make_side,
     plain_forward,
     plain_gradients,
     plain_inverse,
@@ -58,6 +60,17 @@ def test_coupling_parity_with_instructions_at_their_documented_worst(
     with mock.patch.object(EXECUTOR, "perturb", seed):
         for _ in range(2):  # different values, same kernels
             check_everything(*make(shape, **options))
+
+
+@pytest.mark.parametrize("gin", [False, True], ids=["affine", "gin"])
+@pytest.mark.parametrize("function", ["tanh", "atan"])
+@shapes((2, 3, 4, 5), (5, 7))
+def test_side_parity_with_instructions_at_their_documented_worst(
+    shape: tuple[int, ...], function: str, gin: bool
+) -> None:
+    with mock.patch.object(EXECUTOR, "perturb", 1):
+        for _ in range(2):
+            check_side(*make_side(shape, gin, function))
 
 
 # --- large inputs: memory is reserved, but only the first and last programs touch it --------------

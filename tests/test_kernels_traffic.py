@@ -17,7 +17,7 @@ from fastflow_kernels.coupling import OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
 from tests.support import every_kernel
 from tests.support.coupling import inverse as inverse_of
-from tests.support.coupling import make, shape_id
+from tests.support.coupling import make, make_side, part_of, shape_id
 from tests.support.kernels import (  # noqa: F401  (fixtures)
     both_kinds,
     busy,
@@ -92,6 +92,45 @@ def test_coupling_moves_little_more_than_the_minimum(
         record_property(name, round(ratio, 3))
         print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum} N")
         assert ratio <= 1.05 * minimum, name
+
+
+@without_a_gpu
+@slow_when_executed
+@both_kinds
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 16, 32, 32), torch.float32),
+        ((1, 32, 28, 28), torch.bfloat16),
+        pytest.param((128, 256), torch.float32, marks=not_interpreted),
+    ],
+    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C256-fp32"],
+)
+def test_a_side_moves_little_more_than_the_minimum(
+    shape: tuple[int, ...], dtype: torch.dtype, gin: bool
+) -> None:
+    """N is the size of the block's tensor, of which the side is one half."""
+    x, a, coupling = make_side(shape, gin=gin, x=dtype)
+    whole, n = 2 * x.numel() * x.element_size(), x.numel() // shape[1]
+    x, y, dy, dx = (part_of(x).own for _ in range(4))
+    with sanitize() as of_forward:
+        engine.forward(x, a, coupling, y)
+    with sanitize() as of_backward:
+        engine.backward(x, a, OutputGrads(dy, torch.randn(shape[0])), coupling, False, dx)
+    with sanitize() as of_inverse:
+        engine.invert_active(y, dx, a, coupling)
+    # Backward does not read a_t. GIN reads a_s once more for its mean, and backward a_s, x and dy.
+    # It writes and reads one float32 sum per pixel, backward two.
+    sums = 2 * 4 * n / whole
+    for name, launches, minimum, extra in (
+        ("forward", of_forward, 2.0, 0.5 + sums),
+        ("backward", of_backward, 3.0, 1.5 + 2 * sums),
+        ("inverse", of_inverse, 2.0, 0.5 + sums),
+    ):
+        minimum += extra if gin else 0.0
+        ratio = traffic(launches) / whole
+        print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum:.3f} N")
+        assert minimum <= ratio <= 1.05 * minimum, name
 
 
 # --- the memory checker itself --------------------------------------------------------------------

@@ -5,14 +5,18 @@ Run the tests as tests/test_kernels.py says.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from fastflow_kernels.coupling import ACTIVATIONS, DIALECTS, CouplingSpec, OutputGrads
-from fastflow_kernels.engines.triton import engine
+from fastflow_kernels.engines.triton import engine, math
 from tests.support.coupling import (
     cast,
     check_everything,
@@ -181,6 +185,28 @@ def test_coupling_small_arguments_keep_their_relative_accuracy(
     a = size * a.abs()
     truth = plain_log_det(*cast(torch.float64, x, a, coupling))
     close(engine.forward(x, a, coupling)[1], truth, plain_log_det(x, a, coupling), "log_det")
+
+
+@triton.jit
+def _atan_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, math.atan(tl.load(x_ptr + offs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_atan_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
+    block, near = 1024, torch.linspace(0.3, 3.0, 3 * 1024, dtype=torch.float64)
+    x = torch.cat((torch.logspace(-30, 30, 5 * block, dtype=torch.float64), near)).to(dtype)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 0.0], dtype=dtype)
+    x[:5] = special
+    x[5::2] *= -1
+    actual = torch.empty_like(x)
+    _atan_kernel[(8,)](x, actual, block, enable_fp_fusion=True)
+    # NumPy's longdouble has 11 bits more than float64.
+    truth = np.arctan(x.cpu().numpy().astype(np.longdouble))
+    error = np.abs(actual.cpu().numpy().astype(np.longdouble) - truth)[5:] / np.abs(truth[5:])
+    assert error.max() <= 2.5 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual[:5], torch.atan(special), equal_nan=True)
 
 
 @shapes((2, 7, 4, 5), (6, 7))

@@ -53,10 +53,19 @@ CHOICES: dict[str, Sequence[Any]] = {
     ),
     "x": LAYOUTS,
     "a": LAYOUTS,
+    "dy": LAYOUTS,
     **{
         name: (*["contiguous"] * 9, "misaligned")
-        for name in ("dy", "g", "offset", "perm", "inv", "dlogdet")
+        for name in ("g", "offset", "perm", "inv", "dlogdet")
     },
+    # Of a side alone: where its results go, if not to new tensors.
+    "side": (False, False, True),
+    "y": (None, *LAYOUTS[1:-1]),
+    "dx": (None, *LAYOUTS[1:-1]),
+    "y dtype": DTYPES,
+    "function": ("tanh", "atan"),
+    "shift scale": (0.1, 1.0),
+    "mean per pixel": (False, True),
     "has index": (True, True, True, False),
     "dlogdet stride": (None, 0, 1, 2, 16),
     "rows of a sample": (1, 2),
@@ -108,12 +117,39 @@ def call_all(arguments: dict[str, Any]) -> None:
         log_det = memory.as_strided(
             (samples,), (arguments["dlogdet stride"],), memory.storage_offset()
         )
+    if arguments["side"]:
+        call_side(x, arguments, log_det, coupling)
+        return
     y, _ = engine.forward(x, a, coupling)
     grads = OutputGrads(tensor(shape, y.dtype, arguments["dy"]), log_det)
     engine.backward(x, a, grads, coupling, arguments["want params"])
     back = engine.invert_passive(x, coupling)
     engine.invert_active(x, back, a, coupling)
     engine.invert_and_backward(x, back, a, grads, coupling, arguments["want params"])
+
+
+def call_side(
+    x: Tensor, arguments: dict[str, Any], log_det: Tensor | None, coupling: Coupling
+) -> None:
+    """Call the launchers of a side, whose x is the active half alone."""
+    batch, channels, *spatial = shape = arguments["shape"]
+    a = tensor((batch, 2 * channels, *spatial), arguments["a dtype"], arguments["a"])
+    spec = coupling.spec._replace(
+        activation=None,
+        function=arguments["function"],
+        shift_scale=arguments["shift scale"],
+        mean_per_pixel=coupling.spec.gin and arguments["mean per pixel"],
+    )
+    coupling = Coupling(None, None, spec, rows_per_sample=coupling.rows_per_sample)
+    y, dx = (
+        None if arguments[name] is None else tensor(shape, dtype, arguments[name])
+        for name, dtype in (("y", arguments["y dtype"]), ("dx", x.dtype))
+    )
+    y, _ = engine.forward(x, a, coupling, y)
+    grads = OutputGrads(tensor(shape, y.dtype, arguments["dy"]), log_det)
+    engine.backward(x, a, grads, coupling, False, dx)
+    engine.invert_active(x, y, a, coupling)
+    engine.invert_and_backward(x, y, a, grads, coupling, False)
 
 
 def coupling_of(arguments: dict[str, Any], channels: int) -> Coupling:

@@ -27,11 +27,12 @@ FORWARD, BACKWARD, INVERSE, LAUNCH, MATH, SUMS, TILES = (
     for name in ("forward", "backward", "inverse", "launch", "math", "sums", "tiles")
 )
 PLANES, ROWS = "test_coupling_parity and B2-C7-4x5", "test_coupling_parity and B5-C7"
-PARITY, VALUES, EXECUTED, BLOCKS, OPERATORS, GRAPHS = (
+PARITY, VALUES, SIDES, EXECUTED, BLOCKS, OPERATORS, GRAPHS = (
     f"tests/test_{name}.py"
     for name in (
         "kernels",
         "kernels_values",
+        "kernels_sides",
         "kernels_executed",
         "kernels_blocks",
         "kernels_operators",
@@ -105,8 +106,8 @@ FAULTS = {
     ),
     "a pointer whose alignment is not checked": Planted(
         (FORWARD,),
-        "aligned(x, a, g, offset, channel_index)",
-        "aligned(x, a, g, channel_index)",
+        "aligned(x, a, g, offset, channel_index, y)",
+        "aligned(x, a, g, channel_index, y)",
         "",
         KEYS,
     ),
@@ -119,8 +120,8 @@ FAULTS = {
     ),
     "a launch cached without the parameters' dtype": Planted(
         (LAUNCH,),
-        "(coupling.global_scale.dtype, coupling.global_offset.dtype)",
-        "(coupling.global_scale.dtype, coupling.global_scale.dtype)",
+        "(g.dtype, offset.dtype)",
+        "(g.dtype, g.dtype)",
         "",
         KEYS,
     ),
@@ -138,7 +139,10 @@ FAULTS = {
         EXECUTED,
     ),
     "a stride in 32 bits": Planted(
-        (FORWARD, BACKWARD), "b * stride_xb * ALIGN", "b * (stride_xb * ALIGN)", "far_apart"
+        (FORWARD,), "b * stride_xb * ALIGN", "b * (stride_xb * ALIGN)", "far_apart"
+    ),
+    "a stride of any pass in 32 bits": Planted(
+        (TILES,), "ptr + b * stride * ALIGN", "ptr + b * (stride * ALIGN)", "far_apart", SIDES
     ),
     "a partial sum that is not stored": Planted(
         (FORWARD,),
@@ -215,6 +219,33 @@ FAULTS = {
     ),
     "the forward's sign in the inverse": Planted(
         (INVERSE,), "-(CLAMP * tl.sum(t, axis=0", "(CLAMP * tl.sum(t, axis=0", ROWS
+    ),
+    "a side without a gap between its samples": Planted(
+        (TILES,), "return ptr + b * stride * ALIGN", "return ptr + b * C * P", "B2-C3-4x5", SIDES
+    ),
+    "a launch cached without the dtype of a side's output": Planted(
+        (FORWARD,), "None if y is None else y.dtype", "None", "", KEYS
+    ),
+    "a side's result without its gaps": Planted(
+        (FORWARD,),
+        "None if y is None or y.is_contiguous() else y.stride(0)",
+        "None",
+        "B2-C3-4x5",
+        SIDES,
+    ),
+    "sums of a pixel read by its neighbour": Planted(
+        (TILES,),
+        "tl.load(sums_ptr + b * P + p,",
+        "tl.load(sums_ptr + b * P + 0 * p,",
+        "B2-C3-4x5",
+        SIDES,
+    ),
+    "an atan that cancels": Planted(
+        (MATH,),
+        "t = tl.where(is_near, x, t)",
+        "t = tl.where(is_near, (x + 1.0) - 1.0, t)",
+        "every_size",
+        SIDES,
     ),
     "an operator that trusts the strides of a graph": Planted(
         ("engines/operators.py",),

@@ -111,6 +111,25 @@ def launches_of_passes(
     }
 
 
+def launches_of_side(
+    shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
+) -> list[Recorded]:
+    """Return the launches of one side of a coupling block, whose whole input has this shape."""
+    from fastflow_kernels.engines.triton import engine
+
+    batch, channels, *spatial = shape
+    x = torch.empty(shape, dtype=dtype)[:, channels // 2 :]
+    a = torch.empty(batch, 2 * x.shape[1], *spatial, dtype=dtype)
+    coupling, grads = Coupling(None, None, spec), OutputGrads(x, torch.zeros(batch))
+
+    def run() -> None:
+        engine.forward(x, a, coupling, x)
+        engine.backward(x, a, grads, coupling, False, x)
+        engine.invert_active(x, x, a, coupling)
+
+    return launches_of(run)
+
+
 def launches_of_reconstruction(
     shape: tuple[int, ...], dtype: torch.dtype, spec: CouplingSpec
 ) -> list[Recorded]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastflow_kernels.coupling import Coupling, CouplingGrads, CouplingSpec, OutputGrads
-from fastflow_kernels.dtypes import promoted
+from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import Engine, plain
 from fastflow_kernels.engines.triton import engine as kernels
 from tests.support.compare import assert_close
@@ -90,6 +90,8 @@ def cast(dtype: torch.dtype | None, *values: Any) -> list[Any]:
     """Detach tensors and couplings and cast them to a dtype; None leaves their own dtypes."""
 
     def cast_one(value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, Coupling):
             g, offset = cast_one(value.global_scale), cast_one(value.global_offset)
             return value._replace(global_scale=g, global_offset=offset)
@@ -292,3 +294,180 @@ def check_inverse_and_backward(
     truth = plain_gradients(truth, wide[1], wide[2], grads, torch.float64)
     baseline = plain_gradients(baseline, narrow[1], narrow[2], grads, base)
     check_gradients(actual, truth, baseline, (x, a, coupling), " at x reconstructed")
+
+
+# --- a side: x and y are the active half alone ----------------------------------------------------
+
+
+def make_side(
+    shape: Sequence[int],
+    gin: bool = False,
+    function: str = "tanh",
+    input_scale: float = 1.0,
+    clamp: float = 1.272,
+    x: torch.dtype = torch.float32,
+    a: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Coupling]:
+    """Return x, a and a side with random values; the arguments x and a are their dtypes.
+
+    GIN takes its mean per pixel.
+    """
+    batch, channels, *spatial = shape
+    spec = CouplingSpec(clamp, input_scale, None, gin, function, 1.0, gin)
+    coefficients = (2 * torch.randn(batch, 2 * channels, *spatial)).to(a or x)
+    return torch.randn(shape, dtype=x), coefficients, Coupling(None, None, spec)
+
+
+def plain_side(rev: bool, x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    """Return y, or with ``rev`` the inverse, and the log-determinant."""
+    acc_dtype = accumulator(promoted(x, a))
+    y, sum_s = plain.couple(x.to(acc_dtype), a.to(acc_dtype), coupling.spec, rev, False)
+    if coupling.spec.gin:
+        sum_s = 0.0 * sum_s.flatten(1).sum(1)  # NaN where a mean is
+    return y.to(promoted(x, a)), sum_s
+
+
+def plain_side_gradients(
+    grads: OutputGrads, x: Tensor, a: Tensor, coupling: Coupling
+) -> tuple[Tensor, ...]:
+    """Return autograd's gradients of :func:`plain_side` for x and a."""
+    x, a = (t.detach().clone().requires_grad_() for t in (x, a))
+    y, log_det = plain_side(False, x, a, coupling)
+    outputs, seeds = [y], [grads.y.to(y.dtype)]
+    if grads.log_det is not None and not coupling.spec.gin:
+        outputs, seeds = [y, log_det], [*seeds, grads.log_det.to(log_det.dtype)]
+    return torch.autograd.grad(outputs, (x, a), seeds)
+
+
+class Part(NamedTuple):
+    """Channels of a larger tensor.
+
+    Attributes:
+        whole: The larger tensor.
+        own: Some of its channels, up to the last but one, as a view. The others are 7.
+    """
+
+    whole: Tensor
+    own: Tensor
+
+    def assert_the_others_are_untouched(self) -> None:
+        last = self.whole.shape[1] - 1
+        for others in (self.whole[:, : last - self.own.shape[1]], self.whole[:, last:]):
+            assert (others == 7.0).all()
+
+
+def part_of(t: Tensor, channels_last: bool = False, first: int = 8) -> Part:
+    """Return a copy of a tensor as a part.
+
+    Args:
+        t: The values, (B, C, *S).
+        channels_last: Whether the larger tensor is channels-last.
+        first: Its first channel. The part is aligned to 16 bytes if it is 8.
+    """
+    batch, channels, *spatial = t.shape
+    whole = torch.full((batch, first + channels + 1, *spatial), 7.0, dtype=t.dtype)
+    whole = in_channels_last(whole) if channels_last else whole
+    own = whole[:, first:-1]
+    own.copy_(t)
+    return Part(whole, own)
+
+
+def in_channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def check_side(
+    x: Tensor,
+    a: Tensor,
+    coupling: Coupling,
+    engine: Engine = kernels,
+    channels_last: bool = False,
+    first: int = 8,
+) -> None:
+    """Check a side's forward, backward and inverse against the truth, under the memory checker.
+
+    Args:
+        x: The active half.
+        a: Its coefficients.
+        coupling: The coupling.
+        engine: The engine to check.
+        channels_last, first: Where x, y and their gradients lie: see :func:`part_of`.
+    """
+    result = promoted(x, a)
+    acc_dtype = accumulator(result)
+    base = torch.float32 if result is torch.float64 else result  # see compare.py
+    a = in_channels_last(a) if channels_last else a
+
+    def part(t: Tensor) -> Part:
+        return part_of(t, channels_last, first)
+
+    inputs, y = part(x), part(torch.zeros(x.shape, dtype=result))
+    with sanitize():
+        same, log_det = engine.forward(inputs.own, a, coupling, y.own)
+    assert same is y.own
+    wide, narrow = cast(torch.float64, x, a, coupling), cast(base, x, a, coupling)
+    truth, baseline = plain_side(False, *wide), plain_side(False, *narrow)
+    check_side_results(y, log_det, truth, baseline, wide)
+
+    grads = OutputGrads(torch.randn(x.shape).to(result), torch.randn(len(x), dtype=acc_dtype))
+    dy, dx = part(grads.y), part(torch.zeros_like(x))
+    with sanitize():
+        actual = engine.backward(inputs.own, a, grads._replace(y=dy.own), coupling, False, dx.own)
+    assert actual.x is dx.own
+    check_side_gradients(actual, x, a, coupling, grads, base)
+    for read, values in ((inputs, x), (dy, grads.y)):
+        assert torch.equal(read.own.nan_to_num(), values.nan_to_num()), "an input was written to"
+        read.assert_the_others_are_untouched()
+    dx.assert_the_others_are_untouched()
+
+    values = torch.randn(x.shape).to(result)
+    y, back = part(values), part(torch.zeros_like(values))
+    with sanitize():
+        log_det = engine.invert_active(y.own, back.own, a, coupling)
+    wide, narrow = cast(torch.float64, values, a, coupling), cast(base, values, a, coupling)
+    truth, baseline = plain_side(True, *wide), plain_side(True, *narrow)
+    check_side_results(back, log_det, truth, baseline, wide)
+    if a.isfinite().all():
+        again = part(torch.zeros_like(values))
+        with sanitize():
+            actual = engine.invert_and_backward(
+                y.own, again.own, a, grads._replace(y=dy.own), coupling, False
+            )
+        assert torch.equal(again.own, back.own)
+        check_side_gradients(actual, back.own, a, coupling, grads, base)
+
+
+def check_side_results(
+    y: Part,
+    log_det: Tensor,
+    truth: tuple[Tensor, Tensor],
+    baseline: tuple[Tensor, Tensor],
+    wide: list[Any],
+) -> None:
+    """Check a side's y, or its inverse, and the log-determinant."""
+    y.assert_the_others_are_untouched()
+    close(y.own, truth[0], baseline[0], "y")
+    assert log_det.dtype == accumulator(y.own.dtype)
+    x, a, coupling = wide
+    affine = coupling._replace(spec=coupling.spec._replace(gin=False))
+    terms = plain_side(False, x, a.nan_to_num().abs(), affine)[1].max().item()
+    close(log_det, truth[1], baseline[1], "log_det", terms)
+    if coupling.spec.gin and a.isfinite().all():
+        assert (log_det == 0).all()
+
+
+def check_side_gradients(
+    actual: CouplingGrads,
+    x: Tensor,
+    a: Tensor,
+    coupling: Coupling,
+    grads: OutputGrads,
+    base: torch.dtype,
+) -> None:
+    """Check a side's gradients at x."""
+    truth = plain_side_gradients(grads, *cast(torch.float64, x, a, coupling))
+    baseline = plain_side_gradients(grads, *cast(base, x, a, coupling))
+    assert actual.global_scale is actual.global_offset is None
+    assert (actual.x.dtype, actual.a.dtype) == (x.dtype, a.dtype)
+    close(actual.x, truth[0], baseline[0], "gradient of x")
+    close(actual.a, truth[1], baseline[1], "gradient of a")

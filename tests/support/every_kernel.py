@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
+from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 
 SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
 
@@ -25,10 +26,11 @@ class Subnet(nn.Module):
 
 
 def run(device: str) -> None:
-    """Run all shapes, affine and GIN."""
+    """Run all shapes, affine and GIN, as blocks and as sides of coupling blocks."""
     for shape in SHAPES:
         for gin in (False, True):
             run_one(shape, gin, device)
+            run_side(shape, gin, device)
 
 
 def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
@@ -46,3 +48,18 @@ def run_one(full: tuple[int, ...], gin: bool, device: str) -> None:
         (sum(t.square().sum() for t in z) - logdet.sum()).backward()
     with torch.no_grad():
         block([x], rev=True)
+
+
+def run_side(full: tuple[int, ...], gin: bool, device: str) -> None:
+    """Run a side, which reads and writes some channels of larger tensors."""
+    from fastflow_kernels.engines.triton import engine
+
+    batch, channels, *spatial = full
+    x, y, dy, dx = (
+        torch.randn(batch, channels + 4, *spatial, device=device)[:, 3:-1] for _ in range(4)
+    )
+    a = torch.randn(batch, 2 * channels, *spatial, device=device)
+    coupling = Coupling(None, None, CouplingSpec(1.272, 1.0, None, gin, "atan", 1.0, gin))
+    engine.forward(x, a, coupling, y)
+    engine.backward(x, a, OutputGrads(dy, None), coupling, False, dx)
+    engine.invert_active(y, x, a, coupling)

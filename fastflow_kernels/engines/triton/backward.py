@@ -28,9 +28,17 @@ from fastflow_kernels.engines.triton.launch import (
     on_its_device,
     values_of,
 )
-from fastflow_kernels.engines.triton.math import exp_of_factor, product, tanh_of_factor
+from fastflow_kernels.engines.triton.math import clamp_slope, clamped, exp_of_factor, product
 from fastflow_kernels.engines.triton.sums import prepare_gin_sums, prepare_params
-from fastflow_kernels.engines.triton.tiles import columns, index, inverse_scale, load, scale, total
+from fastflow_kernels.engines.triton.tiles import (
+    columns,
+    index,
+    inverse_scale,
+    load,
+    sample,
+    scale,
+    total,
+)
 from fastflow_kernels.layouts import packed
 
 
@@ -38,53 +46,54 @@ from fastflow_kernels.layouts import packed
 def _coupling_bwd_kernel(
     y_ptr, dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr,
     dx_ptr, da_ptr, part_ptr,
-    B, P, stride_xb, stride_ab, stride_l,
-    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    B, P, stride_xb, stride_ab, stride_dyb, stride_dxb, stride_l,
+    C: tl.constexpr, ACTIVE: tl.constexpr, FUNCTION: tl.constexpr, CLAMP: tl.constexpr,
+    INPUT_SCALE: tl.constexpr, SHIFT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients; with INVERT also reconstruct the active half of x.
 
-    With dv = dy[:, inv], du = dv * scale and t = tanh(input_scale * a_s)::
+    With dv = dy[:, inv], du = dv * scale and t = f(z) for z = input_scale * a_s::
 
         dx   = cat(du1, du2 * exp(s))
-        da_t = 0.1 * du2
-        da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * input_scale * (1 - t**2)
+        da_t = shift_scale * du2
+        da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * input_scale * f'(z)
 
     Per channel it also sums dv (for offset) and dv * u (for scale). s = clamp * t and u are
     computed again.
 
-    - GIN: there is no dlogdet. The mean per sample is subtracted from s and from du2 * x2 * exp(s).
+    - GIN: there is no dlogdet. The mean is subtracted from s and from du2 * x2 * exp(s).
     - UNPERMUTES_INPUT: x1 and x2 are those of x[:, inv], and dx has the channel order of x.
     - INVERT, not with GIN: x2 is written, not read. With u2 = (y[:, inv[C1:]] - offset) / scale,
-      x2 * exp(s) = u2 - 0.1 * a_t.
+      x2 * exp(s) = u2 - shift_scale * a_t.
 
     A program computes one tile of channel pairs in TILES_PER_PROGRAM tiles of columns. P (unless
-    ROWS) and the strides of x and a arrive divided by ALIGN.
+    ROWS) and the strides but stride_l arrive divided by ALIGN.
 
     Args:
         y_ptr: Input (B, C, P), contiguous, with INVERT; otherwise None.
-        dy_ptr: Input (B, C, P), contiguous.
+        dy_ptr: Input (B, C, P), stride_dyb between samples.
         dlogdet_ptr: Input (B,), stride_l between samples, or None.
         x_ptr: Input (B, C, P), stride_xb between samples. With INVERT it is contiguous, and x2 is
             an output.
         a_ptr: Input (B, 2*C2, P), stride_ab between samples.
-        g_ptr: Input (C,), the global scale before its activation.
+        g_ptr: Input (C,), the global scale before its activation; None for a side.
         offset_ptr: Input (C,) with INVERT; otherwise None.
         inv_ptr: Input (C,), int64, or None for the identity.
-        sums_ptr: Input (2, B, PARTS) for GIN, or None: partial sums of s and of
+        sums_ptr: Input (2, B, PARTS) or, per pixel, (2, B, P) for GIN, or None: sums of s and of
             dv2 * x2 * exp(s), both before the mean is subtracted from s.
-        dx_ptr: Output (B, C, P), contiguous.
+        dx_ptr: Output (B, C, P), stride_dxb between samples.
         da_ptr: Output (B, 2*C2, P), contiguous.
         part_ptr: Output (2, groups, C), or None: sums of dv and of dv * u. For ACTIVATION = None
             (GIN) it is (1, groups, C), the sums of dv.
     """
     if not ROWS:
         P = P * ALIGN
-    C2: tl.constexpr = C // 2
+    C2: tl.constexpr = ACTIVE
     C1: tl.constexpr = C - C2
-    CHANNEL_TILES: tl.constexpr = (C1 + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
+    CHANNEL_TILES: tl.constexpr = (max(C1, C2) + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS
     group = tl.program_id(0) // CHANNEL_TILES
     c = (tl.program_id(0) % CHANNEL_TILES) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     is_passive = c < C1
@@ -109,13 +118,10 @@ def _coupling_bwd_kernel(
         offs_y2 = j2 * P + p
         offs_x1 = offs_y1 if UNPERMUTES_INPUT else offs
         offs_x2 = offs_y2 if UNPERMUTES_INPUT else C1 * P + offs
-        dy_sample_ptr = dy_ptr + b * C * P
-        if INVERT:
-            x_sample_ptr = x_ptr + b * C * P
-        else:
-            x_sample_ptr = x_ptr + b * stride_xb * ALIGN
+        dy_sample_ptr = sample(dy_ptr, b, stride_dyb, C, P, ALIGN)
+        x_sample_ptr = sample(x_ptr, b, stride_xb, C, P, ALIGN)
         a_tile_ptr = a_ptr + b * stride_ab * ALIGN + offs
-        dx_sample_ptr = dx_ptr + b * C * P
+        dx_sample_ptr = sample(dx_ptr, b, stride_dxb, C, P, ALIGN)
         da_tile_ptr = da_ptr + b * (2 * C2) * P + offs
 
         # The order of loads and stores decides how many registers the compilers need:
@@ -127,15 +133,18 @@ def _coupling_bwd_kernel(
         else:
             x2 = load(x_sample_ptr + offs_x2, mask_active, ACC_DTYPE)
         dv2 = load(dy_sample_ptr + offs_y2, mask_active, ACC_DTYPE)
-        dv1 = load(dy_sample_ptr + offs_y1, mask_passive, ACC_DTYPE)
-        t = tanh_of_factor(INPUT_SCALE * a_s, CLAMP)
+        if C1 > 0:
+            dv1 = load(dy_sample_ptr + offs_y1, mask_passive, ACC_DTYPE)
+        z = INPUT_SCALE * a_s
+        t = clamped(z, FUNCTION, CLAMP)
         s = CLAMP * t
         if sums_ptr is not None:
-            mean = total(sums_ptr, b, B, PARTS) / (C2 * P)
+            count = C2 * P if PARTS > 0 else C2
+            mean = total(sums_ptr, b, b < B, p, P, PARTS) / count
             s -= mean
         if INVERT:
             u2 = (y2 - offset2) * factor2 * boost2
-            x2_e = u2 - 0.1 * a_t
+            x2_e = u2 - SHIFT_SCALE * a_t
             tl.store(x_sample_ptr + offs_x2, x2_e * exp_of_factor(-s, CLAMP), mask=mask_active)
         else:
             e = exp_of_factor(s, CLAMP)
@@ -143,17 +152,18 @@ def _coupling_bwd_kernel(
         ds = tl.zeros((1, 1), ACC_DTYPE)
         if sums_ptr is not None:
             # The sum was taken with exp(s + mean), and without the scale, which is 1 for GIN.
-            sum_h = total(sums_ptr + B * PARTS, b, B, PARTS)
-            ds -= sum_h * exp_of_factor(-mean, CLAMP) / (C2 * P)
+            sum_h = total(sums_ptr, b + B, b < B, p, P, PARTS)
+            ds -= sum_h * exp_of_factor(-mean, CLAMP) / count
         if dlogdet_ptr is not None:
             ds += load(dlogdet_ptr + b * stride_l, b < B, ACC_DTYPE)
         if INVERT:
             e = exp_of_factor(s, CLAMP)
         du2 = dv2 * scale2
-        tl.store(dx_sample_ptr + offs_x1, dv1 * scale1, mask=mask_passive)
+        if C1 > 0:
+            tl.store(dx_sample_ptr + offs_x1, dv1 * scale1, mask=mask_passive)
         tl.store(dx_sample_ptr + offs_x2, du2 * e, mask=mask_active)
-        tl.store(da_tile_ptr + C2 * P, 0.1 * du2, mask=mask_active)
-        da_s = (du2 * x2_e + ds) * (CLAMP * INPUT_SCALE * (1.0 - t * t))
+        tl.store(da_tile_ptr + C2 * P, SHIFT_SCALE * du2, mask=mask_active)
+        da_s = (du2 * x2_e + ds) * (CLAMP * INPUT_SCALE * clamp_slope(z, t, FUNCTION))
         tl.store(da_tile_ptr, da_s, mask=mask_active)
         if part_ptr is not None:
             doffset1 += tl.sum(dv1, axis=1)
@@ -164,7 +174,7 @@ def _coupling_bwd_kernel(
                     a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
                 dscale1 += tl.sum(product(dv1, x1), axis=1)
                 if not INVERT:
-                    u2 = x2_e + 0.1 * a_t
+                    u2 = x2_e + SHIFT_SCALE * a_t
                 dscale2 += tl.sum(product(dv2, u2), axis=1)
     if part_ptr is not None:
         part_ptr += group.to(tl.int64) * C + c
@@ -181,23 +191,24 @@ def _prepare(*key: Any) -> Prepared:
     """Prepare the backward pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype = operands.dtype, operands.acc_dtype
-    stride_xb, stride_ab, stride_l = operands.strides
+    stride_xb, stride_ab, stride_dyb, stride_dxb, stride_l = operands.strides
+    strides = {"stride_xb": stride_xb, "stride_ab": stride_ab, "stride_dyb": stride_dyb}
     has_y = operands.dtypes[1] is not None
-    gin_sums = prepare_gin_sums(operands, stride_ab, stride_xb)
+    gin_sums = prepare_gin_sums(operands, **strides)
     # The tile is sized by the accumulator's dtype. Values of six tensors are alive at once, so that
     # registers limit the tile, not the width of an access.
     tiles = operands.plan(
-        operands.passive_channels,
+        operands.channel_pairs,
         acc_dtype.itemsize,
         plan.BACKWARD_ROWS,
         plan.COLUMNS_WITH_SUMS if operands.want_params else plan.COLUMNS,
     )
-    values = values_of(operands, tiles, stride_xb=None if has_y else stride_xb, stride_ab=stride_ab)
+    values = values_of(operands, tiles, **strides, stride_dxb=stride_dxb)
     values |= {
         # If several rows make a sample, the gradient was repeated for each row in a new tensor.
         "stride_l": stride_l if operands.rows_per_sample == 1 else 1,
         "INVERT": has_y,
-        "PARTS": 1 if gin_sums is None else gin_sums.shape[-1],
+        "PARTS": 1 if gin_sums is None else gin_sums.launch.values["PARTS"],
     }
     launch = Launch(_coupling_bwd_kernel, tiles.programs, tiles.warps, values)
     if not operands.want_params:
@@ -209,13 +220,18 @@ def _prepare(*key: Any) -> Prepared:
 
 @on_its_device
 def backward(
-    x: Tensor, a: Tensor, grads: OutputGrads, coupling: Coupling, want_params: bool
+    x: Tensor,
+    a: Tensor,
+    grads: OutputGrads,
+    coupling: Coupling,
+    want_params: bool,
+    dx: Tensor | None = None,
 ) -> CouplingGrads:
     """Return the gradients.
 
-    See :class:`~fastflow_kernels.engines.Engine`. The gradients are contiguous.
+    See :class:`~fastflow_kernels.engines.Engine`. New gradients are contiguous.
     """
-    return _backward(None, x, a, grads, coupling, want_params)
+    return _backward((None, x, dx), a, grads, coupling, want_params)
 
 
 @on_its_device
@@ -226,39 +242,50 @@ def invert_and_backward(
 
     See :class:`~fastflow_kernels.engines.Engine`. The gradients are contiguous.
     """
-    if coupling.spec.gin:  # the means are needed first, so everything is read twice in any case
+    # GIN's means are needed first, so everything is read twice in any case. A side keeps no u.
+    if coupling.spec.gin or coupling.is_side:
         write_active(y, x, a, coupling)
-        return _backward(None, x, a, grads, coupling, want_params)
-    return _backward(y.contiguous(), x, a, grads, coupling, want_params)
+        return _backward((None, x, None), a, grads, coupling, want_params)
+    return _backward((y.contiguous(), x, None), a, grads, coupling, want_params)
 
 
 def _backward(
-    y: Tensor | None,
-    x: Tensor,
+    values: tuple[Tensor | None, Tensor, Tensor | None],
     a: Tensor,
     grads: OutputGrads,
     coupling: Coupling,
     want_params: bool,
 ) -> CouplingGrads:
-    """Compute the gradients. With y, also write the active channels of x."""
+    """Compute the gradients from the values (y, x, dx).
+
+    With y, also write the active channels of x. With dx, write the gradient of x there.
+    """
+    y, x, dx = values
     g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
-    a, dy = packed(a), grads.y.contiguous()
+    a, dy = packed(a), packed(grads.y)
     log_det = None if coupling.spec.gin else grads.log_det
     log_det_of_rows = log_det
     if log_det is not None and coupling.rows_per_sample > 1:
         log_det_of_rows = log_det.repeat_interleave(coupling.rows_per_sample)
+    stride_xb = x.stride(0) if y is None else None  # x is contiguous if it is written
+    stride_dyb = None if dy.is_contiguous() else dy.stride(0)
+    stride_dxb = None if dx is None or dx.is_contiguous() else dx.stride(0)
+    stride_l = 0 if log_det is None else log_det.stride(0)
     prepared = _prepare(
         *key_of(
             x,
             coupling,
             (x.dtype, None if y is None else y.dtype, a.dtype),
-            (x.stride(0), a.stride(0), 0 if log_det is None else log_det.stride(0)),
+            (stride_xb, a.stride(0), stride_dyb, stride_dxb, stride_l),
             (dy.dtype, None if log_det is None else log_det.dtype),
             want_params,
         )
     )
-    is_aligned = aligned(y, x, a, dy, log_det, log_det_of_rows, g, offset, inv)
-    dx, da = empty_of(x, x.dtype), empty_of(a, a.dtype)
+    is_aligned = aligned(y, x, a, dy, log_det, log_det_of_rows, g, offset, inv, dx)
+    dx, da = empty_of(x, x.dtype) if dx is None else dx, empty_of(a, a.dtype)
+    is_apart = coupling.is_side and a.shape[1] == x.shape[1]
+    if is_apart:  # a is a_s alone, and the kernel also writes the gradient of a_t
+        da = torch.empty((len(a), 2 * a.shape[1], *a.shape[2:]), dtype=a.dtype, device=a.device)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, dy, x, inv)
     partials = empty_partials(prepared, x.device)
     offset_of_u = None if y is None else offset
@@ -266,8 +293,8 @@ def _backward(
         is_aligned, y, dy, log_det_of_rows, x, a, g, offset_of_u, inv, sums,
         dx, da, partials,
     )  # fmt: skip
-    if prepared.finish is None:
-        return CouplingGrads(dx, da, None, None)
+    if prepared.finish is None or g is None or offset is None:
+        return CouplingGrads(dx, da.narrow(1, 0, a.shape[1]) if is_apart else da, None, None)
     dg = None if coupling.spec.gin else torch.empty_like(g)
     doffset = torch.empty_like(offset)
     prepared.finish(is_aligned, partials, log_det, g, dg, doffset)

@@ -21,18 +21,21 @@ from fastflow_kernels.engines.triton.launch import (
     aligned,
     empty_of,
     empty_partials,
+    joint,
     key_of,
     on_its_device,
     values_of,
 )
-from fastflow_kernels.engines.triton.math import exp_of_factor, tanh_of_factor
+from fastflow_kernels.engines.triton.math import clamped, exp_of_factor
 from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, prepare_log_det
 from fastflow_kernels.engines.triton.tiles import (
     columns,
+    global_offset,
     index,
     inverse_scale,
     load,
     log_scale_sum,
+    sample,
     scale,
     total,
 )
@@ -84,18 +87,19 @@ def _coupling_inv_passive_kernel(
 @triton.jit
 def _coupling_inv_active_kernel(
     y_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, x_ptr, logdet_ptr,
-    B, P, stride_yb, stride_ab,
-    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
+    B, P, stride_yb, stride_ab, stride_xb,
+    C: tl.constexpr, ACTIVE: tl.constexpr, FUNCTION: tl.constexpr, CLAMP: tl.constexpr,
+    INPUT_SCALE: tl.constexpr, SHIFT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute the active channels of x, and the log-determinant or partial sums for it.
 
-    With t = tanh(input_scale * a_s)::
+    With t = f(input_scale * a_s)::
 
-        s         = clamp * t                            minus its mean per sample (GIN)
-        x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - 0.1 * a_t) * exp(-s)
+        s         = clamp * t                            minus its mean (GIN)
+        x[:, C1:] = ((y[:, inv[C1:]] - offset) / scale - shift_scale * a_t) * exp(-s)
 
     With UNPERMUTES_INPUT the results are the channels inv[C1:] of x.
 
@@ -105,17 +109,17 @@ def _coupling_inv_active_kernel(
     Args:
         y_ptr: Input (B, C, P), stride_yb between samples.
         a_ptr: Input (B, 2*C2, P), stride_ab between samples.
-        g_ptr: Input (C,), the global scale before its activation.
-        offset_ptr: Input (C,).
+        g_ptr: Input (C,), the global scale before its activation; None for a side.
+        offset_ptr: Input (C,); None for a side.
         inv_ptr: Input (C,), int64, or None for the identity.
-        sums_ptr: Input (B, PARTS), partial sums of s per sample for its mean (GIN), or None.
-        x_ptr: Output (B, C, P), contiguous.
+        sums_ptr: Input (B, PARTS) or, per pixel, (B, P): sums of s for its mean (GIN), or None.
+        x_ptr: Output (B, C, P), stride_xb between samples.
         logdet_ptr: Output or None. With ROWS it is (B,), the log-determinant
             -(sum(s) + sum(log(scale))). Otherwise it is (B, programs per sample), sums of s.
     """
     if not ROWS:
         P = P * ALIGN
-    C2: tl.constexpr = C // 2
+    C2: tl.constexpr = ACTIVE
     C1: tl.constexpr = C - C2
     CHANNEL_TILES: tl.constexpr = max(1, (C2 + BLOCK_CHANNELS - 1) // BLOCK_CHANNELS)
     group = tl.program_id(0) // CHANNEL_TILES
@@ -124,7 +128,7 @@ def _coupling_inv_active_kernel(
     is_active = c < C2
     j = index(inv_ptr, C1 + c, is_active)[:, None]
     factor, boost = inverse_scale(scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None])
-    offset = load(offset_ptr + C1 + c, is_active, ACC_DTYPE)[:, None]
+    offset = global_offset(offset_ptr, C1 + c, is_active, ACC_DTYPE)[:, None]
     if ROWS and logdet_ptr is not None:
         # The sum runs over channels 0 to C2 - 1, then over the C1 channels from C2 on.
         log_scale = log_scale_sum(g_ptr, c, is_active, ACTIVATION, ACC_DTYPE) + log_scale_sum(
@@ -144,7 +148,7 @@ def _coupling_inv_active_kernel(
         # The barrier keeps the loads together. ptxas 12.8 delayed half of them: 36.6 us, where the
         # bytes alone take 31.5 (H200, bfloat16, (32, 256, 64, 64); bench/TUNING.md).
         tl.debug_barrier()
-        t = tanh_of_factor(INPUT_SCALE * a_s, CLAMP)  # 0 where masked
+        t = clamped(INPUT_SCALE * a_s, FUNCTION, CLAMP)  # 0 where masked
         s = CLAMP * t
         if logdet_ptr is not None:
             if ROWS:
@@ -154,9 +158,9 @@ def _coupling_inv_active_kernel(
                 sum_s = CLAMP * tl.sum(t)
                 tl.store(logdet_ptr + (tile * CHANNEL_TILES + channel_tile), sum_s, mask=b < B)
         if sums_ptr is not None:
-            s -= total(sums_ptr, b, B, PARTS) / (C2 * P)
-        x = ((y - offset) * factor * boost - 0.1 * a_t) * exp_of_factor(-s, CLAMP)
-        tl.store(x_ptr + b * C * P + offs_x, x, mask=mask_active)
+            s -= total(sums_ptr, b, b < B, p, P, PARTS) / (C2 * P if PARTS > 0 else C2)
+        x = ((y - offset) * factor * boost - SHIFT_SCALE * a_t) * exp_of_factor(-s, CLAMP)
+        tl.store(sample(x_ptr, b, stride_xb, C, P, ALIGN) + offs_x, x, mask=mask_active)
 
 
 @lru_cache(maxsize=1024)
@@ -165,9 +169,7 @@ def _prepare_passive(*key: Any) -> Prepared:
     operands = Operands(*key)
     dtype = operands.dtype
     (stride_yb,) = operands.strides
-    tiles = operands.plan(
-        operands.passive_channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS
-    )
+    tiles = operands.plan(operands.channel_pairs, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
     values = values_of(operands, tiles, stride_yb=stride_yb)
     launch = Launch(_coupling_inv_passive_kernel, tiles.programs, tiles.warps, values)
     return Prepared(dtype, operands.acc_dtype, launch)
@@ -194,15 +196,16 @@ def _prepare_active(*key: Any) -> Prepared:
     """Prepare the second pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype, batch = operands.dtype, operands.acc_dtype, operands.batch
-    stride_yb, stride_ab = operands.strides
+    stride_yb, stride_ab, stride_xb = operands.strides
+    strides = {"stride_yb": stride_yb, "stride_ab": stride_ab, "stride_xb": stride_xb}
     gin_sums = prepare_gin_sums(operands, stride_ab)
     # On rows a tile has as many channels as are passive, because it also sums their log(scale).
     tiled_channels = (
-        operands.passive_channels if operands.is_rows else max(1, operands.channels // 2)
+        operands.channel_pairs if operands.is_rows else max(1, operands.active_channels)
     )
     tiles = operands.plan(tiled_channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
-    values = values_of(operands, tiles, stride_yb=stride_yb, stride_ab=stride_ab)
-    values["PARTS"] = 1 if gin_sums is None else gin_sums.shape[-1]
+    values = values_of(operands, tiles, **strides)
+    values["PARTS"] = 1 if gin_sums is None else gin_sums.launch.values["PARTS"]
     launch = Launch(_coupling_inv_active_kernel, tiles.programs, tiles.warps, values)
     if operands.spec.gin:
         return Prepared(dtype, acc_dtype, launch, gin_sums)
@@ -233,9 +236,9 @@ def write_active(
         launches, whether the pointers are aligned, GIN's sums and the partial sums.
     """
     g, offset, inv = coupling.global_scale, coupling.global_offset, coupling.inv
-    y, a = packed(y), packed(a)
-    key = key_of(y, coupling, (y.dtype, x.dtype, a.dtype), (y.stride(0), a.stride(0)))
-    prepared = _prepare_active(*key)
+    y, a = packed(y), joint(a, coupling)
+    strides = (y.stride(0), a.stride(0), None if x.is_contiguous() else x.stride(0))
+    prepared = _prepare_active(*key_of(y, coupling, (y.dtype, x.dtype, a.dtype), strides))
     is_aligned = aligned(y, x, a, g, offset, inv)
     sums = None if prepared.gin_sums is None else prepared.gin_sums(is_aligned, a, None, None, None)
     partials = empty_partials(prepared, x.device)

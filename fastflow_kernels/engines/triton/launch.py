@@ -28,6 +28,7 @@ from fastflow_kernels.engines.triton.plan import (
     make_plan,
     why_unsupported,
 )
+from fastflow_kernels.layouts import packed
 
 ACC_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
@@ -42,10 +43,11 @@ class Operands(NamedTuple):
         shape: The shape of x or y, (B, C, *S).
         dtypes: The dtypes of x, of y, or of both. The last one is that of a, if the pass takes a.
             None stands for a tensor that is not passed.
-        strides: The strides between samples, of the tensors that may have gaps there.
+        strides: The strides between samples, of the tensors that may have gaps there. None stands
+            for one without gaps.
         grad_dtypes: The dtypes of the gradients that the pass takes. None stands for a gradient
             that is not passed.
-        parameter_dtypes: The dtypes of global_scale and global_offset.
+        parameter_dtypes: The dtypes of global_scale and global_offset; None for a side.
         spec, unpermutes_input, rows_per_sample: See
             :class:`~fastflow_kernels.coupling.Coupling`.
         has_index: Whether there is a permutation.
@@ -55,9 +57,9 @@ class Operands(NamedTuple):
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype | None, ...]
-    strides: tuple[int, ...]
+    strides: tuple[Any, ...]
     grad_dtypes: tuple[torch.dtype | None, ...]
-    parameter_dtypes: tuple[torch.dtype, torch.dtype]
+    parameter_dtypes: tuple[torch.dtype, torch.dtype] | None
     spec: CouplingSpec
     unpermutes_input: bool
     rows_per_sample: int
@@ -74,9 +76,14 @@ class Operands(NamedTuple):
         return self.shape[1]
 
     @property
-    def passive_channels(self) -> int:
-        """Number of passive channels, and of channel pairs. An odd C leaves half a pair."""
-        return self.channels - self.channels // 2
+    def active_channels(self) -> int:
+        """Number of active channels: half of them, rounded down, or all channels of a side."""
+        return self.channels if self.parameter_dtypes is None else self.channels // 2
+
+    @property
+    def channel_pairs(self) -> int:
+        """Number of channel pairs. An odd C leaves half a pair, a side has halves alone."""
+        return max(self.active_channels, self.channels - self.active_channels)
 
     @property
     def pixels(self) -> int:
@@ -90,8 +97,9 @@ class Operands(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the result: the promoted dtype of the operands."""
-        dtypes = [dtype for dtype in self.dtypes if dtype is not None]
-        return functools.reduce(torch.promote_types, dtypes, self.parameter_dtypes[0])
+        operands = (*self.dtypes, *(self.parameter_dtypes or ())[:1])
+        dtypes = [dtype for dtype in operands if dtype is not None]
+        return functools.reduce(torch.promote_types, dtypes)
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -100,8 +108,8 @@ class Operands(NamedTuple):
 
     @property
     def activation(self) -> str | None:
-        """The activation of the global scale; None for GIN, whose scale is 1."""
-        return None if self.spec.gin else self.spec.activation
+        """The activation of the global scale; None for GIN and for a side, whose scale is 1."""
+        return None if self.spec.gin or self.parameter_dtypes is None else self.spec.activation
 
     @property
     def is_rows(self) -> bool:
@@ -125,7 +133,7 @@ def key_of(
     x: Tensor,
     coupling: Coupling,
     dtypes: tuple[torch.dtype | None, ...],
-    strides: tuple[int, ...],
+    strides: tuple[int | None, ...],
     grad_dtypes: tuple[torch.dtype | None, ...] = (),
     want_params: bool = False,
 ) -> tuple[Any, ...]:
@@ -138,12 +146,13 @@ def key_of(
         coupling: The coupling to compute.
         dtypes, strides, grad_dtypes, want_params: See :class:`Operands`.
     """
+    g, offset = coupling.global_scale, coupling.global_offset
     return (
         x.shape,
         dtypes,
         strides,
         grad_dtypes,
-        (coupling.global_scale.dtype, coupling.global_offset.dtype),
+        None if g is None or offset is None else (g.dtype, offset.dtype),
         coupling.spec,
         coupling.unpermutes_input,
         coupling.rows_per_sample,
@@ -180,8 +189,11 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
         "P": pixels if plan.is_rows else pixels // align,
         **{name: None if stride is None else stride // align for name, stride in strides.items()},
         "C": operands.channels,
+        "ACTIVE": operands.active_channels,
+        "FUNCTION": operands.spec.function,
         "CLAMP": operands.spec.clamp,
         "INPUT_SCALE": operands.spec.input_scale,
+        "SHIFT_SCALE": operands.spec.shift_scale,
         "ACTIVATION": operands.activation,
         "UNPERMUTES_INPUT": operands.unpermutes_input,
         "ALIGN": align,
@@ -271,7 +283,7 @@ class Prepared(NamedTuple):
         dtype: The dtype of the result.
         acc_dtype: The dtype of sums.
         launch: The pass over the tensors.
-        gin_sums: GIN's sums per sample, which run ahead of the pass, or None.
+        gin_sums: GIN's sums, per sample or per pixel, which run ahead of the pass, or None.
         partials: The shape of the partial sums that the pass leaves, or None.
         finish: The launch that adds the partial sums. None if nothing is left to add.
     """
@@ -311,6 +323,11 @@ def aligned(*tensors: Tensor | None) -> bool:
         if t is not None:
             merged |= t.data_ptr()
     return not merged & 15
+
+
+def joint(a: Tensor, coupling: Coupling) -> Tensor:
+    """Return the coefficients (a_s, a_t) in one tensor whose samples are contiguous."""
+    return packed(a) if coupling.shift is None else torch.cat((a, coupling.shift), 1)
 
 
 def empty_of(like: Tensor, dtype: torch.dtype) -> Tensor:

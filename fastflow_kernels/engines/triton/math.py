@@ -10,6 +10,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LN5 = tl.constexpr(1.6094379124341003)
 LN10 = tl.constexpr(2.302585092994046)
+PI_4 = tl.constexpr(0.7853981633974483)
 # It has few digits, so that its product with an integer below 2**11 is exact in float32.
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)  # ln 2 - LN2_HIGH
@@ -150,20 +151,57 @@ def tanh(x):
 
 
 @triton.jit
-def tanh_of_factor(x, CLAMP: tl.constexpr):
-    """Return tanh(x) for s = CLAMP * tanh(x).
+def atan(x):
+    """Return atan(x) to a few ulp at every magnitude. atan(inf) is pi / 2 and atan(NaN) is NaN.
 
-    The error of s is CLAMP times as large. A large clamp, which is rare, computes tanh in float64.
+    It is Cephes' polynomial (float32) or rational function (float64) of t = x below tan(pi / 8).
+    Beyond, atan(|x|) is pi / 4 + atan((|x| - 1) / (|x| + 1)), from tan(3 pi / 8) on
+    pi / 2 + atan(-1 / |x|).
     """
-    if CLAMP >= -4.0 and CLAMP <= 4.0:
-        return tanh(x)
+    size = tl.abs(x)
+    is_near = size < 0.4142135623730951
+    is_far = size > 2.414213562373095
+    t = tl.where(is_far, -1.0, size - 1.0) / tl.where(is_far, size, size + 1.0)
+    t = tl.where(is_near, x, t)
+    z = t * t
+    if x.dtype == tl.float64:
+        p = (-8.750608600031904122785e-1 * z - 1.615753718733365076637e1) * z
+        p = (p - 7.500855792314704667340e1) * z - 1.228866684490136173410e2
+        q = ((z + 2.485846490142306297962e1) * z + 1.650270098316988542046e2) * z
+        q = ((q + 4.328810604912902668951e2) * z + 4.853903996359136964868e2) * z
+        p = (p * z - 6.485021904942025371773e1) / (q + 1.945506571482613964425e2)
     else:
-        return tanh(x.to(tl.float64)).to(x.dtype)
+        p = 8.05374449538e-2 * z - 1.38776856032e-1
+        p = p * z + 1.99777106478e-1
+        p = p * z - 3.33329491539e-1
+    near_zero = t + t * z * p
+    elsewhere = tl.where(is_far, 2.0 * PI_4 + near_zero, PI_4 + near_zero)
+    return tl.where(is_near, near_zero, with_sign_of(x, elsewhere))
+
+
+@triton.jit
+def clamped(z, FUNCTION: tl.constexpr, CLAMP: tl.constexpr):
+    """Return f(z) for s = CLAMP * f(z), where FUNCTION is the clamp function f.
+
+    The error of s is CLAMP times as large. A large clamp, which is rare, computes f in float64.
+    """
+    w = z if CLAMP >= -4.0 and CLAMP <= 4.0 else z.to(tl.float64)
+    if FUNCTION == "tanh":
+        return tanh(w).to(z.dtype)
+    else:
+        tl.static_assert(FUNCTION == "atan")
+        return atan(w).to(z.dtype)
+
+
+@triton.jit
+def clamp_slope(z, f, FUNCTION: tl.constexpr):
+    """Return f'(z), given f = f(z)."""
+    return 1.0 - f * f if FUNCTION == "tanh" else 1.0 / (1.0 + z * z)
 
 
 @triton.jit
 def exp_of_factor(s, CLAMP: tl.constexpr):
-    """Return exp(s) for s = CLAMP * tanh_of_factor(...).
+    """Return exp(s) for s = CLAMP * clamped(...).
 
     It uses fewer instructions while their error, |s| * 2**-24, is no larger than that of s.
     """

@@ -24,52 +24,55 @@ from fastflow_kernels.engines.triton.launch import (
     values_of,
 )
 from fastflow_kernels.engines.triton.math import (
+    clamped,
     exp_of_factor,
     log_scale_of,
     scale_of,
     scale_slope,
-    tanh_of_factor,
 )
-from fastflow_kernels.engines.triton.tiles import index, load
+from fastflow_kernels.engines.triton.tiles import index, load, sample
 
 
 @triton.jit
 def _gin_sums_kernel(
     a_ptr, dy_ptr, x_ptr, inv_ptr, sums_ptr,
-    B, P, stride_ab, stride_xb,
-    C: tl.constexpr, CLAMP: tl.constexpr, INPUT_SCALE: tl.constexpr, UNPERMUTES_INPUT: tl.constexpr,
-    PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    B, P, stride_ab, stride_xb, stride_dyb,
+    C: tl.constexpr, ACTIVE: tl.constexpr, FUNCTION: tl.constexpr, CLAMP: tl.constexpr,
+    INPUT_SCALE: tl.constexpr, UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute per sample the sum of s before its mean is subtracted, and with dy the sum of h.
 
     With dv = dy[:, inv]::
 
-        s = clamp * tanh(input_scale * a_s)
+        s = clamp * f(input_scale * a_s)
         h = dv2 * x2 * exp(s)
 
     With UNPERMUTES_INPUT x2 is that of x[:, inv].
 
-    Program (b, k) adds every PARTS-th tile of sample b, starting with tile k. P and the strides
-    arrive divided by ALIGN.
+    Program (b, k) adds every PARTS-th tile of sample b, starting with tile k. For PARTS = 0 it adds
+    the channels of the k-th tile of pixels, for a sum per pixel. P and the strides arrive divided
+    by ALIGN.
 
     Args:
         a_ptr: Input (B, 2*C2, P), stride_ab between samples.
-        dy_ptr: Input (B, C, P), contiguous, or None to leave out the sum of h.
+        dy_ptr: Input (B, C, P), stride_dyb between samples, or None to leave out the sum of h.
         x_ptr: Input (B, C, P), stride_xb between samples; None if dy is None.
         inv_ptr: Input (C,), int64, or None for the identity.
-        sums_ptr: Output (1 or 2, B, PARTS), the sums of s and then those of h.
+        sums_ptr: Output (1 or 2, B, PARTS or P), the sums of s and then those of h.
     """
     P = P * ALIGN
-    C2: tl.constexpr = C // 2
+    C2: tl.constexpr = ACTIVE
     C1: tl.constexpr = C - C2
-    b = (tl.program_id(0) // PARTS).to(tl.int64)
-    k = tl.program_id(0) % PARTS
+    pixel_tiles = tl.cdiv(P, BLOCK_COLUMNS)
+    step = PARTS if PARTS > 0 else pixel_tiles
+    b = (tl.program_id(0) // step).to(tl.int64)
+    k = tl.program_id(0) % step
     a_ptr += b * stride_ab * ALIGN
     if dy_ptr is not None:
-        dy_ptr += b * C * P
+        dy_ptr = sample(dy_ptr, b, stride_dyb, C, P, ALIGN)
         x_ptr += b * stride_xb * ALIGN
-    pixel_tiles = tl.cdiv(P, BLOCK_COLUMNS)
     tiles = pixel_tiles * tl.cdiv(C2, BLOCK_CHANNELS)
     sum_s = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
     sum_h = tl.zeros((BLOCK_CHANNELS, BLOCK_COLUMNS), ACC_DTYPE)
@@ -79,7 +82,8 @@ def _gin_sums_kernel(
         p = (tile % pixel_tiles) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
         offs = c[:, None] * P + p
         mask = (c < C2)[:, None] & (p < P)
-        s = CLAMP * tanh_of_factor(INPUT_SCALE * load(a_ptr + offs, mask, ACC_DTYPE), CLAMP)
+        a_s = load(a_ptr + offs, mask, ACC_DTYPE)
+        s = CLAMP * clamped(INPUT_SCALE * a_s, FUNCTION, CLAMP)
         sum_s += s
         if dy_ptr is not None:
             offs_y = index(inv_ptr, C1 + c, c < C2)[:, None] * P + p
@@ -89,35 +93,49 @@ def _gin_sums_kernel(
                 * load(x_ptr + offs_x, mask, ACC_DTYPE)
                 * exp_of_factor(s, CLAMP)
             )
-        tile += PARTS
-    tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_s))
-    if dy_ptr is not None:
-        tl.store(sums_ptr + ((b + B) * PARTS + k), tl.sum(sum_h))
+        tile += step
+    if PARTS > 0:
+        tl.store(sums_ptr + (b * PARTS + k), tl.sum(sum_s))
+        if dy_ptr is not None:
+            tl.store(sums_ptr + ((b + B) * PARTS + k), tl.sum(sum_h))
+    else:
+        p = k * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        tl.store(sums_ptr + (b * P + p), tl.sum(sum_s, axis=0), mask=p < P)
+        if dy_ptr is not None:
+            tl.store(sums_ptr + ((b + B) * P + p), tl.sum(sum_h, axis=0), mask=p < P)
 
 
 def prepare_gin_sums(
-    operands: Operands, stride_ab: int, stride_xb: int | None = None
+    operands: Operands, stride_ab: int, stride_xb: int | None = None, stride_dyb: int | None = None
 ) -> Sums | None:
-    """Prepare GIN's sums per sample, which run ahead of the main pass.
+    """Prepare GIN's sums, per sample or per pixel, which run ahead of the main pass.
 
     Args:
         operands: The operands of the main pass.
         stride_ab: The stride of a between samples.
         stride_xb: The stride of x between samples; None without dy and x.
+        stride_dyb: The stride of dy between samples; None without gaps between them.
 
     Returns:
         The launch, with pointers (a, dy, x, inv). Its sums are (1, B, parts), with dy and x
-        (2, B, parts). None if s keeps its mean: the coupling is not GIN, or has one channel.
+        (2, B, parts); per pixel P stands for parts. None if s keeps its mean: the coupling is not
+        GIN, or has no active channel.
     """
-    channels, batch = operands.channels, operands.batch
-    if not operands.spec.gin or channels < 2:
+    active, batch, pixels = operands.active_channels, operands.batch, operands.pixels
+    if not operands.spec.gin or not active:
         return None
     itemsize = max(4, operands.a_dtype.itemsize)
-    tiles = plan.make_plan(channels // 2, batch, operands.pixels, itemsize, rows=None)
-    parts = plan.gin_parts(tiles, batch)
-    values = values_of(operands, tiles, stride_ab=stride_ab, stride_xb=stride_xb)
-    launch = Launch(_gin_sums_kernel, batch * parts, tiles.warps, values | {"PARTS": parts})
-    return Sums(launch, (1 if stride_xb is None else 2, batch, parts), operands.acc_dtype)
+    tiles = plan.make_plan(active, batch, pixels, itemsize, rows=None)
+    is_per_pixel = operands.spec.mean_per_pixel and pixels > 1
+    # The forward pass on rows reads one sum per sample.
+    parts = 1 if operands.is_rows else plan.gin_parts(tiles, batch)
+    programs = tiles.column_tiles if is_per_pixel else batch * parts
+    values = values_of(
+        operands, tiles, stride_ab=stride_ab, stride_xb=stride_xb, stride_dyb=stride_dyb
+    ) | {"PARTS": 0 if is_per_pixel else parts}
+    launch = Launch(_gin_sums_kernel, programs, tiles.warps, values)
+    shape = (1 if stride_xb is None else 2, batch, pixels if is_per_pixel else parts)
+    return Sums(launch, shape, operands.acc_dtype)
 
 
 @triton.jit
@@ -133,7 +151,7 @@ def _logdet_kernel(
 
     Args:
         part_ptr: Input (B, PART_COUNT), contiguous: partial sums of s.
-        g_ptr: Input (C,), the global scale before its activation.
+        g_ptr: Input (C,), the global scale before its activation; None for scale 1.
         logdet_ptr: Output (B,).
     """
     b = tl.program_id(0).to(tl.int64)
@@ -145,10 +163,11 @@ def _logdet_kernel(
         sum_s += load(part_ptr + offs, offs < PART_COUNT, ACC_DTYPE)
         start += BLOCK_PARTS
     log_scale = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
-    for first in range(0, C, BLOCK_CHANNELS):
-        c = first + tl.arange(0, BLOCK_CHANNELS)
-        g = load(g_ptr + c, c < C, ACC_DTYPE)
-        log_scale += tl.where(c < C, log_scale_of(g, ACTIVATION), 0.0)
+    if g_ptr is not None:
+        for first in range(0, C, BLOCK_CHANNELS):
+            c = first + tl.arange(0, BLOCK_CHANNELS)
+            g = load(g_ptr + c, c < C, ACC_DTYPE)
+            log_scale += tl.where(c < C, log_scale_of(g, ACTIVATION), 0.0)
     tl.store(logdet_ptr + b, SIGN * (tl.sum(sum_s) + P * tl.sum(log_scale)))
 
 
@@ -180,7 +199,7 @@ def log_det_of(
     prepared: Prepared,
     is_aligned: bool,
     x: Tensor,
-    global_scale: Tensor,
+    global_scale: Tensor | None,
     sums: Tensor | None,
     partials: Tensor | None,
 ) -> Tensor:
@@ -190,8 +209,8 @@ def log_det_of(
         prepared: What the pass was prepared with.
         is_aligned: Whether the pointers of the pass are aligned.
         x: A tensor with the pass's batch and device, (B, C, *S).
-        global_scale: The global scale before its activation, C elements.
-        sums: GIN's sums per sample, or None.
+        global_scale: The global scale before its activation, C elements; None for a side.
+        sums: GIN's sums, or None.
         partials: The partial sums of the pass; None for GIN.
     """
     batch, dtype = x.shape[0], prepared.acc_dtype

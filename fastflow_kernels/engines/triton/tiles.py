@@ -53,12 +53,30 @@ def index(index_ptr, c, mask):
 
 
 @triton.jit
+def sample(ptr, b, stride, C: tl.constexpr, P, ALIGN: tl.constexpr):
+    """Return the pointer to sample b. No stride means that samples of C * P values have no gaps."""
+    if stride is None:
+        return ptr + b * C * P
+    else:
+        return ptr + b * stride * ALIGN
+
+
+@triton.jit
 def scale(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """Return activation(g[c]), or 1 for ACTIVATION = None (GIN)."""
+    """Return activation(g[c]), or 1 for ACTIVATION = None (GIN, a side)."""
     if ACTIVATION is None:
         return tl.full((1,), 1.0, ACC_DTYPE)
     else:
         return scale_of(load(g_ptr + c, mask, ACC_DTYPE), ACTIVATION)
+
+
+@triton.jit
+def global_offset(offset_ptr, c, mask, ACC_DTYPE: tl.constexpr):
+    """Return offset[c], or 0 without an offset (a side)."""
+    if offset_ptr is None:
+        return tl.full((1,), 0.0, ACC_DTYPE)
+    else:
+        return load(offset_ptr + c, mask, ACC_DTYPE)
 
 
 @triton.jit
@@ -73,19 +91,26 @@ def inverse_scale(scale):
 
 @triton.jit
 def log_scale_sum(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
-    """Return the sum of log(activation(g[c])) over the channels c that exist."""
-    return tl.sum(tl.where(mask, log_scale_of(load(g_ptr + c, mask, ACC_DTYPE), ACTIVATION), 0.0))
+    """Return the sum of log(activation(g[c])) over the channels c that exist, 0 for a side."""
+    if ACTIVATION is None:
+        return tl.full((), 0.0, ACC_DTYPE)
+    else:
+        g = load(g_ptr + c, mask, ACC_DTYPE)
+        return tl.sum(tl.where(mask, log_scale_of(g, ACTIVATION), 0.0))
 
 
 @triton.jit
-def total(sums_ptr, b, B, PARTS: tl.constexpr):
-    """Return sums[b, :].sum() for the samples b, (1, 1) or (1, BLOCK_COLUMNS).
+def total(sums_ptr, b, exists, p, P, PARTS: tl.constexpr):
+    """Return sums[b, :].sum() for the samples b that exist, (1, 1) or (1, BLOCK_COLUMNS).
 
-    The order of additions is always the same.
+    The order of additions is always the same. PARTS = 0 returns sums[b, p] for the pixels p.
     """
-    k = tl.arange(0, PARTS)[:, None]
-    return tl.sum(
-        tl.load(sums_ptr + b * PARTS + k, mask=k < tl.where(b < B, PARTS, 0), other=0.0),
-        axis=0,
-        keep_dims=True,
-    )
+    if PARTS == 0:
+        return tl.load(sums_ptr + b * P + p, mask=p < tl.where(exists, P, 0), other=0.0)
+    else:
+        k = tl.arange(0, PARTS)[:, None]
+        return tl.sum(
+            tl.load(sums_ptr + b * PARTS + k, mask=k < tl.where(exists, PARTS, 0), other=0.0),
+            axis=0,
+            keep_dims=True,
+        )
