@@ -36,7 +36,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         ("kinds", KINDS, ("block",), "block"),
         ("modes", MODES, None, "all; with COMMIT all but backward"),
         ("dtypes", DTYPES, ("float32",), "float32"),
-        ("providers", PROVIDERS, None, "the first four; with COMMIT ours"),
+        ("providers", PROVIDERS, None, "all that run eagerly; with COMMIT ours"),
     ):
         choice.add_argument(
             f"--{option}",

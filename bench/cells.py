@@ -12,6 +12,7 @@ NOISE = 0.02  # ratios this close to 1 differ no more than two runs of the same 
 EMPTY = "–"
 
 PEERS = {"anomalib": "anomalib 2.7.0", "freia": "FrEIA main"}
+COUPLING_PEERS = {"freia-0.2": "FrEIA 0.2", "freia": "FrEIA main"}
 # Workloads by how their names begin, in words.
 MODELS = {
     "fastflow-wrn50": "FastFlow, wide-resnet50",
@@ -36,6 +37,12 @@ MODELS = {
     "small/image channels-last": "small images, channels-last",
     "small/image": "small images",
     "small/signal": "one signal",
+    "cinn-images": "GLOW, conditional",
+    "cinn": "GLOW, conditional",
+    "glow": "GLOW",
+    "rnvp": "RNVP",
+    "gin": "GIN",
+    "one-sided": "one-sided, permuted",
 }
 
 Item = TypeVar("Item")

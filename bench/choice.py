@@ -56,9 +56,10 @@ class Choice:
             for mode in self.modes
         ]
 
-    def with_ours(self) -> list[str]:
-        """Return the providers and those of ours that they are compared with."""
-        needed = {"ours", *self.providers, *(PROVIDERS[p].our_base for p in self.providers)}
+    def with_ours(self, block: str) -> list[str]:
+        """Return those providers that have a class of blocks, and ours to compare them with."""
+        having = [name for name in self.providers if PROVIDERS[name].has(block)]
+        needed = {"ours", *having, *(PROVIDERS[name].our_base(block) for name in having)}
         return [name for name in PROVIDERS if name in needed]
 
 

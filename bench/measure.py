@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.choice import Group
 from bench.providers import PROVIDERS, Provider, block_class, why_not
 from bench.records import Row
-from bench.subject import MINIMAL_BYTES, NotMeasurable, Subject, build_model, draw_samples
+from bench.subject import NotMeasurable, Subject, build_model, draw_samples, minimal_bytes
 from bench.timing import MOST_CALLS, Times, interleaved
 from bench.workloads import WHOLE
 from tests.support.compare import assert_close
@@ -68,7 +68,7 @@ class Task:
         self.kind, self.workload, self.settings = group.kind, group.workload, settings
         self.dtype: torch.dtype = getattr(torch, group.dtype)
         self.samples = draw_samples(self.kind, self.workload, self.dtype, settings.device)
-        build, _ = block_class(PROVIDERS["ours"])
+        build, _ = block_class(PROVIDERS["ours"], self.workload, self.kind)
         self.weights = build_model(self.kind, self.workload, build, "anomalib").to(self.dtype)
         self.subjects: dict[str, Subject] = {}
         self.absent: dict[str, Exception] = {}
@@ -169,7 +169,7 @@ class Task:
         and in ours.
         """
         steps = self.workload.steps if self.kind in WHOLE else 1
-        if subject.provider.execution == "eager" or name in ("output", "dx", "da"):
+        if subject.provider.execution == "eager" or name.startswith(("output", "dx", "da")):
             return steps
         batch, channels, *_ = self.workload.shape
         return steps * math.sqrt(
@@ -218,13 +218,14 @@ class Task:
             "shape": list(self.workload.shape),
             "mode": mode,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "block": self.workload.block,
             "provider": name,
-            "class": block_class(PROVIDERS[name])[1],
+            "class": block_class(PROVIDERS[name], self.workload, self.kind)[1],
         }
 
     def _figures(self, mode: str, name: str, times: dict[str, Times]) -> Row:
         measured, subject = times[name], self.subjects[name]
-        base = subject.provider.our_base
+        base = subject.provider.our_base(self.workload.block)
         ours, ours_alike = (
             times.get(base),
             times.get(Provider(base, subject.provider.execution).name),
@@ -247,7 +248,7 @@ class Task:
             "copy_gbs": self.settings.copy_bandwidth * 1e-9,
         }
         if self.kind not in WHOLE:
-            rate = MINIMAL_BYTES[mode] * self.samples[0].x.nbytes / median
+            rate = minimal_bytes(mode, self.samples[0]) / median
             figures |= {"gbs": rate * 1e-9, "share": rate / self.settings.copy_bandwidth}
         if mode == "train" and subject.provider.execution != "graphs":
             figures["kept_bytes"] = subject.kept()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.fastflow import SequenceFlow
-from fastflow_kernels import AllInOneBlock
+from fastflow_kernels import AllInOneBlock, GLOWCouplingBlock
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.engines import operator_constants
 from fastflow_kernels.engines.available import triton_engine
@@ -138,6 +138,26 @@ def test_function_alone(benchmark: Any, backward: bool) -> None:
             torch.autograd.backward([y, logdet], [dy, dlogdet])
 
     _measure(benchmark, step)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("mode", ["forward", "inverse", "train-step"])
+def test_glow(benchmark: Any, mode: str, shape: tuple[int, ...]) -> None:
+    """Time a GLOW block, which has two sides, so twice as many launches as the blocks above."""
+    is_step = mode == "train-step"
+    a = torch.randn(shape, requires_grad=is_step)  # C / 2 scales and as many shifts
+    block = GLOWCouplingBlock(
+        [shape[1:]], subnet_constructor=lambda *_: Stored(a), backend="triton"
+    )
+    x = torch.randn(shape, requires_grad=is_step)
+    dy, dlogdet = torch.randn(shape), torch.randn(shape[0])
+
+    def step() -> None:
+        (y,), logdet = block([x])
+        torch.autograd.backward([y, logdet], [dy, dlogdet])
+
+    with torch.set_grad_enabled(is_step):
+        _measure(benchmark, step if is_step else lambda: block([x], rev=mode == "inverse"))
 
 
 # --- compiled calls -------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.cells import PEERS, grouped, input_name, number, shape_of, speedup, table
+from bench.cells import COUPLING_PEERS, PEERS, grouped, input_name, number, shape_of, speedup, table
 from bench.libraries_report import library_table
-from bench.records import RESULTS, Row
+from bench.records import RESULTS, Row, is_of_couplings
 
 CPU, GPU = "cpu-amd-epyc", "nvidia-h200"
 CHAINS = {
@@ -97,18 +97,21 @@ def freia_class(rows: list[Row]) -> list[str]:
 
 def kept(rows: list[Row]) -> list[str]:
     """Return a table: what a block keeps for backward, as multiples of its input."""
-    chosen = _chosen(rows, CPU, kind="block", mode="train", dtype="float32")
+    return _kept(_chosen(rows, CPU, kind="block", mode="train", dtype="float32"), PEERS)
+
+
+def _kept(rows: list[Row], peers: dict[str, str]) -> list[str]:
     return table(
-        ["input", "ours", *PEERS.values()],
+        ["input", "ours", *peers.values()],
         [
             [
                 name,
                 *(
                     number(_first(group, provider=p), "kept_in_inputs", "{:.1f}")
-                    for p in ("ours", *PEERS)
+                    for p in ("ours", *peers)
                 ),
             ]
-            for name, group in grouped(chosen, input_name)
+            for name, group in grouped(rows, input_name)
         ],
     )
 
@@ -216,6 +219,34 @@ def cpu_flows(rows: list[Row]) -> list[str]:
     )
 
 
+def couplings(kind: str) -> Callable[[list[Row]], list[str]]:
+    """Return the maker of a table: FrEIA's time divided by ours, of coupling blocks on a CPU.
+
+    Args:
+        kind: "block" or "flow".
+    """
+    modes = {"forward": "forward", "train": "training step", "inverse": "inverse"}
+    columns = [(peer, mode) for peer in COUPLING_PEERS for mode in modes]
+
+    def lines_of(rows: list[Row]) -> list[str]:
+        chosen = _chosen(rows, CPU, of_couplings=True, kind=kind, dtype="float32")
+        return table(
+            ["input", *(f"{COUPLING_PEERS[peer]}, {modes[mode]}" for peer, mode in columns)],
+            [
+                [name, *(speedup(_first(group, provider=p, mode=mode)) for p, mode in columns)]
+                for name, group in grouped(chosen, input_name)
+            ],
+        )
+
+    return lines_of
+
+
+def couplings_kept(rows: list[Row]) -> list[str]:
+    """Return a table: what a coupling block keeps for backward, as multiples of its input."""
+    chosen = _chosen(rows, CPU, of_couplings=True, kind="block", mode="train", dtype="float32")
+    return _kept(chosen, COUPLING_PEERS)
+
+
 def depths(key: str, form: str, unit: float = 1.0) -> Callable[[list[Row]], list[str]]:
     """Return the maker of a table: one figure of chains that grow, on a CPU.
 
@@ -249,12 +280,22 @@ def libraries(mode: str) -> Callable[[list[Row]], list[str]]:
     return lines_of
 
 
-def _chosen(rows: list[Row], device: str, **where: object) -> list[Row]:
-    """Return the rows of a device whose values are those of ``where``, without skipped ones."""
+def _chosen(rows: list[Row], device: str, of_couplings: bool = False, **where: object) -> list[Row]:
+    """Return the rows of a device whose values are those of ``where``, without skipped ones.
+
+    Args:
+        rows: Any rows.
+        device: The device's folder.
+        of_couplings: Choose the rows of FrEIA's coupling blocks, instead of all others.
+        where: Keys of a row with their values.
+    """
     return [
         row
         for row in rows
-        if row["device"] == device and row.get("threads") in (None, 1) and _agrees(row, where)
+        if row["device"] == device
+        and row.get("threads") in (None, 1)
+        and is_of_couplings(row) == of_couplings
+        and _agrees(row, where)
     ]
 
 
@@ -277,6 +318,9 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "cpu-freia-class": freia_class,
     "cpu-bfloat16": cpu_bfloat16,
     "cpu-flows": cpu_flows,
+    "cpu-couplings": couplings("block"),
+    "cpu-coupling-flows": couplings("flow"),
+    "couplings-kept": couplings_kept,
     "demo": demo,
     "kept": kept,
     "libraries-train": libraries("train"),

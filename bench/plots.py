@@ -14,14 +14,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.cells import PEERS, input_name
+from bench.cells import COUPLING_PEERS, PEERS, input_name
 from bench.records import Row
 from bench.subject import MODES
 
 # The colours of Okabe and Ito, which colour-blind people can tell apart. Each has a marker of its
 # own for those who print in grey.
 BLACK, SKY, GREEN, BLUE, RED = "#000000", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
-BASE_COLOURS = {"ours": BLUE, "ours-freia": SKY, "anomalib": RED, "freia": GREEN}
+PURPLE = "#CC79A7"
+BASE_COLOURS = {
+    "ours": BLUE,
+    "ours-freia": SKY,
+    "ours-accelerated": SKY,
+    "anomalib": RED,
+    "freia": GREEN,
+    "freia-0.2": PURPLE,
+}
 DEPTH_STYLES = {
     "plain": (SKY, "s"),
     "checkpoint": (GREEN, "^"),
@@ -30,6 +38,7 @@ DEPTH_STYLES = {
 }
 EXECUTION_MARKERS = {"": "o", "-compiled": "^", "-graphs": "s"}
 LINES = {"o": "-", "^": "--", "s": ":"}
+NAMES = PEERS | COUPLING_PEERS
 MARGIN = {"left": 3.2, "right": 0.25, "top": 0.75, "bottom": 1.25}  # inches
 
 
@@ -96,7 +105,7 @@ def save_speedup(rows: list[Row], kind: str, key: str, title: str, path: Path) -
     if rows[0]["threads"] is None:  # a GPU, which is timed in two ways
         title += ", as called from Python" if key == "ratio_wall" else ", the GPU's own time"
     handles = [
-        _handle(name, f"{PEERS.get(name, name)} / {_compared_with(name)}") for name in providers
+        _handle(name, f"{NAMES.get(name, name)} / {_compared_with(name)}") for name in providers
     ]
     _finish(
         figure,

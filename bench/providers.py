@@ -1,4 +1,7 @@
-"""The providers: the stock blocks and ours, each eager, compiled, or in a CUDA graph."""
+"""The providers: the stock blocks and ours, each eager, compiled, or in a CUDA graph.
+
+:mod:`bench.couplings` has the classes of coupling blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from torch.nn import functional as F
 
 import fastflow_kernels
 import reference
-from bench.workloads import Workload
+from bench import couplings
+from bench.workloads import ALL_IN_ONE, WHOLE, Workload
 from tests.support import freia_main, peers
 
 EXECUTIONS = ("eager", "compiled", "graphs")
@@ -26,7 +30,7 @@ class Provider:
     """A block and a way to call it.
 
     Attributes:
-        base: "ours", "ours-freia", "anomalib" or "freia". The truth comes from "reference" and
+        base: One of ALL_IN_ONE_BASES or COUPLING_BASES. The truth comes from "reference" and
             "reference-freia".
         execution: One of EXECUTIONS. "compiled" is ``torch.compile``. On a GPU the graph of ours
             calls our kernels as operators. "graphs" means ``mode="reduce-overhead"`` for the stock
@@ -48,16 +52,21 @@ class Provider:
     def dialect(self) -> str:
         return "freia" if self.base.endswith("freia") else "anomalib"
 
-    @property
-    def our_base(self) -> str:
-        """The base of ours that computes the same formula."""
-        return "ours-freia" if self.dialect == "freia" else "ours"
+    def our_base(self, block: str) -> str:
+        """Return the base of ours that computes the same formula, for a class of blocks."""
+        return "ours-freia" if self.dialect == "freia" and block == ALL_IN_ONE else "ours"
+
+    def has(self, block: str) -> bool:
+        """Return whether the provider has a class of blocks."""
+        return self.base in (ALL_IN_ONE_BASES if block == ALL_IN_ONE else COUPLING_BASES)
 
 
+ALL_IN_ONE_BASES = ("ours", "ours-freia", "anomalib", "freia")
+COUPLING_BASES = ("ours", "ours-accelerated", "freia", "freia-0.2")
 PROVIDERS = {
     p.name: p
     for execution in EXECUTIONS
-    for p in (Provider(b, execution) for b in ("ours", "ours-freia", "anomalib", "freia"))
+    for p in (Provider(b, execution) for b in dict.fromkeys(ALL_IN_ONE_BASES + COUPLING_BASES))
 }
 EAGER = tuple(p for p in PROVIDERS.values() if p.execution == "eager")
 
@@ -84,13 +93,18 @@ class StandIn(reference.AllInOneBlock):
         return (F.linear, F.conv1d, F.conv2d, F.conv3d)[self.input_rank](x, w)
 
 
-def block_class(provider: Provider) -> tuple[Callable[..., nn.Module], str]:
+def block_class(
+    provider: Provider, workload: Workload, kind: str
+) -> tuple[Callable[..., nn.Module], str]:
     """Return the constructor of a provider's block, and the name of its class in words.
 
     For dialect "anomalib" the stock class is that of anomalib 2.7.0 if it is installed. Otherwise
     it is that of FrEIA 0.2, which has the same formula. For dialect "freia" it is that of FrEIA's
     main branch (ci/freia_main.sh installs it). If none is installed, the reference stands in.
     """
+    if workload.block != ALL_IN_ONE:
+        permutes = workload.permutes or kind in WHOLE
+        return couplings.block_class(provider.base, workload.block, permutes)
     dialect = provider.dialect
     if provider.is_ours:
         ours = partial(fastflow_kernels.AllInOneBlock, dialect=dialect)
@@ -106,6 +120,10 @@ def block_class(provider: Provider) -> tuple[Callable[..., nn.Module], str]:
 
 def why_not(provider: Provider, workload: Workload, on_cpu: bool) -> str | None:
     """Return the reason why a provider cannot run a workload, or None if it can."""
+    if not provider.has(workload.block):
+        return f"{provider.base} has no {workload.block}"
+    if provider.base == "ours-accelerated" and not couplings.is_installed(provider.base):
+        return "FrEIA is not installed"
     if provider.execution == "graphs" and on_cpu:
         return "CUDA graphs need a GPU"
     if provider.dialect == "freia" and workload.options.get("learned_householder_permutation"):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bench.machine import cpu_model, version_of
+from bench.workloads import ALL_IN_ONE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -118,6 +119,11 @@ def read(paths: Iterable[Path]) -> list[Row]:
         for file in (sorted(path.rglob("*.jsonl")) if path.is_dir() else [path])
     ]
     return [json.loads(line) for file in files for line in file.read_text().splitlines() if line]
+
+
+def is_of_couplings(row: Row) -> bool:
+    """Return whether a row is about FrEIA's coupling blocks, not about AllInOneBlock."""
+    return row.get("block", ALL_IN_ONE) != ALL_IN_ONE
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:

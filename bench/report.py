@@ -17,14 +17,17 @@ from bench.libraries_report import library_tables
 from bench.performance import CPU, save_tables
 from bench.plots import label, save_depth, save_speedup, save_sweep
 from bench.providers import PROVIDERS
-from bench.records import Row, newest
+from bench.records import Row, is_of_couplings, newest
 from bench.subject import MODES
 from bench.workloads import WORKLOADS
 
+# By kind, and by whether the rows are of FrEIA's coupling blocks.
 HEADINGS = {
-    "block": "Block alone",
-    "flow": "Whole flow, with its subnets",
-    "sweep": "As batch, channels and pixels grow",
+    ("block", False): "Block alone",
+    ("block", True): "Coupling block alone",
+    ("flow", False): "Whole flow, with its subnets",
+    ("flow", True): "Whole flow of coupling blocks, with its subnets",
+    ("sweep", False): "As batch, channels and pixels grow",
 }
 
 
@@ -135,8 +138,8 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
     if save_sweep(rows, title, out / f"sweep-{name}.png"):
         parts += _image(f"sweep-{name}.png")
     parts += _depths(rows, title, name, out)
-    for kind, heading in HEADINGS.items():
-        chosen = [row for row in rows if row["kind"] == kind]
+    for what, heading in HEADINGS.items():
+        chosen = [row for row in rows if (row["kind"], is_of_couplings(row)) == what]
         if chosen:
             parts += [f"### {heading}", "", *figure_table(chosen), ""]
             if threads == 0:
@@ -225,8 +228,15 @@ def _provenance(rows: list[Row]) -> str:
 
 def _classes(rows: list[Row]) -> str:
     """Return which classes the providers' names stand for."""
-    names = {row["provider"]: row["class"] for row in rows if row["kind"] in HEADINGS}
-    return "\n".join(f"- {provider}: {name}" for provider, name in names.items())
+    names: dict[tuple[str, bool], str] = {}
+    for row in rows:
+        if (row["kind"], is_of_couplings(row)) in HEADINGS:
+            names[row["provider"], is_of_couplings(row)] = row["class"]
+    lines = [
+        f"- {provider}{' (coupling blocks)' * of_couplings}: {name}"
+        for (provider, of_couplings), name in names.items()
+    ]
+    return "\n".join(lines)
 
 
 def goal_table(decided: list[Goal]) -> list[str]:

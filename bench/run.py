@@ -51,7 +51,7 @@ def compare(choice: Choice, seconds: float, budget: float, target: Path) -> int:
             task = None  # free the last task's memory first
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            task = Task(group, choice.with_ours(), settings)
+            task = Task(group, choice.with_ours(group.workload.block), settings)
         outcomes = task.measure(group.mode)
         failed |= any(outcome.failure for outcome in outcomes.values())
         if outcomes["ours"].failure is None:

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from bench import couplings
+from bench.cuda_graphs import captured, graphed
 from bench.fastflow import ReversibleFlow, SequenceFlow, conv_subnet, linear_subnet
 from bench.providers import Provider, block_class, copy_weights, rotations_drawn_once
-from bench.workloads import WHOLE, Workload
+from bench.workloads import ALL_IN_ONE, WHOLE, Workload
 from fastflow_kernels import AllInOneBlock
 from tests.support.memory import bytes_kept_for_backward
 
 MODES = ("forward", "inverse", "backward", "train")
-# The bytes that each mode has to read and write at least, as multiples of the input's bytes.
-MINIMAL_BYTES = {"forward": 3, "inverse": 3, "backward": 5, "train": 8}
+# How often each mode has to read or write tensors at least: of the input's size, and of the
+# coefficients'.
+ACCESSES = {"forward": (2, 1), "inverse": (2, 1), "backward": (3, 2), "train": (5, 3)}
 
 
 class NotMeasurable(Exception):
@@ -33,10 +36,11 @@ class Sample:
 
     Attributes:
         x: The input (B, C, *S).
-        a: The stored output of the subnet, or None for a whole flow.
+        a: The stored output of the (first) subnet, or None for a whole flow.
         c: The conditions.
         dy: The gradient of the output, of the shape of x.
         dlogdet: The gradient of the log-determinant, (B,).
+        more_a: The stored outputs of the other subnets of a coupling block.
     """
 
     x: Tensor
@@ -44,6 +48,12 @@ class Sample:
     c: list[Tensor]
     dy: Tensor
     dlogdet: Tensor
+    more_a: tuple[Tensor, ...] = ()
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """The stored outputs of all subnets."""
+        return () if self.a is None else (self.a, *self.more_a)
 
     def to(self, dtype: torch.dtype) -> Sample:
         """Return the same values in another dtype."""
@@ -58,6 +68,7 @@ class Sample:
             [converted(c) for c in self.c],
             converted(self.dy),
             converted(self.dlogdet),
+            tuple(map(converted, self.more_a)),
         )
 
 
@@ -85,9 +96,11 @@ def draw_samples(
         # The input of a whole flow are features, which need no gradient.
         is_single_block = kind not in WHOLE
         x = random(batch, channels, *spatial).requires_grad_(is_single_block)
-        a = random(batch, channels // 2 * 2, *spatial).requires_grad_() if is_single_block else None
+        outputs = subnet_outputs(workload) if is_single_block else []
+        stored = tuple(random(batch, n, *spatial).requires_grad_() for n in outputs)
         c = [random(batch, width, *spatial) for width in workload.conditions]
-        return Sample(x, a, c, random(batch, channels, *spatial), random(batch))
+        dy, dlogdet = random(batch, channels, *spatial), random(batch)
+        return Sample(x, stored[0] if stored else None, c, dy, dlogdet, stored[1:])
 
     first = draw()
     if device.type != "cuda":
@@ -96,12 +109,26 @@ def draw_samples(
     return [first, *(draw() for _ in range(math.ceil(2 * cache / first.x.nbytes)))]
 
 
+def subnet_outputs(workload: Workload) -> list[int]:
+    """Return how many channels each subnet of a block returns."""
+    if workload.block == ALL_IN_ONE:
+        return [workload.shape[1] // 2 * 2]
+    return couplings.subnet_outputs(workload.block, *_dims(workload, workload.shape[2:]))
+
+
+def minimal_bytes(mode: str, sample: Sample) -> int:
+    """Return how many bytes a mode has to read and write at least."""
+    of_input, of_coefficients = ACCESSES[mode]
+    return of_input * sample.x.nbytes + of_coefficients * sum(a.nbytes for a in sample.stored)
+
+
 class _StoredSubnet(nn.Module):
     """A subnet that costs nothing, because it returns a stored tensor.
 
-    Stock blocks overwrite their subnet's output, which a CUDA graph forbids for an input. So they
-    get a copy, which the compiler fuses away. Ours does not overwrite it. It gets no copy, because
-    a compiler cannot fuse one with our operators. Eager calls get a copy from Subject._arguments.
+    Stock AllInOneBlocks overwrite their subnet's output, which a CUDA graph forbids for an input.
+    So they get a copy, which the compiler fuses away. Other blocks do not overwrite it. Ours gets
+    no copy, because a compiler cannot fuse one with our operators. Eager calls get a copy from
+    Subject._arguments.
     """
 
     a: Tensor
@@ -112,21 +139,31 @@ class _StoredSubnet(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """A block without the cost of its subnet: ``(x, a, *conditions) -> (y, logdet)``."""
+    """A block without the cost of its subnets: ``(x, *stored, *conditions) -> (y, logdet)``."""
+
+    zeros: Tensor
 
     def __init__(
         self, build: Callable[..., nn.Module], workload: Workload, declared: tuple[int, ...]
     ) -> None:
         super().__init__()
-        dims, dims_c = _dims(workload, declared)
-        self.subnet = _StoredSubnet()
-        self.block = build(dims, dims_c, lambda *_: self.subnet, **workload.options)
-        self.subnet.is_overwritten = not isinstance(self.block, AllInOneBlock)
+        self.subnets: list[_StoredSubnet] = []
+        self.block = build(*_dims(workload, declared), self._store, **workload.options)
+        is_ours = isinstance(self.block, AllInOneBlock)
+        for subnet in self.subnets:
+            subnet.is_overwritten = workload.block == ALL_IN_ONE and not is_ours
+        # FrEIA's blocks that preserve volume return the number 0.0.
+        self.register_buffer("zeros", torch.zeros(workload.shape[0]), persistent=False)
 
-    def forward(self, x: Tensor, a: Tensor, *c: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        self.subnet.a = a
-        (y,), logdet = self.block([x], list(c), rev=rev)
-        return y, logdet
+    def _store(self, *_: int) -> nn.Module:
+        self.subnets.append(_StoredSubnet())
+        return self.subnets[-1]
+
+    def forward(self, x: Tensor, *tensors: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        for subnet, a in zip(self.subnets, tensors, strict=False):
+            subnet.a = a
+        (y,), logdet = self.block([x], list(tensors[len(self.subnets) :]), rev=rev)
+        return y, logdet if isinstance(logdet, Tensor) else self.zeros
 
 
 class Chain(nn.Module):
@@ -210,7 +247,7 @@ class Subject:
         samples: list[Sample],
         weights_from: nn.Module | None = None,
     ) -> None:
-        build, _ = block_class(provider)
+        build, _ = block_class(provider, workload, kind)
         self.provider, self.samples, self.next = provider, samples, 0
         self.model = build_model(kind, workload, build, provider.dialect)
         if weights_from is not None:
@@ -229,9 +266,9 @@ class Subject:
     def _speed_up(self, provider: Provider) -> None:
         """Compile the calls or capture them in CUDA graphs. On a GPU ours run our kernels."""
         if provider.is_ours and provider.execution == "graphs":
-            self.graphed = _graphed(self.model, self._arguments(self.samples[0]))
+            self.graphed = graphed(self.model, self._arguments(self.samples[0]))
             self.call = {
-                rev: _captured(partial(self.model, rev=rev), self._arguments(self.samples[0]))
+                rev: captured(partial(self.model, rev=rev), self._arguments(self.samples[0]))
                 for rev in (False, True)
             }
             return
@@ -261,13 +298,14 @@ class Subject:
 
     def _prepare_call(self, mode: str, sample: Sample, in_graphs: bool) -> Callable[[], Any]:
         arguments, dlogdet = self._arguments(sample), sample.dlogdet.to(self.logdet_dtype)
-        inputs = [
-            t for t in (sample.x, sample.a) if t is not None and t.requires_grad
-        ] + self.parameters
+        inputs = [t for t in (sample.x, *sample.stored) if t.requires_grad] + self.parameters
         forward = getattr(self, "graphed", self.call[False])
 
-        def backward(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(outputs, inputs, [sample.dy, dlogdet], allow_unused=True)
+        def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+            grads = [sample.dy, dlogdet]
+            if not outputs[1].requires_grad:  # a constant, because the blocks preserve volume
+                outputs, grads = outputs[:1], grads[:1]
+            return torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
 
         def train() -> tuple[Tensor | None, ...]:
             if in_graphs:
@@ -293,8 +331,8 @@ class Subject:
         return dict(zip(self._names(mode), run(), strict=True))
 
     def _arguments(self, sample: Sample) -> tuple[Tensor, ...]:
-        """Return the model's inputs. The stored output is copied, as stock blocks overwrite it."""
-        return (sample.x, *(() if sample.a is None else (_Copy.apply(sample.a),)), *sample.c)
+        """Return the model's inputs. Stored outputs are copied, as stock blocks overwrite them."""
+        return (sample.x, *map(_Copy.apply, sample.stored), *sample.c)
 
     def kept(self) -> int:
         """Return the bytes kept between forward and backward, for a whole flow with its subnets."""
@@ -307,7 +345,8 @@ class Subject:
     def _names(self, mode: str) -> list[str]:
         if mode in ("forward", "inverse"):
             return ["output", "log-det"]
-        inputs = ["dx", "da"] if self.samples[0].a is not None else []
+        stored = len(self.samples[0].stored)
+        inputs = ["dx", "da", *(f"da{i}" for i in range(2, stored + 1))] if stored else []
         return [
             "output",
             "log-det",
@@ -326,46 +365,3 @@ class _Copy(Function):
     @staticmethod
     def backward(ctx: Any, da: Tensor) -> Tensor:
         return da
-
-
-class _Positional(nn.Module):
-    """A model that takes only positional arguments, as make_graphed_callables requires."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model(*arguments)
-
-
-def _graphed(model: nn.Module, arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Record the forward and the backward pass of a model once each.
-
-    The graph overwrites its inputs, so they are copies.
-    """
-    static = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in arguments)
-    return torch.cuda.make_graphed_callables(_Positional(model), static, allow_unused_input=True)
-
-
-def _captured(call: Callable[..., Any], arguments: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Record a call without gradients. A replay copies its inputs into place."""
-    static = [t.detach().clone() for t in arguments]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(stream):
-        # Warm up: what compiles or allocates on a first call must not be recorded.
-        for _ in range(3):
-            call(*static)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        outputs = call(*static)
-
-    def replay(*inputs: Tensor) -> Any:
-        for recorded, new in zip(static, inputs, strict=True):
-            recorded.copy_(new)
-        graph.replay()
-        return outputs
-
-    return replay

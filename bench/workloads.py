@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+ALL_IN_ONE = "AllInOneBlock"
+
 
 @dataclass(frozen=True)
 class Workload:
     """A block as a published model uses it, and the flow that the model builds from such blocks.
+
+    In a flow of coupling blocks, a PermuteRandom follows each of them.
 
     Attributes:
         name: The model and its stage.
@@ -25,6 +29,8 @@ class Workload:
         cpu_batch: Batch size on a CPU. None means that of ``shape``.
         cpu_flow_batch: Batch size of the whole flow on a CPU. None means ``cpu_batch``.
         channels_last: Whether every tensor has this memory format.
+        block: The block's class: ALL_IN_ONE, or one of FrEIA's coupling blocks.
+        permutes: Whether a PermuteRandom also follows a coupling block that is measured alone.
     """
 
     name: str
@@ -39,6 +45,8 @@ class Workload:
     cpu_batch: int | None = None
     cpu_flow_batch: int | None = None
     channels_last: bool = False
+    block: str = ALL_IN_ONE
+    permutes: bool = False
 
     def on_cpu(self, kind: str) -> Workload:
         """Return the workload with the batch size for a CPU."""
@@ -65,6 +73,8 @@ _CFLOW_SOFT: dict[str, Any] = {
     "conditions": (128,),
     "steps": 8,
 }
+_GLOW: dict[str, Any] = {"block": "GLOWCouplingBlock", "steps": 8}
+_GLOW_IMAGES: dict[str, Any] = {**_GLOW, "subnet": "conv3", "hidden": 1.0}
 _MSFLOW: dict[str, Any] = {
     "options": {"affine_clamping": 1.9},
     "conditions": (64,),
@@ -140,6 +150,15 @@ WORKLOADS = (
         "small/image channels-last", (2, 6, 16, 16), subnet="conv", steps=4, channels_last=True
     ),
     Workload("small/signal", (1, 256, 256)),
+    # FrEIA's coupling blocks with its defaults, which are the clamp function ATAN and clamp 2.
+    Workload("cinn", (512, 500), conditions=(10,), **_GLOW),
+    Workload("cinn-images", (64, 32, 32, 32), conditions=(16,), cpu_flow_batch=4, **_GLOW_IMAGES),
+    *_stages("glow", [(4096, 64), (2048, 512)], **_GLOW),
+    Workload("glow/3", (4, 64, 64, 64), cpu_flow_batch=1, **_GLOW_IMAGES),
+    *_stages("glow tiny", [(64, 8), (512, 32)], **_GLOW),
+    Workload("rnvp", (4096, 64), block="RNVPCouplingBlock", steps=8),
+    Workload("gin", (4096, 64), block="GINCouplingBlock", steps=8),
+    Workload("one-sided", (4096, 64), block="AffineCouplingOneSided", permutes=True, steps=8),
 )
 
 _SWEEP = (8, 256, 32, 32)
@@ -182,5 +201,5 @@ def workloads(kind: str, on_cpu: bool) -> list[Workload]:
         return list(sweep(on_cpu))
     chosen = [workload for workload in WORKLOADS if workload.steps or kind not in WHOLE]
     if kind == "reversible":
-        chosen = [workload for workload in chosen if not workload.conditions]
+        chosen = [w for w in chosen if w.block == ALL_IN_ONE and not w.conditions]
     return [workload.on_cpu(kind) for workload in chosen] if on_cpu else chosen

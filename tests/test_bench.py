@@ -19,8 +19,9 @@ from bench import measure, providers, records, run, subject, timing
 from bench.__main__ import main
 from bench.choice import Choice, Group, names_among
 from bench.measure import Settings, Task
-from bench.subject import MINIMAL_BYTES, MODES
-from bench.workloads import TYPICAL, WORKLOADS, Workload, workloads
+from bench.providers import Provider
+from bench.subject import MODES
+from bench.workloads import ALL_IN_ONE, TYPICAL, WORKLOADS, Workload, workloads
 from tests.support import peers as stock_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ SMALL = Workload(
     "small", (3, 6, 4, 4), {"affine_clamping": 1.9}, (2,), steps=2, subnet="conv", hidden=1.0
 )
 SETTINGS = Settings(torch.device("cpu"), (2, 3), 0.0, copy_bandwidth=1e10)
-EVERY_ROW = {"kind", "workload", "shape", "mode", "dtype", "provider", "class"}
+EVERY_ROW = {"kind", "workload", "shape", "mode", "dtype", "block", "provider", "class"}
 FIGURES = {
     "median_us",
     "p20_us",
@@ -83,9 +84,8 @@ def test_task_measures_every_mode(kind: str, dtype: str) -> None:
 
 
 def test_rates_count_minimal_bytes() -> None:
-    assert MINIMAL_BYTES == {"forward": 3, "inverse": 3, "backward": 5, "train": 8}
     measured = task("ours")
-    for mode, inputs in MINIMAL_BYTES.items():
+    for mode, inputs in {"forward": 3, "inverse": 3, "backward": 5, "train": 8}.items():
         figures = measured.measure(mode)["ours"].row
         seconds = figures["median_us"] * 1e-6
         assert figures["gbs"] == pytest.approx(inputs * 4 * 3 * 6 * 4 * 4 / seconds * 1e-9)
@@ -120,7 +120,12 @@ class Unable(reference.AllInOneBlock):
 
 def replaced(block: Callable[..., nn.Module], base: str) -> Callable:
     real = providers.block_class
-    return lambda provider: (block, "replaced") if provider.base == base else real(provider)
+
+    def block_class(provider: Provider, workload: Workload, kind: str) -> tuple[Any, str]:
+        is_replaced = provider.base == base
+        return (block, "replaced") if is_replaced else real(provider, workload, kind)
+
+    return block_class
 
 
 def test_wrong_results_give_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +243,7 @@ def test_names_choose_groups() -> None:
 
 
 def test_providers_are_measured_with_those_of_ours_that_they_are_compared_with() -> None:
-    names = choice(providers=["freia-compiled"]).with_ours()
+    names = choice(providers=["freia-compiled"]).with_ours(ALL_IN_ONE)
     assert names == ["ours", "ours-freia", "freia-compiled"]
 
 

@@ -27,7 +27,7 @@ def test_what_is_warmed_is_what_the_benchmarks_launch(monkeypatch: pytest.Monkey
     assert [w for w, dtype, name in todo if (dtype, name) == ("bfloat16", "ours")] == workloads(
         "block", False
     )
-    assert {name for _, _, name in todo} == {"ours", "ours-freia"}
+    assert {name for _, _, name in todo} == {"ours", "ours-freia", "ours-accelerated"}
     calls, compiled = warm.calls_to_warm("cuda"), warm.compiled_jobs()
     others = 2 * len(warm.every_kernel.SHAPES) + len(warm.check.GPU_SHAPES)
     assert len(calls) == len(compiled) + len(todo) + others

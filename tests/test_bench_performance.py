@@ -109,6 +109,27 @@ def test_kept_and_depths() -> None:
     assert cells_of(time) == [[*name, "1.00", "1.50", "1.25", "1.75"]]
 
 
+def test_coupling_blocks_have_tables_of_their_own() -> None:
+    common: Row = {"workload": "glow/1", "block": "GLOWCouplingBlock"}
+    rows = [row(ratio=9.0, provider="freia"), row(ratio=8.0, provider="freia", kind="flow")]
+    for factor, provider in ((1.0, "freia-0.2"), (2.0, "freia")):
+        rows += [
+            row(provider=provider, mode=mode, ratio=ratio * factor, kept_in_inputs=factor, **common)
+            for mode, ratio in (("forward", 1.5), ("train", 2.0), ("inverse", 2.5))
+        ]
+        rows.append(row(provider=provider, ratio=3.0 * factor, kind="flow", **common))
+    rows.append(row(provider="ours", kept_in_inputs=0.5, **common))
+    name, tables = "GLOW (8,\u00a04)", performance.TABLES
+    assert cells_of(tables["cpu-couplings"](rows)) == [
+        [name, "1.50", "2.00", "2.50", "3.00", "4.00", "5.00"]
+    ]
+    flows = cells_of(tables["cpu-coupling-flows"](rows))
+    assert flows == [[name, "–", "3.00", "–", "–", "6.00", "–"]]
+    assert cells_of(tables["couplings-kept"](rows)) == [[name, "0.5", "1.0", "2.0"]]
+    for table in ("cpu-blocks-freia", "cpu-flows", "kept"):
+        assert [line[0] for line in cells_of(tables[table](rows))] == ["tabular (8,\u00a04)"]
+
+
 def test_libraries_and_bfloat16() -> None:
     rows = [
         row(kind="library", mode=mode, provider=name, ratio=ratio, median_us=2500.0)

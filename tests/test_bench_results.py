@@ -163,6 +163,36 @@ def test_goals_of_a_cpu_are_means() -> None:
     assert goal.value == pytest.approx(4.0)
 
 
+def test_coupling_blocks_have_goals_of_their_own() -> None:
+    common = {"workload": "glow/1", "block": "GLOWCouplingBlock"}
+    rows = [row(provider="freia", ratio=1.5), row(provider="freia-0.2", ratio=0.9, **common)]
+    rows += [row(provider="freia", kind="flow", ratio=1.1, **common)]
+    rows += [row(provider="ours-accelerated", ratio=0.5, **common)]
+    decided = {goal.wanted.text: goal for goal in goals(rows)}
+    assert decided["nowhere slower, block alone: best stock block / ours"].value == 1.5
+    alone = decided["nowhere slower, coupling block alone: FrEIA / ours"]
+    assert (alone.value, alone.verdict) == (0.9, "NOT reached")
+    assert decided["nowhere slower, flow of coupling blocks: FrEIA / ours"].verdict == "reached"
+
+
+def test_coupling_blocks_have_sections_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.report import write_report
+
+    common = {"workload": "glow/1", "block": "GLOWCouplingBlock"}
+    rows = [row(), row(provider="freia", ratio=2.0, **{"class": "its block"})]
+    rows += [
+        row(provider=name, ratio=3.0, **common, **{"class": "its coupling"})
+        for name in ("ours", "ours-accelerated", "freia", "freia-0.2")
+    ]
+    text = write_report(rows, tmp_path).read_text()
+    alone, coupling = text.partition("### Coupling block alone\n")[::2]
+    assert "freia-0.2 / ours |" in coupling
+    assert "freia-0.2 / ours |" not in alone.partition("### Block alone\n")[2]
+    assert "- freia: its block\n- ours (coupling blocks): its coupling" in text
+    assert (tmp_path / "performance" / "cpu-couplings.md").is_file()
+
+
 def test_report_of_made_up_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from bench.report import write_report
