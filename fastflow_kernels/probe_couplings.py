@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels import torch_private
-from fastflow_kernels.call import SidesCall
+from fastflow_kernels.call import SidesCall, starts_in_place
 from fastflow_kernels.coupling_forms import (
     CLAMP_FUNCTIONS,
     FORMS,
@@ -61,6 +61,9 @@ def identify(block: Any, cls: Any) -> CouplingMaths:
             raise Left(f"{cls.__name__} overrides {step}")
     names = [subnet for subnets in form.subnets for subnet in subnets]
     with probing(block, names, None):
+        # With conditions the stock block copies the passive part, once for both subnets of a side.
+        if len(names) == 4 and any(starts_in_place(block._modules[subnet]) for subnet in names):
+            raise Left("its subnet starts with an in-place operation, which the side's other sees")
         seen = record_reads(block, cls, live={*names, "clamp"})
         f_clamp = vars(block).get("f_clamp")
         if not form.is_additive and may_read_state(f_clamp):
