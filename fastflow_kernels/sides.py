@@ -112,12 +112,13 @@ def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[
         if i:
             passive = None if side.passive is None else parts[side.passive]
         passive = None if passive is None else for_subnet(passive, route)
-        a, *shift = [for_engine(t, route) for t in call.coefficients(side, passive)]
+        coefficients = [for_engine(t, route) for t in call.coefficients(side, passive)]
+        a, shift = coefficients if len(coefficients) > 1 else (coefficients[0], None)
         if i < len(call.sides) - 1:
             rest = None
         else:  # the last side also takes care of the parts that it does not write
             rest = parts[1 - side.active] if len(parts) > 1 else None
-        operands = before[side.active], a, (*shift, None)[0], rest, output, side.active
+        operands = before[side.active], a, shift, rest, output, side.active
         if route.with_gradients:
             y, sum_s = _apply_side(*operands)
         else:

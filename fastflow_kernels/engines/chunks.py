@@ -30,13 +30,14 @@ def chunk_sizes(
     """Return how many samples, and how many channel pairs of each, form a chunk.
 
     Args:
-        x: The tensor to walk, (B, C, P).
+        x: The tensor to walk, (B, C, P) or (B, C).
         dtype: The dtype of the computation.
         keep_together: Number of consecutive samples that stay in one chunk, each of them whole. 0
             allows a chunk to be a part of one sample.
         pairs: Number of channel pairs, if x is the active half alone.
     """
-    batch, channels, pixels = x.shape
+    batch, channels, *spatial = x.shape
+    pixels = spatial[0] if spatial else 1
     channels, pairs = (channels, max(1, channels // 2)) if pairs is None else (2 * pairs, pairs)
     if x.device.type != "cpu":
         return batch, pairs  # elsewhere each chunk costs launches, so one is best

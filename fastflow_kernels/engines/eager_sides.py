@@ -28,24 +28,24 @@ def transform(x: Tensor, a: Tensor, coupling: Coupling, out: Tensor, sign: float
     """
     acc_dtype = accumulator(promoted(x, a, coupling.shift))
     clamp, kept = SoftClamp.of(coupling, x), coupling.exp
-    x, a, out = flat(x), flat(a), flat(out)
+    x, a, out = _flat(x), _flat(a), _flat(out)
     if coupling.shift is None:
         halves = split_at(a, x.shape[1], x.shape[1])
     else:
-        halves = a, flat(coupling.shift)
+        halves = a, _flat(coupling.shift)
     samples, channels = _chunk_sizes(x, acc_dtype, coupling)
-    shape = samples, channels, x.shape[2]
+    shape = samples, channels, *x.shape[2:]
     s, *work = scratch.take(x, acc_dtype, *[shape] * (1 + clamp.buffers))
     tensors = [x, out, *halves]
     sums: list[Tensor] = []
-    for chunk in chunks_of(0, samples, *tensors, *([] if kept is None else [flat(kept)])):
+    for chunk in chunks_of(0, samples, *tensors, *([] if kept is None else [_flat(kept)])):
         total: Tensor | None = None
         for x_j, out_j, a_s, a_t, *kept_j in chunks_of(1, channels, *chunk):
             x_j, a_s, a_t = cast(x_j, acc_dtype), cast(a_s, acc_dtype), cast(a_t, acc_dtype)
             s_j = kept_j[0] if kept_j else resized(s, a_s)
             clamp.log_factors(a_s, sign, s_j, *[resized(t, a_s) for t in work])
             if not clamp.spec.gin:
-                sum_s = s_j.sum((1, 2))
+                sum_s = s_j.sum(1 if s_j.dim() == 2 else (1, 2))
                 total = sum_s if total is None else total.add_(sum_s)
             exp_s, u = clamp.exp_(s_j), out_j if out_j.dtype is acc_dtype else resized(s, a_s)
             if sign > 0.0:
@@ -69,13 +69,13 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     clamp, active = SoftClamp.of(coupling, x), x.shape[1]
-    x, a_s, halves = flat(x), flat(a).narrow(1, 0, active), flat(da).split(active, 1)
+    x, a_s, halves = _flat(x), _flat(a).narrow(1, 0, active), _flat(da).split(active, 1)
     samples, channels = _chunk_sizes(x, acc_dtype, coupling)
-    shape = samples, channels, x.shape[2]
+    shape = samples, channels, *x.shape[2:]
     exp, slope, *work = scratch.take(x, acc_dtype, *[shape] * (1 + clamp.buffers))
-    tensors = [x, flat(grads.y), flat(dx), a_s, *halves]
-    kept = [] if coupling.exp is None else [flat(coupling.exp)]
-    direct = _direct_gradient(grads.log_det, clamp, acc_dtype)
+    tensors = [x, _flat(grads.y), _flat(dx), a_s, *halves]
+    kept = [] if coupling.exp is None else [_flat(coupling.exp)]
+    direct = [t.view(-1, *[1] * (x.dim() - 1)) for t in _direct(grads.log_det, clamp, acc_dtype)]
     for chunk in chunks_of(0, samples, *tensors, *kept, *direct):
         whole = chunk[: len(tensors) + len(kept)]
         direct_i = chunk[len(whole) :]
@@ -89,17 +89,22 @@ def backward(
                 clamp.exp_and_slope(a_j, exp_j, slope_j, False, *[resized(t, a_j) for t in work])
             if len(halves) > 1:
                 more[0].copy_(dy_j)
-            dx_acc = torch.mul(dy_j, exp_j, out=dx_j if dx_j.dtype is acc_dtype else exp_j)
-            ds_acc = ds if ds.dtype is acc_dtype else torch.empty_like(exp_j)
-            torch.mul(dx_acc, x_j, out=ds_acc)
+            if dx_j.dtype is acc_dtype:
+                dx_acc = torch.mul(dy_j, exp_j, out=dx_j)
+            else:
+                dx_acc = dy_j * exp_j
+                dx_j.copy_(dx_acc)
+            # In scratch: where the samples of ds have gaps, an operation takes twice as long.
+            ds_acc = torch.mul(dx_acc, x_j, out=resized(exp, a_j))
             if clamp.spec.gin:
                 clamp.subtract_mean_(ds_acc)
             elif direct_i:
                 ds_acc.add_(direct_i[0])
-            clamp.times_slope_(ds_acc.mul_(constant(clamp.slope_factor, acc_dtype)), slope_j)
-            for result, computed in ((dx_j, dx_acc), (ds, ds_acc)):
-                if computed is not result:
-                    result.copy_(computed)
+            clamp.times_slope_(ds_acc, slope_j)
+            if ds.dtype is acc_dtype:
+                torch.mul(ds_acc, constant(clamp.slope_factor, acc_dtype), out=ds)
+            else:
+                ds.copy_(ds_acc.mul_(constant(clamp.slope_factor, acc_dtype)))
     return CouplingGrads(dx, da, None, None)
 
 
@@ -111,10 +116,15 @@ def _chunk_sizes(x: Tensor, dtype: torch.dtype, coupling: Coupling) -> tuple[int
     return chunk_sizes(x, dtype, 1 if coupling.spec.gin else 0, x.shape[1])
 
 
-def _direct_gradient(dlog_det: Tensor | None, clamp: SoftClamp, dtype: torch.dtype) -> list[Tensor]:
-    """Return the log-determinant's gradient as (rows, 1, 1), or nothing for GIN and None."""
+def _direct(dlog_det: Tensor | None, clamp: SoftClamp, dtype: torch.dtype) -> list[Tensor]:
+    """Return the gradient of the log-determinant for each row, or nothing for GIN and None."""
     if dlog_det is None or clamp.spec.gin:
         return []
     if clamp.rows_per_sample > 1:
         dlog_det = dlog_det.repeat_interleave(clamp.rows_per_sample)
-    return [cast(dlog_det, dtype).view(-1, 1, 1)]
+    return [cast(dlog_det, dtype)]
+
+
+def _flat(t: Tensor) -> Tensor:
+    """Return t, (B, C, *S), as (B, C) or (B, C, P)."""
+    return t if t.dim() == 2 else flat(t)
