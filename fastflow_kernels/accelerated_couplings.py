@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fastflow_kernels import torch_private
 from fastflow_kernels.accelerated import AcceleratedModule, change_class, class_before
 from fastflow_kernels.call import PermutationCall, SidesCall, check_conditions, single_input
 from fastflow_kernels.coupling_forms import Form, constants_of, sides_of
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FORWARDS_WITH_LINK, ChainLink
 from fastflow_kernels.permutations import IndexPermutation
+from fastflow_kernels.predicates import is_small
 from fastflow_kernels.probe_couplings import CouplingMaths, reads_of_permutation
 from fastflow_kernels.seen import Seen
 from fastflow_kernels.sides import evaluate
@@ -99,6 +101,8 @@ class AcceleratedPermutation(AcceleratedModule):
         permutation = None
         # FrEIA's module takes other numbers of channels, too.
         if self._find_change() is None and len(self.perm) == x[0].shape[1]:
+            if link is None and (torch_private.is_recorded() or is_small(x[0])):
+                return [x[0].index_select(1, self.perm_inv if rev else self.perm)], 0.0
             permutation = self._fastflow.of_index(self.perm, self.perm_inv, rev)
         if not isinstance(permutation, IndexPermutation):  # a load may have left none
             result: tuple[list[Tensor], float] = self._fastflow_stock.forward(self, x, rev, jac)

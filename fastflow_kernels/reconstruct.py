@@ -113,7 +113,8 @@ def _reconstruct_sides(call: SidesCall, grads: OutputGrads) -> Reconstructed:
         i, j, leaf = side.active, side.passive, None
         with torch.enable_grad():
             if j is not None:
-                leaf = parts[j].detach().requires_grad_()
+                # .data, because the next side writes to other channels of the same tensor
+                leaf = parts[j].data.requires_grad_()
             a = joined(call.coefficients(side, None if leaf is None else for_subnet(leaf, route)))
         coefficients_of_side, of_y = (
             for_engine(a.detach(), route),

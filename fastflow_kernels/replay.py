@@ -63,6 +63,10 @@ class ReplayedSubnet:
         autograd records is dropped at once.
         """
         random = self._random_state()
+        # A subnet that ran before may share modules with this one, and have changed them.
+        self.buffers = [
+            (h, name, b, t) for h, name, _, t in self.buffers if (b := h[name]) is not None
+        ]
         before = [(version_of(b), b.clone()) for _, _, b, _ in self.buffers]
         # The user's hooks would otherwise keep what autograd saves here.
         unseen = (
@@ -90,7 +94,9 @@ class ReplayedSubnet:
         return [b for holder, name, b, _ in self.buffers if (id(holder), name) not in changed]
 
     def run_again(self, x: Tensor) -> Tensor:
-        """Run the subnet again, from the same random numbers."""
+        """Run the subnet again, from the same random numbers and buffers."""
+        for holder, name, value in self.changed:
+            holder[name] = value.clone()
         if self.random is None:
             with self.autocast():
                 return self.evaluate(x)

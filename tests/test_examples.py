@@ -65,6 +65,24 @@ def test_conditional_inn(tmp_path: Path) -> None:
 
 
 @pytest.mark.peers
+def test_accelerated_inn(tmp_path: Path) -> None:
+    text = run_example("accelerated_inn.py", tmp_path)
+    assert text.startswith("8 of 8 blocks run fused\n")
+    accelerated, least = printed_values("after training: # nats, # are the least possible", text)
+    (stock,) = printed_values("with FrEIA's own blocks the same weights give # nats", text)
+    (percent,) = printed_values("the samples' mean, mixed as .*, is off by #%", text)
+    # What the measurement tells of 32 standard normals. -log p of a point deviates by
+    # sqrt(32 / 2) nats, and 20000 points are averaged. Two digits are printed.
+    gain = 0.5 * 32 * math.log(2 * math.pi * math.e) - least
+    assert accelerated >= least - 4 * math.sqrt(32 / 2) / math.sqrt(20_000) - 0.01
+    assert accelerated <= least + 0.25 * gain
+    assert stock == pytest.approx(accelerated, abs=0.011)
+    # A quarter of the gain is what a mean costs that is off by 2 sqrt(gain / 8) standard
+    # deviations. The noise's is 0.5, the norm of the eight mixtures some 2.5.
+    assert percent <= 100 * math.sqrt(gain / 2) * 0.5 / 2.5
+
+
+@pytest.mark.peers
 def test_reversible_chain(tmp_path: Path) -> None:
     text = run_example("reversible_chain.py", tmp_path)
     blocks, size = printed_values("# blocks, the input takes # MB", text)

@@ -276,7 +276,8 @@ def test_report() -> None:
     assert "backend='eager'" in str(model)
     assert report(restore(model)) == before
     assert "the model itself" in str(report(model[1][0]))
-    assert str(report(nn.Linear(1, 1))) == "no AllInOneBlock found in the model"
+    nothing = "no AllInOneBlock and no coupling block of FrEIA found in the model"
+    assert str(report(nn.Linear(1, 1))) == nothing
 
 
 def test_report_says_what_overrides_a_step_of_our_class() -> None:

@@ -3,8 +3,8 @@
 The test follows the calls of forward, backward, inverse and reversible chains. Each must name a
 function, a class or a method. Readers, editors and type checkers lose calls through a variable.
 
-A method of an engine is followed in every engine. Methods of other values are followed only for
-``self``, because their types say where they are. Decorators are not followed.
+A method of an engine is followed in every engine. Methods of other values are followed for ``self``
+and for arguments, whose annotations say where they are. Decorators are not followed.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ LAUNCHES = {"launch", "finish", "gin_sums"}
 LAUNCHER = ("engines.triton.launch", "Launch.__call__")
 # Functions of the user: a subnet is called by its name in the block's call.
 USERS = {"subnet"}
+# An argument whose calls count where it is made, as a lambda or by partial.
+ARGUMENTS = {"compute"}
 STARTS = [
     ("modules", "FusedForward.forward"),
     ("fused", "_Coupling.backward"),
+    ("sides", "_Parts.backward"),
+    ("sides", "_Side.backward"),
     ("link", "Link.evaluate"),
     ("link", "_LinkedBlock.backward"),
     ("reconstruct", "reconstruct"),
@@ -76,19 +80,34 @@ def callees(module: str, name: str) -> tuple[set[Place], set[str]]:
     body = [node for statement in function.body for node in ast.walk(statement)]
     local = {n.arg for n in (*ast.walk(function.args), *body) if isinstance(n, ast.arg)}
     local |= {n.id for n in body if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    arguments = (n for n in ast.walk(function.args) if isinstance(n, ast.arg) and n.annotation)
+    types = {n.arg: ast.unparse(n.annotation) for n in arguments if n.annotation}
     known: set[Place] = set()
     lost: set[str] = set()
-    for called in (node.func for node in body if isinstance(node, ast.Call)):
+    for called in (one for node in body if isinstance(node, ast.Call) for one in choices(node)):
         places: list[Place] | None = None
-        if isinstance(called, ast.Name) and called.id not in local - USERS:
+        if isinstance(called, ast.Name) and called.id not in local - USERS - ARGUMENTS:
             places = named(module, called.id)
         elif isinstance(called, ast.Attribute):
-            places = method_of(module, ast.unparse(called.value), called.attr)
+            owner = ast.unparse(called.value)
+            places = method_of(module, owner, called.attr)
+            if places is not None:
+                places += method_of_argument(module, types.get(owner, ""), called.attr)
         if places is None:
             lost.add(ast.unparse(called))
         else:
             known.update(places)
     return known, lost
+
+
+def choices(call: ast.Call) -> list[ast.expr]:
+    """Return what a call may call: both branches of an expression, and the function of a partial.
+
+    A partial is called by whom it is passed to.
+    """
+    if isinstance(call.func, ast.IfExp):
+        return [call.func.body, call.func.orelse]
+    return call.args[:1] if ast.unparse(call.func) == "partial" else [call.func]
 
 
 def named(module: str, name: str) -> list[Place] | None:
@@ -102,7 +121,7 @@ def named(module: str, name: str) -> list[Place] | None:
         origin, _, name = here.imported[name].rpartition(".")
         is_ours = origin.startswith(PREFIX)
         return named(origin.removeprefix(PREFIX), name) if is_ours else []
-    return [] if name in here.classes | USERS or hasattr(builtins, name) else None
+    return [] if name in here.classes | USERS | ARGUMENTS or hasattr(builtins, name) else None
 
 
 def method_of(module: str, owner: str, name: str) -> list[Place] | None:
@@ -124,6 +143,18 @@ def method_of(module: str, owner: str, name: str) -> list[Place] | None:
     if name in LAUNCHES:
         return [LAUNCHER]
     return None if name in callable_fields() - USERS else []
+
+
+def method_of_argument(module: str, annotation: str, name: str) -> list[Place]:
+    """Return the places of a method of an argument whose annotation names classes of ours."""
+    places = []
+    for cls in annotation.split(" | "):
+        origin = source(module).imported.get(cls, f"{PREFIX}{module}.{cls}").removeprefix(PREFIX)
+        home = origin.rpartition(".")[0]
+        is_file = (PACKAGE / (home.replace(".", "/") + ".py")).is_file()
+        if is_file and f"{cls}.{name}" in source(home).functions:
+            places.append((home, f"{cls}.{name}"))
+    return places
 
 
 @cache
@@ -151,6 +182,8 @@ def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
     assert LAUNCHER in reached
     assert LAUNCHER[1] in source(LAUNCHER[0]).functions
     assert {("engines.plain", "forward"), ("engines.plain", "invert_coupling")} <= reached
+    assert {("sides", "_Side.forward"), ("sides", "_Output.write")} <= reached
+    assert {("sides", "transform"), ("call", "SidesCall.coefficients")} <= reached
     assert {("engines.eager", name) for name in ENGINE} <= reached
     assert {(PIXELS[0], f"{PIXELS[1]}.{name}") for name in ENGINE} <= reached
     assert {place for name in ENGINE for place in named(ENGINES[1], name) or ()} <= reached
@@ -178,21 +211,23 @@ def test_the_walk_notices_what_it_looks_for(
         "from fastflow_kernels.seen_by_walk import forward as imported\n"
         "TABLE = [imported]\n"
         "alias = TABLE[0]\n"
-        "def forward(x, run, prepared):\n"
+        "def forward(x, run, prepared, value: Value | None):\n"
         "    direction = seen_by_walk.forward if x else run\n"
         "    local = lambda y: y\n"
         "    x.add_(1).clone(), prepared.launch(x), seen_by_walk.forward(x), imported(x), len(x)\n"
         "    direction(x), run(x), local(x), alias(x), x.action(x)\n"
         "    TABLE[0](x), getattr(x, 'run')(x), (lambda y: y)(x)\n"
+        "    value.write(x), (len if x else imported)(x), partial(local, x), partial(imported, x)\n"
         "class Value:\n"
         "    action: Callable[[], None]\n"
+        "    def write(self, x): ...\n"
     )
     callable_fields.cache_clear()
     try:
         known, lost = callees("lost", "forward")
     finally:
         callable_fields.cache_clear()
-    assert known == {LAUNCHER, ("seen_by_walk", "forward")}
+    assert known == {LAUNCHER, ("seen_by_walk", "forward"), ("lost", "Value.write")}
     assert lost == {
         "direction", "run", "local", "alias", "x.action",
         "TABLE[0]", "getattr(x, 'run')", "lambda y: y",
