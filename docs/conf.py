@@ -66,18 +66,37 @@ html_math_renderer = "mathml"
 def _escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
     """Escape the star of ``(B, C, *S)``, which would start emphasis.
 
-    Examples and text in double backquotes stay as they are.
+    Examples, formulas after "::" and text in double backquotes stay as they are.
     """
+    is_formula = False
     for i, line in enumerate(lines):
-        if not line.lstrip().startswith((">>>", "...")):
+        is_formula = (is_formula and line[:1] in ("", " ")) or line.endswith("::")
+        if not is_formula and not line.lstrip().startswith((">>>", "...")):
             parts = line.split("``")
             parts[::2] = [re.sub(r"(?<![\w*\\])\*(?=\w)", r"\\*", part) for part in parts[::2]]
             lines[i] = "``".join(parts)
 
 
+def _qualify_classes(app, what, name, obj, options, lines: list[str]) -> None:
+    """Complete references to classes of the docstring's file that the package does not export."""
+    module = getattr(obj, "__module__", None)
+    own = vars(sys.modules[module]) if module in sys.modules else {}
+
+    def complete(match: re.Match[str]) -> str:
+        is_own = match[1] in own and not hasattr(fastflow_kernels, match[1])
+        return f":class:`~{module}.{match[1]}`" if is_own else match[0]
+
+    lines[:] = [re.sub(r":class:`(\w+)`", complete, line) for line in lines]
+
+
+def _takes_own_arguments(cls: type) -> bool:
+    own = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    return own.__module__.startswith("fastflow_kernels")
+
+
 def _constructor(app, what, name, obj, options, signature, returns) -> tuple[str, str] | None:
     """Return a class's signature from its ``__init__``: our ``__new__`` takes anything."""
-    if what != "class" or "__init__" not in vars(obj):
+    if what != "class" or not _takes_own_arguments(obj):
         return None
     own = inspect.signature(obj.__init__)
     parameters = [p.replace(annotation=p.empty) for p in list(own.parameters.values())[1:]]
@@ -100,5 +119,6 @@ def _display(translator, node: nodes.math_block) -> None:
 def setup(app) -> None:
     """Render formulas as MathML: browsers draw it themselves, and pages load nothing."""
     app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", _qualify_classes)
     app.connect("autodoc-process-signature", _constructor)
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))

@@ -1,4 +1,4 @@
-"""Fused AllInOneBlock for normalizing flows, a drop-in for anomalib and FrEIA models."""
+"""Fused blocks for normalizing flows, drop-ins for those of FrEIA and anomalib."""
 
 from fastflow_kernels.coupling_blocks import (
     AffineCouplingOneSided,
