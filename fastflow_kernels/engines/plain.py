@@ -210,13 +210,18 @@ def couple_by(
 
 def _log_factors(a_s: Tensor, spec: CouplingSpec, clamp: Any, in_place: bool) -> Tensor:
     """Return s = clamp * f(input_scale * a_s); both constants may be tensors."""
-    is_tanh, z = spec.function == "tanh", a_s
-    # The first question keeps a graph from depending on an AllInOneBlock's clamp.
-    if spec.activation is not None or spec.input_scale != 1.0:
-        z = a_s * (constant if in_place else operand)(spec.input_scale, a_s.dtype)
+    if spec.activation is not None:  # an AllInOneBlock
         if in_place:
-            return (z.tanh_() if is_tanh else z.atan_()).mul_(constant(clamp, a_s.dtype))
-    s = torch.tanh(z) if is_tanh else torch.atan(z)
+            s = (a_s * constant(spec.input_scale, a_s.dtype)).tanh_()
+            return s.mul_(constant(clamp, a_s.dtype))
+        return torch.tanh(a_s * operand(spec.input_scale, a_s.dtype)) * operand(clamp, a_s.dtype)
+    if spec.is_sigmoid:
+        s = torch.sigmoid(a_s)
+        if in_place:
+            return s.mul_(constant(2.0 * clamp, s.dtype)).sub_(constant(clamp, s.dtype))
+        return s * operand(2.0 * clamp, s.dtype) - operand(clamp, s.dtype)
+    z = a_s if spec.input_scale == 1.0 else a_s * operand(spec.input_scale, a_s.dtype)
+    s = torch.tanh(z) if spec.function == "tanh" else torch.atan(z)
     return s.mul_(constant(clamp, s.dtype)) if in_place else s * operand(clamp, s.dtype)
 
 

@@ -87,14 +87,6 @@ class SoftClamp(NamedTuple):
         return (4.0 if is_sigmoid else 1.0) * self.spec.clamp * self.spec.input_scale
 
     @property
-    def _is_sigmoid(self) -> bool:
-        """Whether tanh(a_s / 2) comes from a sigmoid, as in FrEIA.
-
-        It is as accurate as there: where a_s is small, s is off by up to 4 * 2**-24 of the clamp.
-        """
-        return self.spec.activation is None and self.spec.input_scale == 0.5
-
-    @property
     def buffers(self) -> int:
         """How many scratch buffers :meth:`log_factors` takes."""
         return 2 if self.is_fast and self.spec.activation is None else 1
@@ -119,7 +111,7 @@ class SoftClamp(NamedTuple):
             (out.tanh_() if is_tanh else out.atan_()).mul_(constant(factor, out.dtype))
         elif not is_tanh:
             _atan(a_s, factor, out, *scratch)
-        elif self._is_sigmoid:
+        elif self.spec.is_sigmoid:
             torch.sigmoid(a_s, out=out)
             torch.add(constant(-factor, out.dtype), out, alpha=2.0 * factor, out=out)
         elif self.spec.activation is None:
@@ -171,7 +163,7 @@ class SoftClamp(NamedTuple):
             if scale != 1.0:
                 out.mul_(constant(scale * scale, out.dtype))
             return out.add_(constant(1.0, out.dtype))
-        if self._is_sigmoid and self.is_fast:
+        if self.spec.is_sigmoid and self.is_fast:
             return torch.sigmoid(a_s, out=out)
         if self.is_fast:
             return _small_sigmoid(a_s, scale, out)
