@@ -2,7 +2,7 @@
 # Tests and measures the kernels on a machine with a GPU, with its own torch, Triton and pytest.
 # It needs no network.
 #
-#   ci/gpu.sh OUTDIR                      every part; about 75 minutes at most
+#   ci/gpu.sh OUTDIR                      every part; about 77 minutes at most
 #   ci/gpu.sh OUTDIR first | second       where the GPU's time is limited; see below
 #   ci/gpu.sh OUTDIR PART[:SECONDS] ...   these parts, each at most SECONDS or the limit below
 #
@@ -19,6 +19,7 @@
 #   racecheck   300 s  compute-sanitizer over `smallest`: races
 #   tune        600 s  the kernels with other values of their constants (bench/gpu/tune.py)
 #   block       900 s  block benchmarks of every other workload
+#   couplings   120 s  FrEIA's coupling blocks: GLOW, RNVP, GIN, one-sided
 #   reversible  300 s  reversible chains of several depths
 #
 # first takes at most 6.5 minutes. It runs 80 seconds of tests and measures the speed.
@@ -42,7 +43,7 @@ refuse() {
 
 declare -A limits=([info]=30 [warm]=120 [smallest]=60 [tests]=600 [check]=120 [goals]=400)
 limits+=([graphs]=300 [flow]=300 [kernels]=120 [memcheck]=300 [racecheck]=300 [tune]=600)
-limits+=([block]=900 [reversible]=300)
+limits+=([block]=900 [couplings]=120 [reversible]=300)
 
 case "${1:-}" in
 "" | -h | --help)
@@ -56,10 +57,10 @@ shift
 case "${*:-all}" in
 all)
     parts=(info warm smallest tests check goals graphs flow kernels memcheck racecheck tune block)
-    parts+=(reversible)
+    parts+=(couplings reversible)
     ;;
 first) parts=(info:10 warm:70 smallest:20 tests:80 goals:75 graphs:80 kernels:20 flow:35) ;;
-second) parts=(smallest:20 tune:65 goals:85 tests:50 flow:35 memcheck:40 racecheck:35)
+second) parts=(smallest:20 tune:35 goals:85 couplings:30 tests:50 flow:35 memcheck:40 racecheck:35)
     ;;
 *) parts=("$@") ;;
 esac
@@ -116,7 +117,7 @@ run() { # run PART SECONDS
             "$PYTHON" -m pytest -q --tb=short --durations=15 -p no:cacheprovider \
             ${parallel[@]+"${parallel[@]}"} \
             tests/test_gpu.py tests/test_kernels_{graphs,operators}.py tests/test_kernels*.py \
-            tests/test_cli.py tests/test_parity.py
+            tests/test_cli.py tests/test_parity.py tests/test_coupling_blocks.py
         ;;
     check) step check "$limit" "$out/check.txt" "$PYTHON" -m fastflow_kernels check ;;
     goals) bench "$limit" --workloads "$goals" --dtypes float32,bfloat16 ;;
@@ -134,6 +135,10 @@ run() { # run PART SECONDS
             --out "$out/rows.jsonl"
         ;;
     block) bench "$limit" --workloads all --dtypes float32,bfloat16 ;;
+    couplings)
+        bench "$limit" --workloads glow,cinn,cinn-images,rnvp,gin,one-sided \
+            --dtypes float32,bfloat16
+        ;;
     tune) step tune "$limit" "$out/bench.log" "$PYTHON" -m bench.gpu.tune --out "$out/rows.jsonl" ;;
     reversible)
         step reversible "$limit" "$out/bench.log" "$PYTHON" -m bench.reversible \
