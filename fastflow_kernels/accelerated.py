@@ -21,6 +21,7 @@ from fastflow_kernels.call import (
     single_input,
 )
 from fastflow_kernels.coupling import CouplingSpec
+from fastflow_kernels.coupling_forms import KEPT
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FusedForward
 from fastflow_kernels.probe import Maths
@@ -86,7 +87,8 @@ class AcceleratedModule(FusedForward, _Stock):
         return f"{own}, {added}" if own else added
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _new, (_mixin_of(self), self._fastflow_stock), self.__dict__.copy()
+        state = {name: value for name, value in self.__dict__.items() if name != KEPT}
+        return _new, (_mixin_of(self), self._fastflow_stock), state
 
 
 class AcceleratedBlock(AcceleratedModule):

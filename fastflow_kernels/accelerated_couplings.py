@@ -60,6 +60,27 @@ class AcceleratedCoupling(AcceleratedModule):
         return f"{words}, backend={held.backend!r}"
 
 
+class AcceleratedAdditive(AcceleratedCoupling):
+    """A mixin for NICECouplingBlock, which runs as it is but can be reconstructed in a chain."""
+
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        c: Sequence[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+        *,
+        link: ChainLink | None = None,
+    ) -> tuple[tuple[Tensor], Any]:
+        """Evaluate the block as FrEIA does: see :meth:`FusedForward.forward`."""
+        if link is None:  # an addition alone has nothing to fuse
+            return self._stock_forward(x, c, rev, jac)
+        return super().forward(x, c, rev, jac, link=link)
+
+
+FORWARDS_WITH_LINK.add(AcceleratedAdditive.forward)
+
+
 class HeldPermutation(IndexCache):
     """What an accelerated permutation keeps beside its own attributes."""
 
@@ -132,7 +153,8 @@ FORWARDS_WITH_LINK.add(AcceleratedPermutation.forward)
 def hold_coupling(block: Any, maths: CouplingMaths, backend: str) -> None:
     """Turn a stock coupling block into an accelerated one, or renew what it holds."""
     held = HeldCoupling(maths.form, maths.clamp_function, backend, maths.seen)
-    change_class(block, held, AcceleratedCoupling)
+    mixin = AcceleratedAdditive if maths.form.is_additive else AcceleratedCoupling
+    change_class(block, held, mixin)
 
 
 def hold_permutation(block: Any) -> None:

@@ -86,29 +86,33 @@ class SidesCall(NamedTuple):
     permutation: None = None
     reverse_permutation: bool = False
 
-    @property
-    def ordered_sides(self) -> tuple[Side, ...]:
-        """The sides in the order in which this call runs them."""
-        return self.sides[::-1] if self.rev else self.sides
 
-    def coefficients(self, side: Side, passive: Tensor | None) -> tuple[Tensor, ...]:
-        """Run a side's subnets and check their output: see :func:`run_subnet`.
+# These are functions, because torch 2.7 cannot trace methods of a NamedTuple.
 
-        Returns:
-            (a,), which is (B, 2 * active channels, *S), or the halves (a_s, a_t). An additive side
-            has a_t alone.
-        """
-        x, channels, conditions = self.x, self.sizes[side.active], self.conditions
-        if len(side.subnets) == 1:
-            channels *= 1 if self.spec.function == "additive" else 2
-            return (run_subnet(side.subnets[0], passive, conditions, x, channels),)
-        if conditions and passive is not None:
-            passive, conditions = torch.cat((passive, *conditions), 1), ()
-        scale, shift = side.subnets
-        return (
-            run_subnet(scale, passive, conditions, x, channels),
-            run_subnet(shift, passive, conditions, x, channels),
-        )
+
+def ordered_sides(call: SidesCall) -> tuple[Side, ...]:
+    """Return the sides in the order in which a call runs them."""
+    return call.sides[::-1] if call.rev else call.sides
+
+
+def side_coefficients(call: SidesCall, side: Side, passive: Tensor | None) -> tuple[Tensor, ...]:
+    """Run a side's subnets and check their output: see :func:`run_subnet`.
+
+    Returns:
+        (a,), which is (B, 2 * active channels, *S), or the halves (a_s, a_t). An additive side has
+        a_t alone.
+    """
+    x, channels, conditions = call.x, call.sizes[side.active], call.conditions
+    if len(side.subnets) == 1:
+        channels *= 1 if call.spec.function == "additive" else 2
+        return (run_subnet(side.subnets[0], passive, conditions, x, channels),)
+    if conditions and passive is not None:
+        passive, conditions = torch.cat((passive, *conditions), 1), ()
+    scale, shift = side.subnets
+    return (
+        run_subnet(scale, passive, conditions, x, channels),
+        run_subnet(shift, passive, conditions, x, channels),
+    )
 
 
 class PermutationCall(NamedTuple):

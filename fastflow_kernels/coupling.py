@@ -27,8 +27,11 @@ class CouplingSpec(NamedTuple):
         activation: ``"SIGMOID"`` (10 * sigmoid(g - 2)), ``"SOFTPLUS"`` (0.1 * softplus(g,
             beta=0.5)) or ``"EXP"``. None without a global affine.
         gin: Volume-preserving coupling (GIN): the mean of ``s`` is removed and ``scale`` is 1.
-        function: The clamp function f, ``"tanh"`` or ``"atan"``. ``"additive"`` stands for s = 0
-            and a = a_t (NICE), which the plain operations alone compute.
+        function: The clamp function f, ``"tanh"`` or ``"atan"``. ``"sigmoid"`` is tanh by a
+            sigmoid, in a tenth of its time on a CPU. With the input scale 0.5 it is FrEIA's
+            2 * sigmoid(a_s) - 1, and as accurate: where a_s is small, s is off by up to 4 * 2**-24
+            of the clamp in float32. ``"additive"`` stands for s = 0 and a = a_t (NICE), which the
+            plain operations alone compute.
         shift_scale: Factor on ``a_t``.
         mean_per_pixel: Whether GIN's mean runs over the channels of a pixel. Otherwise it runs over
             a whole sample.
@@ -41,15 +44,6 @@ class CouplingSpec(NamedTuple):
     function: str = "tanh"
     shift_scale: float = 0.1
     mean_per_pixel: bool = False
-
-    @property
-    def is_sigmoid(self) -> bool:
-        """Whether it is FrEIA's clamp function SIGMOID, 2 * sigmoid(a_s) - 1 = tanh(a_s / 2).
-
-        On a CPU a sigmoid takes a tenth of the time of tanh. It is as accurate as in FrEIA: where
-        a_s is small, s is off by up to 4 * 2**-24 of the clamp in float32.
-        """
-        return self.activation is None and self.input_scale == 0.5
 
     @classmethod
     def of(cls, clamp: Any, dialect: str, activation: str, gin: bool) -> CouplingSpec:

@@ -13,8 +13,8 @@ from fastflow_kernels.call import SidesCall, check_conditions, single_input
 from fastflow_kernels.coupling_forms import (
     CLAMP_FUNCTIONS,
     FORMS,
+    KEPT,
     ClampFunction,
-    Form,
     constants_of,
     sides_of,
     sizes_of,
@@ -53,7 +53,7 @@ class CouplingBlock(FusedForward, InvertibleModule):
         ValueError, TypeError: An option or a shape is not valid.
     """
 
-    _form: Form
+    _kind: str  # a key of FORMS; torch 2.7 cannot trace other constants of a module
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class CouplingBlock(FusedForward, InvertibleModule):
                 f"expected clamp_activation to be one of {', '.join(CLAMP_FUNCTIONS)} or a "
                 f"function; got {clamp_activation!r}"
             )
-        if self._form.parts[0][1] is None and not dims_c:
+        if FORMS[self._kind].parts[0][1] is None and not dims_c:
             raise ValueError(f"expected a condition: {type(self).__name__} needs dims_c, got none")
         channels = dims_in[0][0]
         split_len = options.check_split(split_len, channels)
@@ -96,7 +96,7 @@ class CouplingBlock(FusedForward, InvertibleModule):
         self._make_subnets(subnet_constructor)
 
     def _make_subnets(self, constructor: Callable[[int, int], nn.Module]) -> None:
-        form, sizes = self._form, sizes_of(self, self._form)
+        form, sizes = FORMS[self._kind], sizes_of(self, FORMS[self._kind])
         sides = list(zip(form.subnets, form.parts, strict=True))
         # in the stock block's order, because subnets draw random numbers
         for names, (active, passive) in sides if form.is_additive else reversed(sides):
@@ -104,12 +104,12 @@ class CouplingBlock(FusedForward, InvertibleModule):
             is_joint = len(names) == 1 and not form.is_additive
             for name in names:
                 subnet = constructor(channels_in, sizes[active] * (2 if is_joint else 1))
-                setattr(self, name, subnet)
+                setattr(self, name, options.check_subnet(subnet))
 
     @property
     def clamp_function(self) -> str | None:
         """The name of the clamp function. "" for an additive block, None for another function."""
-        if self._form.is_additive:
+        if FORMS[self._kind].is_additive:
             return ""
         for name, function in CLAMP_FUNCTIONS.items():
             if self.f_clamp is function:
@@ -135,18 +135,18 @@ class CouplingBlock(FusedForward, InvertibleModule):
         )
 
     def _subnets(self) -> tuple[Any, ...]:
-        return tuple(subnet for side in sides_of(self, self._form) for subnet in side.subnets)
+        return tuple(
+            subnet for side in sides_of(self, FORMS[self._kind]) for subnet in side.subnets
+        )
 
     def _checked_call(
         self, x: Sequence[Tensor], c: Sequence[Tensor] | None, rev: bool
     ) -> SidesCall | None:
-        form = self._form
+        form = FORMS[self._kind]
         x = single_input(x, self.channels, self.ndims - 1)
         c = check_conditions(c, self.dims_c, x)
-        clamp_function, clamp = self.clamp_function, self.clamp
-        if clamp_function is None or self._overrides_step():
-            return None
-        if type(clamp) is not float and isinstance(clamp, Tensor):
+        clamp_function = self.clamp_function
+        if clamp_function is None or self._why_not_fused() is not None:
             return None
         return SidesCall(x, c, *constants_of(self, form, clamp_function), rev, self.backend)
 
@@ -158,12 +158,12 @@ class CouplingBlock(FusedForward, InvertibleModule):
                 f"backend 'triton' cannot be used here: {self._why_not_fused()}. Use "
                 "backend='auto' to run it."
             )
-        parts = split(x[0], sizes_of(self, self._form))
+        parts = split(x[0], sizes_of(self, FORMS[self._kind]))
         c = check_conditions(c, self.dims_c, x[0])
         log_det: Any = 0.0
-        places = range(len(self._form.parts))
+        places = range(len(FORMS[self._kind].parts))
         for place in reversed(places) if rev else places:
-            active, passive = self._form.parts[place]
+            active, passive = FORMS[self._kind].parts[place]
             inputs = [*([] if passive is None else [parts[passive]]), *c]
             u = torch.cat(inputs, 1) if len(inputs) > 1 else inputs[0]
             step = self._coupling2 if active else self._coupling1
@@ -186,16 +186,16 @@ class CouplingBlock(FusedForward, InvertibleModule):
 
     def _coupling2(self, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Any]:
         """Transform the second part of the channels, as :meth:`_coupling1` does the first."""
-        return self._transform(len(self._form.parts) - 1, x2, u1, rev)
+        return self._transform(len(FORMS[self._kind].parts) - 1, x2, u1, rev)
 
     def _transform(self, place: int, x: Tensor, u: Tensor, rev: bool) -> tuple[Tensor, Any]:
-        a = [subnet(u) for subnet in sides_of(self, self._form)[place].subnets]
-        if self._form.is_additive:
+        a = [subnet(u) for subnet in sides_of(self, FORMS[self._kind])[place].subnets]
+        if FORMS[self._kind].is_additive:
             return (x - a[0] if rev else x + a[0]), 0.0
         a_s, a_t = a if len(a) > 1 else torch.split(a[0], x.shape[1], 1)
         s = self.clamp * self.f_clamp(a_s)
         log_det: Any = 0.0
-        if self._form.is_gin:
+        if FORMS[self._kind].is_gin:
             s = s - s.mean(1, keepdim=True)
         else:
             log_det = s.sum(tuple(range(1, s.dim())))
@@ -216,6 +216,9 @@ class CouplingBlock(FusedForward, InvertibleModule):
             raise ValueError(f"expected one input, got {len(input_dims)}")
         return input_dims
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != KEPT}
+
     def extra_repr(self) -> str:
         return f"{self.channels} channels, split {self.split_len1}, backend={self.backend!r}"
 
@@ -232,15 +235,15 @@ class NICECouplingBlock(CouplingBlock):
         y1 = x1 + F(x2, *c)
         y2 = x2 + G(y1, *c)
 
-    It runs plain operations, because an addition alone has nothing to fuse. A reversible chain
-    saves its activations. The log-determinant is the number 0.0, as in FrEIA.
+    It runs plain operations, because an addition alone has nothing to fuse. In a reversible chain
+    it keeps no activations. The log-determinant is the number 0.0, as in FrEIA.
 
     See :class:`CouplingBlock` for the arguments; there is no clamp.
 
     Source: Dinh, Krueger & Bengio 2015 (NICE); Ardizzone et al., FrEIA.
     """
 
-    _form = FORMS["NICECouplingBlock"]
+    _kind = "NICECouplingBlock"
 
     def __init__(
         self,
@@ -266,7 +269,7 @@ class RNVPCouplingBlock(CouplingBlock):
     Source: Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP); Ardizzone et al., FrEIA.
     """
 
-    _form = FORMS["RNVPCouplingBlock"]
+    _kind = "RNVPCouplingBlock"
 
 
 class GLOWCouplingBlock(CouplingBlock):
@@ -287,7 +290,7 @@ class GLOWCouplingBlock(CouplingBlock):
         (torch.Size([2, 6]), torch.Size([2]))
     """
 
-    _form = FORMS["GLOWCouplingBlock"]
+    _kind = "GLOWCouplingBlock"
 
 
 class GINCouplingBlock(CouplingBlock):
@@ -299,7 +302,7 @@ class GINCouplingBlock(CouplingBlock):
     Source: Sorrenson, Rother & Koethe 2020 (GIN); Ardizzone et al., FrEIA.
     """
 
-    _form = FORMS["GINCouplingBlock"]
+    _kind = "GINCouplingBlock"
 
 
 class AffineCouplingOneSided(CouplingBlock):
@@ -311,7 +314,7 @@ class AffineCouplingOneSided(CouplingBlock):
     Source: Dinh, Sohl-Dickstein & Bengio 2017 (RealNVP); Ardizzone et al., FrEIA.
     """
 
-    _form = FORMS["AffineCouplingOneSided"]
+    _kind = "AffineCouplingOneSided"
 
 
 class ConditionalAffineTransform(CouplingBlock):
@@ -326,4 +329,4 @@ class ConditionalAffineTransform(CouplingBlock):
     Source: Park et al. 2019 (SPADE); Ardizzone et al., FrEIA.
     """
 
-    _form = FORMS["ConditionalAffineTransform"]
+    _kind = "ConditionalAffineTransform"

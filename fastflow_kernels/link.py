@@ -150,6 +150,13 @@ def _replayed_subnets(call: AnyCall, block: Any) -> list[ReplayedSubnet]:
     return [ReplayedSubnet(module, run, call.x.device) for module, run in pairs]
 
 
+def _subnets_of_later_sides(call: Any) -> range:
+    """Return the places of subnets that read what an earlier side's parameters have changed."""
+    if not isinstance(call, SidesCall):
+        return range(0)
+    return range(len(call.sides[0].subnets), sum(len(side.subnets) for side in call.sides))
+
+
 class _Linked(NamedTuple):
     """The inputs of a linked block that take no gradients.
 
@@ -179,9 +186,9 @@ class _LinkedBlock(Function):
         ctx.linked, link = linked, linked.link
         # For x and the conditions, which come after the parameters and vectors.
         wanted = ctx.needs_input_grad[1], *ctx.needs_input_grad[5 : 5 + linked.condition_count]
+        later = _subnets_of_later_sides(linked.template)
         for i, subnet in enumerate(linked.subnets):
-            # a second side's subnet reads what the first one's parameters have changed
-            subnet.input_takes_gradient = any(wanted) or i > 0
+            subnet.input_takes_gradient = any(wanted) or i in later
         with without_autocast(x.device):
             y, log_det = evaluate(_make_call(linked, x, tensors, linked.subnets))
         if y.dtype is not x.dtype:

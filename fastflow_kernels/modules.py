@@ -257,10 +257,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             # The subnet drew no random numbers: advance the generator, so that the next block gets
             # another rotation.
             torch.rand((), device="cpu")
-        if not callable(self.subnet):
-            raise TypeError(
-                f"expected subnet_constructor to return a module, got {type(self.subnet).__name__}"
-            )
+        options.check_subnet(self.subnet)
         self._subnet_starts_in_place = starts_in_place(self.subnet)
 
     def _checked_call(

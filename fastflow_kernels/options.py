@@ -80,6 +80,19 @@ def check_constructor(subnet_constructor: Any) -> Callable[[int, int], nn.Module
     return subnet_constructor
 
 
+def check_subnet(subnet: Any) -> Any:
+    """Check that a subnet is callable, and return it.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not callable(subnet):
+        raise TypeError(
+            f"expected subnet_constructor to return a module, got {type(subnet).__name__}"
+        )
+    return subnet
+
+
 def check_options(clamp: Any, householder: Any, dialect: Any) -> None:
     """Check the clamp, the number of reflections and the dialect.
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fastflow_kernels.backends import requested
 from fastflow_kernels.block import engine_coupling, for_engine, for_subnet
-from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall, coefficients
+from fastflow_kernels.call import (
+    BlockCall,
+    PermutationCall,
+    SidesCall,
+    coefficients,
+    side_coefficients,
+)
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.layouts import in_layout
 from fastflow_kernels.permutations import (
@@ -60,7 +66,7 @@ def reconstruct(
         x, dx = call.permutation.unpermute(call.x), call.permutation.unpermute(grads.y)
         return Reconstructed(x, dx, None, None)
     if isinstance(call, SidesCall):
-        return _reconstruct_sides(call, grads)
+        return _reconstruct_sides(call, grads, want_x)
     route = choose_engine(call, requested(call.backend))
     engine, permutation = route.engine, call.permutation
     assert engine is not None
@@ -100,7 +106,7 @@ def reconstruct(
     return Reconstructed(in_layout(x, route.layout), in_layout(dx, route.layout), dg, doffset)
 
 
-def _reconstruct_sides(call: SidesCall, grads: OutputGrads) -> Reconstructed:
+def _reconstruct_sides(call: SidesCall, grads: OutputGrads, want_x: bool) -> Reconstructed:
     """Do :func:`reconstruct` for a coupling block, from its last side to its first."""
     route = choose_engine(call, requested(call.backend))
     engine = None if call.spec.function == "additive" or 0 in call.sizes else route.engine
@@ -114,8 +120,9 @@ def _reconstruct_sides(call: SidesCall, grads: OutputGrads) -> Reconstructed:
         with torch.enable_grad():
             if j is not None:
                 # .data, because the next side writes to other channels of the same tensor
-                leaf = parts[j].data.requires_grad_()
-            a = joined(call.coefficients(side, None if leaf is None else for_subnet(leaf, route)))
+                leaf = parts[j].data.requires_grad_(want_x or side is not call.sides[0])
+            passive = None if leaf is None else for_subnet(leaf, route)
+            a = joined(side_coefficients(call, side, passive))
         coefficients_of_side, of_y = (
             for_engine(a.detach(), route),
             OutputGrads(d_parts[i], grads.log_det),

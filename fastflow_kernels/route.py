@@ -41,12 +41,13 @@ STOCK_STEPS = Case(
     "the stock block's steps, one by one, in plain operations",
 )
 RECORDED = Case(
-    "export, ONNX, tracing, torch.func, forward-mode AD, fake tensors, or torch.compile on a CPU",
+    "export, ONNX, tracing, torch.func, forward-mode AD, fake tensors, or torch.compile on a CPU "
+    "or of a coupling block",
     "plain operations; a recorded graph derives the index from its weights",
 )
 SMALL_INPUT = Case(
-    f"at most {SMALL} elements on a CPU, or {PRODUCT_COST * SMALL} in training with a soft "
-    "permutation",
+    f"at most {SMALL} elements on a CPU; in training {PRODUCT_COST * SMALL} with a soft "
+    f"permutation, and {2 * SMALL} in a coupling block, whose sides see a half each",
     'plain operations with backend "auto", because a fused call has more overhead',
 )
 ADDITIVE = Case(
@@ -65,7 +66,8 @@ COMPILED = Case(
     "fused: the graph calls the Triton kernels as operators; it derives the index, too",
 )
 COPIED = Case(
-    "on a GPU: samples neither contiguous nor channels-last, or GIN in channels-last",
+    "on a GPU: samples neither contiguous nor channels-last, or an AllInOneBlock with GIN in "
+    "channels-last",
     "fused, on a contiguous copy",
 )
 FUSED = Case(
@@ -151,9 +153,7 @@ def choose_route(call: BlockCall | SidesCall) -> Route:
         return _RECORDED
     with_gradients = torch.is_grad_enabled()
     if not is_recorded:  # a graph must not depend on sizes
-        if backend == "auto" and (
-            is_small(x) or (with_gradients and _is_small_for_a_product(call))
-        ):
+        if backend == "auto" and (is_small(x) or (with_gradients and _is_small_in_training(call))):
             return _SMALL
         if not x.numel():
             return _EMPTY
@@ -223,7 +223,9 @@ def _route_of_graph(call: BlockCall | SidesCall) -> Route:
     )
 
 
-def _is_small_for_a_product(call: BlockCall | SidesCall) -> bool:
+def _is_small_in_training(call: BlockCall | SidesCall) -> bool:
+    if isinstance(call, SidesCall):
+        return is_small(call.x, len(call.sizes))
     return isinstance(call.permutation, MatrixPermutation) and is_small(call.x, PRODUCT_COST)
 
 

@@ -15,7 +15,13 @@ from torch.autograd import Function
 
 from fastflow_kernels import block, torch_private
 from fastflow_kernels.block import for_engine, for_subnet, match_format
-from fastflow_kernels.call import BlockCall, PermutationCall, SidesCall
+from fastflow_kernels.call import (
+    BlockCall,
+    PermutationCall,
+    SidesCall,
+    ordered_sides,
+    side_coefficients,
+)
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.dtypes import accumulator, cast, promoted
 from fastflow_kernels.engines import Engine, plain
@@ -56,8 +62,8 @@ def evaluate(call: BlockCall | SidesCall | PermutationCall) -> tuple[Tensor, Any
 def _plain(call: SidesCall) -> tuple[Tensor, list[Any]]:
     """Compute a block or its inverse by ordinary differentiable operations."""
     parts, sums, in_place = split(call.x, call.sizes), [], plain.may_write()
-    for side in call.ordered_sides:
-        a = call.coefficients(side, None if side.passive is None else parts[side.passive])
+    for side in ordered_sides(call):
+        a = side_coefficients(call, side, None if side.passive is None else parts[side.passive])
         parts[side.active], sum_s = transform(parts[side.active], a, call.spec, call.rev, in_place)
         sums.append(sum_s)
     y = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -69,7 +75,7 @@ def transform(
 ) -> tuple[Tensor, Any]:
     """Transform the active part by plain operations: see :func:`plain.couple`.
 
-    The coefficients are those of :meth:`SidesCall.coefficients`.
+    The coefficients are those of :func:`~fastflow_kernels.call.side_coefficients`.
     """
     if spec.function == "additive":
         return (x - a[0] if rev else x + a[0]), 0.0
@@ -99,7 +105,7 @@ def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[Any]]:
     """Compute a block or its inverse by an engine."""
     x = call.x.contiguous() if route.is_copied else call.x
-    output, sums, first = _Output(call, engine, x, route), [], call.ordered_sides[0].passive
+    output, sums, first = _Output(call, engine, x, route), [], ordered_sides(call)[0].passive
     if route.with_gradients and x.requires_grad and first is not None:
         output.shared = _Shared()
         *before, passive = _apply_parts(x, call.sizes, first, output.shared)
@@ -108,11 +114,11 @@ def _fused(call: SidesCall, route: Route, engine: Engine) -> tuple[Tensor, list[
         passive = None if first is None else before[first]
     # The parts as the subnets see them: those of x, until a side has written its own.
     parts, y = before[:], x
-    for i, side in enumerate(call.ordered_sides):
+    for i, side in enumerate(ordered_sides(call)):
         if i:
             passive = None if side.passive is None else parts[side.passive]
         passive = None if passive is None else for_subnet(passive, route)
-        coefficients = [for_engine(t, route) for t in call.coefficients(side, passive)]
+        coefficients = [for_engine(t, route) for t in side_coefficients(call, side, passive)]
         a, shift = coefficients if len(coefficients) > 1 else (coefficients[0], None)
         if i < len(call.sides) - 1:
             rest = None
@@ -197,13 +203,19 @@ def _run_side(
 
 
 class _Shared:
-    """What the backward passes of a call's sides share.
+    """What the backward nodes of a call's sides share.
 
     Attributes:
-        dx: The gradient of the whole x while they write to it, each to its own part.
+        dx: The gradient of the whole x while they write to it, each to its own part, with the
+            number of the backward pass. Passes of several threads may run at once.
     """
 
-    dx: Tensor | None = None
+    dx: tuple[int, Tensor] | None = None
+
+    def of_this_pass(self) -> Tensor | None:
+        """Return the tensor if this backward pass has made it."""
+        dx = self.dx
+        return dx[1] if dx is not None and dx[0] == torch_private.backward_pass() else None
 
 
 class _Parts(Function):
@@ -225,7 +237,7 @@ class _Parts(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         sizes, passive, shared, shape, dtype, device = ctx.constants
-        dx, shared.dx = shared.dx, None
+        dx, shared.dx = shared.of_this_pass(), None
         *of_parts, of_passive = grads
         is_plain = torch.is_grad_enabled() or needs_plain(*grads)
         if dx is None or is_plain:
@@ -308,9 +320,11 @@ class _Side(Function):
             return dx, da, dshift, drest, None, None
         target = None
         if shared is not None:
-            if shared.dx is None:
-                shared.dx = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-            target = shared.dx.narrow(1, *ctx.own)
+            whole = shared.of_this_pass()
+            if whole is None:
+                whole = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+                shared.dx = torch_private.backward_pass(), whole
+            target = whole.narrow(1, *ctx.own)
         coupling = Coupling(None, None, spec, exp=exp)
         operands = OutputGrads(dy, dsum), coupling, False, target
         dx, da, *_ = engine.backward(x, a, *operands)

@@ -218,6 +218,11 @@ def holders_of(t: Tensor) -> tuple[int, int, int]:
 # --- modules, Functions, the environment ----------------------------------------------------------
 
 
+def backward_pass() -> int:
+    """Return a number of the backward pass that runs now, which no other pass has."""
+    return torch._C._current_graph_task_id()
+
+
 def parameter_of(module: Any, name: str) -> Any:
     """Return a parameter, directly from the module's dictionary unless its class computes it.
 

@@ -165,7 +165,8 @@ def test_accelerated_block_is_fused(name: str) -> None:
     for b in (block, stock, restore(copy.deepcopy(block))):
         with mock.patch.object(modules, "evaluate", wraps=modules.evaluate) as fused:
             b([make_input(case)[0]], make_input(case)[1])
-        assert fused.called == (b is block)
+        # NICE runs as it is, unless a reversible chain asks.
+        assert fused.called == (b is block and name != "NICECouplingBlock")
 
 
 @every_class
@@ -861,7 +862,7 @@ def test_accelerate_again_asks_a_block_that_has_changed(name: str) -> None:
 # --- errors ---------------------------------------------------------------------------------------
 
 
-@every_class
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "NICECouplingBlock"])
 def test_bad_calls_are_errors(name: str) -> None:
     case = Case(name, SHAPE, "cond")
     block, _ = pair(case)

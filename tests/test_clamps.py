@@ -115,7 +115,9 @@ def test_coefficients_of_the_cheap_form_fit_in_float32() -> None:
         for dialect in DIALECTS:
             check_everything(*inputs_of((4, 6, 9, 7), clamp, dialect, False, 1.0), engine=eager)
             spec = CouplingSpec.of(soft_clamp.LEAST_FAST_CLAMP, dialect, "EXP", False)
-            for value in soft_clamp._tanh_coefficients(spec.input_scale, spec.clamp / math.log(2.0)):
+            for value in soft_clamp._tanh_coefficients(
+                spec.input_scale, spec.clamp / math.log(2.0)
+            ):
                 assert 1e-30 < abs(value) < 1e30
 
 

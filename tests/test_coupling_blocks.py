@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 import fastflow_kernels
 import reference
-from tests.support.blocks import Counting, contents
+from tests.support.blocks import Counting, contents, through_a_file, unwrapped
 from tests.support.cases import DEVICE, DTYPES, LAYOUTS, Shape, both_directions, ids
 from tests.support.coupling_blocks import (
     AMPLIFYING_CASES,
@@ -241,7 +242,7 @@ def test_freias_containers_take_our_blocks(case: Case, small: int) -> None:
 
 
 class _InPlace(nn.Module):
-    """A subnet whose first layer writes to its input."""
+    """A subnet that writes to its input, in its first layer or where nobody can see it."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -251,21 +252,40 @@ class _InPlace(nn.Module):
         return self.second(self.first(x))
 
 
+class _InPlaceUnseen(_InPlace):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out)
+        self._modules = {"second": self.second}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x.relu_())
+
+
 IN_PLACE = [name for name in NAMES if name != "ConditionalAffineTransform"]  # it reads no half
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
 @both_directions
 @plain_and_fused
-def test_a_subnet_that_writes_to_its_input_is_an_error(name: str, rev: bool, small: int) -> None:
-    """FrEIA's block goes on with the overwritten half, and its inverse is another function."""
+def test_a_subnet_that_writes_to_its_input(name: str, rev: bool, small: int) -> None:
+    """A first layer gets a copy, anything else raises.
+
+    FrEIA's block goes on with the overwritten half, and its inverse is another function.
+    """
+    x = torch.randn(5, 6)
     block = getattr(fastflow_kernels, name)([(6,)], [], _InPlace)
+    for with_grad in (False, True):
+        with torch.set_grad_enabled(with_grad):
+            (y,), _ = block([x], rev=rev)
+            (back,), _ = block([y], rev=not rev)
+        close(back, x, 1e-4)
+    block = getattr(fastflow_kernels, name)([(6,)], [], _InPlaceUnseen)
     for with_grad in (False, True):
         with (
             torch.set_grad_enabled(with_grad),
             pytest.raises(RuntimeError, match="the subnet changed its input in place"),
         ):
-            block([torch.randn(5, 6)], rev=rev)
+            block([x.clone()], rev=rev)
 
 
 @pytest.mark.peers
@@ -697,3 +717,58 @@ def test_conditional_transform_needs_a_condition() -> None:
 def test_table_has_every_option_and_class() -> None:
     assert {case.option for case in CASES} == set(OPTIONS)
     assert {case.name for case in CASES} == set(NAMES)
+
+
+# --- sharing and copies
+
+
+@pytest.mark.parametrize("case", PLAIN_KINDS, ids=[case.name for case in PLAIN_KINDS])
+def test_threads_may_differentiate_one_graph_at_once(case: Case) -> None:
+    """The parts of x's gradient are written to one tensor, which belongs to one pass."""
+    block = ours(case.replace(shape=Shape(512, 7)), torch.float64, backend="eager")
+    x, c = make_input(case.replace(shape=Shape(512, 7)), torch.float64)
+    (y,), log_det = block([x.requires_grad_()], c)
+    loss = y.square().sum() + torch.as_tensor(log_det).sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+
+    def differentiate() -> list[Tensor]:
+        return [torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(30)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(differentiate) for _ in range(4)]:
+            for actual in future.result():
+                close(actual, expected)
+
+
+def test_a_subnet_may_be_any_callable() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((x, 0.5 * x), 1)
+
+    x, results = torch.randn(5, 6), []
+    for constructor in (lambda *_: Half(), lambda *_: Half().forward):
+        block = fastflow_kernels.GLOWCouplingBlock([(6,)], subnet_constructor=constructor)
+        results.append(unwrapped(block([x])))
+    for of_module, of_function in zip(*results, strict=True):
+        assert torch.equal(of_module, of_function)
+    with pytest.raises(TypeError, match="expected subnet_constructor to return a module"):
+        fastflow_kernels.GLOWCouplingBlock([(6,)], subnet_constructor=lambda *_: None)
+
+
+def test_an_attribute_replaces_a_subnet() -> None:
+    """It shadows the module of that name, as in FrEIA."""
+    block = fastflow_kernels.GLOWCouplingBlock([(6,)], subnet_constructor=nn.Linear)
+    x = torch.randn(5, 6)
+    block([x])
+    block.__dict__["subnet2"] = lambda u: torch.cat((0.0 * u, u), 1)
+    (y,), _ = block([x])
+    close(y[:, :3], x[:, :3] + x[:, 3:])
+
+
+def test_copies_leave_out_what_a_call_has_kept() -> None:
+    block = fastflow_kernels.GLOWCouplingBlock([(6,)], subnet_constructor=nn.Linear)
+    x = torch.randn(5, 6)
+    y, _ = unwrapped(block([x]))
+    for copied in (copy.deepcopy(block), through_a_file(block)):
+        assert vars(copied).keys() == vars(block).keys() - {"_fastflow_call"}
+        assert torch.equal(unwrapped(copied([x]))[0], y)

@@ -34,7 +34,7 @@ from tests.support.modes import sanitize, slow_when_executed
 pytestmark = [*on_this_machine, pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")]
 
 # Clamp function, factor inside it, clamp: GLOW and RNVP, FrEIA's GIN, atan, and a large clamp.
-FUNCTIONS = (("tanh", 1.0, 1.272), ("tanh", 0.5, 0.9), ("atan", 1.0, 1.272), ("atan", 1.0, 5.0))
+FUNCTIONS = (("tanh", 1.0, 1.272), ("sigmoid", 0.5, 0.9), ("atan", 1.0, 1.272), ("atan", 1.0, 5.0))
 PLANES = ((2, 3, 4, 5), (3, 1, 2, 3), (2, 2, 4, 4), (1, 5, 7))
 ROWS = ((5, 7), (4, 1), (6, 8), (2, 9, 1, 1), (9, 130))
 functions = pytest.mark.parametrize(

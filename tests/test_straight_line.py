@@ -183,7 +183,7 @@ def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
     assert LAUNCHER[1] in source(LAUNCHER[0]).functions
     assert {("engines.plain", "forward"), ("engines.plain", "invert_coupling")} <= reached
     assert {("sides", "_Side.forward"), ("sides", "_Output.write")} <= reached
-    assert {("sides", "transform"), ("call", "SidesCall.coefficients")} <= reached
+    assert {("sides", "transform"), ("call", "side_coefficients")} <= reached
     assert {("engines.eager", name) for name in ENGINE} <= reached
     assert {(PIXELS[0], f"{PIXELS[1]}.{name}") for name in ENGINE} <= reached
     assert {place for name in ENGINE for place in named(ENGINES[1], name) or ()} <= reached

@@ -181,6 +181,28 @@ def test_the_direct_apply_of_a_function() -> None:
     assert (y.item(), x.grad.item()) == (2.0, 2.0)
 
 
+def test_each_backward_pass_has_a_number() -> None:
+    """The nodes of a pass see one number, and those of another pass another one."""
+    numbers: list[list[int]] = []
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dx: torch.Tensor) -> torch.Tensor:
+            numbers[-1].append(torch_private.backward_pass())
+            return dx
+
+    y = Node.apply(Node.apply(torch.ones(2, requires_grad=True))).sum()
+    for _ in range(2):
+        numbers.append([])
+        y.backward(retain_graph=True)
+    (first, second), (third, fourth) = numbers
+    assert first == second != third == fourth
+
+
 def test_a_parameter_is_found_as_getattr_finds_it() -> None:
     layer = nn.Linear(2, 2)
     assert torch_private.parameter_of(layer, "weight") is layer.weight

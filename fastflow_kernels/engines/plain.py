@@ -215,7 +215,7 @@ def _log_factors(a_s: Tensor, spec: CouplingSpec, clamp: Any, in_place: bool) ->
             s = (a_s * constant(spec.input_scale, a_s.dtype)).tanh_()
             return s.mul_(constant(clamp, a_s.dtype))
         return torch.tanh(a_s * operand(spec.input_scale, a_s.dtype)) * operand(clamp, a_s.dtype)
-    if spec.is_sigmoid:
+    if spec.function == "sigmoid":
         s = torch.sigmoid(a_s)
         if in_place:
             return s.mul_(constant(2.0 * clamp, s.dtype)).sub_(constant(clamp, s.dtype))

@@ -83,8 +83,8 @@ class SoftClamp(NamedTuple):
     @property
     def slope_factor(self) -> float:
         """The constant factor of d s / d a_s, which :meth:`times_slope_` leaves out."""
-        is_sigmoid = self.is_fast and self.spec.function == "tanh"
-        return (4.0 if is_sigmoid else 1.0) * self.spec.clamp * self.spec.input_scale
+        is_by_sigmoid = self.is_fast and self.spec.function != "atan"
+        return (4.0 if is_by_sigmoid else 1.0) * self.spec.clamp * self.spec.input_scale
 
     @property
     def buffers(self) -> int:
@@ -105,13 +105,13 @@ class SoftClamp(NamedTuple):
         Returns:
             ``out``.
         """
-        factor, is_tanh = sign * self.spec.clamp / self.unit, self.spec.function == "tanh"
+        factor, is_tanh = sign * self.spec.clamp / self.unit, self.spec.function != "atan"
         if not self.is_fast or out.dtype is not torch.float32 or not out.numel():
             torch.mul(a_s, constant(self.spec.input_scale, out.dtype), out=out)
             (out.tanh_() if is_tanh else out.atan_()).mul_(constant(factor, out.dtype))
         elif not is_tanh:
             _atan(a_s, factor, out, *scratch)
-        elif self.spec.is_sigmoid:
+        elif self.spec.function == "sigmoid":
             torch.sigmoid(a_s, out=out)
             torch.add(constant(-factor, out.dtype), out, alpha=2.0 * factor, out=out)
         elif self.spec.activation is None:
@@ -163,7 +163,7 @@ class SoftClamp(NamedTuple):
             if scale != 1.0:
                 out.mul_(constant(scale * scale, out.dtype))
             return out.add_(constant(1.0, out.dtype))
-        if self.spec.is_sigmoid and self.is_fast:
+        if self.spec.function == "sigmoid" and self.is_fast:
             return torch.sigmoid(a_s, out=out)
         if self.is_fast:
             return _small_sigmoid(a_s, scale, out)
@@ -331,7 +331,7 @@ def _wide_tanh(
     """
     if scale != 1.0:
         a_s = torch.mul(a_s, constant(scale, out.dtype), out=z)
-    torch.clamp(a_s, -9.0, 9.0, out=z)  # tanh(9) rounds to 1
+    torch.clamp(a_s, -9.0, 9.0, out=z)  # 1 - tanh(9) is 2**-25
     torch.addcmul(constant(_TANH.poles[0][1], out.dtype), z, z, out=w)
     return _TANH.evaluate(factor, out, w).mul_(z)
 

@@ -190,7 +190,7 @@ def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str
         **{name: None if stride is None else stride // align for name, stride in strides.items()},
         "C": operands.channels,
         "ACTIVE": operands.active_channels,
-        "FUNCTION": operands.spec.function,
+        "FUNCTION": "atan" if operands.spec.function == "atan" else "tanh",
         "CLAMP": operands.spec.clamp,
         "INPUT_SCALE": operands.spec.input_scale,
         "SHIFT_SCALE": operands.spec.shift_scale,
