@@ -123,10 +123,8 @@ def _reconstruct_sides(call: SidesCall, grads: OutputGrads, want_x: bool) -> Rec
                 leaf = parts[j].data.requires_grad_(want_x or side is not call.sides[0])
             passive = None if leaf is None else for_subnet(leaf, route)
             a = joined(side_coefficients(call, side, passive))
-        coefficients_of_side, of_y = (
-            for_engine(a.detach(), route),
-            OutputGrads(d_parts[i], grads.log_det),
-        )
+        coefficients_of_side = for_engine(a.detach(), route)
+        of_y = OutputGrads(d_parts[i], grads.log_det)
         if engine is None:
             x_i, dx_i, da = _invert_plainly(call.spec, parts[i], a.detach(), of_y)
             targets[i].copy_(x_i)
