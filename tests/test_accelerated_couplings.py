@@ -33,6 +33,7 @@ from tests.support.coupling_blocks import (
     softsign,
 )
 from tests.support.graphs import count_graphs
+from tests.support.pairs import state_of
 from tests.support.peers import freia
 from tests.support.small_inputs import plain_and_fused
 
@@ -70,11 +71,6 @@ def pair(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     accelerate(block)
     assert state_of(block) == "accelerated", str(report(block))
     return block, stock
-
-
-def state_of(block: nn.Module) -> str:
-    (entry,) = report(block).entries
-    return entry.state
 
 
 def results_or_error(block: nn.Module, case: Case, rev: bool) -> Results | Exception:
