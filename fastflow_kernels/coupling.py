@@ -79,6 +79,8 @@ class Coupling(NamedTuple):
             there, and the backward pass reads it. On a CPU to compute s again would take longest.
         shift: a_t of a side, (B, C, *S), if another subnet than that of a_s returns it. Then a is
             a_s alone. The gradient of a_t is that of y.
+        scale: activation(global_scale), C elements in the dtype of the computation, if a chain has
+            computed it for all of its blocks. The Triton kernels compute it themselves.
     """
 
     global_scale: Tensor | None
@@ -90,6 +92,7 @@ class Coupling(NamedTuple):
     rows_per_sample: int = 1
     exp: Tensor | None = None
     shift: Tensor | None = None
+    scale: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[Tensor, Tensor]:
@@ -127,6 +130,51 @@ class CouplingGrads(NamedTuple):
     """
 
     x: Tensor
+    a: Tensor
+    global_scale: Tensor | None
+    global_offset: Tensor | None
+
+
+class Halves(NamedTuple):
+    """A tensor (B, C, *S) between two blocks of a chain, as its two halves.
+
+    Each half has contiguous samples. Both may be views of one tensor.
+
+    Attributes:
+        passive: The channels that the next subnet reads, (B, C - C//2, *S).
+        active: The channels that the next coupling transforms, (B, C//2, *S).
+    """
+
+    passive: Tensor
+    active: Tensor
+
+
+class HalvesGrads(NamedTuple):
+    """Gradients of the results of a coupling in a chain, whose y is in halves.
+
+    Attributes:
+        passive: That of y's passive half, from the next coupling, (B, C - C//2, *S).
+        active: That of y's active half, (B, C//2, *S).
+        from_subnet: That of y's passive half, from the next subnet, (B, C - C//2, *S). It is to be
+            added to ``passive``. None for zero.
+        log_det: (B,), or None for zero.
+    """
+
+    passive: Tensor
+    active: Tensor
+    from_subnet: Tensor | None
+    log_det: Tensor | None
+
+
+class HalvesCouplingGrads(NamedTuple):
+    """Gradients of the operands of a coupling in a chain: see :class:`CouplingGrads`.
+
+    Attributes:
+        x: (B, C, *S), in halves. The part of the subnet is not in it.
+        a, global_scale, global_offset: See :class:`CouplingGrads`.
+    """
+
+    x: Halves
     a: Tensor
     global_scale: Tensor | None
     global_offset: Tensor | None

@@ -7,11 +7,19 @@ through.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
+from fastflow_kernels.coupling import (
+    Coupling,
+    CouplingGrads,
+    Halves,
+    HalvesCouplingGrads,
+    HalvesGrads,
+    OutputGrads,
+)
 
 
 class Engine(Protocol):
@@ -90,4 +98,54 @@ class Engine(Protocol):
 
         Reversible chains, which keep no activations, call it instead of :meth:`invert_active` and
         :meth:`backward`.
+        """
+
+
+class ChainEngine(Engine, Protocol):
+    """An engine that also computes couplings between halves, for consecutive blocks of a chain.
+
+    The modules ``engines.eager`` and ``engines.triton.engine`` are such engines. No coupling is
+    GIN or a side, none inverts its permutation ahead of it (``unpermutes_input``), and all have an
+    index. x and y have contiguous samples.
+    """
+
+    def forward_halves(self, x: Halves, a: Tensor, coupling: Coupling, y: Halves) -> Tensor:
+        """Write y, and return sums of s, (B, parts).
+
+        Their sum over the parts is that of s for each sample, up to a factor that
+        :meth:`log_det_of_chain` knows.
+
+        Args:
+            x: The block's input, in halves.
+            a: The coefficients, (B, 2*C2, *S), with contiguous samples.
+            coupling: What to compute, with its parameters and permutation.
+            y: Where to write the result, in the promoted dtype of x, a and the parameters.
+        """
+
+    def backward_halves(
+        self, x: Halves, a: Tensor, grads: HalvesGrads, coupling: Coupling, want_params: bool
+    ) -> HalvesCouplingGrads:
+        """Return the gradients of :meth:`forward_halves` and of the log-determinant.
+
+        The log-determinant is the one of :meth:`forward`, with the sum of log(scale).
+
+        Args:
+            x, a, coupling: The arguments of :meth:`forward_halves`.
+            grads: The gradients of its results.
+            want_params: Whether the gradients of global_scale and global_offset are wanted.
+
+        Returns:
+            The gradients. The halves of dx are contiguous if those of x have no gaps between their
+            samples.
+        """
+
+    def log_det_of_chain(
+        self, sums: Sequence[Tensor], couplings: Sequence[Coupling], pixels: int
+    ) -> Tensor:
+        """Return the log-determinant of consecutive blocks together, (B,), in nats.
+
+        Args:
+            sums: What :meth:`forward_halves` returned, for each block.
+            couplings: The blocks' couplings.
+            pixels: Pixels of a sample, P.
         """
