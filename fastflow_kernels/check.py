@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastflow_kernels.block import evaluate, plain_forward, plain_inverse
+from fastflow_kernels.block import evaluate, evaluate_plainly
 from fastflow_kernels.call import BlockCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.engines import available
@@ -212,8 +212,7 @@ def _backend(name: str) -> Run:
 
 
 def _plain(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-    call = _call(t, rev, "auto")
-    return plain_inverse(call) if rev else plain_forward(call)
+    return evaluate_plainly([_call(t, rev, "auto")])
 
 
 def _call(t: dict[str, Tensor], rev: bool, backend: str) -> BlockCall:

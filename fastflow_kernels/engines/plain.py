@@ -17,7 +17,8 @@ The permutation of v follows: see :mod:`fastflow_kernels.permutations`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,22 +91,92 @@ def forward(
     Returns:
         v (B, C, *S) in the promoted dtype, and the log-determinant (B,) in nats.
     """
-    dtype = promoted(x1, a, g)
-    acc_dtype = accumulator(dtype)
-    in_place = may_write()
+    scales = GlobalScales([g], spec)
+    v, sum_s = transform(x1, x2, a, scales.affine(0, offset, x1, a), spec)
+    return v, scales.log_det(sum_s, v, 1.0)
+
+
+def transform(
+    x1: Tensor, x2: Tensor, a: Tensor, affine: GlobalAffine, spec: CouplingSpec
+) -> tuple[Tensor, Tensor]:
+    """Do :func:`forward` without the scale's part of the log-determinant.
+
+    Returns:
+        v, and the sum of s per sample, (B,).
+    """
+    dtype = promoted(x1, a, affine.global_scale)
+    acc_dtype, in_place = accumulator(dtype), may_write()
     u2, sum_s = couple(cast(x2, acc_dtype), cast(a, acc_dtype), spec, False, in_place)
     u = torch.cat((cast(x1, acc_dtype), u2), 1)
-    offset = _per_channel(offset, u)
-    if spec.gin:
-        return cast(u + offset, dtype), sum_s
-    scale = activated(_per_channel(g, u), spec.activation)
-    if not in_place:
+    scale, offset = affine.scale, _per_channel(affine.offset, u.dim(), u.dtype)
+    if scale is None:
+        v = u + offset
+    elif not in_place:
         v = u * scale + offset  # the backward of addcmul takes one more pass over u
     elif u.dim() == 2:
         v = torch.addcmul(offset, u, scale)
     else:
         v = u.mul_(scale).add_(offset)
-    return cast(v, dtype), _add(sum_s, scale.log().sum(), _count_pixels(u), in_place)
+    return cast(v, dtype), sum_s
+
+
+class GlobalAffine(NamedTuple):
+    """The global affine map u * scale + offset of a block.
+
+    Attributes:
+        global_scale: The parameter of the scale, before its activation, C elements.
+        offset: C elements.
+        scale: activation(global_scale) in the dtype of the computation, (1, C, 1, ...). None for
+            GIN, whose scale is 1.
+    """
+
+    global_scale: Tensor
+    offset: Tensor
+    scale: Tensor | None
+
+
+class GlobalScales:
+    """The global scales of a block, or of consecutive blocks of a chain, which it computes at once.
+
+    For 8 blocks that takes 5 operations instead of 40.
+
+    Args:
+        parameters: The parameter of each block's scale, before its activation, C elements.
+        spec: Constants of the blocks, whose activation is the same.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], spec: CouplingSpec) -> None:
+        self._parameters, self._spec = parameters, spec
+        self._scales: tuple[Tensor, ...] = ()
+        self._all: Tensor | None = None
+
+    def affine(self, k: int, offset: Tensor, *operands: Tensor) -> GlobalAffine:
+        """Return the affine map of block k, in the dtype of the computation with these operands."""
+        g = self._parameters[k]
+        dtype = accumulator(promoted(*operands, g))
+        return GlobalAffine(g, offset, self._at(k, operands[0].dim(), dtype))
+
+    def _at(self, k: int, dim: int, dtype: torch.dtype) -> Tensor | None:
+        if self._spec.gin:
+            return None
+        # The dtype is another one if a subnet has widened it.
+        if self._all is None or self._all.dtype is not dtype:
+            g = [_per_channel(t, dim, dtype) for t in self._parameters]
+            self._all = activated(g[0] if len(g) == 1 else torch.stack(g), self._spec.activation)
+            self._scales = (self._all,) if len(g) == 1 else self._all.unbind()
+        return self._scales[k]
+
+    def log_det(self, sum_s: Tensor, y: Tensor, sign: float) -> Tensor:
+        """Return sum_s + sign * P * sum(log(scale)), the log-determinant (B,) of all blocks.
+
+        Args:
+            sum_s: The sums of sign * s per sample, (B,).
+            y: A tensor (B, C, *S), which has P pixels.
+            sign: 1.0, or -1.0 for the inverse.
+        """
+        if self._all is None:  # GIN
+            return sum_s
+        return _add(sum_s, self._all.log().sum(), sign * _count_pixels(y), may_write())
 
 
 def may_write() -> bool:
@@ -116,50 +187,33 @@ def may_write() -> bool:
     return not torch.is_grad_enabled() and not torch_private.needs_plain()
 
 
-def invert_affine(
-    v: Tensor, g: Tensor, offset: Tensor, spec: CouplingSpec
-) -> tuple[Tensor, Tensor | None]:
-    """Return u = (v - offset) / scale and the scale.
+def invert_affine(v: Tensor, affine: GlobalAffine) -> Tensor:
+    """Return u = (v - offset) / scale, (B, C, *S) in the dtype of the computation.
 
     Args:
         v: The input of the inverse after the inverse permutation, (B, C, *S).
-        g: The parameter of the global scale, before its activation, C elements.
-        offset: The global offset, C elements.
-        spec: The constants.
-
-    Returns:
-        u (B, C, *S) in the dtype of the computation, and the scale (1, C, 1, ...). The scale is
-        None for GIN.
+        affine: The global affine map.
     """
-    v = cast(v, accumulator(promoted(v, g)))
-    u = v - _per_channel(offset, v)
-    if spec.gin:
-        return u, None
-    scale = activated(_per_channel(g, v), spec.activation)
-    return u / scale, scale
+    v = cast(v, accumulator(promoted(v, affine.global_scale)))
+    u = v - _per_channel(affine.offset, v.dim(), v.dtype)
+    return u if affine.scale is None else u / affine.scale
 
 
-def invert_coupling(
-    u1: Tensor, u2: Tensor, a: Tensor, scale: Tensor | None, spec: CouplingSpec
-) -> tuple[Tensor, Tensor]:
-    """Return x = cat(u1, (u2 - 0.1 * a_t) * exp(-s)) and the log-determinant of the inverse.
+def invert_coupling(u1: Tensor, u2: Tensor, a: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
+    """Return x = cat(u1, (u2 - 0.1 * a_t) * exp(-s)) and the sum of -s per sample, (B,).
 
     Args:
-        u1: The passive half of u, (B, C1, *S). :func:`invert_affine` returns u and the scale.
+        u1: The passive half of u, (B, C1, *S), which is that of :func:`invert_affine`.
         u2: The active half of u, (B, C2, *S).
         a: The subnet's output for u1, (B, 2*C2, *S).
-        scale: The scale, or None for GIN.
         spec: The constants.
 
     Returns:
-        x (B, C, *S) in the dtype of the computation, and the log-determinant (B,) in nats.
+        x (B, C, *S) in the dtype of the computation, and the sum.
     """
     acc_dtype, in_place = accumulator(promoted(u1, a)), may_write()
     x2, sum_s = couple(cast(u2, acc_dtype), cast(a, acc_dtype), spec, True, in_place)
-    x = torch.cat((cast(u1, acc_dtype), x2), 1)
-    if scale is None:
-        return x, sum_s
-    return x, _add(sum_s, scale.log().sum(), -_count_pixels(x), in_place)
+    return torch.cat((cast(u1, acc_dtype), x2), 1), sum_s
 
 
 def couple(
@@ -225,10 +279,9 @@ def _log_factors(a_s: Tensor, spec: CouplingSpec, clamp: Any, in_place: bool) ->
     return s.mul_(constant(clamp, s.dtype)) if in_place else s * operand(clamp, s.dtype)
 
 
-def _per_channel(t: Tensor, like: Tensor) -> Tensor:
-    """Return C elements as (1, C, 1, ...) in the dtype of ``like``, to broadcast over it."""
-    dim = like.dim()
-    return cast(t if t.dim() == dim else t.view(1, -1, *[1] * (dim - 2)), like.dtype)
+def _per_channel(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return C elements as (1, C, 1, ...) with ``dim`` dimensions, to broadcast over (B, C, *S)."""
+    return cast(t if t.dim() == dim else t.view(1, -1, *[1] * (dim - 2)), dtype)
 
 
 def _count_pixels(x: Tensor) -> int:

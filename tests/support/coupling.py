@@ -31,8 +31,10 @@ def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Ten
 
 def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     g, offset, spec = coupling[:3]
-    u, scale = plain.invert_affine(y[:, coupling.inv], g, offset, spec)
-    x, log_det = plain.invert_coupling(*plain.split(u), a, scale, spec)
+    scales = plain.GlobalScales([g], spec)
+    u = plain.invert_affine(y[:, coupling.inv], scales.affine(0, offset, y))
+    x, sum_s = plain.invert_coupling(*plain.split(u), a, spec)
+    log_det = scales.log_det(sum_s, x, -1.0)
     x = x.to(promoted(y, g, a))
     return x[:, coupling.perm] if coupling.unpermutes_input else x, log_det
 
