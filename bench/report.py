@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.cells import EMPTY, grouped, number, speedup, table
+from bench.ecosystem import ecosystem_tables
 from bench.goals import Goal, goals
 from bench.libraries_report import library_tables
 from bench.performance import CPU, save_tables
@@ -145,7 +146,7 @@ def _section(setting: tuple[str, int, str], rows: list[Row], out: Path) -> list[
             if threads == 0:
                 parts += [f"### {heading}, as called from Python", "", *called_table(chosen), ""]
             parts += _notes(chosen)
-    return parts + library_tables(rows, speedup) + _kernels(rows)
+    return parts + library_tables(rows, speedup) + ecosystem_tables(rows) + _kernels(rows)
 
 
 def _image(file: str) -> list[str]:

@@ -237,6 +237,24 @@ def test_report_of_made_up_rows(tmp_path: Path) -> None:
     assert "| freia-compiled / ours | freia-compiled / ours alike |" in text
 
 
+def test_ecosystem_rows_have_a_table_and_no_goals(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.report import write_report
+
+    common = {"kind": "ecosystem", "workload": "its model", "shape": [1, 3, 64, 64]}
+    rows = [
+        row(provider=name, median_us=ms * 1e3, speedup_median=6 / ms, closed=closed, **common)
+        for name, ms, closed in (("stock", 6, None), ("ours", 4, 0.5), ("subnets", 2, None))
+    ]
+    assert goals(rows) == []
+    text = write_report(rows, tmp_path).read_text()
+    assert "| stock / ours | p20 | p80 | closed by ours | stock / subnets |" in text
+    line = (
+        "| its model | 1x3x64x64 | train | 6.0 | 4.0 | 2.0 | 1.500 | – | – | 50% | 3.000 | – | – |"
+    )
+    assert line in text
+
+
 def test_depth_rows_are_measured_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
