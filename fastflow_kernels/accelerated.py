@@ -20,6 +20,7 @@ from fastflow_kernels.call import (
     check_conditions,
     single_input,
 )
+from fastflow_kernels.chain import FusedChain
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.coupling_forms import KEPT
 from fastflow_kernels.index_cache import IndexCache
@@ -175,12 +176,22 @@ def _take_channels(x: Tensor, index: Tensor) -> Tensor:
     return x[:, index]
 
 
-class AcceleratedChain(ReversibleChain):
-    """A mixin that makes a SequenceINN reversible."""
+class AcceleratedChain(FusedChain):
+    """A mixin that makes a SequenceINN evaluate consecutive blocks together."""
+
+    _fastflow_prefix = "Accelerated"
+    _fastflow_attributes: tuple[str, ...] = ()
+    _fastflow_stock: Any
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _new, (_mixin_of(self), self._fastflow_stock), self.__dict__.copy()
+
+
+class AcceleratedReversibleChain(AcceleratedChain, ReversibleChain):
+    """A mixin that makes a SequenceINN reversible, too."""
 
     _fastflow_prefix = "Reversible"
     _fastflow_attributes = OWN_ATTRIBUTES
-    _fastflow_stock: Any
 
     def __getitem__(self, item: int | slice) -> Any:
         """Return what the stock class returns. The chain of a slice is reversible, too."""
@@ -191,9 +202,6 @@ class AcceleratedChain(ReversibleChain):
             if isinstance(part, ReversibleChain):
                 part.checkpoint_every, part.debug = self.checkpoint_every, self.debug
         return part
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _new, (AcceleratedChain, self._fastflow_stock), self.__dict__.copy()
 
 
 # --- replacing a class ----------------------------------------------------------------------------
@@ -237,7 +245,18 @@ def make_reversible(chain: Any) -> tuple[bool, str] | None:
     """
     if isinstance(chain, ReversibleChain):
         return False, "is reversible already"
-    cls: type = type(chain)
+    return _change_chain(chain, AcceleratedReversibleChain)
+
+
+def make_fused(chain: Any) -> tuple[bool, str] | None:
+    """Make a SequenceINN evaluate consecutive blocks together, as :func:`make_reversible` does."""
+    if isinstance(chain, FusedChain):
+        return False, "is fused already"
+    return _change_chain(chain, AcceleratedChain)
+
+
+def _change_chain(chain: Any, mixin: Any) -> tuple[bool, str] | None:
+    cls: type = class_before(chain)
     bases = (base for base in cls.__mro__ if base.__name__ == SEQUENCE)
     stock: Any = next((base for base in bases if "forward" in vars(base)), None)
     if stock is None:
@@ -245,22 +264,24 @@ def make_reversible(chain: Any) -> tuple[bool, str] | None:
     if getattr(cls, "forward", None) is not stock.forward or "forward" in vars(chain):
         return False, f"{cls.__name__} overrides forward"
     try:
-        reversible = _derive(AcceleratedChain, cls)
+        derived = _derive(mixin, cls)
         is_alike = all(
-            _run_as(cls, chain, rev) == _run_as(reversible, chain, rev) for rev in (False, True)
+            _run_as(cls, chain, rev) == _run_as(derived, chain, rev) for rev in (False, True)
         )
     except Exception as error:
         return False, f"could not be probed: {type(error).__name__}: {error}"
     if not is_alike:
         return False, "it computes something else than FrEIA's SequenceINN"
-    chain.__class__ = reversible
-    return True, describe_reversible(chain)
+    chain.__class__ = derived
+    return True, describe_chain(chain)
 
 
-def describe_reversible(chain: Any) -> str:
-    """Say how many modules of a chain are reversible."""
-    count = sum(map(is_reversible, chain.module_list))
-    return f"{count} of its {len(chain.module_list)} modules are reconstructed in the backward pass"
+def describe_chain(chain: Any) -> str:
+    """Say how the modules of a chain run."""
+    count, size = sum(map(is_reversible, chain.module_list)), len(chain.module_list)
+    if isinstance(chain, ReversibleChain):
+        return f"{count} of its {size} modules are reconstructed in the backward pass"
+    return "consecutive blocks run together; accelerate(model, reversible=True) would take it"
 
 
 def class_before(part: Any) -> Any:

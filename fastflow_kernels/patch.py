@@ -76,9 +76,10 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
     for block in parts:
         if is_stock(block):
             _accelerate_block(block, backend)
-    if reversible:
-        for chain in parts:
+    for chain in parts:
+        if reversible:
             accelerated.make_reversible(chain)
+        accelerated.make_fused(chain)
     missing = []
     if not any(isinstance(part, FusedForward) and why_not_fused(part) is None for part in parts):
         missing.append("no block of the model runs fused")

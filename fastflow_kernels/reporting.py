@@ -12,7 +12,7 @@ from fastflow_kernels.accelerated import (
     AcceleratedChain,
     AcceleratedModule,
     class_before,
-    describe_reversible,
+    describe_chain,
     held_by,
     make_reversible,
 )
@@ -37,7 +37,7 @@ class Entry:
         kind: Its class, with the module that defines it.
         state: What runs. A block is "accelerated", "fused" (built so), "stock maths" (accelerated
             or fused, but something that it reads was replaced) or "left" (an unchanged stock
-            block). A chain is "reversible" or "left".
+            block). A chain is "reversible", "accelerated" or "left".
         changed: Whether :func:`~fastflow_kernels.accelerate` has changed its class.
         reason: How it was recognised, or why it runs as it does.
     """
@@ -156,7 +156,9 @@ def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     kind = _kind(chain)
     if isinstance(chain, ReversibleChain):
         is_changed = isinstance(chain, AcceleratedChain)
-        return Entry(name, kind, "reversible", is_changed, describe_reversible(chain))
+        return Entry(name, kind, "reversible", is_changed, describe_chain(chain))
+    if isinstance(chain, AcceleratedChain):
+        return Entry(name, kind, "accelerated", True, describe_chain(chain))
     if is_named(type(chain), GRAPH) and any(map(is_stock, chain.modules())):
         reason = "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can"
         return Entry(name, kind, "left", False, reason)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import torch_private
+from fastflow_kernels.chain import FusedChain
 from fastflow_kernels.drift import Checkpoints, Segment
 from fastflow_kernels.dtypes import promoted
 from fastflow_kernels.link import Link, Pass, identity_of
@@ -28,15 +29,12 @@ from fastflow_kernels.torch_private import needs_plain
 OWN_ATTRIBUTES = ("_checkpoints", "debug", "drift")
 
 
-class ReversibleChain:
+class ReversibleChain(FusedChain):
     """A mixin that makes a chain with the attributes of FrEIA's SequenceINN reversible.
 
     See :class:`ReversibleSequence`.
     """
 
-    module_list: Any  # an nn.ModuleList of modules of which no type tells the attributes
-    conditions: list[int | None]
-    force_tuple_output: bool
     debug: bool = False
     drift: Mapping[int, float] = MappingProxyType({})
     _checkpoints: Checkpoints | None = None
@@ -87,17 +85,19 @@ class ReversibleChain:
         """
         x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
         links = {} if rev else self._links(x, c)
-        order = range(len(self.module_list))
         # FrEIA starts from zeros, too, which stay if no module has a log-determinant.
         log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if _is_batch(x) else 0
-        for i in reversed(order) if rev else order:
+        if not links:
+            x, log_det = self._evaluate(x, c, rev, jac, log_det)
+            return x if self.force_tuple_output else x[0], log_det
+        for i in range(len(self.module_list)):
             module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
             if link is not None and x[0].is_floating_point() and is_autocast(x[0].device):
                 # the chain's state stays in the parameters' dtype
                 x = (x[0].to(promoted(x[0], getattr(module, "global_scale", None))),)
             x_in = x[0]
             arguments: dict[str, Any] = (
-                {"jac": jac, "rev": rev} if link is None else {"jac": jac, "rev": rev, "link": link}
+                {"jac": jac, "rev": False} if link is None else {"jac": jac, "rev": False, "link": link}
             )
             if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]

@@ -14,7 +14,7 @@ from fastflow_kernels.backends import requested
 from fastflow_kernels.call import BlockCall, SidesCall
 from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.dtypes import accumulator, promoted
-from fastflow_kernels.engines import Engine, available, eager, operators
+from fastflow_kernels.engines import ChainEngine, Engine, available, eager, operators
 from fastflow_kernels.engines.pixels import ByPixels
 from fastflow_kernels.engines.triton.plan import why_unsupported
 from fastflow_kernels.layouts import is_packed, memory_format
@@ -205,6 +205,24 @@ def choose_engine(call: BlockCall | SidesCall, backend: str) -> Route:
         case, engine, layout, is_copied, unpermutes_inside, unpermutes_apart, folds_affine,
         with_gradients,
     )  # fmt: skip
+
+
+def choose_chain_engine(call: BlockCall, route: Route) -> ChainEngine | None:
+    """Return the engine if consecutive blocks can hand it their activations in halves.
+
+    Args:
+        call: The first block's call.
+        route: Its route.
+    """
+    takes_halves = (
+        route.case is FUSED
+        and isinstance(call.permutation, IndexPermutation)
+        and not (call.rev or call.reverse_permutation or call.spec.gin)
+        and is_packed(call.x)
+    )
+    if not takes_halves:
+        return None
+    return eager if route.engine is eager else available.triton_engine()
 
 
 def _route_of_graph(call: BlockCall | SidesCall) -> Route:

@@ -249,6 +249,26 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+_module_call = nn.Module.__call__
+
+
+def are_calls_hooked() -> bool:
+    """Return whether something of this process watches the calls of all modules.
+
+    That is a global hook, as profilers set it, or a replaced ``nn.Module.__call__``.
+    """
+    return nn.Module.__call__ is not _module_call or nn.modules.module._has_any_global_hook()
+
+
+def is_called_directly(module: nn.Module) -> bool:
+    """Return whether calling a module does nothing but run its ``forward``, without global hooks."""
+    return (
+        type(module).__call__ is _module_call
+        and module._compiled_call_impl is None
+        and not has_hooks(module)
+    )
+
+
 def direct_apply(function: type[Function]) -> Callable[..., Any]:
     """Return the C++ ``apply`` of an autograd Function.
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from torch import Tensor
 
-from fastflow_kernels.engines import Engine
+from fastflow_kernels.engines import ChainEngine
 from fastflow_kernels.engines.triton.plan import why_unsupported
 
 
@@ -26,7 +26,7 @@ def why_no_triton() -> str | None:
 
 
 @cache
-def triton_engine() -> Engine:
+def triton_engine() -> ChainEngine:
     """Return the Triton engine. The first call imports Triton."""
     from fastflow_kernels.engines.triton import engine
 
