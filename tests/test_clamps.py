@@ -35,6 +35,8 @@ from tests.support.modes import INTERPRETED
 pytestmark = pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
 
 CLAMPS = (1e-3, 0.5, 1.9, 2.0, 2.1, 5.0, 8.0, 20.0, 50.0, -1.0, -8.0)
+# Each clamp with the fast form where it takes it, and those that do with the plain form as well.
+FORMS = (*((clamp, True) for clamp in CLAMPS), *((c, False) for c in CLAMPS if 0.0 < c <= 2.0))
 GAINS = (1e-3, 0.1, 1.0, 5.0, 30.0, 300.0)  # standard deviation of a
 # The kernels run with fewer clamps, because each one is compiled.
 KERNEL_CLAMPS = (*CLAMPS[::2], 50.0) if INTERPRETED else (2.0, 50.0)
@@ -56,7 +58,7 @@ def inputs_of(
 
 @both_kinds
 @both_dialects
-@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize(("clamp", "is_fast"), FORMS)
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.float64, torch.bfloat16, torch.float16],
@@ -64,20 +66,33 @@ def inputs_of(
 )
 @pytest.mark.parametrize("shape", [(4, 6, 9, 7), (50, 7)], ids=["planes", "rows"])
 def test_eager_functions_at_any_clamp(
-    shape: tuple[int, ...], dtype: torch.dtype, clamp: float, dialect: str, gin: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    clamp: float,
+    is_fast: bool,
+    dialect: str,
+    gin: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    choose_form(monkeypatch, is_fast)
     for gain in GAINS:
         torch.manual_seed(0)
         check_everything(*inputs_of(shape, clamp, dialect, gin, gain, dtype), engine=eager)
 
 
+def choose_form(monkeypatch: pytest.MonkeyPatch, is_fast: bool) -> None:
+    """Choose the form of the soft clamp, instead of by the processor."""
+    monkeypatch.setattr(soft_clamp, "has_fast_tanh", lambda: not is_fast)
+
+
 @both_kinds
-@pytest.mark.parametrize("clamp", [c for c in CLAMPS if abs(c) <= 2.0])
+@pytest.mark.parametrize(("clamp", "is_fast"), [form for form in FORMS if abs(form[0]) <= 2.0])
 @pytest.mark.parametrize("z", [1e-4, 0.05, 0.3, 0.7, 1.2, 1.7, 1.8, 4.0, 8.0])
 def test_eager_functions_where_all_coefficients_are_alike(
-    z: float, clamp: float, gin: bool
+    z: float, clamp: float, is_fast: bool, gin: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All values have about the same size, so that no error hides behind a larger value."""
+    choose_form(monkeypatch, is_fast)
     x, a, coupling = make((4, 6, 9, 7), gin=gin, clamp=clamp)
     size = z / coupling.spec.input_scale * (0.9 + 0.1 * torch.rand(a.shape))
     a = torch.cat(((size * torch.randn(a.shape).sign())[:, :3], a[:, 3:]), 1)
@@ -106,11 +121,12 @@ def test_eager_functions_overflow_only_where_plain_pytorch_does(
             assert value is None or (value.isfinite() | ~expected.isfinite()).all()
 
 
-def test_coefficients_of_the_cheap_form_fit_in_float32() -> None:
+def test_coefficients_of_the_cheap_form_fit_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest clamp with the cheap form, and clamps below it, which do not take it.
 
     Dialect "freia" makes input_scale largest there.
     """
+    choose_form(monkeypatch, True)
     for clamp in (soft_clamp.LEAST_FAST_CLAMP, 0.5 * soft_clamp.LEAST_FAST_CLAMP, 1e-15):
         for dialect in DIALECTS:
             check_everything(*inputs_of((4, 6, 9, 7), clamp, dialect, False, 1.0), engine=eager)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
-from fastflow_kernels.engines import eager, soft_clamp
+from fastflow_kernels.engines import eager, processor, soft_clamp
 
 
+@pytest.mark.parametrize("is_fast", [True, False], ids=["fast form", "plain form"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
+def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype, is_fast: bool) -> None:
     """The magnitudes cross the bound of the cheap form.
 
     A value's result must not depend on its neighbours.
@@ -34,10 +35,11 @@ def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
     spec = CouplingSpec(clamp=2.0, input_scale=1.0, activation="EXP", gin=False)
 
     def tanh(a: Tensor) -> Tensor:
-        clamp = soft_clamp.SoftClamp(spec, 1, is_fast=True)
+        clamp = soft_clamp.SoftClamp(spec, 1, is_fast)
         return clamp.log_factors(a, 1.0, torch.empty_like(a), torch.empty_like(a))
 
-    actual, truth = tanh(a), 2.0 / math.log(2.0) * torch.tanh(a.double())
+    unit = math.log(2.0) if is_fast else 1.0
+    actual, truth = tanh(a), 2.0 / unit * torch.tanh(a.double())
     error = (actual - truth).abs() / torch.finfo(dtype).eps
     # At most 4 units in the last place. In float64 these include the truth's own error.
     assert (error <= 2.0 * truth.abs()).all(), (error / truth.abs()).nan_to_num().max()
@@ -47,6 +49,22 @@ def test_tanh_to_a_few_ulp_at_every_magnitude(dtype: torch.dtype) -> None:
         True,
         False,
     ]
+
+
+def test_form_of_the_soft_clamp_is_chosen_by_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_fast_tanh = processor.has_fast_tanh.__wrapped__  # without the cache
+    monkeypatch.setattr(processor, "_vendor", lambda: "vendor_id : GenuineIntel")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert has_fast_tanh()
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "_vendor", lambda: "vendor_id : AuthenticAMD")
+        assert not has_fast_tanh()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkl, "is_available", lambda: False)
+        assert not has_fast_tanh()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not has_fast_tanh()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
