@@ -96,9 +96,9 @@ class ReversibleChain(FusedChain):
                 # the chain's state stays in the parameters' dtype
                 x = (x[0].to(promoted(x[0], getattr(module, "global_scale", None))),)
             x_in = x[0]
-            arguments: dict[str, Any] = (
-                {"jac": jac, "rev": False} if link is None else {"jac": jac, "rev": False, "link": link}
-            )
+            arguments: dict[str, Any] = {"jac": jac, "rev": False}
+            if link is not None:
+                arguments["link"] = link
             if condition is not None and c is not None:
                 arguments["c"] = [c[condition]]
             x, log_det_of_module = module(x, **arguments)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastflow_kernels import block
 from fastflow_kernels.call import BlockCall, coefficients
-from fastflow_kernels.coupling import Coupling, Halves
+from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import ChainEngine, eager, plain
 from fastflow_kernels.halves import Step, couple, log_det_with_gradient, split_for_chain
 from fastflow_kernels.layouts import packed
@@ -64,14 +65,14 @@ def _evaluate_in_halves(
 ) -> tuple[Tensor, Tensor]:
     """Evaluate consecutive blocks by an engine, which passes halves from block to block."""
     x, sums = calls[0].x, []
-    scales = plain.GlobalScales([call.global_scale.detach() for call in calls], calls[0].spec)
     couplings = [block.engine_coupling(call, route) for call in calls]
+    if engine is eager:  # the Triton kernels compute the scale themselves
+        couplings = _with_scales(couplings, x)
     passive, halves = split_for_chain(x, route.with_gradients)
     for k, call in enumerate(calls):
         a = packed(coefficients(call, passive))
-        if engine is eager:  # the Triton kernels compute the scale themselves
-            couplings[k] = _with_scale(couplings[k], scales, k, a, halves)
-        step = Step(couplings[k], engine, k == len(calls) - 1)
+        couplings[k] = coupling = _fit(couplings[k], halves.passive, a)
+        step = Step(coupling, engine, k == len(calls) - 1)
         passive, halves, sum_s = couple(halves, a, step, route.with_gradients)
         sums.append(sum_s)
     pixels = x.shape[2:].numel()
@@ -80,9 +81,17 @@ def _evaluate_in_halves(
     return passive, engine.log_det_of_chain(sums, couplings, pixels)
 
 
-def _with_scale(
-    coupling: Coupling, scales: plain.GlobalScales, k: int, a: Tensor, x: Halves
-) -> Coupling:
-    with torch.no_grad():
-        scale = scales.affine(k, coupling.parameters[1], x.passive, a).scale
-    return coupling._replace(scale=scale)
+def _with_scales(couplings: Sequence[Coupling], x: Tensor) -> list[Coupling]:
+    """Return the couplings with their scales, computed for all of them at once."""
+    parameters = [coupling.parameters[0].detach() for coupling in couplings]
+    dtype = accumulator(promoted(x, parameters[0]))
+    scales = plain.GlobalScales(parameters, couplings[0].spec).all(x.dim(), dtype)
+    return [c._replace(scale=scale) for c, scale in zip(couplings, scales, strict=True)]
+
+
+def _fit(coupling: Coupling, x: Tensor, a: Tensor) -> Coupling:
+    """Return the coupling without its scale if the subnet has widened the dtype."""
+    if a.dtype is x.dtype or coupling.scale is None:
+        return coupling
+    dtype = accumulator(promoted(x, a, coupling.global_scale))
+    return coupling if coupling.scale.dtype is dtype else coupling._replace(scale=None)

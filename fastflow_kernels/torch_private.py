@@ -261,7 +261,7 @@ def are_calls_hooked() -> bool:
 
 
 def is_called_directly(module: nn.Module) -> bool:
-    """Return whether calling a module does nothing but run its ``forward``, without global hooks."""
+    """Return whether a call of a module runs its ``forward`` and nothing else but global hooks."""
     return (
         type(module).__call__ is _module_call
         and module._compiled_call_impl is None

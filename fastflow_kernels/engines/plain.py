@@ -153,18 +153,19 @@ class GlobalScales:
     def affine(self, k: int, offset: Tensor, *operands: Tensor) -> GlobalAffine:
         """Return the affine map of block k, in the dtype of the computation with these operands."""
         g = self._parameters[k]
-        dtype = accumulator(promoted(*operands, g))
-        return GlobalAffine(g, offset, self._at(k, operands[0].dim(), dtype))
-
-    def _at(self, k: int, dim: int, dtype: torch.dtype) -> Tensor | None:
         if self._spec.gin:
-            return None
+            return GlobalAffine(g, offset, None)
+        scales = self.all(operands[0].dim(), accumulator(promoted(*operands, g)))
+        return GlobalAffine(g, offset, scales[k])
+
+    def all(self, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return every block's scale, (1, C, 1, ...) with ``dim`` dimensions."""
         # The dtype is another one if a subnet has widened it.
         if self._all is None or self._all.dtype is not dtype:
             g = [_per_channel(t, dim, dtype) for t in self._parameters]
             self._all = activated(g[0] if len(g) == 1 else torch.stack(g), self._spec.activation)
             self._scales = (self._all,) if len(g) == 1 else self._all.unbind()
-        return self._scales[k]
+        return self._scales
 
     def log_det(self, sum_s: Tensor, y: Tensor, sign: float) -> Tensor:
         """Return sum_s + sign * P * sum(log(scale)), the log-determinant (B,) of all blocks.

@@ -30,7 +30,7 @@ def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Ten
 
 
 def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-    g, offset, spec = coupling[:3]
+    (g, offset), spec = coupling.parameters, coupling.spec
     scales = plain.GlobalScales([g], spec)
     u = plain.invert_affine(y[:, coupling.inv], scales.affine(0, offset, y))
     x, sum_s = plain.invert_coupling(*plain.split(u), a, spec)
