@@ -228,17 +228,25 @@ class _Ones(NamedTuple):
         places: Their positions in the flat matrix, int64 (C,).
         values: Their values (C,), which may carry rounding.
         checksum: The checksum of the whole matrix; 0 if it is not on a CPU.
+        copy: A copy of a small matrix on a CPU, which is then compared instead.
     """
 
     places: Tensor
     values: Tensor
     checksum: int
+    copy: Tensor | None
 
     def are_all_of(self, w: Tensor) -> bool:
-        """Return whether w has these ones, and nothing else that the checksum notices."""
+        """Return whether w has these ones, and nothing else that the check notices."""
+        if self.copy is not None:
+            return torch.equal(w, self.copy)
         return torch.equal(w.take(self.places), self.values) and _checksum(w) == self.checksum
 
 
+# Elements up to which a comparison with a copy takes less time than ones and checksum. For (64, 64)
+# it takes 17 us instead of 63, for (128, 128) 25 instead of 65, for (256, 256) 63 instead of 77,
+# for (512, 512) 203 instead of 117: Intel Xeon, float32, after other work.
+_COMPARED = 1 << 16
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -302,7 +310,9 @@ def _find_ones(w: Tensor, places: Tensor) -> _Ones | None:
     values = w.take(places)
     if not bool((values - 1.0).abs().amax() <= 4 * torch.finfo(w.dtype).eps):
         return None
-    return _Ones(places, values, _checksum(w) if w.device.type == "cpu" else 0)
+    if w.device.type != "cpu":
+        return _Ones(places, values, 0, None)
+    return _Ones(places, values, _checksum(w), w.clone() if w.numel() <= _COMPARED else None)
 
 
 def hard_index(w: Tensor) -> Tensor | None:
