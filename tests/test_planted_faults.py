@@ -63,8 +63,8 @@ class Planted(NamedTuple):
 FAULTS = {
     "a mask without the end of the row": Planted(
         (FORWARD,),
-        "tl.store(y_ptr + offs_y1, y1, mask=mask_passive)",
-        "tl.store(y_ptr + offs_y1, y1, mask=is_passive[:, None])",
+        "+ offs_y1, y1, mask=mask_passive)",
+        "+ offs_y1, y1, mask=is_passive[:, None])",
         PLANES,
     ),
     "a mask of the other half": Planted(
@@ -139,9 +139,9 @@ FAULTS = {
         EXECUTED,
     ),
     "a stride in 32 bits": Planted(
-        (FORWARD,), "b * stride_xb * ALIGN", "b * (stride_xb * ALIGN)", "far_apart"
+        (TILES,), "ptr + b * stride * ALIGN", "ptr + b * (stride * ALIGN)", "far_apart"
     ),
-    "a stride of any pass in 32 bits": Planted(
+    "the same in a side": Planted(
         (TILES,), "ptr + b * stride * ALIGN", "ptr + b * (stride * ALIGN)", "far_apart", SIDES
     ),
     "a partial sum that is not stored": Planted(

@@ -6,7 +6,8 @@ inverse.
 Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow_kernels.coupling import Coupling, CouplingGrads, OutputGrads
+from fastflow_kernels.coupling import (
+    Coupling,
+    CouplingGrads,
+    Halves,
+    HalvesCouplingGrads,
+    HalvesGrads,
+    OutputGrads,
+)
 from fastflow_kernels.engines.triton import plan
 from fastflow_kernels.engines.triton.inverse import write_active
 from fastflow_kernels.engines.triton.launch import (
@@ -22,16 +30,24 @@ from fastflow_kernels.engines.triton.launch import (
     Operands,
     Prepared,
     aligned,
+    are_of_one_tensor,
+    dtype_of,
     empty_of,
     empty_partials,
+    gaps_of,
     key_of,
+    key_of_halves,
     on_its_device,
+    pointers_of,
+    shape_of,
     values_of,
 )
 from fastflow_kernels.engines.triton.math import clamp_slope, clamped, exp_of_factor, product
 from fastflow_kernels.engines.triton.sums import prepare_gin_sums, prepare_params
 from fastflow_kernels.engines.triton.tiles import (
     columns,
+    half_of,
+    halves,
     index,
     inverse_scale,
     load,
@@ -45,8 +61,9 @@ from fastflow_kernels.layouts import packed
 @triton.jit
 def _coupling_bwd_kernel(
     y_ptr, dy_ptr, dlogdet_ptr, x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr,
-    dx_ptr, da_ptr, part_ptr,
+    dx_ptr, da_ptr, part_ptr, x2_ptr, dy2_ptr, dsub_ptr, dx2_ptr,
     B, P, stride_xb, stride_ab, stride_dyb, stride_dxb, stride_l,
+    stride_x2b, stride_dy2b, stride_dsub, stride_dx2b,
     C: tl.constexpr, ACTIVE: tl.constexpr, FUNCTION: tl.constexpr, CLAMP: tl.constexpr,
     INPUT_SCALE: tl.constexpr, SHIFT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, INVERT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
@@ -62,7 +79,7 @@ def _coupling_bwd_kernel(
         da_s = (du2 * x2 * exp(s) + dlogdet) * clamp * input_scale * f'(z)
 
     Per channel it also sums dv (for offset) and dv * u (for scale). s = clamp * t and u are
-    computed again.
+    computed again. dsub, if there, is added to dy's passive half.
 
     - GIN: there is no dlogdet. The mean is subtracted from s and from du2 * x2 * exp(s).
     - UNPERMUTES_INPUT: x1 and x2 are those of x[:, inv], and dx has the channel order of x.
@@ -88,6 +105,11 @@ def _coupling_bwd_kernel(
         da_ptr: Output (B, 2*C2, P), contiguous.
         part_ptr: Output (2, groups, C), or None: sums of dv and of dv * u. For ACTIVATION = None
             (GIN) it is (1, groups, C), the sums of dv.
+        x2_ptr, dy2_ptr, dx2_ptr: The active halves of x, dy and dx, (B, C2, P), stride_x2b,
+            stride_dy2b and stride_dx2b between samples, or None. With one, the pointer without "2"
+            is the passive half.
+        dsub_ptr: Input (B, C1, P), stride_dsub between samples, or None: the gradient of y's
+            passive half from the next subnet.
     """
     if not ROWS:
         P = P * ALIGN
@@ -118,10 +140,10 @@ def _coupling_bwd_kernel(
         offs_y2 = j2 * P + p
         offs_x1 = offs_y1 if UNPERMUTES_INPUT else offs
         offs_x2 = offs_y2 if UNPERMUTES_INPUT else C1 * P + offs
-        dy_sample_ptr = sample(dy_ptr, b, stride_dyb, C, P, ALIGN)
-        x_sample_ptr = sample(x_ptr, b, stride_xb, C, P, ALIGN)
+        dy_ptrs = halves(dy_ptr, dy2_ptr, b, stride_dyb, stride_dy2b, C, C1, P, ALIGN)
+        x_ptrs = halves(x_ptr, x2_ptr, b, stride_xb, stride_x2b, C, C1, P, ALIGN)
         a_tile_ptr = a_ptr + b * stride_ab * ALIGN + offs
-        dx_sample_ptr = sample(dx_ptr, b, stride_dxb, C, P, ALIGN)
+        dx_ptrs = halves(dx_ptr, dx2_ptr, b, stride_dxb, stride_dx2b, C, C1, P, ALIGN)
         da_tile_ptr = da_ptr + b * (2 * C2) * P + offs
 
         # The order of loads and stores decides how many registers the compilers need:
@@ -131,10 +153,14 @@ def _coupling_bwd_kernel(
             a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
             y2 = load(y_ptr + b * C * P + offs_y2, mask_active, ACC_DTYPE)
         else:
-            x2 = load(x_sample_ptr + offs_x2, mask_active, ACC_DTYPE)
-        dv2 = load(dy_sample_ptr + offs_y2, mask_active, ACC_DTYPE)
+            x2 = load(x_ptrs[1] + offs_x2, mask_active, ACC_DTYPE)
+        dv2 = load(half_of(j2, C1, dy_ptrs, dy2_ptr) + offs_y2, mask_active, ACC_DTYPE)
         if C1 > 0:
-            dv1 = load(dy_sample_ptr + offs_y1, mask_passive, ACC_DTYPE)
+            dv1 = load(half_of(j1, C1, dy_ptrs, dy2_ptr) + offs_y1, mask_passive, ACC_DTYPE)
+        if dsub_ptr is not None:
+            dsub_sample_ptr = sample(dsub_ptr, b, stride_dsub, C1, P, ALIGN)
+            dv2 += load(dsub_sample_ptr + offs_y2, mask_active & (j2 < C1), ACC_DTYPE)
+            dv1 += load(dsub_sample_ptr + offs_y1, mask_passive & (j1 < C1), ACC_DTYPE)
         z = INPUT_SCALE * a_s
         t = clamped(z, FUNCTION, CLAMP)
         s = CLAMP * t
@@ -145,7 +171,7 @@ def _coupling_bwd_kernel(
         if INVERT:
             u2 = (y2 - offset2) * factor2 * boost2
             x2_e = u2 - SHIFT_SCALE * a_t
-            tl.store(x_sample_ptr + offs_x2, x2_e * exp_of_factor(-s, CLAMP), mask=mask_active)
+            tl.store(x_ptrs[1] + offs_x2, x2_e * exp_of_factor(-s, CLAMP), mask=mask_active)
         else:
             e = exp_of_factor(s, CLAMP)
             x2_e = x2 * e
@@ -160,8 +186,8 @@ def _coupling_bwd_kernel(
             e = exp_of_factor(s, CLAMP)
         du2 = dv2 * scale2
         if C1 > 0:
-            tl.store(dx_sample_ptr + offs_x1, dv1 * scale1, mask=mask_passive)
-        tl.store(dx_sample_ptr + offs_x2, du2 * e, mask=mask_active)
+            tl.store(dx_ptrs[0] + offs_x1, dv1 * scale1, mask=mask_passive)
+        tl.store(dx_ptrs[1] + offs_x2, du2 * e, mask=mask_active)
         tl.store(da_tile_ptr + C2 * P, SHIFT_SCALE * du2, mask=mask_active)
         da_s = (du2 * x2_e + ds) * (CLAMP * INPUT_SCALE * clamp_slope(z, t, FUNCTION))
         tl.store(da_tile_ptr, da_s, mask=mask_active)
@@ -169,7 +195,7 @@ def _coupling_bwd_kernel(
             doffset1 += tl.sum(dv1, axis=1)
             doffset2 += tl.sum(dv2, axis=1)
             if ACTIVATION is not None:
-                x1 = load(x_sample_ptr + offs_x1, mask_passive, ACC_DTYPE)
+                x1 = load(x_ptrs[0] + offs_x1, mask_passive, ACC_DTYPE)
                 if not INVERT:
                     a_t = load(a_tile_ptr + C2 * P, mask_active, ACC_DTYPE)
                 dscale1 += tl.sum(product(dv1, x1), axis=1)
@@ -186,15 +212,24 @@ def _coupling_bwd_kernel(
             tl.store(part_ptr + C1, dscale2, mask=is_active)
 
 
+# In the order of Operands.strides. Those behind stride_l are left out without halves.
+_STRIDES = (
+    "stride_xb", "stride_ab", "stride_dyb", "stride_dxb", "stride_l",
+    "stride_x2b", "stride_dy2b", "stride_dsub", "stride_dx2b",
+)  # fmt: skip
+
+
 @lru_cache(maxsize=1024)
 def _prepare(*key: Any) -> Prepared:
     """Prepare the backward pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype = operands.dtype, operands.acc_dtype
-    stride_xb, stride_ab, stride_dyb, stride_dxb, stride_l = operands.strides
-    strides = {"stride_xb": stride_xb, "stride_ab": stride_ab, "stride_dyb": stride_dyb}
+    strides = dict(zip_longest(_STRIDES, operands.strides))
+    stride_l = strides.pop("stride_l")
     has_y = operands.dtypes[1] is not None
-    gin_sums = prepare_gin_sums(operands, **strides)
+    gin_sums = prepare_gin_sums(
+        operands, strides["stride_ab"], strides["stride_xb"], strides["stride_dyb"]
+    )
     # The tile is sized by the accumulator's dtype. Values of six tensors are alive at once, so that
     # registers limit the tile, not the width of an access.
     tiles = operands.plan(
@@ -203,7 +238,9 @@ def _prepare(*key: Any) -> Prepared:
         plan.BACKWARD_ROWS,
         plan.COLUMNS_WITH_SUMS if operands.want_params else plan.COLUMNS,
     )
-    values = values_of(operands, tiles, **strides, stride_dxb=stride_dxb)
+    values = values_of(operands, tiles, **strides)
+    if len(operands.strides) < len(_STRIDES):
+        values |= dict.fromkeys(("x2_ptr", "dy2_ptr", "dsub_ptr", "dx2_ptr"))
     values |= {
         # If several rows make a sample, the gradient was repeated for each row in a new tensor.
         "stride_l": stride_l if operands.rows_per_sample == 1 else 1,
@@ -299,3 +336,49 @@ def _backward(
     doffset = torch.empty_like(offset)
     prepared.finish(is_aligned, partials, log_det, g, dg, doffset)
     return CouplingGrads(dx, da, dg, doffset)
+
+
+@partial(on_its_device, position=1)
+def backward_halves(
+    x: Halves, a: Tensor, grads: HalvesGrads, coupling: Coupling, want_params: bool
+) -> HalvesCouplingGrads:
+    """Return the gradients of :func:`~fastflow_kernels.engines.triton.forward.forward_halves`.
+
+    See :class:`~fastflow_kernels.engines.ChainEngine`. The halves of dx are views of one tensor if
+    those of x are. Otherwise they are contiguous.
+    """
+    (g, offset), inv, log_det = coupling.parameters, coupling.inv, grads.log_det
+    dy = Halves(packed(grads.passive), packed(grads.active))
+    dsub = None if grads.from_subnet is None else packed(grads.from_subnet)
+    dx, da = _empty_halves(x), empty_of(a, a.dtype)
+    x1, x2, stride_xb, stride_x2b = pointers_of(x)
+    dy1, dy2, stride_dyb, stride_dy2b = pointers_of(dy)
+    dx1, dx2, stride_dxb, stride_dx2b = pointers_of(dx)
+    strides = (
+        stride_xb, a.stride(0), stride_dyb, stride_dxb, 0 if log_det is None else log_det.stride(0),
+        stride_x2b, stride_dy2b, None if dsub is None else gaps_of(dsub), stride_dx2b,
+    )  # fmt: skip
+    dtypes = (x1.dtype, None, dtype_of(x2), dtype_of(dx2), a.dtype)
+    grad_dtypes = (dy1.dtype, dtype_of(log_det), dtype_of(dy2), dtype_of(dsub))
+    prepared = _prepare(*key_of_halves(x, coupling, dtypes, strides, grad_dtypes, want_params))
+    is_aligned = aligned(x1, x2, a, dy1, dy2, dsub, log_det, g, inv, dx1, dx2)
+    partials = empty_partials(prepared, a.device)
+    prepared.launch(
+        is_aligned, None, dy1, log_det, x1, a, g, None, inv, None,
+        dx1, da, partials, x2, dy2, dsub, dx2,
+    )  # fmt: skip
+    if prepared.finish is None:
+        return HalvesCouplingGrads(dx, da, None, None)
+    dg, doffset = torch.empty_like(g), torch.empty_like(offset)
+    prepared.finish(is_aligned, partials, log_det, g, dg, doffset)
+    return HalvesCouplingGrads(dx, da, dg, doffset)
+
+
+def _empty_halves(x: Halves) -> Halves:
+    """Return new halves of the shape of x: views of one tensor if those of x are."""
+    passive, active = x
+    if not are_of_one_tensor(x):
+        return Halves(empty_of(passive, passive.dtype), empty_of(active, active.dtype))
+    shape = shape_of(x)
+    whole = torch.empty(shape, dtype=passive.dtype, device=passive.device)
+    return Halves(*whole.split((passive.shape[1], active.shape[1]), 1))

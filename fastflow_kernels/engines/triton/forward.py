@@ -30,25 +30,29 @@ forward on rows is the exception: it gathers values through ``perm``, because sc
 single values would be slow there.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.coupling import Coupling, Halves
 from fastflow_kernels.engines.triton import plan
 from fastflow_kernels.engines.triton.launch import (
     Launch,
     Operands,
     Prepared,
     aligned,
+    dtype_of,
     empty_of,
     empty_partials,
     joint,
     key_of,
+    key_of_halves,
     on_its_device,
+    pointers_of,
     values_of,
 )
 from fastflow_kernels.engines.triton.math import clamped, exp_of_factor
@@ -56,10 +60,11 @@ from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, p
 from fastflow_kernels.engines.triton.tiles import (
     columns,
     global_offset,
+    half_of,
+    halves,
     index,
     load,
     log_scale_sum,
-    sample,
     scale,
     total,
 )
@@ -67,8 +72,8 @@ from fastflow_kernels.engines.triton.tiles import (
 
 @triton.jit
 def _coupling_fwd_kernel(
-    x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr,
-    B, P, stride_xb, stride_ab, stride_yb,
+    x_ptr, a_ptr, g_ptr, offset_ptr, inv_ptr, sums_ptr, y_ptr, part_ptr, x2_ptr, y2_ptr,
+    B, P, stride_xb, stride_ab, stride_yb, stride_x2b, stride_y2b,
     C: tl.constexpr, ACTIVE: tl.constexpr, FUNCTION: tl.constexpr, CLAMP: tl.constexpr,
     INPUT_SCALE: tl.constexpr, SHIFT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
     UNPERMUTES_INPUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
@@ -97,6 +102,8 @@ def _coupling_fwd_kernel(
         sums_ptr: Input (B, PARTS) or, per pixel, (B, P): sums of s for its mean (GIN), or None.
         y_ptr: Output (B, C, P), stride_yb between samples.
         part_ptr: Output (B, programs per sample), sums of s, or None.
+        x2_ptr, y2_ptr: The active halves of x and y, (B, C2, P), stride_x2b and stride_y2b between
+            samples, or None. With them x_ptr and y_ptr are the passive halves.
     """
     P = P * ALIGN
     C2: tl.constexpr = ACTIVE
@@ -109,23 +116,26 @@ def _coupling_fwd_kernel(
     is_active = c < C2
     mask_passive = is_passive[:, None] & mask_columns
     mask_active = is_active[:, None] & mask_columns
-    x_ptr += b * stride_xb * ALIGN
     a_ptr += b * stride_ab * ALIGN
-    y_ptr = sample(y_ptr, b, stride_yb, C, P, ALIGN)
+    x_ptrs = halves(x_ptr, x2_ptr, b, stride_xb, stride_x2b, C, C1, P, ALIGN)
+    y_ptrs = halves(y_ptr, y2_ptr, b, stride_yb, stride_y2b, C, C1, P, ALIGN)
     offs = c[:, None] * P + p
-    offs_y1 = index(inv_ptr, c, is_passive)[:, None] * P + p
-    offs_y2 = index(inv_ptr, C1 + c, is_active)[:, None] * P + p
+    j1 = index(inv_ptr, c, is_passive)[:, None]
+    j2 = index(inv_ptr, C1 + c, is_active)[:, None]
+    offs_y1 = j1 * P + p
+    offs_y2 = j2 * P + p
 
     a_s = load(a_ptr + offs, mask_active, ACC_DTYPE)
     a_t = load(a_ptr + C2 * P + offs, mask_active, ACC_DTYPE)
-    x2 = load(x_ptr + (offs_y2 if UNPERMUTES_INPUT else C1 * P + offs), mask_active, ACC_DTYPE)
+    offs_x2 = offs_y2 if UNPERMUTES_INPUT else C1 * P + offs
+    x2 = load(x_ptrs[1] + offs_x2, mask_active, ACC_DTYPE)
     if C1 > 0:
-        x1 = load(x_ptr + (offs_y1 if UNPERMUTES_INPUT else offs), mask_passive, ACC_DTYPE)
+        x1 = load(x_ptrs[0] + (offs_y1 if UNPERMUTES_INPUT else offs), mask_passive, ACC_DTYPE)
         y1 = (
             x1 * scale(g_ptr, c, is_passive, ACTIVATION, ACC_DTYPE)[:, None]
             + global_offset(offset_ptr, c, is_passive, ACC_DTYPE)[:, None]
         )
-        tl.store(y_ptr + offs_y1, y1, mask=mask_passive)
+        tl.store(half_of(j1, C1, y_ptrs, y2_ptr) + offs_y1, y1, mask=mask_passive)
     t = clamped(INPUT_SCALE * a_s, FUNCTION, CLAMP)  # 0 where masked
     s = CLAMP * t
     if part_ptr is not None:
@@ -137,16 +147,16 @@ def _coupling_fwd_kernel(
         u2 * scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None]
         + global_offset(offset_ptr, C1 + c, is_active, ACC_DTYPE)[:, None]
     )
-    tl.store(y_ptr + offs_y2, y2, mask=mask_active)
+    tl.store(half_of(j2, C1, y_ptrs, y2_ptr) + offs_y2, y2, mask=mask_active)
 
 
 @triton.jit
 def _coupling_rows_fwd_kernel(
-    x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr,
-    B, stride_xb, stride_ab, stride_yb,
+    x_ptr, a_ptr, g_ptr, offset_ptr, perm_ptr, sums_ptr, y_ptr, logdet_ptr, x2_ptr, y2_ptr,
+    B, stride_xb, stride_ab, stride_yb, stride_x2b, stride_y2b,
     C: tl.constexpr, ACTIVE: tl.constexpr, FUNCTION: tl.constexpr, CLAMP: tl.constexpr,
     INPUT_SCALE: tl.constexpr, SHIFT_SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
-    UNPERMUTES_INPUT: tl.constexpr, ALIGN: tl.constexpr,
+    UNPERMUTES_INPUT: tl.constexpr, ADDS_LOG_SCALE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +167,7 @@ def _coupling_rows_fwd_kernel(
         s      = clamp * t                            minus its mean (GIN)
         u      = cat(x1, x2 * exp(s) + shift_scale * a_t)
         y      = (u * scale + offset)[:, perm]
-        logdet = sum(s) + sum(log(scale))
+        logdet = sum(s) + sum(log(scale))             without log(scale) unless ADDS_LOG_SCALE
 
     The kernel gathers the input of each output channel through perm. With UNPERMUTES_INPUT channel
     j of y comes from channel j of x.
@@ -174,6 +184,8 @@ def _coupling_rows_fwd_kernel(
         sums_ptr: Input (B,), the sum of s per sample for its mean (GIN), or None.
         y_ptr: Output (B, C), stride_yb between samples.
         logdet_ptr: Output (B,), or None.
+        x2_ptr, y2_ptr: The active halves of x and y, (B, C2), stride_x2b and stride_y2b between
+            samples, or None. With them x_ptr and y_ptr are the passive halves.
     """
     C2: tl.constexpr = ACTIVE
     C1: tl.constexpr = C - C2
@@ -183,7 +195,7 @@ def _coupling_rows_fwd_kernel(
     is_active = is_channel & (c >= C1)
     factor = scale(g_ptr, c, is_channel, ACTIVATION, ACC_DTYPE)[:, None]
     offset = global_offset(offset_ptr, c, is_channel, ACC_DTYPE)[:, None]
-    if logdet_ptr is not None:
+    if ADDS_LOG_SCALE:
         log_scale = log_scale_sum(g_ptr, c, is_channel, ACTIVATION, ACC_DTYPE)
     for i in range(TILES_PER_PROGRAM):
         tile = tl.program_id(0) * TILES_PER_PROGRAM + i
@@ -193,17 +205,25 @@ def _coupling_rows_fwd_kernel(
         offs_a = b * stride_ab * ALIGN + (c[:, None] - C1)
         a_s = load(a_ptr + offs_a, mask_active, ACC_DTYPE)
         a_t = load(a_ptr + offs_a + C2, mask_active, ACC_DTYPE)
-        offs_x = b * stride_xb * ALIGN + (j if UNPERMUTES_INPUT else c)[:, None]
-        x = load(x_ptr + offs_x, mask, ACC_DTYPE)
+        x_ptrs = halves(x_ptr, x2_ptr, b, stride_xb, stride_x2b, C, C1, 1, ALIGN)
+        y_ptrs = halves(y_ptr, y2_ptr, b, stride_yb, stride_y2b, C, C1, 1, ALIGN)
+        offs_x = (j if UNPERMUTES_INPUT else c)[:, None]
+        x = load(half_of(c[:, None], C1, x_ptrs, x2_ptr) + offs_x, mask, ACC_DTYPE)
         t = clamped(INPUT_SCALE * a_s, FUNCTION, CLAMP)
         s = CLAMP * t  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
-            log_det = CLAMP * tl.sum(t, axis=0, keep_dims=True) + log_scale
+            log_det = CLAMP * tl.sum(t, axis=0, keep_dims=True)
+            if ADDS_LOG_SCALE:
+                log_det += log_scale
             tl.store(logdet_ptr + b, log_det, mask=mask_columns)
         if sums_ptr is not None:
             s = tl.where(mask_active, s - total(sums_ptr, b, b < B, 0, 1, 1) / C2, 0.0)
         y = (x * exp_of_factor(s, CLAMP) + SHIFT_SCALE * a_t) * factor + offset
-        tl.store(sample(y_ptr, b, stride_yb, C, 1, ALIGN) + j[:, None], y, mask=mask)
+        tl.store(half_of(j[:, None], C1, y_ptrs, y2_ptr) + j[:, None], y, mask=mask)
+
+
+# In the order of Operands.strides. Those of the active halves are left out without halves.
+_STRIDES = ("stride_xb", "stride_ab", "stride_yb", "stride_x2b", "stride_y2b")
 
 
 @lru_cache(maxsize=1024)
@@ -211,13 +231,15 @@ def _prepare(*key: Any) -> Prepared:
     """Prepare the forward pass for the operands of a key: see :func:`key_of`."""
     operands = Operands(*key)
     dtype, acc_dtype, pixels = operands.dtype, operands.acc_dtype, operands.pixels
-    stride_xb, stride_ab, stride_yb = operands.strides
-    strides = {"stride_xb": stride_xb, "stride_ab": stride_ab, "stride_yb": stride_yb}
-    gin_sums = prepare_gin_sums(operands, stride_ab)
+    strides = dict(zip_longest(_STRIDES, operands.strides))
+    is_in_halves = len(operands.strides) == len(_STRIDES)
+    no_halves = {} if is_in_halves else {"x2_ptr": None, "y2_ptr": None}
+    gin_sums = prepare_gin_sums(operands, strides["stride_ab"])
     has_log_det = not operands.spec.gin
     if operands.is_rows:
         tiles = operands.plan(operands.channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
-        values = values_of(operands, tiles, **strides)
+        values = values_of(operands, tiles, **strides) | no_halves
+        values["ADDS_LOG_SCALE"] = has_log_det and not is_in_halves
         launch = Launch(_coupling_rows_fwd_kernel, tiles.programs, tiles.warps, values)
         partials = (operands.batch,) if has_log_det else None
         return Prepared(dtype, acc_dtype, launch, gin_sums, partials)
@@ -225,7 +247,7 @@ def _prepare(*key: Any) -> Prepared:
     tiles = plan.make_plan(
         operands.channel_pairs, operands.batch, pixels, dtype.itemsize, rows=None
     )
-    values = values_of(operands, tiles, **strides)
+    values = values_of(operands, tiles, **strides) | no_halves
     values["PARTS"] = 1 if gin_sums is None else gin_sums.launch.values["PARTS"]
     launch = Launch(_coupling_fwd_kernel, tiles.programs, tiles.warps, values)
     if not has_log_det:
@@ -256,3 +278,24 @@ def forward(
     partials = empty_partials(prepared, x.device)
     prepared.launch(is_aligned, x, a, g, offset, channel_index, sums, y, partials)
     return y, log_det_of(prepared, is_aligned, x, g, sums, partials)
+
+
+@partial(on_its_device, position=1)
+def forward_halves(x: Halves, a: Tensor, coupling: Coupling, y: Halves) -> Tensor:
+    """Write y, and return sums of s, (B, parts).
+
+    See :class:`~fastflow_kernels.engines.ChainEngine`.
+    """
+    x1, x2, stride_xb, stride_x2b = pointers_of(x)
+    y1, y2, stride_yb, stride_y2b = pointers_of(y)
+    dtypes = (x1.dtype, dtype_of(x2), y1.dtype, dtype_of(y2), a.dtype)
+    strides = (stride_xb, a.stride(0), stride_yb, stride_x2b, stride_y2b)
+    prepared = _prepare(*key_of_halves(x, coupling, dtypes, strides))
+    g, offset = coupling.parameters
+    is_rows = prepared.launch.kernel is _coupling_rows_fwd_kernel
+    channel_index = coupling.perm if is_rows else coupling.inv
+    is_aligned = aligned(x1, x2, a, g, offset, channel_index, y1, y2)
+    sums = empty_partials(prepared, a.device)
+    assert sums is not None  # not GIN
+    prepared.launch(is_aligned, x1, a, g, offset, channel_index, None, y1, sums, x2, y2)
+    return sums.view(len(a), -1)

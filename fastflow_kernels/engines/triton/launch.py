@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from fastflow_kernels.coupling import Coupling, CouplingSpec
+from fastflow_kernels.coupling import Coupling, CouplingSpec, Halves
 from fastflow_kernels.dtypes import accumulator
 from fastflow_kernels.engines.triton.plan import (
     Plan,
@@ -162,6 +162,54 @@ def key_of(
     )
 
 
+def key_of_halves(x: Halves, coupling: Coupling, *others: Any) -> tuple[Any, ...]:
+    """Return the key of a call with x in halves.
+
+    Args:
+        x, coupling: The pass's x, and the coupling to compute.
+        others: The other arguments of :func:`key_of`. Their tuples have an entry for each half.
+    """
+    return (shape_of(x), *key_of(x.passive, coupling, *others)[1:])
+
+
+def shape_of(halves: Halves) -> tuple[int, ...]:
+    """Return the shape of both halves together, (B, C, *S)."""
+    batch, passive, *spatial = halves.passive.shape
+    return (batch, passive + halves.active.shape[1], *spatial)
+
+
+def pointers_of(halves: Halves) -> tuple[Tensor, Tensor | None, int | None, int | None]:
+    """Return the two pointers of halves for a kernel, and their strides (see :func:`gaps_of`).
+
+    Halves of one tensor are passed as this tensor, and the second pointer is None. With an odd C
+    the tensor may be aligned where its active half is not.
+    """
+    passive, active = halves
+    if are_of_one_tensor(halves):
+        whole = passive.as_strided(shape_of(halves), passive.stride())
+        return whole, None, gaps_of(whole), None
+    return passive, active, gaps_of(passive), gaps_of(active)
+
+
+def are_of_one_tensor(halves: Halves) -> bool:
+    """Return whether the halves lie in one tensor, as its channels."""
+    passive, active = halves
+    size, stride = math.prod(passive.shape[1:]), passive.stride(0)
+    return (
+        stride == active.stride(0) >= size + math.prod(active.shape[1:])
+        and active.data_ptr() == passive.data_ptr() + size * passive.element_size()
+    )
+
+
+def gaps_of(t: Tensor) -> int | None:
+    """Return the stride between samples, or None if there are no gaps between them."""
+    return None if t.is_contiguous() else t.stride(0)
+
+
+def dtype_of(t: Tensor | None) -> torch.dtype | None:
+    return None if t is None else t.dtype
+
+
 def values_of(operands: Operands, plan: Plan, **strides: int | None) -> dict[str, Any]:
     """Return the sizes and constants of a kernel that walks tiles, by parameter name.
 
@@ -218,11 +266,16 @@ class Launch:
         kernel: The kernel. Its first parameters are the pointers, named ``..._ptr``.
         programs: Number of programs, the length of the grid.
         warps: Warps of a program.
-        values: The other parameters by name. Names that the kernel does not have are ignored.
+        values: The other parameters by name, and None for the last pointers if no call passes them.
+            Names that the kernel does not have are ignored.
     """
 
     def __init__(self, kernel: Any, programs: int, warps: int, values: dict[str, Any]) -> None:
-        names = [name for name in inspect.signature(kernel.fn).parameters if name[-4:] != "_ptr"]
+        names = [
+            name
+            for name in inspect.signature(kernel.fn).parameters
+            if name[-4:] != "_ptr" or name in values
+        ]
         self.kernel, self.grid = kernel, (programs, 1, 1)
         self.values = {name: values[name] for name in names}
         self.options = {"num_warps": warps, "enable_fp_fusion": True}
@@ -296,15 +349,15 @@ class Prepared(NamedTuple):
     finish: Launch | None = None
 
 
-def on_its_device(launcher: Launcher) -> Launcher:
-    """Make a launcher run on the device of its first argument.
+def on_its_device(launcher: Launcher, position: int = 0) -> Launcher:
+    """Make a launcher run on the device of its first argument, or of that at another position.
 
     Triton launches on the current device.
     """
 
     @functools.wraps(launcher)
     def launch(*args: Any, **kwargs: Any) -> Any:
-        x = args[0]
+        x = args[position]
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
             with torch.cuda.device(x.get_device()):
                 return launcher(*args, **kwargs)

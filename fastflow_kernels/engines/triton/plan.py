@@ -225,6 +225,19 @@ def gin_parts(plan: Plan, batch: int) -> int:
     return min(GIN_PARTS, _power_of_two(plan.channel_tiles * plan.column_tiles // batch))
 
 
+def tile_of_sums(batch: int, count: int) -> tuple[int, int]:
+    """Return how many samples a program finishes, and how many of their sums it reads at once.
+
+    Both are powers of two.
+
+    Args:
+        batch: Number of samples.
+        count: Number of partial sums of a sample.
+    """
+    block_parts = min(256, _power_of_two(count))
+    return min(256 // block_parts, _power_of_two(batch)), block_parts
+
+
 def _choose_pixel_block(pixels: int, tile_size: int) -> int:
     """Return the widest block of pixels among those that need the least padding.
 

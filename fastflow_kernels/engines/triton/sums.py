@@ -9,11 +9,15 @@ fails in the interpreter of Triton 3.6 with numpy 2.4.
 Notation: see :mod:`~fastflow_kernels.engines.triton.forward`.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow_kernels.coupling import Coupling
 from fastflow_kernels.engines.triton import plan
 from fastflow_kernels.engines.triton.launch import (
     ACC_DTYPES,
@@ -21,6 +25,8 @@ from fastflow_kernels.engines.triton.launch import (
     Operands,
     Prepared,
     Sums,
+    aligned,
+    on_its_device,
     values_of,
 )
 from fastflow_kernels.engines.triton.math import (
@@ -141,26 +147,30 @@ def prepare_gin_sums(
 @triton.jit
 def _logdet_kernel(
     part_ptr, g_ptr, logdet_ptr,
-    PART_COUNT, P,
-    C: tl.constexpr, SIGN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr, ACC_DTYPE: tl.constexpr,
+    B, PART_COUNT, P,
+    C: tl.constexpr, SIGN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, ACC_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Compute logdet[b] = SIGN * (sum(part[b, :]) + P * sum(log(activation(g)))).
 
-    Program b computes sample b.
+    A program computes BLOCK_SAMPLES samples. B is None if that is 1.
 
     Args:
         part_ptr: Input (B, PART_COUNT), contiguous: partial sums of s.
-        g_ptr: Input (C,), the global scale before its activation; None for scale 1.
+        g_ptr: Input (C,), the global scale before its activation; None for scale 1. For a chain C
+            counts the channels of all blocks.
         logdet_ptr: Output (B,).
     """
     b = tl.program_id(0).to(tl.int64)
+    if BLOCK_SAMPLES > 1:
+        b = b * BLOCK_SAMPLES + tl.arange(0, BLOCK_SAMPLES)[:, None]
+    exists = b < B if BLOCK_SAMPLES > 1 else True
     part_ptr += b * PART_COUNT
-    sum_s = tl.zeros((BLOCK_PARTS,), ACC_DTYPE)
+    sum_s = tl.zeros((BLOCK_SAMPLES, BLOCK_PARTS), ACC_DTYPE)
     start = 0
     while start < PART_COUNT:
-        offs = start + tl.arange(0, BLOCK_PARTS)
-        sum_s += load(part_ptr + offs, offs < PART_COUNT, ACC_DTYPE)
+        k = start + tl.arange(0, BLOCK_PARTS)[None, :]
+        sum_s += load(part_ptr + k, (k < PART_COUNT) & exists, ACC_DTYPE)
         start += BLOCK_PARTS
     log_scale = tl.zeros((BLOCK_CHANNELS,), ACC_DTYPE)
     if g_ptr is not None:
@@ -168,7 +178,11 @@ def _logdet_kernel(
             c = first + tl.arange(0, BLOCK_CHANNELS)
             g = load(g_ptr + c, c < C, ACC_DTYPE)
             log_scale += tl.where(c < C, log_scale_of(g, ACTIVATION), 0.0)
-    tl.store(logdet_ptr + b, SIGN * (tl.sum(sum_s) + P * tl.sum(log_scale)))
+    if BLOCK_SAMPLES > 1:
+        sum_s = tl.sum(sum_s, axis=1, keep_dims=True)
+    else:
+        sum_s = tl.sum(sum_s)
+    tl.store(logdet_ptr + b, SIGN * (sum_s + P * tl.sum(log_scale)), mask=exists)
 
 
 def prepare_log_det(operands: Operands, count: int, sign: float) -> Launch:
@@ -183,11 +197,13 @@ def prepare_log_det(operands: Operands, count: int, sign: float) -> Launch:
         The launch, with pointers (partial sums (B, count), global_scale, log-determinant).
     """
     values = {
+        "B": None,
         "PART_COUNT": count,
         "P": operands.pixels,
         "C": operands.channels,
         "SIGN": sign,
         "ACTIVATION": operands.activation,
+        "BLOCK_SAMPLES": 1,
         "BLOCK_PARTS": 256,
         "BLOCK_CHANNELS": 256,
         "ACC_DTYPE": ACC_DTYPES[operands.acc_dtype],
@@ -223,6 +239,64 @@ def log_det_of(
     if sums is None:
         return torch.zeros(batch, dtype=dtype, device=x.device)
     return sums[0].sum(1).mul_(0.0)  # zero, or NaN for samples whose sum of s is NaN
+
+
+def log_det_of_chain(sums: Sequence[Tensor], couplings: Sequence[Coupling], pixels: int) -> Tensor:
+    """Return the log-determinant of consecutive blocks together, (B,), in nats.
+
+    See :class:`~fastflow_kernels.engines.ChainEngine`.
+    """
+    scales = [coupling.parameters[0] for coupling in couplings]
+    activations = {coupling.spec.activation for coupling in couplings}
+    if len(activations) > 1 or len({scale.dtype for scale in scales}) > 1:
+        one_by_one = zip(sums, couplings, strict=True)
+        return torch.stack([log_det_of_chain((s,), (c,), pixels) for s, c in one_by_one]).sum(0)
+    return _finish_chain(torch.cat(tuple(sums), 1), torch.cat(scales), activations.pop(), pixels)
+
+
+@on_its_device
+def _finish_chain(
+    partials: Tensor, global_scale: Tensor, activation: str | None, pixels: int
+) -> Tensor:
+    """Return the log-determinant from the sums of s, (B, parts), and the scales of all blocks."""
+    dtypes = (partials.dtype, global_scale.dtype)
+    sizes = (*partials.shape, global_scale.numel(), pixels)
+    launch = _prepare_chain(dtypes, sizes, activation, partials.get_device())
+    log_det = torch.empty(len(partials), dtype=partials.dtype, device=partials.device)
+    launch(aligned(partials, global_scale), partials, global_scale, log_det)
+    return log_det
+
+
+@lru_cache(maxsize=1024)
+def _prepare_chain(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    sizes: tuple[int, ...],
+    activation: str | None,
+    device: int,
+) -> Launch:
+    """Prepare the launch of a chain's log-determinant, with the pointers of prepare_log_det.
+
+    Args:
+        dtypes: The dtypes of the sums and of the scales.
+        sizes: Samples, sums of a sample, channels of all blocks, and pixels.
+        activation: The activation of the scales.
+        device: The index of the GPU.
+    """
+    batch, count, channels, pixels = sizes
+    block_samples, block_parts = plan.tile_of_sums(batch, count)
+    values = {
+        "B": None if block_samples == 1 else batch,
+        "PART_COUNT": count,
+        "P": pixels,
+        "C": channels,
+        "SIGN": 1.0,
+        "ACTIVATION": activation,
+        "BLOCK_SAMPLES": block_samples,
+        "BLOCK_PARTS": block_parts,
+        "BLOCK_CHANNELS": 256,
+        "ACC_DTYPE": ACC_DTYPES[dtypes[0]],
+    }
+    return Launch(_logdet_kernel, -(-batch // block_samples), 4, values)
 
 
 @triton.jit

@@ -62,6 +62,33 @@ def sample(ptr, b, stride, C: tl.constexpr, P, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def halves(
+    ptr, active_ptr, b, stride, active_stride, C: tl.constexpr, C1: tl.constexpr, P,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Return two pointers to sample b: add a passive channel's offset to the first.
+
+    Add an active channel's offset, C1 * P or more, to the second. Both are the same if ``ptr`` is
+    the whole tensor, and ``active_ptr`` None. Otherwise each half has its own samples.
+    """
+    if active_ptr is None:
+        whole_ptr = sample(ptr, b, stride, C, P, ALIGN)
+        return whole_ptr, whole_ptr
+    else:
+        passive_ptr = sample(ptr, b, stride, C1, P, ALIGN)
+        return passive_ptr, sample(active_ptr, b, active_stride, C - C1, P, ALIGN) - C1 * P
+
+
+@triton.jit
+def half_of(j, C1: tl.constexpr, pointers, active_ptr):
+    """Return which of the two pointers of :func:`halves` the offset of channel j belongs to."""
+    if active_ptr is None:
+        return pointers[0]
+    else:
+        return tl.where(j < C1, pointers[0], pointers[1])
+
+
+@triton.jit
 def scale(g_ptr, c, mask, ACTIVATION: tl.constexpr, ACC_DTYPE: tl.constexpr):
     """Return activation(g[c]), or 1 for ACTIVATION = None (GIN, a side)."""
     if ACTIVATION is None:
