@@ -25,6 +25,7 @@ from fastflow_kernels.coupling import CouplingSpec
 from fastflow_kernels.coupling_forms import KEPT
 from fastflow_kernels.index_cache import IndexCache
 from fastflow_kernels.modules import FusedForward
+from fastflow_kernels.predicates import autocast_dtype
 from fastflow_kernels.probe import Maths
 from fastflow_kernels.reversible import OWN_ATTRIBUTES, ReversibleChain, is_reversible
 from fastflow_kernels.seen import Activation, Seen, is_number
@@ -40,6 +41,7 @@ class Held:
     backend: str
     is_sized: bool  # whether the stock block refuses other spatial sizes than the declared one
     seen: Seen
+    half_output: bool = False
     index: IndexCache = field(default_factory=IndexCache)
 
 
@@ -137,6 +139,7 @@ class AcceleratedBlock(AcceleratedModule):
             rev,
             self.reverse_pre_permute,
             held.backend,
+            autocast_dtype(x, held.half_output and not rev),
         )
 
     def _describe(self) -> str:
@@ -207,13 +210,13 @@ class AcceleratedReversibleChain(AcceleratedChain, ReversibleChain):
 # --- replacing a class ----------------------------------------------------------------------------
 
 
-def hold(block: Any, maths: Maths, backend: str) -> None:
+def hold(block: Any, maths: Maths, backend: str, half_output: bool) -> None:
     """Turn a stock block into an accelerated one, or renew what an accelerated block holds."""
     # A stock pass leaves the product of reflections here, which keeps a graph alive and breaks
     # deepcopy.
     if block.householder:
         block.w_perm = block.w_perm_inv = None
-    held = Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen)
+    held = Held(maths.dialect, maths.activation, backend, maths.is_sized, maths.seen, half_output)
     held.index.refresh(block)
     change_class(block, held, AcceleratedBlock)
 
@@ -231,10 +234,13 @@ def held_by(block: Any) -> Any:
     return block._fastflow
 
 
-def set_backend(block: Any, backend: str) -> None:
-    """Set the backend of an accelerated block. A permutation has none."""
-    if not isinstance(block._fastflow, IndexCache):
-        block.__dict__["_fastflow"] = replace(block._fastflow, backend=backend)
+def set_options(block: Any, backend: str, half_output: bool) -> None:
+    """Set the options of an accelerated block, as far as its kind has them."""
+    held = block._fastflow
+    if isinstance(held, Held):
+        block.__dict__["_fastflow"] = replace(held, backend=backend, half_output=half_output)
+    elif not isinstance(held, IndexCache):
+        block.__dict__["_fastflow"] = replace(held, backend=backend)
 
 
 def make_reversible(chain: Any) -> tuple[bool, str] | None:

@@ -34,7 +34,8 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
 
     Returns:
         The output (B, C, *S) and the log-determinant (B,) in nats per sample. The output has the
-        promoted dtype of x, the coefficients and the parameters, and is channels-last if x is. The
+        promoted dtype of x, the coefficients and the parameters, unless the call says another one,
+        and is channels-last if x is. The
         log-determinant is float64 for a float64 output, otherwise float32.
 
     Raises:
@@ -47,7 +48,12 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
     call = compute_reflections(call, route)
     if route.engine is None:
         return evaluate_plainly([call])
-    return _inverse(call, route) if call.rev else _forward(call, route)
+    y, log_det = _inverse(call, route) if call.rev else _forward(call, route)
+    return _in_output_dtype(y, call), log_det
+
+
+def _in_output_dtype(y: Tensor, call: BlockCall) -> Tensor:
+    return y if call.output_dtype is None else cast(y, call.output_dtype)
 
 
 # Above it, or with fewer rows than channels, the reflections' matrix costs more than it saves. The
@@ -97,6 +103,7 @@ def evaluate_plainly(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
     scales = plain.GlobalScales([call.global_scale for call in calls], calls[0].spec)
     for k, call in enumerate(calls):
         x, sum_s = _invert_plainly(call, x, k, scales) if rev else _run_plainly(call, x, k, scales)
+        x = _in_output_dtype(x, call)
         sums.append(sum_s)
     sum_s = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
     return x, scales.log_det(sum_s, x, -1.0 if rev else 1.0)

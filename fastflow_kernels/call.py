@@ -29,6 +29,7 @@ class BlockCall(NamedTuple):
         rev: Compute the inverse.
         reverse_permutation: Invert the permutation before the coupling (Putzky & Welling 2019).
         backend: "auto", "eager" or "triton".
+        output_dtype: The dtype of the output. None for the promoted one.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class BlockCall(NamedTuple):
     rev: bool = False
     reverse_permutation: bool = False
     backend: str = "auto"
+    output_dtype: torch.dtype | None = None
 
 
 class Side(NamedTuple):

@@ -72,16 +72,16 @@ class Step(NamedTuple):
         coupling: What to compute, with its parameters and permutation.
         engine: What computes it.
         is_last: Whether the chain ends here, so that the whole y is wanted.
+        dtype: The dtype of y; None for the promoted one of x, a and the parameters.
     """
 
     coupling: Coupling
     engine: ChainEngine
     is_last: bool
+    dtype: torch.dtype | None = None
 
 
-def couple(
-    x: Halves, a: Tensor, step: Step, with_gradients: bool
-) -> tuple[Tensor, Halves, Tensor]:
+def couple(x: Halves, a: Tensor, step: Step, with_gradients: bool) -> tuple[Tensor, Halves, Tensor]:
     """Compute a coupling of a chain with its global affine and its permutation.
 
     Args:
@@ -102,7 +102,7 @@ def couple(
 
 
 def _couple(x: Halves, a: Tensor, step: Step) -> tuple[Tensor, Halves, Tensor]:
-    dtype = promoted(x.passive, a, step.coupling.global_scale)
+    dtype = step.dtype or promoted(x.passive, a, step.coupling.global_scale)
     y, halves = _allocate(x, dtype, step.is_last)
     sums = step.engine.forward_halves(x, a, step.coupling, halves)
     return (halves.passive if y is None else y), halves, sums
@@ -137,7 +137,7 @@ class _CouplingInHalves(Function):
         saved = passive, active, a, g, offset, coupling.perm, coupling.inv, coupling.scale
         ctx.save_for_backward(*saved)
         # No tensors here: only saved ones are seen by hooks and checked for in-place changes.
-        ctx.constants = coupling.spec, step.engine, step.is_last
+        ctx.constants = coupling.spec, step.engine, step.is_last, step.dtype
         y, halves, sums = _couple(Halves(passive, active), a, step)
         if step.is_last:
             return y, sums
@@ -147,20 +147,21 @@ class _CouplingInHalves(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         passive, active, a, g, offset, perm, inv, scale = ctx.saved_tensors
-        spec, engine, is_last = ctx.constants
+        spec, engine, is_last, dtype = ctx.constants
         coupling = Coupling(g, offset, spec, perm, inv, scale=scale)
         *of_y, dsums = grads
         dlog_det = None if dsums is None else dsums.select(1, 0)  # each part gets the same
         if torch.is_grad_enabled() or needs_plain(*grads):
             gradients = differentiate(
-                partial(_plain_halves, coupling, is_last),
+                partial(_plain_halves, coupling, is_last, dtype),
                 ctx,
                 (passive, active, a, g, offset),
                 (*of_y, dlog_det),
             )
             return *gradients, None
         x = Halves(passive, active)
-        halves = _grads_in_halves(of_y, x, promoted(passive, a, g))._replace(log_det=dlog_det)
+        dtype = dtype or promoted(passive, a, g)
+        halves = _grads_in_halves(of_y, x, dtype)._replace(log_det=dlog_det)
         want_params = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         dx, da, dg, doffset = engine.backward_halves(x, a, halves, coupling, want_params)
         return *dx, da, dg, doffset, None
@@ -169,9 +170,7 @@ class _CouplingInHalves(Function):
 _apply_coupling = torch_private.direct_apply(_CouplingInHalves)
 
 
-def _grads_in_halves(
-    of_y: Sequence[Tensor | None], x: Halves, dtype: torch.dtype
-) -> HalvesGrads:
+def _grads_in_halves(of_y: Sequence[Tensor | None], x: Halves, dtype: torch.dtype) -> HalvesGrads:
     """Return the gradients of y, which are those of the whole y or of a node's three outputs.
 
     Args:
@@ -195,12 +194,15 @@ def _grads_in_halves(
     return HalvesGrads(grads[0], grads[1], from_subnet, None)
 
 
-def _plain_halves(coupling: Coupling, is_last: bool, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+def _plain_halves(
+    coupling: Coupling, is_last: bool, dtype: torch.dtype | None, leaves: list[Tensor]
+) -> tuple[Tensor, ...]:
     """Compute what the node returns by plain operations, with the log-determinant for the sums."""
     passive, active, a, g, offset = leaves
     v, log_det = plain.forward(passive, active, a, g, offset, coupling.spec)
     assert coupling.perm is not None
     assert coupling.inv is not None
+    v = v if dtype is None else v.to(dtype)
     y = gather_channels(v, coupling.perm, coupling.inv)
     if is_last:
         return y, log_det

@@ -5,6 +5,8 @@ This module needs Lightning; importing ``fastflow_kernels`` does not.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -23,8 +25,7 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
 
     Args:
         backend: "auto", "eager" or "triton", for the blocks.
-        reversible: Also make the model's chains reversible, see
-            :func:`fastflow_kernels.accelerate`.
+        reversible, half_output: See :func:`fastflow_kernels.accelerate`.
 
     Raises:
         TypeError, ValueError: ``backend`` is not the name of a backend.
@@ -35,8 +36,11 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
         >>> engine = Engine(callbacks=[Accelerate()], max_epochs=100)
     """
 
-    def __init__(self, backend: str = "auto", reversible: bool = False) -> None:
+    def __init__(
+        self, backend: str = "auto", reversible: bool = False, half_output: bool = False
+    ) -> None:
         self.backend, self.reversible = backends.validated(backend), reversible
+        self.half_output = half_output
         self._last_message = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,7 +49,8 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
         Lightning calls this in every stage. :func:`fastflow_kernels.accelerate` warns if no block
         runs fused.
         """
-        result = report(accelerate(pl_module, backend=self.backend, reversible=self.reversible))
+        options: dict[str, Any] = {"reversible": self.reversible, "half_output": self.half_output}
+        result = report(accelerate(pl_module, backend=self.backend, **options))
         message = str(result) if result.left else str(result).splitlines()[0]
         if result.changed and message != self._last_message:
             rank_zero_info(f"fastflow_kernels: {message}")

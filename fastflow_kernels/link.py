@@ -87,6 +87,8 @@ class Link:
                     "first, and shard whole blocks or the chain, not the subnet"
                 )
         permutation, template = call.permutation, cast(Any, call)._replace(x=None, conditions=())
+        if isinstance(template, BlockCall):  # reconstruction needs the digits of float32
+            template = template._replace(output_dtype=None)
         linked = _Linked(
             self, replayed, list(parameters), template, len(call.conditions), call.x.device
         )

@@ -28,12 +28,19 @@ from fastflow_kernels.stock import PERMUTATION, Left, is_named
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False) -> _Model:
+def accelerate(
+    model: _Model,
+    *,
+    backend: str = "auto",
+    reversible: bool = False,
+    half_output: bool = False,
+) -> _Model:
     """Make every AllInOneBlock and affine coupling block in ``model`` run fused, in place.
 
     These are the blocks of FrEIA and anomalib: AllInOneBlock, GLOWCouplingBlock, RNVPCouplingBlock,
     GINCouplingBlock, NICECouplingBlock, AffineCouplingOneSided and ConditionalAffineTransform.
-    FrEIA's PermuteRandom then gathers channels in its backward pass, too.
+    FrEIA's PermuteRandom then gathers channels in its backward pass, too. Consecutive
+    AllInOneBlocks of a SequenceINN run together, so that less is computed and copied in between.
 
     Parameters stay the same objects. Hooks, state-dict keys and values do not change either.
 
@@ -51,6 +58,9 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
         reversible: Also make every SequenceINN of FrEIA train in memory that does not grow with its
             depth, as :class:`~fastflow_kernels.ReversibleSequence` does. The chain then has the
             attributes ``checkpoint_every``, ``debug`` and ``drift``, which can be set.
+        half_output: Whether AllInOneBlock returns autocast's half precision where autocast is on,
+            as the stock block does. Otherwise, and in the inverse, it returns float32. A reversible
+            chain ignores it.
 
     Returns:
         ``model``, the same object.
@@ -75,7 +85,7 @@ def accelerate(model: _Model, *, backend: str = "auto", reversible: bool = False
     parts = [part for _, part in modules_of(model)]
     for block in parts:
         if is_stock(block):
-            _accelerate_block(block, backend)
+            _accelerate_block(block, backend, half_output)
     for chain in parts:
         if reversible:
             accelerated.make_reversible(chain)
@@ -130,19 +140,19 @@ def restore(model: _Model) -> _Model:
     return model
 
 
-def _accelerate_block(block: Any, backend: str) -> None:
+def _accelerate_block(block: Any, backend: str, half_output: bool) -> None:
     """Replace the class of a stock block, if it computes one of the known forms.
 
     An accelerated block is probed again if it has changed since then.
     """
     if isinstance(block, AcceleratedModule):
-        accelerated.set_backend(block, backend)
+        accelerated.set_options(block, backend, half_output)
         if why_not_fused(block) is None:
             return
     cls = accelerated.class_before(block)
     try:
         if is_named(cls):
-            accelerated.hold(block, probe.identify(block, cls), backend)
+            accelerated.hold(block, probe.identify(block, cls), backend, half_output)
         elif is_named(cls, PERMUTATION):
             probe_couplings.check_permutation(block, cls)
             accelerated_couplings.hold_permutation(block)

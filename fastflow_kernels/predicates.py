@@ -32,6 +32,13 @@ def is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def autocast_dtype(x: Tensor, is_wanted: bool) -> torch.dtype | None:
+    """Return the half precision of autocast if it is on for x and the result is wanted in it."""
+    if not (is_wanted and is_autocast(x.device)):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def is_capturing(x: Tensor) -> bool:
     """Return whether a CUDA graph is being captured, so that values cannot be read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -17,6 +17,7 @@ from fastflow_kernels.call import (
     side_coefficients,
 )
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.engines import eager
 from fastflow_kernels.layouts import in_layout
 from fastflow_kernels.permutations import (
     HouseholderPermutation,
@@ -25,6 +26,7 @@ from fastflow_kernels.permutations import (
     Permutation,
 )
 from fastflow_kernels.route import choose_engine
+from fastflow_kernels.runs import with_scales
 from fastflow_kernels.sides import joined, split, transform
 
 
@@ -71,6 +73,8 @@ def reconstruct(
     engine, permutation = route.engine, call.permutation
     assert engine is not None
     coupling = engine_coupling(call, route._replace(unpermutes_inside=False))
+    if engine is eager and not call.spec.gin:
+        (coupling,) = with_scales([coupling], call.x)  # both passes below use it
     v, dv = call.x.contiguous() if route.is_copied else call.x, grads.y
     if not isinstance(permutation, IndexPermutation):
         v = _invert_permutation(permutation, v, False)

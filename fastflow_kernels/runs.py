@@ -30,6 +30,7 @@ def is_alike(call: BlockCall, first: BlockCall) -> bool:
         call.spec == first.spec
         and call.reverse_permutation == first.reverse_permutation
         and call.backend == first.backend
+        and call.output_dtype is first.output_dtype
         and type(call.permutation) is type(first.permutation)
         and call.global_scale.shape == first.global_scale.shape
         and call.global_scale.dtype is first.global_scale.dtype
@@ -67,12 +68,12 @@ def _evaluate_in_halves(
     x, sums = calls[0].x, []
     couplings = [block.engine_coupling(call, route) for call in calls]
     if engine is eager:  # the Triton kernels compute the scale themselves
-        couplings = _with_scales(couplings, x)
+        couplings = with_scales(couplings, x)
     passive, halves = split_for_chain(x, route.with_gradients)
     for k, call in enumerate(calls):
         a = packed(coefficients(call, passive))
         couplings[k] = coupling = _fit(couplings[k], halves.passive, a)
-        step = Step(coupling, engine, k == len(calls) - 1)
+        step = Step(coupling, engine, k == len(calls) - 1, call.output_dtype)
         passive, halves, sum_s = couple(halves, a, step, route.with_gradients)
         sums.append(sum_s)
     pixels = x.shape[2:].numel()
@@ -81,7 +82,7 @@ def _evaluate_in_halves(
     return passive, engine.log_det_of_chain(sums, couplings, pixels)
 
 
-def _with_scales(couplings: Sequence[Coupling], x: Tensor) -> list[Coupling]:
+def with_scales(couplings: Sequence[Coupling], x: Tensor) -> list[Coupling]:
     """Return the couplings with their scales, computed for all of them at once."""
     parameters = [coupling.parameters[0].detach() for coupling in couplings]
     dtype = accumulator(promoted(x, parameters[0]))
