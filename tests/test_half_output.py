@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, restore
+from tests.support.blocks import through_a_file
 from tests.support.cases import make_subnet
 from tests.support.compare import assert_close
 from tests.support.memory import bytes_kept_for_backward
-from tests.support.blocks import through_a_file
 from tests.support.peers import freia, freia_block
 from tests.support.small_inputs import plain_and_fused
 
