@@ -44,9 +44,12 @@ def chunk_sizes(
     budget = _CHUNK_BYTES // dtype.itemsize * torch.get_num_threads()
     min_samples = max(1, keep_together)
     min_elements = channels * pixels * min_samples
-    if min_elements <= 4 * budget or keep_together or pixels == 1:
+    if min_elements < 4 * budget or keep_together or pixels == 1:
         return min_samples * max(1, min(batch // min_samples, budget // min_elements)), pairs
-    return 1, max(1, min(pairs, budget // pixels))
+    # A chunk of one half of the channels is half as large, because many passes read several of
+    # them. For (1, 256, 64, 64) one chunk took 1.04 times the time forward, 1.06 backward and 1.17
+    # in the inverse (one thread of an Intel Xeon). A sample of 2 MB gains nothing by chunks.
+    return 1, max(1, min(pairs, budget // 2 // pixels))
 
 
 def chunks_of(dim: int, step: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
