@@ -63,8 +63,8 @@ class Planted(NamedTuple):
 FAULTS = {
     "a mask without the end of the row": Planted(
         (FORWARD,),
-        "+ offs_y1, y1, mask=mask_passive)",
-        "+ offs_y1, y1, mask=is_passive[:, None])",
+        "offs_y1), y1, mask=mask_passive)",
+        "offs_y1), y1, mask=is_passive[:, None])",
         PLANES,
     ),
     "a mask of the other half": Planted(

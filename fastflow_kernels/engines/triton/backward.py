@@ -46,8 +46,8 @@ from fastflow_kernels.engines.triton.math import clamp_slope, clamped, exp_of_fa
 from fastflow_kernels.engines.triton.sums import prepare_gin_sums, prepare_params
 from fastflow_kernels.engines.triton.tiles import (
     columns,
-    half_of,
     halves,
+    in_halves,
     index,
     inverse_scale,
     load,
@@ -154,9 +154,9 @@ def _coupling_bwd_kernel(
             y2 = load(y_ptr + b * C * P + offs_y2, mask_active, ACC_DTYPE)
         else:
             x2 = load(x_ptrs[1] + offs_x2, mask_active, ACC_DTYPE)
-        dv2 = load(half_of(j2, C1, dy_ptrs, dy2_ptr) + offs_y2, mask_active, ACC_DTYPE)
+        dv2 = load(in_halves(dy_ptrs, dy2_ptr, j2, C1, offs_y2), mask_active, ACC_DTYPE)
         if C1 > 0:
-            dv1 = load(half_of(j1, C1, dy_ptrs, dy2_ptr) + offs_y1, mask_passive, ACC_DTYPE)
+            dv1 = load(in_halves(dy_ptrs, dy2_ptr, j1, C1, offs_y1), mask_passive, ACC_DTYPE)
         if dsub_ptr is not None:
             dsub_sample_ptr = sample(dsub_ptr, b, stride_dsub, C1, P, ALIGN)
             dv2 += load(dsub_sample_ptr + offs_y2, mask_active & (j2 < C1), ACC_DTYPE)

@@ -60,8 +60,8 @@ from fastflow_kernels.engines.triton.sums import log_det_of, prepare_gin_sums, p
 from fastflow_kernels.engines.triton.tiles import (
     columns,
     global_offset,
-    half_of,
     halves,
+    in_halves,
     index,
     load,
     log_scale_sum,
@@ -135,7 +135,7 @@ def _coupling_fwd_kernel(
             x1 * scale(g_ptr, c, is_passive, ACTIVATION, ACC_DTYPE)[:, None]
             + global_offset(offset_ptr, c, is_passive, ACC_DTYPE)[:, None]
         )
-        tl.store(half_of(j1, C1, y_ptrs, y2_ptr) + offs_y1, y1, mask=mask_passive)
+        tl.store(in_halves(y_ptrs, y2_ptr, j1, C1, offs_y1), y1, mask=mask_passive)
     t = clamped(INPUT_SCALE * a_s, FUNCTION, CLAMP)  # 0 where masked
     s = CLAMP * t
     if part_ptr is not None:
@@ -147,7 +147,7 @@ def _coupling_fwd_kernel(
         u2 * scale(g_ptr, C1 + c, is_active, ACTIVATION, ACC_DTYPE)[:, None]
         + global_offset(offset_ptr, C1 + c, is_active, ACC_DTYPE)[:, None]
     )
-    tl.store(half_of(j2, C1, y_ptrs, y2_ptr) + offs_y2, y2, mask=mask_active)
+    tl.store(in_halves(y_ptrs, y2_ptr, j2, C1, offs_y2), y2, mask=mask_active)
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def _coupling_rows_fwd_kernel(
         x_ptrs = halves(x_ptr, x2_ptr, b, stride_xb, stride_x2b, C, C1, 1, ALIGN)
         y_ptrs = halves(y_ptr, y2_ptr, b, stride_yb, stride_y2b, C, C1, 1, ALIGN)
         offs_x = (j if UNPERMUTES_INPUT else c)[:, None]
-        x = load(half_of(c[:, None], C1, x_ptrs, x2_ptr) + offs_x, mask, ACC_DTYPE)
+        x = load(in_halves(x_ptrs, x2_ptr, c[:, None], C1, offs_x), mask, ACC_DTYPE)
         t = clamped(INPUT_SCALE * a_s, FUNCTION, CLAMP)
         s = CLAMP * t  # 0 for passive channels, so that u = x there
         if logdet_ptr is not None:
@@ -219,7 +219,7 @@ def _coupling_rows_fwd_kernel(
         if sums_ptr is not None:
             s = tl.where(mask_active, s - total(sums_ptr, b, b < B, 0, 1, 1) / C2, 0.0)
         y = (x * exp_of_factor(s, CLAMP) + SHIFT_SCALE * a_t) * factor + offset
-        tl.store(half_of(j[:, None], C1, y_ptrs, y2_ptr) + j[:, None], y, mask=mask)
+        tl.store(in_halves(y_ptrs, y2_ptr, j[:, None], C1, j[:, None]), y, mask=mask)
 
 
 # In the order of Operands.strides. Those of the active halves are left out without halves.

@@ -80,12 +80,16 @@ def halves(
 
 
 @triton.jit
-def half_of(j, C1: tl.constexpr, pointers, active_ptr):
-    """Return which of the two pointers of :func:`halves` the offset of channel j belongs to."""
+def in_halves(pointers, active_ptr, j, C1: tl.constexpr, offs):
+    """Return where the values of channels j lie, (BLOCK_CHANNELS, BLOCK_COLUMNS).
+
+    ``pointers`` are those of :func:`halves`. The compiler proves that accesses are aligned only if
+    whole tiles of pointers are selected.
+    """
     if active_ptr is None:
-        return pointers[0]
+        return pointers[0] + offs
     else:
-        return tl.where(j < C1, pointers[0], pointers[1])
+        return tl.where(j < C1, pointers[0] + offs, pointers[1] + offs)
 
 
 @triton.jit
