@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 
-from fastflow_kernels.coupling import OutputGrads
+from fastflow_kernels.coupling import Halves, HalvesGrads, OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
 from tests.support import every_kernel
 from tests.support.coupling import inverse as inverse_of
@@ -131,6 +131,81 @@ def test_a_side_moves_little_more_than_the_minimum(
         ratio = traffic(launches) / whole
         print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum:.3f} N")
         assert minimum <= ratio <= 1.05 * minimum, name
+
+
+def in_halves(t: torch.Tensor) -> Halves:
+    active = t.shape[1] // 2
+    return Halves(*(half.contiguous() for half in t.split((t.shape[1] - active, active), 1)))
+
+
+@without_a_gpu
+@slow_when_executed
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 16, 32, 32), torch.float32),
+        ((1, 32, 28, 28), torch.bfloat16),
+        pytest.param((128, 512), torch.float32, marks=not_interpreted),
+        pytest.param((256, 100), torch.bfloat16, marks=not_interpreted),
+    ],
+    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
+)
+@pytest.mark.usefixtures("busy")
+def test_a_block_between_halves_moves_little_more_than_the_minimum(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The backward pass reads the gradient from the next subnet, which is one half, as well."""
+    x, a, coupling = make(shape, x=dtype)
+    whole, halves = x.numel() * x.element_size(), in_halves(x)
+    y = Halves(*map(torch.empty_like, halves))
+    dsub = torch.randn_like(halves.passive)
+    with sanitize() as of_forward:
+        engine.forward_halves(halves, a, coupling, y)
+    with sanitize() as of_backward:
+        grads = HalvesGrads(*y, dsub, torch.randn(shape[0]))
+        engine.backward_halves(halves, a, grads, coupling, True)
+    for name, launches, minimum in (("forward", of_forward, 3.0), ("backward", of_backward, 5.5)):
+        ratio = traffic(launches) / whole
+        print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum} N")
+        assert minimum <= ratio <= 1.05 * minimum, name
+
+
+@without_a_gpu
+@slow_when_executed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("busy")
+def test_a_chain_of_blocks_moves_little_beside_what_its_subnets_move(dtype: torch.dtype) -> None:
+    """A training step of 8 blocks, as FastFlow has them, moves at most 8.6 N for each block.
+
+    The first block reads halves of one tensor, and the last one writes such halves. It gets no
+    gradient from a subnet behind it.
+    """
+    blocks, shape = 8, (2, 16, 32, 32)
+    inputs = [make(shape, x=dtype) for _ in range(blocks)]
+    x = inputs[0][0]
+    values, saved, sums = split_of(x), [], []
+    with sanitize() as launches:
+        for i, (_, a, coupling) in enumerate(inputs):
+            y = in_halves(torch.zeros_like(x)) if i + 1 < blocks else split_of(torch.zeros_like(x))
+            saved.append((values, a, coupling))
+            sums.append(engine.forward_halves(values, a, coupling, y))
+            values = y
+        engine.log_det_of_chain(sums, [coupling for _, _, coupling in inputs], 32 * 32)
+        grads = HalvesGrads(*split_of(torch.randn_like(x)), None, torch.randn(shape[0]))
+        for values, a, coupling in reversed(saved):
+            dx = engine.backward_halves(values, a, grads, coupling, True).x
+            grads = HalvesGrads(*dx, torch.randn_like(dx.passive), grads.log_det)
+    # Two concatenations read and write the sums of s and the parameters.
+    parameters = [coupling.parameters[0] for _, _, coupling in inputs]
+    copied = 2 * sum(t.numel() * t.element_size() for t in (*sums, *parameters))
+    per_block = (traffic(launches) + copied) / blocks / (x.numel() * x.element_size())
+    print(f"{shape_id(shape)} {dtype}: {per_block:.3f} N for each block and training step")
+    assert 8.4 <= per_block <= 8.6
+
+
+def split_of(t: torch.Tensor) -> Halves:
+    """Return the halves of a tensor, as views of it."""
+    return Halves(*t.split((t.shape[1] - t.shape[1] // 2, t.shape[1] // 2), 1))
 
 
 # --- the memory checker itself --------------------------------------------------------------------
