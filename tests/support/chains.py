@@ -1,16 +1,24 @@
-"""Builders of reversible chains, and their comparison with a plain chain."""
+"""Builders of reversible and of accelerated chains, compared with plain and stock ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from fastflow_kernels import AllInOneBlock, ReversibleSequence
+from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate
+from fastflow_kernels import chain as chain_module
+from tests.support.blocks import Results, evaluate
 from tests.support.cases import Case, Shape, make_block, make_subnet
+from tests.support.compare import assert_close
+from tests.support.peers import freia, freia_block
 from tests.support.plain_chain import plain_of
+from tests.support.stock_blocks import stock_block
 
 DEPTH = 5
 SHAPE = Shape(2, 6, (3, 5))
@@ -97,6 +105,154 @@ def assert_like_plain(
 ) -> None:
     plain = plain_of(chain)
     assert_same(gradients(chain, x, c), gradients(plain, x, c), tolerance)
+
+
+# --- FrEIA's chains, accelerated ------------------------------------------------------------------
+
+CONDITIONS = (2, 3)  # channels of the conditions that the blocks of a stock chain may take
+
+
+def stock_chain(
+    *names: str,
+    shape: Shape = SHAPE,
+    dtype: torch.dtype = torch.float64,
+    peer: Callable[[], Any] = freia_block,
+    **options: Any,
+) -> Any:
+    """Return FrEIA's SequenceINN of stock blocks with random parameters.
+
+    The subnets' last layers are smaller than those of single blocks. Otherwise a few blocks would
+    multiply every rounding by thousands.
+
+    Args:
+        names: The blocks' options, by their names in ``tests/support/cases.py``.
+        shape: The input's shape.
+        dtype: That of the parameters.
+        peer: Returns the blocks' class.
+        options: Of the chain.
+    """
+    made = freia().framework.SequenceINN(*shape.full[1:], **options)
+    for seed, name in enumerate(names):
+        case = Case(shape, name)
+        place = CONDITIONS.index(case.conditions[0]) if case.conditions else None
+        block = stock_block(peer, case, seed, dtype)
+        with torch.no_grad():
+            block.subnet.w2 *= 0.25
+        append(made, block, place)
+    return made
+
+
+def append(chain: Any, module: nn.Module, place: int | None = None) -> None:
+    """Append a module that has been built, with the place of its condition."""
+    chain.module_list.append(module)
+    chain.conditions.append(place)
+    chain.shapes.append(chain.shapes[-1])
+
+
+def inputs_of_chain(
+    shape: Shape = SHAPE, dtype: torch.dtype = torch.float64, seed: int = 1
+) -> tuple[Tensor, list[Tensor]]:
+    """Return an input for :func:`stock_chain`, and all conditions."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn: list[Tensor] = [
+        torch.randn(
+            shape.batch, channels, *shape.spatial, generator=generator, dtype=torch.float64
+        ).to(dtype)
+        for channels in (shape.channels, *CONDITIONS)
+    ]
+    return drawn[0], drawn[1:]
+
+
+def accelerated(stock: nn.Module) -> Any:
+    """Return an accelerated copy of a chain."""
+    fused = accelerate(copy.deepcopy(stock))
+    assert isinstance(fused, chain_module.FusedChain)
+    return fused
+
+
+def called_one_by_one(fused: nn.Module) -> Any:
+    """Return a copy of an accelerated chain that calls its blocks as FrEIA's chain does."""
+    copied: Any = copy.deepcopy(fused)
+    copied.__class__ = freia().framework.SequenceINN
+    return copied
+
+
+@contextmanager
+def runs_seen() -> Iterator[list[int]]:
+    """Return a list to which every run of consecutive blocks adds their number."""
+    lengths: list[int] = []
+    evaluate_together = chain_module.evaluate_together
+
+    def spy(calls: Any) -> Any:
+        lengths.append(len(calls))
+        return evaluate_together(calls)
+
+    with mock.patch.object(chain_module, "evaluate_together", spy):
+        yield lengths
+
+
+def assert_like_stock(
+    stock: Any,
+    x: Tensor,
+    c: list[Tensor],
+    run: Callable[[Any, Tensor, list[Tensor]], Results] | None = None,
+    rev: bool = False,
+) -> None:
+    """Assert that an accelerated copy of a chain gives a stock chain's results.
+
+    Args:
+        stock: FrEIA's chain, in the dtype under test. It is not evaluated.
+        x: The input, in that dtype.
+        c: The conditions, in that dtype.
+        run: Returns the results of a chain. Without it these are output, log-determinant and all
+            gradients.
+        rev: The direction, for magnitudes, and without ``run``.
+    """
+
+    def all_results(model: Any, x: Tensor, c: list[Tensor]) -> Results:
+        return evaluate(model, x, c, rev, wrap=False)
+
+    run = all_results if run is None else run
+    lower = torch.float32 if x.dtype is torch.float64 else x.dtype
+    truth = run(copy.deepcopy(stock).double(), x.double(), [t.double() for t in c])
+    baseline = run(copy.deepcopy(stock).to(lower), x.to(lower), [t.to(lower) for t in c])
+    assert_meets(run(accelerated(stock), x, c), truth, baseline, stock, x.dtype)
+
+
+def assert_meets(
+    actual: Results, truth: Results, baseline: Results, stock: Any, dtype: torch.dtype
+) -> None:
+    """Compare a chain's results by the criterion of ``compare.py``.
+
+    The floor is 4 + sqrt(terms) roundings of the largest value for each block, as in
+    ``assert_results`` of tests/support/accelerated.py. One baseline may be exact by luck. So each
+    result may also be as wrong as the baseline's output or gradient of x, relative to its size.
+
+    The log-factors add up to a log-determinant at random; GIN's cancel.
+    """
+    assert actual.keys() == truth.keys()
+    lower = torch.float32 if dtype is torch.float64 else dtype
+    count, output = len(stock.module_list), truth["output"]
+    clamp = max((abs(getattr(m, "clamp", 0.0)) for m in stock.module_list), default=0.0)
+    roundings = count * (1 + 0.25 * output.numel() ** 0.5)
+    for name in {"output", "dx", "grad x"} & {n for n, t in truth.items() if t is not None}:
+        error = (baseline[name].double() - truth[name]).abs().max() / truth[name].abs().max()
+        roundings = max(roundings, error.item() / torch.finfo(lower).eps)
+    for name, value in truth.items():
+        if value is None:  # an engine may give zeros
+            assert actual[name] is None or not actual[name].any(), name
+            continue
+        largest = value.abs().max().item()
+        if name == "log-det":
+            largest = max(largest, clamp * output[0].numel() ** 0.5)
+        # the log-determinant is float32 for half precision, but has that dtype's criterion
+        assert_close(
+            actual[name].to(dtype),
+            value,
+            baseline[name].to(lower),
+            name,
+            magnitude=roundings * largest,
+        )
 
 
 # --- subnets --------------------------------------------------------------------------------------
