@@ -287,7 +287,7 @@ def describe_chain(chain: Any) -> str:
     count, size = sum(map(is_reversible, chain.module_list)), len(chain.module_list)
     if isinstance(chain, ReversibleChain):
         return f"{count} of its {size} modules are reconstructed in the backward pass"
-    return "consecutive blocks run together; accelerate(model, reversible=True) would take it"
+    return "its blocks run together; accelerate(model, reversible=True) makes it reversible"
 
 
 def class_before(part: Any) -> Any:

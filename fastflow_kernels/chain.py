@@ -59,7 +59,7 @@ class FusedChain:
         log_det: Any,
     ) -> tuple[Sequence[Tensor], Any]:
         """Evaluate the chain from a first value of its log-determinant."""
-        pairs = list(zip(self.module_list, self.conditions, strict=False))
+        pairs = [(module, self.conditions[i]) for i, module in enumerate(self.module_list)]
         if rev:
             pairs.reverse()
         while pairs:

@@ -76,6 +76,7 @@ def _evaluate_in_halves(
         step = Step(coupling, engine, k == len(calls) - 1, call.output_dtype)
         passive, halves, sum_s = couple(halves, a, step, route.with_gradients)
         sums.append(sum_s)
+        del a  # free memory ahead of the next subnet
     pixels = x.shape[2:].numel()
     if route.with_gradients:
         return passive, log_det_with_gradient(engine, couplings, pixels, sums)
