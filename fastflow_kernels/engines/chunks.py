@@ -82,8 +82,9 @@ def whole_of(first: Tensor, last: Tensor) -> Tensor | None:
     is_whole = (
         first.dtype is last.dtype
         and (batch == 1 or first.stride(0) == last.stride(0) == whole * pixels)
+        # Side by side both in memory and in a storage: then it is one storage.
+        and first.storage_offset() + size == last.storage_offset()
         and first.data_ptr() + size * first.element_size() == last.data_ptr()
-        and first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
     )
     return (
         first.as_strided((batch, whole, pixels), (whole * pixels, pixels, 1)) if is_whole else None
