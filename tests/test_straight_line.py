@@ -19,24 +19,29 @@ from types import ModuleType
 
 import pytest
 
-from fastflow_kernels.engines import Engine, eager
+from fastflow_kernels.engines import ChainEngine, Engine, eager
 from fastflow_kernels.engines.pixels import ByPixels
 
 Place = tuple[str, str]  # module, and function or Class.method
 PREFIX = "fastflow_kernels."
 PACKAGE = Path(__file__).resolve().parent.parent / "fastflow_kernels"
 ENGINE = [name for name in vars(Engine) if not name.startswith("_")]
+# What an engine has beside that for the blocks of a chain; one that wraps an engine has it not.
+CHAIN_ENGINE = [name for name in vars(ChainEngine) if not name.startswith("_")]
 ENGINES = ("engines.eager", "engines.triton.engine")
 PIXELS = ("engines.pixels", "ByPixels")  # an engine that wraps one of them
 # Fields of ``Prepared`` that hold a Launch.
 LAUNCHES = {"launch", "finish", "gin_sums"}
 LAUNCHER = ("engines.triton.launch", "Launch.__call__")
-# Functions of the user: a subnet is called by its name in the block's call.
-USERS = {"subnet"}
+# What the user brings: a subnet is called by its name in the block's call, and a module of a chain
+# that is not evaluated together with others is called as it is.
+USERS = {"subnet", "module"}
 # An argument whose calls count where it is made, as a lambda or by partial.
 ARGUMENTS = {"compute"}
 STARTS = [
     ("modules", "FusedForward.forward"),
+    ("chain", "FusedChain.forward"),
+    ("halves", "_CouplingInHalves.backward"),
     ("fused", "_Coupling.backward"),
     ("sides", "_Parts.backward"),
     ("sides", "_Side.backward"),
@@ -135,8 +140,10 @@ def method_of(module: str, owner: str, name: str) -> list[Place] | None:
         return named(imported, name)
     if owner == "self":
         return [(module, place) for place in here.functions if place.endswith(f".{name}")]
-    if owner.split(".")[-1] in ("engine", "_engine") and name in ENGINE:
+    if owner.split(".")[-1] in ("engine", "_engine") and name in ENGINE + CHAIN_ENGINE:
         places = [place for engine in ENGINES for place in named(engine, name) or ()]
+        if name in CHAIN_ENGINE:
+            return places
         return [*places, (PIXELS[0], f"{PIXELS[1]}.{name}")]
     if owner in here.classes and name == "apply":
         return [(module, f"{owner}.forward")]
@@ -184,9 +191,10 @@ def test_x_is_not_lost_on_its_way_to_a_launcher() -> None:
     assert {("engines.plain", "forward"), ("engines.plain", "invert_coupling")} <= reached
     assert {("sides", "_Side.forward"), ("sides", "_Output.write")} <= reached
     assert {("sides", "transform"), ("call", "side_coefficients")} <= reached
-    assert {("engines.eager", name) for name in ENGINE} <= reached
+    assert {("engines.eager", name) for name in ENGINE + CHAIN_ENGINE} <= reached
     assert {(PIXELS[0], f"{PIXELS[1]}.{name}") for name in ENGINE} <= reached
-    assert {place for name in ENGINE for place in named(ENGINES[1], name) or ()} <= reached
+    of_triton = {place for name in ENGINE + CHAIN_ENGINE for place in named(ENGINES[1], name) or ()}
+    assert of_triton <= reached
 
 
 def test_the_engines_have_the_functions_of_the_protocol() -> None:
@@ -194,10 +202,13 @@ def test_the_engines_have_the_functions_of_the_protocol() -> None:
     engines: list[ModuleType | Engine] = [eager, ByPixels(eager)]
     if importlib.util.find_spec("triton") is not None:
         engines.append(importlib.import_module("fastflow_kernels.engines.triton.engine"))
-    assert len(ENGINE) == 5
-    for name in ENGINE:
-        expected = [p for p in inspect.signature(getattr(Engine, name)).parameters if p != "self"]
+    assert (len(ENGINE), len(CHAIN_ENGINE)) == (5, 3)
+    for name in ENGINE + CHAIN_ENGINE:
+        method = getattr(ChainEngine, name)
+        expected = [p for p in inspect.signature(method).parameters if p != "self"]
         for engine in engines:
+            if name in CHAIN_ENGINE and isinstance(engine, ByPixels):
+                continue
             assert list(inspect.signature(getattr(engine, name)).parameters) == expected
 
 
