@@ -5,8 +5,10 @@ Run them as tests/test_kernels.py says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from fastflow_kernels.coupling import (
     OutputGrads,
 )
 from fastflow_kernels.dtypes import accumulator, promoted
+from fastflow_kernels.engines import plain
 from fastflow_kernels.engines.triton import engine
 from tests.support.coupling import (
     cast,
@@ -43,7 +46,7 @@ from tests.support.kernels import (  # noqa: F401  (fixtures)
     shapes,
     shapes_but_shortly,
 )
-from tests.support.modes import sanitize, slow_when_executed
+from tests.support.modes import EXECUTED, sanitize, slow_when_executed
 
 pytestmark = on_this_machine
 
@@ -191,12 +194,18 @@ def check_layout(dx: Halves, x: Halves) -> None:
 @shapes_but_shortly(
     (
         (2, 7, 4, 5), (3, 2, 3, 3), (1, 9, 7), (2, 6, 2, 4, 2), (3, 33, 14, 14),
-        (5, 7), (3, 2), (2, 9, 1, 1), (9, 130), (16, 64), (1, 4097, 1, 1),
+        (5, 7), (3, 2), (2, 9, 1, 1), (9, 130), (16, 64),
     ),
     keep=((2, 7, 4, 5), (3, 33, 14, 14), (5, 7), (16, 64)),
 )  # fmt: skip
 def test_parity_between_halves(shape: tuple[int, ...], call: Call) -> None:
     check_halves(*make(shape), call)
+
+
+@not_interpreted
+def test_parity_between_halves_of_a_row_that_no_tile_holds() -> None:
+    """Its kernel is that of planes, with one pixel."""
+    check_halves(*make((2, 2049)), CALLS["middle"])
 
 
 @pytest.mark.parametrize("name", ["first", "middle", "last"])
@@ -244,3 +253,178 @@ def test_channels_stay_in_their_half_or_cross_to_the_other(
 @shapes((2, 20, 32, 32), (100, 33))
 def test_parity_between_halves_of_programs_that_loop(shape: tuple[int, ...], name: str) -> None:
     check_halves(*make(shape), CALLS[name])
+
+
+# --- the log-determinant of a chain ---------------------------------------------------------------
+
+
+def check_log_det_of_chain(
+    shape: tuple[int, int], channels: int, pixels: int, *kinds: tuple[str, torch.dtype]
+) -> None:
+    """Check the log-determinant of blocks against the truth.
+
+    Args:
+        shape: Samples, and sums of a sample that a block leaves.
+        channels: Channels of a block.
+        pixels: Pixels of a sample.
+        kinds: The activation and the dtype of the parameters, for each block.
+    """
+    couplings = [
+        make((1, channels), activation, g=dtype)[2]._replace(perm=None, inv=None)
+        for activation, dtype in kinds
+    ]
+    acc_dtype = accumulator(promoted(*(coupling.parameters[0] for coupling in couplings)))
+    sums = [torch.randn(shape, dtype=acc_dtype) for _ in kinds]
+    with sanitize():
+        actual = engine.log_det_of_chain(sums, couplings, pixels)
+    assert (actual.shape, actual.dtype) == (shape[:1], acc_dtype)
+
+    def reference(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the log-determinant, and the sum of the terms' sizes."""
+        terms = [s.to(dtype) for s in sums]
+        logs = [
+            plain.activated(c.parameters[0].to(dtype), c.spec.activation).log() for c in couplings
+        ]
+        s, log_scale = torch.cat(terms, 1), torch.cat(logs)
+        size = s.abs().sum(1).max() + pixels * log_scale.abs().sum()
+        return s.sum(1) + pixels * log_scale.sum(), size
+
+    truth, size = reference(torch.float64)
+    close(actual, truth, reference(torch.float32)[0], "log_det", size.item())
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [((3, 5), 7), ((3, 100), 300), ((1100, 1), 6), ((1, 1), 2)],
+    ids=["few", "several turns", "many samples", "one"],
+)
+def test_log_det_of_a_chain(shape: tuple[int, int], channels: int) -> None:
+    for activation, dtype in (("SOFTPLUS", torch.float32), ("EXP", torch.bfloat16)):
+        check_log_det_of_chain(shape, channels, 35, *[(activation, dtype)] * 3)
+
+
+@shapes((3, 5), (40, 1))
+def test_log_det_of_a_chain_of_different_blocks(shape: tuple[int, int]) -> None:
+    check_log_det_of_chain(shape, 6, 9, ("SIGMOID", torch.float32), ("EXP", torch.float32))
+    check_log_det_of_chain(shape, 6, 9, ("EXP", torch.bfloat16), ("EXP", torch.float64))
+    check_log_det_of_chain(shape, 6, 9, ("SOFTPLUS", torch.float64))
+
+
+@shapes((2, 6, 4, 4), (5, 8))
+def test_a_chain_has_the_log_determinant_of_its_blocks(shape: tuple[int, ...]) -> None:
+    """The sums of s alone are returned, whatever the scales are."""
+    inputs = [make(shape) for _ in range(3)]
+    pixels, sums, expected = inputs[0][0][0, 0].numel(), [], 0.0
+    for x, a, coupling in inputs:
+        sums.append(engine.forward_halves(contiguous(x), a, coupling, contiguous(x)))
+        zero = coupling._replace(global_scale=torch.full_like(coupling.global_scale, 2.0))
+        other = engine.forward_halves(contiguous(x), a, zero, contiguous(x))
+        assert torch.equal(sums[-1], other)
+        expected = expected + engine.forward(x, a, coupling)[1]
+    actual = engine.log_det_of_chain(sums, [coupling for _, _, coupling in inputs], pixels)
+    torch.testing.assert_close(actual, expected)
+
+
+# --- launches that are prepared, and far offsets --------------------------------------------------
+
+
+@pytest.mark.skipif(not EXECUTED, reason="only the executor compares a launch with its binary")
+def test_the_binary_that_runs_is_the_one_that_triton_would_choose() -> None:
+    """Each set of arguments differs from the one before in one part. Each is called twice."""
+    from triton.runtime import driver
+
+    from tests.support.executor import gpu
+
+    rng = random.Random(0)
+    layouts = (contiguous, contiguous, of_one, of_a_larger_one, of_two, misaligned)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    choices: dict[str, Sequence[Any]] = {
+        "shape": ((1, 2), (2, 5), (16, 64), (2, 7, 15), (2, 8, 4, 4), (16, 16, 16), (1, 4, 16)),
+        **dict.fromkeys(("x", "y", "dy"), layouts),
+        "dsub": (None, *layouts),
+        "log_det stride": (None, 0, 1, 2),
+        **{f"{name} dtype": dtypes for name in ("x", "a", "g", "dsub")},
+        "activation": ACTIVATIONS,
+        "want params": (False, True),
+    }
+    of_the_other_tests = driver.active
+    with gpu(is_compiling=False), sanitize() as launches:
+        drawn = {name: rng.choice(values) for name, values in choices.items()}
+        for _ in range(20):
+            for name in rng.sample(sorted(choices), len(choices)):
+                drawn[name] = rng.choice(choices[name])
+                call_all(drawn)
+                call_all(drawn)
+    driver.set_active(of_the_other_tests)
+    assert len(launches) > 1000
+
+
+def call_all(arguments: dict[str, Any]) -> None:
+    """Call every function between halves with these arguments."""
+    shape = arguments["shape"]
+    x, a, coupling = make(
+        shape,
+        arguments["activation"],
+        x=arguments["x dtype"],
+        a=arguments["a dtype"],
+        g=arguments["g dtype"],
+    )
+    zeros = torch.zeros(shape, dtype=promoted(x, a, coupling.global_scale))
+    halves, y = arguments["x"](x), arguments["y"](zeros)
+    sums = engine.forward_halves(halves, a, coupling, y)
+    engine.log_det_of_chain([sums] * 2, [coupling] * 2, x[0, 0].numel())
+    dsub, log_det = None, None
+    if arguments["dsub"] is not None:
+        dsub = arguments["dsub"](zeros.to(arguments["dsub dtype"])).passive
+    if arguments["log_det stride"] is not None:
+        log_det = torch.zeros(2 * len(x)).as_strided((len(x),), (arguments["log_det stride"],))
+    passive, active = arguments["dy"](zeros)
+    grads = HalvesGrads(passive, active, dsub, log_det)
+    engine.backward_halves(halves, a, grads, coupling, arguments["want params"])
+
+
+@pytest.mark.skipif(not EXECUTED, reason="a GPU or the interpreter would touch all of the memory")
+@shapes((3, 5, 1 << 28), (66_000_000, 66))
+def test_passes_between_halves_beyond_32_bit_offsets(shape: tuple[int, ...]) -> None:
+    """Only the first and the last programs run. What they compute is compared with a small input.
+
+    The active half of the planes alone has more than 2^31 bytes, and each half more than 2^31
+    elements of the rows.
+    """
+    from tests.support.executor import EXECUTOR
+
+    batch, channels, *spatial = shape
+    ends = (2, channels, 8) if spatial else (8, channels)
+
+    def edges(t: Tensor) -> tuple[Tensor, Tensor]:
+        return (t[0, :, :4], t[-1, :, -4:]) if spatial else (t[:4], t[-4:])
+
+    def gather(t: Tensor) -> Tensor:
+        first, last = edges(t)
+        return torch.stack((first, last)) if spatial else torch.cat((first, last))
+
+    def spread(t: Tensor) -> Tensor:
+        large = torch.empty((batch, t.shape[1], *spatial), dtype=t.dtype)  # no memory is touched
+        for part, values in zip(edges(large), edges(t), strict=True):
+            part.copy_(values)
+        return large
+
+    def far(halves: Halves) -> Halves:
+        return Halves(*map(spread, halves))
+
+    x, a, coupling = make(ends, x=torch.float16, g=torch.float32)
+    dy, dsub = torch.randn(2, *ends, dtype=torch.float32).unbind()
+    y = far(contiguous(x.float()))
+    grads = HalvesGrads(*far(contiguous(dy)), spread(split(dsub).passive.contiguous()), None)
+    with mock.patch.object(EXECUTOR, "ctas", lambda count: [*range(8), *range(count - 8, count)]):
+        engine.forward_halves(far(contiguous(x)), spread(a), coupling, y)
+        dx, da, *_ = engine.backward_halves(
+            far(contiguous(x)), spread(a), grads, coupling, want_params=False
+        )
+    near_y = contiguous(x.float())
+    engine.forward_halves(contiguous(x), a, coupling, near_y)
+    near_grads = HalvesGrads(*contiguous(dy), split(dsub).passive, None)
+    near_dx, near_da, *_ = engine.backward_halves(contiguous(x), a, near_grads, coupling, False)
+    for actual, expected in zip((*y, *dx, da), (*near_y, *near_dx, near_da), strict=True):
+        expected = gather(expected)
+        assert torch.equal(gather(actual), expected)

@@ -1,4 +1,7 @@
-"""Run every kernel once on a small, odd shape: forward, backward, inverse and reconstruction."""
+"""Run every kernel once on a small, odd shape: forward, backward, inverse and reconstruction.
+
+Those of a block run a second time between halves, as in a chain.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
-from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
+from fastflow_kernels.coupling import Coupling, CouplingSpec, Halves, HalvesGrads, OutputGrads
 
 SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
 
@@ -28,6 +31,7 @@ class Subnet(nn.Module):
 def run(device: str) -> None:
     """Run all shapes, affine and GIN, as blocks and as sides of coupling blocks."""
     for shape in SHAPES:
+        run_between_halves(shape, device)
         for gin in (False, True):
             run_one(shape, gin, device)
             run_side(shape, gin, device)
@@ -63,3 +67,24 @@ def run_side(full: tuple[int, ...], gin: bool, device: str) -> None:
     engine.forward(x, a, coupling, y)
     engine.backward(x, a, OutputGrads(dy, None), coupling, False, dx)
     engine.invert_active(y, x, a, coupling)
+
+
+def run_between_halves(full: tuple[int, ...], device: str) -> None:
+    """Run a block between two others of a chain, with halves in one tensor and in two."""
+    from fastflow_kernels.engines.triton import engine
+
+    batch, channels, *spatial = full
+    active = channels // 2
+    whole = torch.randn(full, device=device)
+    g, perm = torch.randn(channels, device=device), torch.randperm(channels, device=device)
+    spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", False)
+    coupling = Coupling(g, g, spec, perm, perm.argsort())
+    a = torch.randn(batch, 2 * active, *spatial, device=device)
+    of_one = Halves(*whole.split((channels - active, active), 1))
+    of_two = Halves(*(half.clone(memory_format=torch.contiguous_format) for half in of_one))
+    log_det = torch.randn(batch, device=device)
+    for x, y in ((of_one, of_two), (of_two, of_one)):
+        sums = engine.forward_halves(x, a, coupling, Halves(*map(torch.empty_like, y)))
+        engine.log_det_of_chain([sums] * 2, [coupling] * 2, whole[0, 0].numel())
+        grads = HalvesGrads(*y, of_two.passive, log_det)
+        engine.backward_halves(x, a, grads, coupling, True)
