@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.fastflow import SequenceFlow
-from fastflow_kernels import AllInOneBlock, GLOWCouplingBlock
+from fastflow_kernels import AllInOneBlock, GLOWCouplingBlock, accelerate
 from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.engines import operator_constants
 from fastflow_kernels.engines.available import triton_engine
 from tests.support.blocks import Stored
+from tests.support.peers import freia
 
 pytest.importorskip("triton")
 
@@ -208,17 +209,18 @@ def test_operator(benchmark: Any, name: str, how: str) -> None:
         _measure(benchmark, launcher if how == "launcher" else operator)
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("how", ["eager", "together", "compiled"])
 @pytest.mark.parametrize("mode", ["forward", "inverse", "train-step"])
 @pytest.mark.parametrize("dialect", ["anomalib", "freia"])
 def test_chain_of_8(benchmark: Any, mode: str, how: str, dialect: str) -> None:
     """Time 8 blocks of (4, 64) with linear subnets. Divide by 8 for one block.
 
+    "together" is FrEIA's chain after ``accelerate``, "eager" calls one block after the other.
     Dialect "freia" holds an index. That of "anomalib" holds a matrix, in which a graph looks for
     the index, here on the CPU.
     """
     shape = SHAPES["rows"]
-    chain: Callable[..., Any] = SequenceFlow(
+    chain: Any = SequenceFlow(
         [
             AllInOneBlock(
                 [shape[1:]], subnet_constructor=nn.Linear, dialect=dialect, backend="triton"
@@ -226,6 +228,10 @@ def test_chain_of_8(benchmark: Any, mode: str, how: str, dialect: str) -> None:
             for _ in range(8)
         ]
     )
+    if how == "together":
+        blocks, chain = chain.blocks, freia().framework.SequenceINN(shape[1])
+        chain.module_list, chain.conditions = blocks, [None] * len(blocks)
+        accelerate(chain)
     if how == "compiled":
         torch._dynamo.reset()
         chain = torch.compile(chain, fullgraph=True, dynamic=False)
