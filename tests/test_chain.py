@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastflow_kernels import AllInOneBlock
+from fastflow_kernels.engines import chunks
 from tests.support.blocks import Results, evaluate
 from tests.support.cases import (
     DTYPES,
@@ -41,6 +42,7 @@ from tests.support.chains import (
     runs_seen,
     stock_chain,
 )
+from tests.support.dispatch_modes import Wrapped, Wrapping
 from tests.support.graph import nodes
 from tests.support.memory import bytes_kept_for_backward
 from tests.support.peers import anomalib_block, freia
@@ -250,6 +252,30 @@ def test_empty_batches(small: int) -> None:
     assert (z.shape, log_det.shape) == (x.shape, (0,))
     (z.sum() + log_det.sum()).backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("shape", [Shape(7, 6, (5, 9)), Shape(3, 7, (40, 41))], ids=str)
+def test_many_chunks(shape: Shape, fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunks are of a few samples, or of a few channel pairs of one sample."""
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1 << 11)
+    for dtype in (torch.float64, torch.bfloat16):
+        stock = stock_chain("hard", "hard", "cond", "rev", "rev", shape=shape, dtype=dtype)
+        assert_like_stock(stock, *inputs_of_chain(shape, dtype))
+
+
+@both_directions
+@plain_and_fused
+@with_and_without_grad
+def test_a_mode_that_wraps_every_result(grad: bool, small: int, rev: bool) -> None:
+    stock = stock_chain("hard", "hard", "soft", "soft")
+    x, _ = inputs_of_chain()
+    with torch.set_grad_enabled(grad):
+        expected = accelerated(stock)(x, rev=rev)
+        with Wrapping():
+            actual = accelerated(stock)(x, rev=rev)
+    for a, e in zip(actual, expected, strict=True):
+        assert isinstance(a, Wrapped)
+        torch.testing.assert_close(a.held, e, rtol=1e-9, atol=1e-9)
 
 
 # --- which gradients ------------------------------------------------------------------------------
