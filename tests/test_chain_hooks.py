@@ -14,9 +14,9 @@ from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map_only
 
-from fastflow_kernels import accelerate, report, restore
+from fastflow_kernels import AllInOneBlock, accelerate, report, restore
 from tests.support.blocks import Function, through_a_file, unwrapped
-from tests.support.cases import Case, Shape, both_directions
+from tests.support.cases import Case, Shape, both_directions, make_block
 from tests.support.chains import (
     SHAPE,
     accelerated,
@@ -247,6 +247,18 @@ def replace_class(chain: Any) -> None:
     block.__class__ = Called
 
 
+def override_forward(chain: Any) -> None:
+    block = chain.module_list[1]
+    cls: Any = type(block)
+
+    class Overriding(cls):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            (y,), log_det = super().forward(*args, **kwargs)
+            return (2.0 * y,), log_det
+
+    block.__class__ = Overriding
+
+
 def rotate(chain: Any) -> None:
     w = torch.eye(6, dtype=torch.float64).roll(1, 0)
     chain.module_list[1].w_perm.data.copy_(w.view(6, 6, 1, 1))
@@ -278,6 +290,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], list[int]]] = {
     "own forward": (give_own_forward, [2]),
     "own step": (replace_step, [2]),
     "own call": (replace_class, [2]),
+    "own class": (override_forward, [2]),
     "clamp": (lambda chain: setattr(chain.module_list[1], "clamp", 0.9), [2]),
     "tensor clamp": (
         lambda chain: setattr(chain.module_list[1], "clamp", torch.tensor(0.9).double()),
@@ -316,6 +329,23 @@ def test_changes_between_calls(name: str, small: int) -> None:
     if name not in ("integer scale", "taken out"):
         assert_equal(after[:2], outcome(lambda model: results_of(model, x)[:2], stock))
     assert name in ("compiled", "integer scale") or not torch.equal(after[0], before[0])
+
+
+@pytest.mark.parametrize(
+    "change", [give_own_forward, override_forward, replace_step, replace_class]
+)
+def test_changes_of_a_block_of_our_class(change: Callable[[Any], None], fused: None) -> None:
+    x, _ = inputs_of_chain()
+    ours = freia().framework.SequenceINN(*SHAPE.full[1:])
+    for seed in range(4):
+        append(ours, make_block(AllInOneBlock, Case(SHAPE, "hard"), seed=seed))
+    chain = accelerated(ours)
+    for model in (ours, chain):
+        change(model)
+    with runs_seen() as lengths:
+        actual = results_of(chain, x)
+    assert lengths == [2]
+    assert_equal(actual, results_of(ours, x))
 
 
 @plain_and_fused
@@ -756,17 +786,20 @@ def test_a_scale_that_changes_before_the_backward_pass(small: int) -> None:
 
 
 class Wide(nn.Module):
-    """A subnet that computes in float64."""
+    """A subnet that computes in float64, or in the dtype of its input."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, is_wide: bool) -> None:
         super().__init__()
+        self.is_wide = is_wide
         generator = torch.Generator().manual_seed(seed)
         self.w = nn.Parameter(torch.randn(6, 3, generator=generator, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("oi,bi...->bo...", self.w, x.double())
+        x = x.double() if self.is_wide else x
+        return torch.einsum("oi,bi...->bo...", self.w.to(x.dtype), x)
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize(
     "small",
     [
@@ -781,16 +814,16 @@ class Wide(nn.Module):
     ],
     indirect=True,
 )
-def test_subnets_that_widen_the_dtype(small: int) -> None:
+def test_subnets_that_widen_the_dtype(small: int, first: int) -> None:
     """All that follows is computed in float64, the scales of later blocks included."""
-    stock = stock_chain(*["hard"] * 3, dtype=torch.float32)
+    stock = stock_chain(*["hard"] * 4, dtype=torch.float32)
     for seed, block in enumerate(stock.module_list):
-        block.subnet = Wide(seed)
+        block.subnet = Wide(seed, seed >= first)
     x, _ = inputs_of_chain(dtype=torch.float32)
 
     def run(chain: Any) -> Any:
         z, log_det = chain(x)
         assert (z.dtype, log_det.dtype) == (torch.float64, torch.float64)
-        return [z, log_det]
+        return [z, log_det] if first == 0 else [z]  # earlier blocks round theirs to float32
 
     assert_as_one_by_one(stock, run)
