@@ -194,10 +194,11 @@ def pointers_of(halves: Halves) -> tuple[Tensor, Tensor | None, int | None, int 
 def are_of_one_tensor(halves: Halves) -> bool:
     """Return whether the halves lie in one tensor, as its channels."""
     passive, active = halves
-    size, stride = math.prod(passive.shape[1:]), passive.stride(0)
+    stride, pixels = passive.stride()[:2]
+    size = passive.shape[1] * pixels
     return (
-        stride == active.stride(0) >= size + math.prod(active.shape[1:])
-        and active.data_ptr() == passive.data_ptr() + size * passive.element_size()
+        active.data_ptr() == passive.data_ptr() + size * passive.element_size()
+        and stride == active.stride(0) >= size + active.shape[1] * pixels
     )
 
 
