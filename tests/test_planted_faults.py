@@ -27,12 +27,13 @@ FORWARD, BACKWARD, INVERSE, LAUNCH, MATH, SUMS, TILES = (
     for name in ("forward", "backward", "inverse", "launch", "math", "sums", "tiles")
 )
 PLANES, ROWS = "test_coupling_parity and B2-C7-4x5", "test_coupling_parity and B5-C7"
-PARITY, VALUES, SIDES, EXECUTED, BLOCKS, OPERATORS, GRAPHS = (
+PARITY, VALUES, SIDES, HALVES, EXECUTED, BLOCKS, OPERATORS, GRAPHS = (
     f"tests/test_{name}.py"
     for name in (
         "kernels",
         "kernels_values",
         "kernels_sides",
+        "kernels_halves",
         "kernels_executed",
         "kernels_blocks",
         "kernels_operators",
@@ -232,6 +233,35 @@ FAULTS = {
         "None",
         "B2-C3-4x5",
         SIDES,
+    ),
+    "a channel taken for one of the other half": Planted(
+        (TILES,),
+        "tl.where(j < C1, pointers[0]",
+        "tl.where(j <= C1, pointers[0]",
+        "B2-C7-4x5",
+        HALVES,
+    ),
+    "one stride for both halves": Planted(
+        (TILES,), "b, active_stride, C - C1,", "b, stride, C - C1,", "B2-C7-4x5-strided", HALVES
+    ),
+    "a subnet's gradient read beyond its half": Planted(
+        (BACKWARD,), " & (j2 < C1)", "", "B2-C7-4x5", HALVES
+    ),
+    "a launch cached without the subnet's gradient": Planted(
+        (BACKWARD,), "dtype_of(dy2), dtype_of(dsub))", "dtype_of(dy2), None)", "binary", HALVES
+    ),
+    "a pointer of halves whose alignment is not checked": Planted(
+        (FORWARD,), "channel_index, y1, y2)", "channel_index, y1)", "binary", HALVES
+    ),
+    "a chain that skips sums": Planted(
+        (SUMS,),
+        "        start += BLOCK_PARTS\n",
+        "        start += 2 * BLOCK_PARTS\n",
+        "log_det",
+        HALVES,
+    ),
+    "a chain with the scales of one block": Planted(
+        (SUMS,), "torch.cat(scales)", "scales[0]", "log_det", HALVES
     ),
     "sums of a pixel read by its neighbour": Planted(
         (TILES,),
