@@ -272,11 +272,8 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, programs: int, warps: int, values: dict[str, Any]) -> None:
-        names = [
-            name
-            for name in inspect.signature(kernel.fn).parameters
-            if name[-4:] != "_ptr" or name in values
-        ]
+        parameters = inspect.signature(kernel.fn).parameters
+        names = [name for name in parameters if name[-4:] != "_ptr" or name in values]
         self.kernel, self.grid = kernel, (programs, 1, 1)
         self.values = {name: values[name] for name in names}
         self.options = {"num_warps": warps, "enable_fp_fusion": True}
