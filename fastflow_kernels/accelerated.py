@@ -185,6 +185,21 @@ class AcceleratedChain(FusedChain):
     _fastflow_prefix = "Accelerated"
     _fastflow_attributes: tuple[str, ...] = ()
     _fastflow_stock: Any
+    _fastflow_forward: Any  # the stock class's forward when the chain was accelerated
+
+    def forward(
+        self,
+        x_or_z: Tensor | Sequence[Tensor],
+        c: Sequence[Tensor] | None = None,
+        rev: bool = False,
+        jac: bool = True,
+    ) -> tuple[Any, Any]:
+        """Evaluate the chain as :class:`FusedChain` does, unless its class has another forward."""
+        stock = self._fastflow_stock
+        if stock.forward is not type(self)._fastflow_forward:
+            result: tuple[Any, Any] = stock.forward(self, x_or_z, c, rev, jac)
+            return result
+        return super().forward(x_or_z, c, rev, jac)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new, (_mixin_of(self), self._fastflow_stock), self.__dict__.copy()
@@ -316,7 +331,12 @@ def _mixin_of(part: Any) -> Any:
 @cache
 def _derive(mixin: Any, cls: Any) -> Any:
     """Return the subclass of a stock class with a mixin as its first base."""
-    attributes = {"__module__": __name__, "__doc__": cls.__doc__, "_fastflow_stock": cls}
+    attributes = {
+        "__module__": __name__,
+        "__doc__": cls.__doc__,
+        "_fastflow_stock": cls,
+        "_fastflow_forward": cls.forward,
+    }
     return type(f"{mixin._fastflow_prefix}{cls.__name__}", (mixin, cls), attributes)
 
 

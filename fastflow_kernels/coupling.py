@@ -136,9 +136,7 @@ class CouplingGrads(NamedTuple):
 
 
 class Halves(NamedTuple):
-    """A tensor (B, C, *S) between two blocks of a chain, as its two halves.
-
-    Each half has contiguous samples. Both may be views of one tensor.
+    """A tensor (B, C, *S) between two blocks of a chain, as its two halves, each contiguous.
 
     Attributes:
         passive: The channels that the next subnet reads, (B, C - C//2, *S).
@@ -149,32 +147,30 @@ class Halves(NamedTuple):
     active: Tensor
 
 
-class HalvesGrads(NamedTuple):
-    """Gradients of the results of a coupling in a chain, whose y is in halves.
+class ChainGrads(NamedTuple):
+    """Gradients of the results of a coupling in a chain.
 
     Attributes:
-        passive: That of y's passive half, from the next coupling, (B, C - C//2, *S).
-        active: That of y's active half, (B, C//2, *S).
-        from_subnet: That of y's passive half, from the next subnet, (B, C - C//2, *S). It is to be
-            added to ``passive``. None for zero.
+        y: (B, C, *S), from the next coupling. It is in halves if y is.
+        from_subnet: That of y's passive half from the next subnet, (B, C - C//2, *S). It is to be
+            added. None for zero.
         log_det: (B,), or None for zero.
     """
 
-    passive: Tensor
-    active: Tensor
+    y: Tensor | Halves
     from_subnet: Tensor | None
     log_det: Tensor | None
 
 
-class HalvesCouplingGrads(NamedTuple):
+class ChainCouplingGrads(NamedTuple):
     """Gradients of the operands of a coupling in a chain: see :class:`CouplingGrads`.
 
     Attributes:
-        x: (B, C, *S), in halves. The part of the subnet is not in it.
+        x: (B, C, *S), in halves if x is. The part of the subnet is not in it.
         a, global_scale, global_offset: See :class:`CouplingGrads`.
     """
 
-    x: Halves
+    x: Tensor | Halves
     a: Tensor
     global_scale: Tensor | None
     global_offset: Tensor | None

@@ -79,7 +79,7 @@ class _Fork(Function):
                 zeros = dx1.new_zeros(dx1.shape[0], passive + ctx.active, *dx1.shape[2:])
                 padded = zeros.index_add(1, ctx.inv[:passive], dx1)
             return (padded if dx is None else dx + padded), None
-        if torch_private.holders_of(dx) != _holders_if_unshared():
+        if torch_private.holders_of(dx) != holders_if_unshared():
             dx = dx.clone()
         if ctx.inv is None:
             dx.narrow(1, 0, passive).add_(dx1)
@@ -113,7 +113,7 @@ class _CountHolders(Function):
 
 
 @cache
-def _holders_if_unshared() -> tuple[int, int, int]:
+def holders_if_unshared() -> tuple[int, int, int]:
     """Return what ``holders_of`` counts for a gradient that only autograd holds.
 
     The counts depend on the versions of Python and torch.

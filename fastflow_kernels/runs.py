@@ -3,8 +3,8 @@
 Together they compute the same as one after the other, with less in between:
 
 - Global scales and their logarithms are computed once for all blocks.
-- Between two blocks that run on an engine, the activation travels as its two halves. The next
-  subnet gets its half contiguous. In the backward pass the engine reads both of its gradients.
+- Where a subnet would copy its half, activations travel from block to block in halves.
+- In the backward pass the engine adds the two gradients of the passive half while it reads them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fastflow_kernels import block
 from fastflow_kernels.call import BlockCall, coefficients
-from fastflow_kernels.coupling import Coupling
+from fastflow_kernels.chain_steps import Step, couple, log_det_with_gradient
+from fastflow_kernels.coupling import Coupling, Halves
 from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import ChainEngine, eager, plain
-from fastflow_kernels.halves import Step, couple, log_det_with_gradient, split_for_chain
+from fastflow_kernels.fork import fork
 from fastflow_kernels.layouts import packed
 from fastflow_kernels.route import Route, choose_chain_engine, choose_route
 
@@ -53,7 +54,7 @@ def evaluate_together(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
         return block.evaluate_plainly([block.compute_reflections(call, route) for call in calls])
     engine = choose_chain_engine(calls[0], route)
     if engine is not None:
-        return _evaluate_in_halves(calls, route, engine)
+        return _evaluate_by_engine(calls, route, engine)
     x, log_dets = calls[0].x, []
     for call in calls:
         x, log_det = block.evaluate(call._replace(x=x))
@@ -61,26 +62,30 @@ def evaluate_together(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
     return x, torch.stack(log_dets).sum(0)
 
 
-def _evaluate_in_halves(
+def _evaluate_by_engine(
     calls: Sequence[BlockCall], route: Route, engine: ChainEngine
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate consecutive blocks by an engine, which passes halves from block to block."""
+    """Evaluate consecutive blocks by an engine that takes them together."""
     x, sums = calls[0].x, []
     couplings = [block.engine_coupling(call, route) for call in calls]
     if engine is eager:  # the Triton kernels compute the scale themselves
         couplings = with_scales(couplings, x)
-    passive, halves = split_for_chain(x, route.with_gradients)
+    wants_halves = engine.wants_halves(x)
+    values: Tensor | Halves
+    passive, values = fork(x, couplings[0], route.with_gradients)
     for k, call in enumerate(calls):
         a = packed(coefficients(call, passive))
-        couplings[k] = coupling = _fit(couplings[k], halves.passive, a)
-        step = Step(coupling, engine, k == len(calls) - 1, call.output_dtype)
-        passive, halves, sum_s = couple(halves, a, step, route.with_gradients)
+        couplings[k] = coupling = _fit(couplings[k], passive, a)
+        halves = wants_halves and k < len(calls) - 1
+        step = Step(coupling, engine, halves, call.output_dtype)
+        passive, values, sum_s = couple(values, a, step, route.with_gradients)
         sums.append(sum_s)
         del a  # free memory ahead of the next subnet
+    assert isinstance(values, Tensor)  # the last one is whole
     pixels = x.shape[2:].numel()
     if route.with_gradients:
-        return passive, log_det_with_gradient(engine, couplings, pixels, sums)
-    return passive, engine.log_det_of_chain(sums, couplings, pixels)
+        return values, log_det_with_gradient(engine, couplings, pixels, sums)
+    return values, engine.log_det_of_chain(sums, couplings, pixels)
 
 
 def with_scales(couplings: Sequence[Coupling], x: Tensor) -> list[Coupling]:
@@ -93,7 +98,7 @@ def with_scales(couplings: Sequence[Coupling], x: Tensor) -> list[Coupling]:
 
 def _fit(coupling: Coupling, x: Tensor, a: Tensor) -> Coupling:
     """Return the coupling without its scale if the subnet has widened the dtype."""
-    if a.dtype is x.dtype or coupling.scale is None:
+    scale = coupling.scale
+    if scale is None or scale.dtype is accumulator(promoted(x, a, coupling.global_scale)):
         return coupling
-    dtype = accumulator(promoted(x, a, coupling.global_scale))
-    return coupling if coupling.scale.dtype is dtype else coupling._replace(scale=None)
+    return coupling._replace(scale=None)

@@ -249,22 +249,33 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-_module_call = nn.Module.__call__
+_module_call, _call_impl = nn.Module.__call__, nn.Module._call_impl
 
 
 def are_calls_hooked() -> bool:
     """Return whether something of this process watches the calls of all modules.
 
-    That is a global hook, as profilers set it, or a replaced ``nn.Module.__call__``.
+    That is a global hook, as profilers set it, or a replaced method of ``nn.Module``.
     """
-    return nn.Module.__call__ is not _module_call or nn.modules.module._has_any_global_hook()
+    return (
+        nn.Module.__call__ is not _module_call
+        or nn.Module._call_impl is not _call_impl
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def is_called_directly(module: nn.Module) -> bool:
-    """Return whether a call of a module runs its ``forward`` and nothing else but global hooks."""
+    """Return whether a call of a module runs its ``forward`` and nothing else but global hooks.
+
+    A parametrized module may compute its parameters in every call.
+    """
+    cls, own = type(module), module.__dict__
     return (
-        type(module).__call__ is _module_call
+        cls.__call__ is _module_call
+        and cls._call_impl is _call_impl
+        and "_call_impl" not in own
         and module._compiled_call_impl is None
+        and "parametrizations" not in own["_modules"]
         and not has_hooks(module)
     )
 

@@ -66,9 +66,9 @@ SHAPES = (
 MIXED = ("hard", "cond", "hard", "gin", "gin", "soft", "soft")
 
 
-def in_halves(z: Tensor) -> int:
-    """Count the blocks in the graph that pass halves to the next one."""
-    return nodes(z)["_CouplingInHalvesBackward"]
+def linked(z: Tensor) -> int:
+    """Count the blocks in the graph that an engine has evaluated together."""
+    return nodes(z)["_CouplingInChainBackward"]
 
 
 # --- results and gradients ------------------------------------------------------------------------
@@ -96,13 +96,13 @@ def test_every_option(name: str, small: int, rev: bool) -> None:
 
 @pytest.mark.parametrize("name", ["hard", "cond", "sigmoid", "exp", "clamp8-exp", "clamp0.5"])
 @pytest.mark.parametrize("shape", [SHAPE, Shape(1, 7, (4,)), Shape(5, 4)], ids=str)
-def test_halves_travel_from_block_to_block(shape: Shape, name: str, fused: None) -> None:
+def test_blocks_are_linked(shape: Shape, name: str, fused: None) -> None:
     chain = accelerated(stock_chain(*[name] * 4, shape=shape))
     x, c = inputs_of_chain(shape)
     z, _ = chain(x, c)
-    assert in_halves(z) == 4
-    assert nodes(z)["_SplitBackward"] == 0
-    assert nodes(chain(x.requires_grad_(), c)[0])["_SplitBackward"] == 1
+    assert linked(z) == 4
+    assert nodes(z)["_ForkBackward"] == 0
+    assert nodes(chain(x.requires_grad_(), c)[0])["_ForkBackward"] == 1
 
 
 @both_directions
@@ -451,19 +451,6 @@ def test_a_block_keeps_its_input_and_the_coefficients(
     coefficients = x[:, : x.shape[1] // 2 * 2].numel()
     assert kept >= 4 * 8 * (x.numel() + coefficients)
     assert kept <= 4 * 8 * (x.numel() + coefficients + 3 * x.shape[1])
-
-
-def test_later_subnets_get_a_contiguous_half(fused: None) -> None:
-    chain = accelerated(stock_chain(*["hard"] * 4))
-    contiguous: list[bool] = []
-    for block in chain.module_list:
-        block.subnet.register_forward_pre_hook(lambda _, x: contiguous.append(x[0].is_contiguous()))
-    x, _ = inputs_of_chain()
-    for with_gradients in (True, False):
-        contiguous.clear()
-        with torch.set_grad_enabled(with_gradients):
-            chain(x)
-        assert contiguous == [False, True, True, True]
 
 
 # --- what torch does with a chain -----------------------------------------------------------------

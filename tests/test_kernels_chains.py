@@ -99,6 +99,20 @@ def test_without_gradients(shape: tuple[int, ...]) -> None:
                 assert torch.equal(t, expected.detach())
 
 
+@shapes((3, 7, 4, 5))
+def test_later_subnets_get_a_contiguous_half(shape: tuple[int, ...]) -> None:
+    """A convolution would copy another one."""
+    chain = build(shape, BLOCKS, subnet_for(shape))
+    contiguous: list[bool] = []
+    for block in chain.module_list:
+        block.subnet.register_forward_pre_hook(lambda _, x: contiguous.append(x[0].is_contiguous()))
+    for with_gradients in (True, False):
+        contiguous.clear()
+        with torch.set_grad_enabled(with_gradients):
+            chain(torch.randn(shape))
+        assert contiguous == [False, True, True]
+
+
 class _Moved(TorchDispatchMode):
     """A mode that counts the bytes that torch's operations read and write. Views move none."""
 

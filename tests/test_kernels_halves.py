@@ -1,4 +1,4 @@
-"""Test the Triton kernels between halves, as consecutive blocks of a chain call them.
+"""Test the Triton kernels as consecutive blocks of a chain call them, whole or in halves.
 
 Run them as tests/test_kernels.py says.
 """
@@ -18,10 +18,10 @@ pytest.importorskip("triton")
 
 from fastflow_kernels.coupling import (
     ACTIVATIONS,
+    ChainGrads,
     Coupling,
     CouplingGrads,
     Halves,
-    HalvesGrads,
     OutputGrads,
 )
 from fastflow_kernels.dtypes import accumulator, promoted
@@ -50,7 +50,7 @@ from tests.support.modes import EXECUTED, sanitize, slow_when_executed
 
 pytestmark = on_this_machine
 
-Layout = Callable[[Tensor], Halves]
+Layout = Callable[[Tensor], Tensor | Halves]
 
 
 # --- how halves may lie ---------------------------------------------------------------------------
@@ -66,12 +66,21 @@ def contiguous(t: Tensor) -> Halves:
     return Halves(*(half.clone(memory_format=torch.contiguous_format) for half in split(t)))
 
 
-def of_one(t: Tensor) -> Halves:
-    return split(t.clone())
+def whole(t: Tensor) -> Tensor:
+    return t.clone()
 
 
-def of_a_larger_one(t: Tensor) -> Halves:
-    return split(part_of(t).own)
+def part_of_a_larger_one(t: Tensor) -> Tensor:
+    return part_of(t).own
+
+
+def passive_of(t: Any) -> Tensor:
+    """Return the passive half of halves, as which a gradient from a subnet lies."""
+    return t.passive if isinstance(t, Halves) else split(t).passive
+
+
+def joined(t: Tensor | Halves) -> Tensor:
+    return torch.cat(t, 1) if isinstance(t, Halves) else t
 
 
 def of_two(t: Tensor) -> Halves:
@@ -107,12 +116,14 @@ class Call(NamedTuple):
 
 
 CALLS = {
-    "first": Call(of_one, contiguous, contiguous, contiguous),
+    "first": Call(whole, contiguous, contiguous, contiguous),
     "middle": Call(contiguous, contiguous, contiguous, contiguous),
-    "last": Call(contiguous, of_one, of_one, None),
-    "rows": Call(of_one, of_one, of_one, contiguous),
+    "last": Call(contiguous, whole, whole, None),
+    "rows": Call(whole, whole, whole, contiguous),
     "strided": Call(of_two, of_two, of_two, of_two, has_log_det=False, want_params=False),
-    "wider": Call(of_a_larger_one, of_a_larger_one, of_a_larger_one, of_two, want_params=False),
+    "wider": Call(
+        part_of_a_larger_one, part_of_a_larger_one, part_of_a_larger_one, of_two, want_params=False
+    ),
     "misaligned": Call(misaligned, misaligned, misaligned, misaligned, has_log_det=False),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
@@ -128,27 +139,27 @@ def check_halves(x: Tensor, a: Tensor, coupling: Coupling, call: Call) -> None:
     """
     result = promoted(x, a, coupling.global_scale)
     base = torch.float32 if result is torch.float64 else result  # see compare.py
-    x_halves = call.x(x)
+    x_given = call.x(x)
     y = call.y(torch.full(x.shape, torch.nan, dtype=result))
     with sanitize():
-        sums = engine.forward_halves(x_halves, a, coupling, y)
+        sums = engine.forward_in_chain(x_given, a, coupling, y)
         log_det = engine.log_det_of_chain([sums], [coupling], x[0, 0].numel())
     wide, narrow = cast(torch.float64, x, a, coupling), cast(base, x, a, coupling)
     truth, baseline = plain_forward(*wide), plain_forward(*narrow)
-    close(torch.cat(y, 1), truth[0], baseline[0], "y")
+    close(joined(y), truth[0], baseline[0], "y")
     assert sums.shape[:-1] == (len(x),)
     check_log_det(log_det, truth[1], baseline[1], wide, result)
-    assert_same(torch.cat(y, 1), engine.forward(x, a, coupling)[0])
-    assert torch.equal(torch.cat(x_halves, 1), x), "an input was written to"
+    assert_same(joined(y), engine.forward(x, a, coupling)[0])
+    assert torch.equal(joined(x_given), x), "an input was written to"
 
     dy, dsub = (torch.randn(x.shape).to(result) for _ in range(2))
     dlogdet = torch.randn(len(x), dtype=accumulator(result)) if call.has_log_det else None
-    from_subnet = call.subnet and call.subnet(dsub).passive
-    grads = HalvesGrads(*call.dy(dy), from_subnet, dlogdet)
+    from_subnet = None if call.subnet is None else passive_of(call.subnet(dsub))
+    grads = ChainGrads(call.dy(dy), from_subnet, dlogdet)
     with sanitize():
-        actual = engine.backward_halves(x_halves, a, grads, coupling, call.want_params)
-    check_layout(actual.x, x_halves)
-    whole = CouplingGrads(torch.cat(actual.x, 1), *actual[1:])
+        actual = engine.backward_in_chain(x_given, a, grads, coupling, call.want_params)
+    check_layout(actual.x, x_given)
+    computed = CouplingGrads(joined(actual.x), *actual[1:])
     added = torch.zeros_like(dy)
     if from_subnet is not None:
         split(added).passive.copy_(from_subnet)
@@ -157,17 +168,17 @@ def check_halves(x: Tensor, a: Tensor, coupling: Coupling, call: Call) -> None:
     truth = plain_gradients(x, a, coupling, true_grads, torch.float64)
     baseline = plain_gradients(x, a, coupling, base_grads, base)
     if not call.want_params:
-        assert whole[2:] == (None, None)
+        assert computed[2:] == (None, None)
         truth, baseline = (*truth[:2], None, None), (*baseline[:2], None, None)
         for name, t, true, narrow_t in zip(
-            ("x", "a"), whole[:2], truth[:2], baseline[:2], strict=True
+            ("x", "a"), computed[:2], truth[:2], baseline[:2], strict=True
         ):
             close(t, true, narrow_t, f"gradient of {name}")
     else:
-        check_gradients(whole, truth, baseline, (x, a, coupling))
+        check_gradients(computed, truth, baseline, (x, a, coupling))
     if from_subnet is None:
         ordinary = engine.backward(x, a, OutputGrads(dy, dlogdet), coupling, call.want_params)
-        for t, expected in zip(whole, ordinary, strict=True):
+        for t, expected in zip(computed, ordinary, strict=True):
             assert_same(t, expected)
 
 
@@ -177,17 +188,13 @@ def assert_same(actual: Tensor | None, expected: Tensor | None) -> None:
         assert actual is None or torch.equal(actual, expected)
 
 
-def check_layout(dx: Halves, x: Halves) -> None:
-    """Check that dx lies in one tensor where x does, and is contiguous otherwise."""
-    for gradient, half in zip(dx, x, strict=True):
-        assert (gradient.shape, gradient.dtype) == (half.shape, half.dtype)
-    whole, passive = torch.cat(dx, 1), dx.passive
-    if x.passive.untyped_storage().data_ptr() == x.active.untyped_storage().data_ptr():
-        assert dx.active.data_ptr() - passive.data_ptr() == passive[0].numel() * x[0].itemsize
-        assert dx.active.stride() == passive.stride() == whole.stride()
-    else:
-        assert passive.is_contiguous()
-        assert dx.active.is_contiguous()
+def check_layout(dx: Tensor | Halves, x: Tensor | Halves) -> None:
+    """Check that dx is in halves where x is, and contiguous."""
+    assert isinstance(dx, Halves) == isinstance(x, Halves)
+    pairs = zip(dx, x, strict=True) if isinstance(dx, Halves) else [(dx, x)]
+    for gradient, t in pairs:
+        assert (gradient.shape, gradient.dtype) == (t.shape, t.dtype)
+        assert gradient.is_contiguous()
 
 
 @every_call
@@ -316,9 +323,9 @@ def test_a_chain_has_the_log_determinant_of_its_blocks(shape: tuple[int, ...]) -
     inputs = [make(shape) for _ in range(3)]
     pixels, sums, expected = inputs[0][0][0, 0].numel(), [], 0.0
     for x, a, coupling in inputs:
-        sums.append(engine.forward_halves(contiguous(x), a, coupling, contiguous(x)))
+        sums.append(engine.forward_in_chain(contiguous(x), a, coupling, contiguous(x)))
         zero = coupling._replace(global_scale=torch.full_like(coupling.global_scale, 2.0))
-        other = engine.forward_halves(contiguous(x), a, zero, contiguous(x))
+        other = engine.forward_in_chain(contiguous(x), a, zero, contiguous(x))
         assert torch.equal(sums[-1], other)
         expected = expected + engine.forward(x, a, coupling)[1]
     actual = engine.log_det_of_chain(sums, [coupling for _, _, coupling in inputs], pixels)
@@ -336,7 +343,7 @@ def test_the_binary_that_runs_is_the_one_that_triton_would_choose() -> None:
     from tests.support.executor import gpu
 
     rng = random.Random(0)
-    layouts = (contiguous, contiguous, of_one, of_a_larger_one, of_two, misaligned)
+    layouts = (contiguous, contiguous, whole, part_of_a_larger_one, of_two, misaligned)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     choices: dict[str, Sequence[Any]] = {
         "shape": ((1, 2), (2, 5), (16, 64), (2, 7, 15), (2, 8, 4, 4), (16, 16, 16), (1, 4, 16)),
@@ -360,7 +367,7 @@ def test_the_binary_that_runs_is_the_one_that_triton_would_choose() -> None:
 
 
 def call_all(arguments: dict[str, Any]) -> None:
-    """Call every function between halves with these arguments."""
+    """Call every function of a chain with these arguments."""
     shape = arguments["shape"]
     x, a, coupling = make(
         shape,
@@ -370,17 +377,16 @@ def call_all(arguments: dict[str, Any]) -> None:
         g=arguments["g dtype"],
     )
     zeros = torch.zeros(shape, dtype=promoted(x, a, coupling.global_scale))
-    halves, y = arguments["x"](x), arguments["y"](zeros)
-    sums = engine.forward_halves(halves, a, coupling, y)
+    x_given, y = arguments["x"](x), arguments["y"](zeros)
+    sums = engine.forward_in_chain(x_given, a, coupling, y)
     engine.log_det_of_chain([sums] * 2, [coupling] * 2, x[0, 0].numel())
     dsub, log_det = None, None
     if arguments["dsub"] is not None:
-        dsub = arguments["dsub"](zeros.to(arguments["dsub dtype"])).passive
+        dsub = passive_of(arguments["dsub"](zeros.to(arguments["dsub dtype"])))
     if arguments["log_det stride"] is not None:
         log_det = torch.zeros(2 * len(x)).as_strided((len(x),), (arguments["log_det stride"],))
-    passive, active = arguments["dy"](zeros)
-    grads = HalvesGrads(passive, active, dsub, log_det)
-    engine.backward_halves(halves, a, grads, coupling, arguments["want params"])
+    grads = ChainGrads(arguments["dy"](zeros), dsub, log_det)
+    engine.backward_in_chain(x_given, a, grads, coupling, arguments["want params"])
 
 
 @pytest.mark.skipif(not EXECUTED, reason="a GPU or the interpreter would touch all of the memory")
@@ -415,16 +421,16 @@ def test_passes_between_halves_beyond_32_bit_offsets(shape: tuple[int, ...]) -> 
     x, a, coupling = make(ends, x=torch.float16, g=torch.float32)
     dy, dsub = torch.randn(2, *ends, dtype=torch.float32).unbind()
     y = far(contiguous(x.float()))
-    grads = HalvesGrads(*far(contiguous(dy)), spread(split(dsub).passive.contiguous()), None)
+    grads = ChainGrads(far(contiguous(dy)), spread(split(dsub).passive.contiguous()), None)
     with mock.patch.object(EXECUTOR, "ctas", lambda count: [*range(8), *range(count - 8, count)]):
-        engine.forward_halves(far(contiguous(x)), spread(a), coupling, y)
-        dx, da, *_ = engine.backward_halves(
+        engine.forward_in_chain(far(contiguous(x)), spread(a), coupling, y)
+        dx, da, *_ = engine.backward_in_chain(
             far(contiguous(x)), spread(a), grads, coupling, want_params=False
         )
     near_y = contiguous(x.float())
-    engine.forward_halves(contiguous(x), a, coupling, near_y)
-    near_grads = HalvesGrads(*contiguous(dy), split(dsub).passive, None)
-    near_dx, near_da, *_ = engine.backward_halves(contiguous(x), a, near_grads, coupling, False)
+    engine.forward_in_chain(contiguous(x), a, coupling, near_y)
+    near_grads = ChainGrads(contiguous(dy), split(dsub).passive, None)
+    near_dx, near_da, *_ = engine.backward_in_chain(contiguous(x), a, near_grads, coupling, False)
     for actual, expected in zip((*y, *dx, da), (*near_y, *near_dx, near_da), strict=True):
         expected = gather(expected)
         assert torch.equal(gather(actual), expected)

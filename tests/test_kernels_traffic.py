@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 
-from fastflow_kernels.coupling import Halves, HalvesGrads, OutputGrads
+from fastflow_kernels.coupling import ChainGrads, Halves, OutputGrads
 from fastflow_kernels.engines.triton import backward, engine, forward, inverse, sums
 from tests.support import every_kernel
 from tests.support.coupling import inverse as inverse_of
@@ -160,10 +161,10 @@ def test_a_block_between_halves_moves_little_more_than_the_minimum(
     y = Halves(*map(torch.empty_like, halves))
     dsub = torch.randn_like(halves.passive)
     with sanitize() as of_forward:
-        engine.forward_halves(halves, a, coupling, y)
+        engine.forward_in_chain(halves, a, coupling, y)
     with sanitize() as of_backward:
-        grads = HalvesGrads(*y, dsub, torch.randn(shape[0]))
-        engine.backward_halves(halves, a, grads, coupling, True)
+        grads = ChainGrads(y, dsub, torch.randn(shape[0]))
+        engine.backward_in_chain(halves, a, grads, coupling, True)
     for name, launches, minimum in (("forward", of_forward, 3.0), ("backward", of_backward, 5.5)):
         ratio = traffic(launches) / whole
         print(f"{shape_id(shape)} {dtype} {name}: {ratio:.3f} N, minimum {minimum} N")
@@ -177,35 +178,33 @@ def test_a_block_between_halves_moves_little_more_than_the_minimum(
 def test_a_chain_of_blocks_moves_little_beside_what_its_subnets_move(dtype: torch.dtype) -> None:
     """A training step of 8 blocks, as FastFlow has them, moves at most 8.6 N for each block.
 
-    The first block reads halves of one tensor, and the last one writes such halves. It gets no
-    gradient from a subnet behind it.
+    The first block reads a whole tensor, and the last one writes one. It gets no gradient from a
+    subnet behind it.
     """
     blocks, shape = 8, (2, 16, 32, 32)
     inputs = [make(shape, x=dtype) for _ in range(blocks)]
-    x = inputs[0][0]
-    values, saved, sums = split_of(x), [], []
+    x: Tensor = inputs[0][0]
+    values: Tensor | Halves = x
+    saved, sums = [], []
     with sanitize() as launches:
         for i, (_, a, coupling) in enumerate(inputs):
-            y = in_halves(torch.zeros_like(x)) if i + 1 < blocks else split_of(torch.zeros_like(x))
+            zeros = torch.zeros_like(x)
+            y = in_halves(zeros) if i + 1 < blocks else zeros
             saved.append((values, a, coupling))
-            sums.append(engine.forward_halves(values, a, coupling, y))
+            sums.append(engine.forward_in_chain(values, a, coupling, y))
             values = y
         engine.log_det_of_chain(sums, [coupling for _, _, coupling in inputs], 32 * 32)
-        grads = HalvesGrads(*split_of(torch.randn_like(x)), None, torch.randn(shape[0]))
+        grads = ChainGrads(torch.randn_like(x), None, torch.randn(shape[0]))
         for values, a, coupling in reversed(saved):
-            dx = engine.backward_halves(values, a, grads, coupling, True).x
-            grads = HalvesGrads(*dx, torch.randn_like(dx.passive), grads.log_det)
+            dx = engine.backward_in_chain(values, a, grads, coupling, True).x
+            if isinstance(dx, Halves):
+                grads = ChainGrads(dx, torch.randn_like(dx.passive), grads.log_det)
     # Two concatenations read and write the sums of s and the parameters.
     parameters = [coupling.parameters[0] for _, _, coupling in inputs]
     copied = 2 * sum(t.numel() * t.element_size() for t in (*sums, *parameters))
     per_block = (traffic(launches) + copied) / blocks / (x.numel() * x.element_size())
     print(f"{shape_id(shape)} {dtype}: {per_block:.3f} N for each block and training step")
     assert 8.4 <= per_block <= 8.6
-
-
-def split_of(t: torch.Tensor) -> Halves:
-    """Return the halves of a tensor, as views of it."""
-    return Halves(*t.split((t.shape[1] - t.shape[1] // 2, t.shape[1] // 2), 1))
 
 
 # --- the memory checker itself --------------------------------------------------------------------

@@ -25,7 +25,7 @@ LAYERS = (
     ("index_cache", "fork", "call"),
     ("checkpoints", "route", "steps", "coupling_forms"),
     ("fused", "replay", "drift", "seen"),
-    ("block", "halves"),
+    ("block", "chain_steps"),
     ("sides", "runs"),
     ("reconstruct", "modules", "foreign_activation"),
     ("link", "probe", "coupling_blocks", "chain"),

@@ -41,7 +41,7 @@ ARGUMENTS = {"compute"}
 STARTS = [
     ("modules", "FusedForward.forward"),
     ("chain", "FusedChain.forward"),
-    ("halves", "_CouplingInHalves.backward"),
+    ("chain_steps", "_CouplingInChain.backward"),
     ("fused", "_Coupling.backward"),
     ("sides", "_Parts.backward"),
     ("sides", "_Side.backward"),
@@ -202,7 +202,7 @@ def test_the_engines_have_the_functions_of_the_protocol() -> None:
     engines: list[ModuleType | Engine] = [eager, ByPixels(eager)]
     if importlib.util.find_spec("triton") is not None:
         engines.append(importlib.import_module("fastflow_kernels.engines.triton.engine"))
-    assert (len(ENGINE), len(CHAIN_ENGINE)) == (5, 3)
+    assert (len(ENGINE), len(CHAIN_ENGINE)) == (5, 4)
     for name in ENGINE + CHAIN_ENGINE:
         method = getattr(ChainEngine, name)
         expected = [p for p in inspect.signature(method).parameters if p != "self"]

@@ -13,11 +13,11 @@ from typing import Protocol
 from torch import Tensor
 
 from fastflow_kernels.coupling import (
+    ChainCouplingGrads,
+    ChainGrads,
     Coupling,
     CouplingGrads,
     Halves,
-    HalvesCouplingGrads,
-    HalvesGrads,
     OutputGrads,
 )
 
@@ -102,41 +102,50 @@ class Engine(Protocol):
 
 
 class ChainEngine(Engine, Protocol):
-    """An engine that also computes couplings between halves, for consecutive blocks of a chain.
+    """An engine that also computes the couplings of consecutive blocks of a chain.
 
     The modules ``engines.eager`` and ``engines.triton.engine`` are such engines. No coupling is
     GIN or a side, none inverts its permutation ahead of it (``unpermutes_input``), and all have an
-    index. x and y have contiguous samples.
+    index. Activations travel as :meth:`wants_halves` says; those of a chain's ends are whole. All
+    have contiguous samples.
     """
 
-    def forward_halves(self, x: Halves, a: Tensor, coupling: Coupling, y: Halves) -> Tensor:
+    def wants_halves(self, x: Tensor) -> bool:
+        """Return whether activations of the shape of x should travel in halves."""
+
+    def forward_in_chain(
+        self, x: Tensor | Halves, a: Tensor, coupling: Coupling, y: Tensor | Halves
+    ) -> Tensor:
         """Write y, and return sums of s, (B, parts).
 
         Their sum over the parts is that of s for each sample, up to a factor that
         :meth:`log_det_of_chain` knows.
 
         Args:
-            x: The block's input, in halves.
+            x: The block's input.
             a: The coefficients, (B, 2*C2, *S), with contiguous samples.
             coupling: What to compute, with its parameters and permutation.
-            y: Where to write the result, in the promoted dtype of x, a and the parameters.
+            y: Where to write the result, in the promoted dtype of x, a and the parameters, or in
+                another one.
         """
 
-    def backward_halves(
-        self, x: Halves, a: Tensor, grads: HalvesGrads, coupling: Coupling, want_params: bool
-    ) -> HalvesCouplingGrads:
-        """Return the gradients of :meth:`forward_halves` and of the log-determinant.
+    def backward_in_chain(
+        self,
+        x: Tensor | Halves,
+        a: Tensor,
+        grads: ChainGrads,
+        coupling: Coupling,
+        want_params: bool,
+    ) -> ChainCouplingGrads:
+        """Return the gradients of :meth:`forward_in_chain` and of the log-determinant.
 
         The log-determinant is the one of :meth:`forward`, with the sum of log(scale).
 
         Args:
-            x, a, coupling: The arguments of :meth:`forward_halves`.
-            grads: The gradients of its results.
+            x, a, coupling: The arguments of :meth:`forward_in_chain`.
+            grads: The gradients of its results. If there is one from a subnet, that of y may be
+                written to.
             want_params: Whether the gradients of global_scale and global_offset are wanted.
-
-        Returns:
-            The gradients. The halves of dx are contiguous if those of x have no gaps between their
-            samples.
         """
 
     def log_det_of_chain(
@@ -145,7 +154,7 @@ class ChainEngine(Engine, Protocol):
         """Return the log-determinant of consecutive blocks together, (B,), in nats.
 
         Args:
-            sums: What :meth:`forward_halves` returned, for each block.
+            sums: What :meth:`forward_in_chain` returned, for each block.
             couplings: The blocks' couplings.
             pixels: Pixels of a sample, P.
         """

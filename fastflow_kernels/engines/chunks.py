@@ -67,30 +67,6 @@ def accumulate(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
 
 
-def whole_of(first: Tensor, last: Tensor) -> Tensor | None:
-    """Return two tensors as one that has the channels of both, if they lie side by side in memory.
-
-    Args:
-        first: (B, C1, P), with contiguous samples.
-        last: (B, C2, P), with contiguous samples.
-
-    Returns:
-        A view (B, C1 + C2, P), or None.
-    """
-    batch, channels, pixels = first.shape
-    size, whole = channels * pixels, channels + last.shape[1]
-    is_whole = (
-        first.dtype is last.dtype
-        and (batch == 1 or first.stride(0) == last.stride(0) == whole * pixels)
-        # Side by side both in memory and in a storage: then it is one storage.
-        and first.storage_offset() + size == last.storage_offset()
-        and first.data_ptr() + size * first.element_size() == last.data_ptr()
-    )
-    return (
-        first.as_strided((batch, whole, pixels), (whole * pixels, pixels, 1)) if is_whole else None
-    )
-
-
 def resized(scratch: Tensor, like: Tensor) -> Tensor:
     """Return the scratch in the shape of ``like``, which may be smaller (the last chunk)."""
     if scratch.shape == like.shape:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastflow_kernels.coupling import (
+    ChainCouplingGrads,
+    ChainGrads,
     Coupling,
     CouplingGrads,
     Halves,
-    HalvesCouplingGrads,
-    HalvesGrads,
     OutputGrads,
 )
 from fastflow_kernels.dtypes import accumulator, cast, promoted
@@ -35,16 +35,14 @@ from fastflow_kernels.engines.chunks import (
     flat,
     resized,
     scratch,
-    whole_of,
 )
 from fastflow_kernels.engines.eager_affine import (
     gather,
-    parts_of,
     rows_kept_together,
     scale_and_offset,
     store_permuted,
 )
-from fastflow_kernels.engines.plain import split, split_at
+from fastflow_kernels.engines.plain import split_at
 from fastflow_kernels.engines.soft_clamp import SoftClamp
 from fastflow_kernels.torch_private import versions_counted
 
@@ -58,57 +56,62 @@ def forward(
     if y is not None:
         return y, eager_sides.transform(x, a, coupling, y, 1.0)
     y = torch.empty(x.shape, dtype=promoted(x, a, coupling.global_scale), device=x.device)
-    x = flat(x)
     affine, clamp = scale_and_offset(coupling, accumulator(y.dtype)), SoftClamp.of(coupling, x)
-    sum_s = _transform(Halves(*split(x)), flat(a), coupling, affine, clamp, (flat(y),))
-    return y, _finish_log_det(sum_s, affine[0], x.shape[2], clamp, 1.0)
+    sum_s = _transform(flat(x), flat(a), coupling, affine, clamp, flat(y))
+    return y, _finish_log_det(sum_s, affine[0], x.shape[2:].numel(), clamp, 1.0)
 
 
-def forward_halves(x: Halves, a: Tensor, coupling: Coupling, y: Halves) -> Tensor:
-    """Compute :func:`forward` between halves."""
-    x, out = Halves(flat(x.passive), flat(x.active)), (flat(y.passive), flat(y.active))
-    affine = scale_and_offset(coupling, accumulator(out[0].dtype))
-    whole, clamp = whole_of(*out), SoftClamp.of(coupling, out[0])
-    out = out if whole is None else (whole,)
-    return _transform(x, flat(a), coupling, affine, clamp, out).unsqueeze(1)
+def forward_in_chain(
+    x: Tensor | Halves, a: Tensor, coupling: Coupling, y: Tensor | Halves
+) -> Tensor:
+    """Compute :func:`forward` for a block of a chain."""
+    assert isinstance(x, Tensor)  # wants_halves says so
+    assert isinstance(y, Tensor)
+    affine, clamp = scale_and_offset(coupling, accumulator(y.dtype)), SoftClamp.of(coupling, x)
+    return _transform(flat(x), flat(a), coupling, affine, clamp, flat(y)).unsqueeze(1)
+
+
+def wants_halves(x: Tensor) -> bool:
+    """Return False: beside a convolution the copy of a half shows no difference on a CPU."""
+    return False
 
 
 def _transform(
-    x: Halves,
+    x: Tensor,
     a: Tensor,
     coupling: Coupling,
     affine: tuple[Tensor | None, Tensor],
     clamp: SoftClamp,
-    out: tuple[Tensor, ...],
+    out: Tensor,
 ) -> Tensor:
     """Write y to ``out`` and return the sums of s per sample, (B,), in the unit of the clamp.
 
     Args:
-        x: The input, halves of shape (B, channels, P).
+        x: The input, (B, C, P).
         a: The coefficients, (B, 2*C2, P).
         coupling: What to compute.
         affine: Scale and offset, from :func:`scale_and_offset`.
         clamp: The soft clamp.
-        out: y (B, C, P), or its two halves.
+        out: y, (B, C, P).
     """
     scale, offset = affine
-    acc_dtype, perms = offset.dtype, parts_of(coupling.perm, out)
-    passive, active, pixels = x.passive.shape[1], *x.active.shape[1:]
-    samples, pairs = chunk_sizes(x.passive, acc_dtype, rows_kept_together(coupling), max(1, active))
+    acc_dtype = offset.dtype
+    _, channels, pixels = x.shape
+    active = channels // 2
+    samples, pairs = chunk_sizes(x, acc_dtype, rows_kept_together(coupling))
     # If nothing moves and y has the dtype of the computation, compute in y itself.
-    is_in_place = coupling.perm is None and out[0].dtype is acc_dtype
+    is_in_place = coupling.perm is None and out.dtype is acc_dtype
     shapes = [(samples, pairs, pixels)] * 2
     if not is_in_place:
-        shapes.append((samples, passive + active, pixels))
+        shapes.append((samples, channels, pixels))
     s, work, *v_scratch = scratch.take(a, acc_dtype, *shapes)
     sums: list[Tensor] = []
-    for x1, x2, a_i, *out_i in chunks_of(0, samples, *x, a, *out):
-        x1, x2, a_i = cast(x1, acc_dtype), cast(x2, acc_dtype), cast(a_i, acc_dtype)
-        if is_in_place:
-            v = out_i[0]
-        else:
-            v = v_scratch[0] if len(x1) == samples else v_scratch[0][: len(x1)]
-        v1, v2 = split_at(v, passive, active)
+    for x_i, a_i, out_i in chunks_of(0, samples, x, a, out):
+        x_i, a_i, v = cast(x_i, acc_dtype), cast(a_i, acc_dtype), out_i
+        if not is_in_place:
+            v = v_scratch[0] if len(x_i) == samples else v_scratch[0][: len(x_i)]
+        x1, x2 = split_at(x_i, channels - active, active)
+        v1, v2 = split_at(v, channels - active, active)
         total: Tensor | None = None
         for x2_j, v2_j, a_s, a_t in chunks_of(1, pairs, x2, v2, *split_at(a_i, active, active)):
             s_j = clamp.log_factors(a_s, 1.0, resized(s, a_s), resized(work, a_s))
@@ -121,13 +124,12 @@ def _transform(
             v1.copy_(x1)
             torch.addcmul(offset, v, scale, out=v)
         else:  # addcmul is three times slower than two passes here
-            scale1, scale2 = split_at(scale, passive, active)
+            scale1, scale2 = split_at(scale, channels - active, active)
             torch.mul(x1, scale1, out=v1)
             v2.mul_(scale2)
             v.add_(offset)
         if not is_in_place:
-            for perm, out_k in zip(perms, out_i, strict=True):
-                store_permuted(v, perm, out_k)
+            store_permuted(v, coupling.perm, out_i)
         sums += [] if total is None else [total]
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
@@ -190,11 +192,17 @@ def backward(
     return eager_backward.backward(x, a, grads, coupling, want_params, False)
 
 
-def backward_halves(
-    x: Halves, a: Tensor, grads: HalvesGrads, coupling: Coupling, want_params: bool
-) -> HalvesCouplingGrads:
-    """Compute the gradients of :func:`forward_halves`. tanh and exp are computed again."""
-    return eager_backward.backward_halves(x, a, grads, coupling, want_params)
+def backward_in_chain(
+    x: Tensor | Halves, a: Tensor, grads: ChainGrads, coupling: Coupling, want_params: bool
+) -> ChainCouplingGrads:
+    """Compute the gradients of :func:`forward_in_chain`, as :func:`backward` does."""
+    assert isinstance(x, Tensor)  # wants_halves says so
+    assert isinstance(grads.y, Tensor)
+    if grads.from_subnet is not None:
+        grads.y.narrow(1, 0, grads.from_subnet.shape[1]).add_(grads.from_subnet)
+    of_results = OutputGrads(grads.y, grads.log_det)
+    computed = eager_backward.backward(x, a, of_results, coupling, want_params, False)
+    return ChainCouplingGrads(*computed)
 
 
 # --- inverse --------------------------------------------------------------------------------------

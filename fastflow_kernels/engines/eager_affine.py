@@ -44,15 +44,3 @@ def gather(dy: Tensor, inv: Tensor | None, out: Tensor, dtype: torch.dtype) -> T
     if inv is not None and dy.dtype is dtype:
         return torch.index_select(dy, 1, inv, out=out)
     return out.copy_(dy if inv is None else dy.index_select(1, inv))
-
-
-def parts_of(index: Tensor | None, tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """Return the parts of an index of all channels that belong to the tensors.
-
-    Args:
-        index: (C,), or None.
-        tensors: One tensor with all channels, or several with C channels together.
-    """
-    if index is None or len(tensors) == 1:
-        return (index,) * len(tensors)
-    return torch.split_with_sizes(index, [t.shape[1] for t in tensors])

@@ -5,11 +5,13 @@ Those of a block run a second time between halves, as in a chain.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastflow_kernels import AllInOneBlock, ReversibleSequence
-from fastflow_kernels.coupling import Coupling, CouplingSpec, Halves, HalvesGrads, OutputGrads
+from fastflow_kernels.coupling import ChainGrads, Coupling, CouplingSpec, Halves, OutputGrads
 
 SHAPES = ((3, 33, 7, 9), (5, 66))  # P not divisible by 4; and rank 0
 
@@ -70,7 +72,7 @@ def run_side(full: tuple[int, ...], gin: bool, device: str) -> None:
 
 
 def run_between_halves(full: tuple[int, ...], device: str) -> None:
-    """Run a block between two others of a chain, with halves in one tensor and in two."""
+    """Run the first and the last block of a chain, whose activations travel in halves."""
     from fastflow_kernels.engines.triton import engine
 
     batch, channels, *spatial = full
@@ -80,11 +82,11 @@ def run_between_halves(full: tuple[int, ...], device: str) -> None:
     spec = CouplingSpec.of(1.9, "anomalib", "SOFTPLUS", False)
     coupling = Coupling(g, g, spec, perm, perm.argsort())
     a = torch.randn(batch, 2 * active, *spatial, device=device)
-    of_one = Halves(*whole.split((channels - active, active), 1))
-    of_two = Halves(*(half.clone(memory_format=torch.contiguous_format) for half in of_one))
+    halves = Halves(*(half.contiguous() for half in whole.split((channels - active, active), 1)))
     log_det = torch.randn(batch, device=device)
-    for x, y in ((of_one, of_two), (of_two, of_one)):
-        sums = engine.forward_halves(x, a, coupling, Halves(*map(torch.empty_like, y)))
+    ends: tuple[tuple[Any, Any], ...] = ((whole, halves), (halves, whole))
+    for x, y in ends:
+        sums = engine.forward_in_chain(x, a, coupling, y)
         engine.log_det_of_chain([sums] * 2, [coupling] * 2, whole[0, 0].numel())
-        grads = HalvesGrads(*y, of_two.passive, log_det)
-        engine.backward_halves(x, a, grads, coupling, True)
+        grads = ChainGrads(y, halves.passive.clone(), log_det)
+        engine.backward_in_chain(x, a, grads, coupling, True)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastflow_kernels.coupling import Coupling, CouplingSpec, Halves, HalvesGrads, OutputGrads
+from fastflow_kernels.coupling import ChainGrads, Coupling, CouplingSpec, Halves, OutputGrads
 
 # "reversible" is a chain's inverse and backward pass together.
 PASSES = ("forward", "backward", "inverse", "reversible")
@@ -60,7 +60,7 @@ class InputsInHalves(NamedTuple):
     x: Halves
     a: Tensor
     y: Halves
-    grads: HalvesGrads
+    grads: ChainGrads
     coupling: Coupling
 
 
@@ -76,7 +76,7 @@ def empty_inputs_in_halves(
 
     x = Halves(empty(channels - active), empty(active))
     g, perm = torch.zeros(channels, dtype=dtype), torch.arange(channels)
-    grads = HalvesGrads(*x, empty(channels - active), torch.zeros(batch))
+    grads = ChainGrads(x, empty(channels - active), torch.zeros(batch))
     return InputsInHalves(x, empty(2 * active), x, grads, Coupling(g, g, spec, perm, perm))
 
 
@@ -86,9 +86,9 @@ def run_between_halves(name: str, inputs: InputsInHalves, blocks: int = 8) -> ob
 
     x, a, y, grads, coupling = inputs
     if name == "forward":
-        return engine.forward_halves(x, a, coupling, y)
+        return engine.forward_in_chain(x, a, coupling, y)
     if name == "backward":
-        return engine.backward_halves(x, a, grads, coupling, True)
+        return engine.backward_in_chain(x, a, grads, coupling, True)
     sums, pixels = torch.zeros(len(a), 32, device=a.device), a[0, 0].numel()
     return engine.log_det_of_chain([sums] * blocks, [coupling] * blocks, pixels)
 

@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastflow_kernels.coupling import (
+    ChainCouplingGrads,
+    ChainGrads,
     Coupling,
     CouplingGrads,
     Halves,
-    HalvesCouplingGrads,
-    HalvesGrads,
     OutputGrads,
 )
 from fastflow_kernels.engines.triton import plan
@@ -34,8 +34,8 @@ from fastflow_kernels.engines.triton.launch import (
     empty_of,
     empty_partials,
     gaps_of,
+    key_in_chain,
     key_of,
-    key_of_halves,
     on_its_device,
     pointers_of,
     values_of,
@@ -337,47 +337,34 @@ def _backward(
 
 
 @partial(on_its_device, position=1)
-def backward_halves(
-    x: Halves, a: Tensor, grads: HalvesGrads, coupling: Coupling, want_params: bool
-) -> HalvesCouplingGrads:
-    """Return the gradients of :func:`~fastflow_kernels.engines.triton.forward.forward_halves`.
+def backward_in_chain(
+    x: Tensor | Halves, a: Tensor, grads: ChainGrads, coupling: Coupling, want_params: bool
+) -> ChainCouplingGrads:
+    """Return the gradients of :func:`~fastflow_kernels.engines.triton.forward.forward_in_chain`.
 
-    See :class:`~fastflow_kernels.engines.ChainEngine`. The halves of dx are views of one tensor if
-    those of x are. Otherwise they are contiguous.
+    See :class:`~fastflow_kernels.engines.ChainEngine`.
     """
     (g, offset), inv, log_det = coupling.parameters, coupling.inv, grads.log_det
-    dy = Halves(packed(grads.passive), packed(grads.active))
-    dsub = None if grads.from_subnet is None else packed(grads.from_subnet)
+    dsub = grads.from_subnet
     x1, x2, stride_xb, stride_x2b = pointers_of(x)
-    dy1, dy2, stride_dyb, stride_dy2b = pointers_of(dy)
+    dy1, dy2, stride_dyb, stride_dy2b = pointers_of(grads.y)
     strides = (
         stride_xb, a.stride(0), stride_dyb, None, 0 if log_det is None else log_det.stride(0),
         stride_x2b, stride_dy2b, None if dsub is None else gaps_of(dsub),
     )  # fmt: skip
     dtypes = (x1.dtype, None, dtype_of(x2), a.dtype)
     grad_dtypes = (dy1.dtype, dtype_of(log_det), dtype_of(dy2), dtype_of(dsub))
-    prepared = _prepare(*key_of_halves(x, coupling, dtypes, strides, grad_dtypes, want_params))
+    prepared = _prepare(*key_in_chain(x, coupling, dtypes, strides, grad_dtypes, want_params))
     is_aligned = aligned(x1, x2, a, dy1, dy2, dsub, log_det, g, inv)
-    dx1, dx2, dx = _empty_halves(x1, x2, x)
-    da = empty_of(a, a.dtype)
+    dx1, dx2 = empty_of(x1, x1.dtype), None if x2 is None else empty_of(x2, x2.dtype)
+    dx, da = dx1 if dx2 is None else Halves(dx1, dx2), empty_of(a, a.dtype)
     partials = empty_partials(prepared, a.device)
     prepared.launch(
         is_aligned, None, dy1, log_det, x1, a, g, None, inv, None,
         dx1, da, partials, x2, dy2, dsub, dx2,
     )  # fmt: skip
     if prepared.finish is None:
-        return HalvesCouplingGrads(dx, da, None, None)
+        return ChainCouplingGrads(dx, da, None, None)
     dg, doffset = torch.empty_like(g), torch.empty_like(offset)
     prepared.finish(is_aligned, partials, log_det, g, dg, doffset)
-    return HalvesCouplingGrads(dx, da, dg, doffset)
-
-
-def _empty_halves(x1: Tensor, x2: Tensor | None, x: Halves) -> tuple[Tensor, Tensor | None, Halves]:
-    """Return pointers to new memory, a whole tensor and None if those of x are, and its halves."""
-    if x2 is None:
-        whole = empty_of(x1, x1.dtype)
-        sizes = (x.passive.shape[1], x.active.shape[1])
-        # A third of the time of split(), which is Python.
-        return whole, None, Halves(*whole.split_with_sizes(sizes, 1))
-    dx = Halves(empty_of(x1, x1.dtype), empty_of(x2, x2.dtype))
-    return *dx, dx
+    return ChainCouplingGrads(dx, da, dg, doffset)

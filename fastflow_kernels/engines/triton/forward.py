@@ -49,8 +49,8 @@ from fastflow_kernels.engines.triton.launch import (
     empty_of,
     empty_partials,
     joint,
+    key_in_chain,
     key_of,
-    key_of_halves,
     on_its_device,
     pointers_of,
     values_of,
@@ -281,7 +281,9 @@ def forward(
 
 
 @partial(on_its_device, position=1)
-def forward_halves(x: Halves, a: Tensor, coupling: Coupling, y: Halves) -> Tensor:
+def forward_in_chain(
+    x: Tensor | Halves, a: Tensor, coupling: Coupling, y: Tensor | Halves
+) -> Tensor:
     """Write y, and return sums of s, (B, parts).
 
     See :class:`~fastflow_kernels.engines.ChainEngine`.
@@ -290,7 +292,7 @@ def forward_halves(x: Halves, a: Tensor, coupling: Coupling, y: Halves) -> Tenso
     y1, y2, stride_yb, stride_y2b = pointers_of(y)
     dtypes = (x1.dtype, dtype_of(x2), y1.dtype, dtype_of(y2), a.dtype)
     strides = (stride_xb, a.stride(0), stride_yb, stride_x2b, stride_y2b)
-    prepared = _prepare(*key_of_halves(x, coupling, dtypes, strides))
+    prepared = _prepare(*key_in_chain(x, coupling, dtypes, strides))
     g, offset = coupling.parameters
     is_rows = prepared.launch.kernel is _coupling_rows_fwd_kernel
     channel_index = coupling.perm if is_rows else coupling.inv

@@ -162,44 +162,28 @@ def key_of(
     )
 
 
-def key_of_halves(x: Halves, coupling: Coupling, *others: Any) -> tuple[Any, ...]:
-    """Return the key of a call with x in halves.
+def key_in_chain(x: Tensor | Halves, coupling: Coupling, *others: Any) -> tuple[Any, ...]:
+    """Return the key of a call whose x may be in halves.
 
     Args:
         x, coupling: The pass's x, and the coupling to compute.
         others: The other arguments of :func:`key_of`. Their tuples have an entry for each half.
     """
-    return (shape_of(x), *key_of(x.passive, coupling, *others)[1:])
+    if not isinstance(x, Halves):
+        return key_of(x, coupling, *others)
+    batch, passive, *spatial = x.passive.shape
+    shape = (batch, passive + x.active.shape[1], *spatial)
+    return (shape, *key_of(x.passive, coupling, *others)[1:])
 
 
-def shape_of(halves: Halves) -> tuple[int, ...]:
-    """Return the shape of both halves together, (B, C, *S)."""
-    batch, passive, *spatial = halves.passive.shape
-    return (batch, passive + halves.active.shape[1], *spatial)
+def pointers_of(x: Tensor | Halves) -> tuple[Tensor, Tensor | None, int | None, int | None]:
+    """Return the two pointers of a tensor for a kernel, and their strides (see :func:`gaps_of`).
 
-
-def pointers_of(halves: Halves) -> tuple[Tensor, Tensor | None, int | None, int | None]:
-    """Return the two pointers of halves for a kernel, and their strides (see :func:`gaps_of`).
-
-    Halves of one tensor are passed as this tensor, and the second pointer is None. With an odd C
-    the tensor may be aligned where its active half is not.
+    The second pointer is None for a tensor that is whole.
     """
-    passive, active = halves
-    if are_of_one_tensor(halves):
-        whole = passive.as_strided(shape_of(halves), passive.stride())
-        return whole, None, gaps_of(whole), None
-    return passive, active, gaps_of(passive), gaps_of(active)
-
-
-def are_of_one_tensor(halves: Halves) -> bool:
-    """Return whether the halves lie in one tensor, as its channels."""
-    passive, active = halves
-    stride, pixels = passive.stride()[:2]
-    size = passive.shape[1] * pixels
-    return (
-        active.data_ptr() == passive.data_ptr() + size * passive.element_size()
-        and stride == active.stride(0) >= size + active.shape[1] * pixels
-    )
+    if isinstance(x, Halves):
+        return *x, gaps_of(x.passive), gaps_of(x.active)
+    return x, None, gaps_of(x), None
 
 
 def gaps_of(t: Tensor) -> int | None:

@@ -36,6 +36,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # The most elements of a sample, and the most samples with pixels. Both are counted in 32 bits.
@@ -112,6 +113,15 @@ class Plan(NamedTuple):
     @property
     def programs(self) -> int:
         return self.channel_tiles * self.groups
+
+
+def wants_halves(x: Tensor) -> bool:
+    """Return whether the activations of a chain should travel in halves.
+
+    A convolution copies the passive half of several samples, because it is a strided view. A linear
+    layer takes it as it is.
+    """
+    return x.dim() > 2 and len(x) > 1 and x.shape[2:].numel() > 1
 
 
 def why_unsupported(shape: Sequence[int], dtype: torch.dtype) -> str | None:

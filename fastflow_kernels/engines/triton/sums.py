@@ -261,9 +261,9 @@ def _finish_chain(
     """Return the log-determinant from the sums of s, (B, parts), and the scales of all blocks."""
     dtypes = (partials.dtype, global_scale.dtype)
     sizes = (*partials.shape, global_scale.numel(), pixels)
-    launch = _prepare_chain(dtypes, sizes, activation, partials.get_device())
+    prepared = _prepare_chain(dtypes, sizes, activation, partials.get_device())
     log_det = torch.empty(len(partials), dtype=partials.dtype, device=partials.device)
-    launch(aligned(partials, global_scale), partials, global_scale, log_det)
+    prepared.launch(aligned(partials, global_scale), partials, global_scale, log_det)
     return log_det
 
 
@@ -273,7 +273,7 @@ def _prepare_chain(
     sizes: tuple[int, ...],
     activation: str | None,
     device: int,
-) -> Launch:
+) -> Prepared:
     """Prepare the launch of a chain's log-determinant, with the pointers of prepare_log_det.
 
     Args:
@@ -296,7 +296,8 @@ def _prepare_chain(
         "BLOCK_CHANNELS": 256,
         "ACC_DTYPE": ACC_DTYPES[dtypes[0]],
     }
-    return Launch(_logdet_kernel, -(-batch // block_samples), 4, values)
+    launch = Launch(_logdet_kernel, -(-batch // block_samples), 4, values)
+    return Prepared(dtypes[0], dtypes[0], launch)
 
 
 @triton.jit
