@@ -139,7 +139,7 @@ class AcceleratedBlock(AcceleratedModule):
             rev,
             self.reverse_pre_permute,
             held.backend,
-            autocast_dtype(x, held.half_output and not rev),
+            autocast_dtype(x) if held.half_output and not rev else None,
         )
 
     def _describe(self) -> str:

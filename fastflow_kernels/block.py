@@ -7,15 +7,13 @@ plain operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from fastflow_kernels import torch_private
 from fastflow_kernels.call import BlockCall, coefficients
 from fastflow_kernels.coupling import Coupling
-from fastflow_kernels.dtypes import cast, promoted
+from fastflow_kernels.dtypes import accumulator, cast, promoted
 from fastflow_kernels.engines import plain
 from fastflow_kernels.fork import fork, passive_half
 from fastflow_kernels.fused import fused_coupling
@@ -45,15 +43,12 @@ def evaluate(call: BlockCall) -> tuple[Tensor, Tensor]:
             a floating-point tensor.
     """
     route = choose_route(call)
-    call = compute_reflections(call, route)
+    if isinstance(call.permutation, HouseholderPermutation):
+        call = compute_reflections(call, call.permutation, route)
     if route.engine is None:
-        return evaluate_plainly([call])
+        return evaluate_plainly(call)
     y, log_det = _inverse(call, route) if call.rev else _forward(call, route)
-    return _in_output_dtype(y, call), log_det
-
-
-def _in_output_dtype(y: Tensor, call: BlockCall) -> Tensor:
-    return y if call.output_dtype is None else cast(y, call.output_dtype)
+    return (y if call.output_dtype is None else cast(y, call.output_dtype)), log_det
 
 
 # Above it, or with fewer rows than channels, the reflections' matrix costs more than it saves. The
@@ -61,18 +56,18 @@ def _in_output_dtype(y: Tensor, call: BlockCall) -> Tensor:
 MOST_SMALL_CHANNELS = 64
 
 
-def compute_reflections(call: BlockCall, route: Route) -> BlockCall:
-    """Return the call with its reflections computed, if it has any and is small or uses them twice.
+def compute_reflections(
+    call: BlockCall, permutation: HouseholderPermutation, route: Route
+) -> BlockCall:
+    """Return the call with its reflections computed, if it is small or uses them twice.
 
     On small inputs each operation's overhead counts, and a matrix takes one operation where thin
     products take three. FrEIA 0.2's time divided by ours, before and after: (128, 32) forward 0.76
     and 0.97, (512, 6) training 0.81 and 1.03 (`reverse_permutation`, one thread of an AMD EPYC).
     """
-    x, permutation = call.x, call.permutation
-    # A graph's compiler sees by itself what is computed twice.
-    if not isinstance(permutation, HouseholderPermutation) or torch_private.is_recorded():
+    if torch_private.is_recorded():  # a graph's compiler sees by itself what is computed twice
         return call
-    vectors = permutation.vectors
+    x, vectors = call.x, permutation.vectors
     is_small_matrix = (
         route.case is SMALL_INPUT
         and isinstance(permutation.base, MatrixPermutation)
@@ -89,50 +84,63 @@ def compute_reflections(call: BlockCall, route: Route) -> BlockCall:
 # --- plain operations -----------------------------------------------------------------------------
 
 
-def evaluate_plainly(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
-    """Evaluate a block, or consecutive blocks of a chain, by ordinary differentiable operations.
+def evaluate_plainly(call: BlockCall) -> tuple[Tensor, Tensor]:
+    """Evaluate a block by ordinary differentiable operations: see :func:`evaluate`."""
+    y, sum_s, scale = transform_plainly(call, call.x, None)
+    pixels = plain.count_pixels(y)
+    return y, plain.add_log_scale(sum_s, scale, -pixels if call.rev else pixels)
+
+
+def transform_plainly(
+    call: BlockCall, x: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Do :func:`evaluate_plainly` without the scale's part of the log-determinant.
 
     Args:
-        calls: The calls in the order in which they run, in one direction, with one activation. Each
-            has the x of the first one.
+        call: The call.
+        x: The block's input, of the shape and device of the call's x.
+        scale: The global scale, if it is known. It counts if it has the dtype of the computation.
 
     Returns:
-        See :func:`evaluate`. The log-determinant is that of all blocks.
+        The output; the sum of s per sample (B,), negative for the inverse; and the scale.
     """
-    x, rev, sums = calls[0].x, calls[0].rev, []
-    scales = plain.GlobalScales([call.global_scale for call in calls], calls[0].spec)
-    for k, call in enumerate(calls):
-        x, sum_s = _invert_plainly(call, x, k, scales) if rev else _run_plainly(call, x, k, scales)
-        x = _in_output_dtype(x, call)
-        sums.append(sum_s)
-    sum_s = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-    return x, scales.log_det(sum_s, x, -1.0 if rev else 1.0)
-
-
-def _run_plainly(
-    call: BlockCall, x: Tensor, k: int, scales: plain.GlobalScales
-) -> tuple[Tensor, Tensor]:
-    """Return the output of block k for the input x, and the sum of s per sample."""
-    x = call.permutation.unpermute(x) if call.reverse_permutation else x
-    x1, x2 = plain.split(x)
-    a = coefficients(call, x1)
-    v, sum_s = plain.transform(x1, x2, a, scales.affine(k, call.global_offset, x1, a), call.spec)
-    y = call.permutation.permute(v)
-    return (y if y.dim() < 4 else match_format(call.x, y)), sum_s
+    if call.rev:
+        y, sum_s, scale = _invert_plainly(call, x, scale)
+    else:
+        x = call.permutation.unpermute(x) if call.reverse_permutation else x
+        x1, x2 = plain.split(x)
+        a = coefficients(call, x1)
+        dtype = promoted(x1, a, call.global_scale)
+        scale, offset = _scale_and_offset(call, x, dtype, scale)
+        v, sum_s = plain.transform(x1, x2, a, scale, offset, call.spec)
+        y = call.permutation.permute(cast(v, dtype))
+    if y.dim() > 3:
+        y = match_format(call.x, y)
+    return (y if call.output_dtype is None else cast(y, call.output_dtype)), sum_s, scale
 
 
 def _invert_plainly(
-    call: BlockCall, y: Tensor, k: int, scales: plain.GlobalScales
-) -> tuple[Tensor, Tensor]:
-    """Return the input of block k for the output y, and the sum of -s per sample."""
+    call: BlockCall, y: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     v = call.permutation.unpermute(y)
-    u1, u2 = plain.split(plain.invert_affine(v, scales.affine(k, call.global_offset, v)))
     dtype = promoted(v, call.global_scale)  # the result's dtype, unless the subnet widens it
+    scale, offset = _scale_and_offset(call, v, dtype, scale)
+    u1, u2 = plain.split(plain.invert_affine(v, scale, offset))
     a = coefficients(call, _cast_for_subnet(u1, dtype))
     if a.dtype is not dtype:
         dtype = torch.promote_types(dtype, a.dtype)
     x, sum_s = _finish_inverse(call, u1, u2, a, dtype)
-    return (x if x.dim() < 4 else match_format(call.x, x)), sum_s
+    return x, sum_s, scale
+
+
+def _scale_and_offset(
+    call: BlockCall, x: Tensor, dtype: torch.dtype, scale: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Return scale and offset in the dtype in which a result of ``dtype`` is computed."""
+    dim, acc_dtype = x.dim(), accumulator(dtype)
+    if scale is None or scale.dtype is not acc_dtype:
+        scale = plain.scale_of(call.global_scale, call.spec, dim, acc_dtype)
+    return scale, plain.per_channel(call.global_offset, dim, acc_dtype)
 
 
 def _cast_for_subnet(u1: Tensor, dtype: torch.dtype) -> Tensor:
@@ -191,10 +199,11 @@ def _inverse(call: BlockCall, route: Route) -> tuple[Tensor, Tensor]:
     if promoted(x, a) is not x.dtype:
         # The subnet widens the dtype. That is rare, so start over with plain operations.
         v = permutation.unpermute(y)
-        scales = plain.GlobalScales([call.global_scale], call.spec)
-        u = plain.invert_affine(v, scales.affine(0, call.global_offset, v))
+        scale, offset = _scale_and_offset(call, v, promoted(v, call.global_scale), None)
+        u = plain.invert_affine(v, scale, offset)
         x, sum_s = _finish_inverse(call, *plain.split(u), a, promoted(x, a))
-        return in_layout(x, route.layout), scales.log_det(sum_s, x, -1.0)
+        log_det = plain.add_log_scale(sum_s, scale, -plain.count_pixels(x))
+        return in_layout(x, route.layout), log_det
     log_det = engine.invert_active(v, x, a, coupling)
     del v, a, passive  # free memory ahead of the permutation
     if route.unpermutes_apart:

@@ -212,7 +212,7 @@ def _backend(name: str) -> Run:
 
 
 def _plain(t: dict[str, Tensor], rev: bool) -> tuple[Tensor, Tensor]:
-    return evaluate_plainly([_call(t, rev, "auto")])
+    return evaluate_plainly(_call(t, rev, "auto"))
 
 
 def _call(t: dict[str, Tensor], rev: bool, backend: str) -> BlockCall:

@@ -290,7 +290,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             rev,
             self.reverse_pre_permute,
             self.backend,
-            autocast_dtype(x, self.half_output and not rev),
+            autocast_dtype(x) if self.half_output and not rev else None,
         )
 
     def _stock_forward(

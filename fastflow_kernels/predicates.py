@@ -32,11 +32,9 @@ def is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def autocast_dtype(x: Tensor, is_wanted: bool) -> torch.dtype | None:
-    """Return the half precision of autocast if it is on for x and the result is wanted in it."""
-    if not (is_wanted and is_autocast(x.device)):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the half precision of autocast if it is on for x, otherwise None."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device) else None
 
 
 def is_capturing(x: Tensor) -> bool:

@@ -17,11 +17,12 @@ from torch import Tensor
 from fastflow_kernels import block
 from fastflow_kernels.call import BlockCall, coefficients
 from fastflow_kernels.chain_steps import Step, couple, log_det_with_gradient
-from fastflow_kernels.coupling import Coupling, Halves
+from fastflow_kernels.coupling import Coupling, CouplingSpec, Halves
 from fastflow_kernels.dtypes import accumulator, promoted
 from fastflow_kernels.engines import ChainEngine, eager, plain
 from fastflow_kernels.fork import fork
 from fastflow_kernels.layouts import packed
+from fastflow_kernels.permutations import HouseholderPermutation
 from fastflow_kernels.route import Route, choose_chain_engine, choose_route
 
 
@@ -51,7 +52,7 @@ def evaluate_together(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
     """
     route = choose_route(calls[0])
     if route.engine is None:
-        return block.evaluate_plainly([block.compute_reflections(call, route) for call in calls])
+        return _evaluate_plainly([_with_reflections(call, route) for call in calls])
     engine = choose_chain_engine(calls[0], route)
     if engine is not None:
         return _evaluate_by_engine(calls, route, engine)
@@ -60,6 +61,35 @@ def evaluate_together(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
         x, log_det = block.evaluate(call._replace(x=x))
         log_dets.append(log_det)
     return x, torch.stack(log_dets).sum(0)
+
+
+def _evaluate_plainly(calls: Sequence[BlockCall]) -> tuple[Tensor, Tensor]:
+    """Evaluate consecutive blocks by ordinary differentiable operations."""
+    x, sums, used = calls[0].x, [], []
+    stacked, scales = _scales_of([call.global_scale for call in calls], calls[0].spec, x)
+    for call, known in zip(calls, scales, strict=True):
+        x, sum_s, scale = block.transform_plainly(call, x, known)
+        sums.append(sum_s)
+        used.append(scale)
+    if any(scale is not known for scale, known in zip(used, scales, strict=True)):
+        stacked = torch.stack([t for t in used if t is not None])  # a subnet has widened the dtype
+    pixels = plain.count_pixels(x)
+    sum_s = torch.stack(sums).sum(0)
+    return x, plain.add_log_scale(sum_s, stacked, -pixels if calls[0].rev else pixels)
+
+
+def _scales_of(
+    parameters: Sequence[Tensor], spec: CouplingSpec, x: Tensor
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """Return the global scales of blocks, (K, 1, C, 1, ...), and each by itself. None for GIN.
+
+    They have the dtype of the computation with an input x.
+    """
+    dim = x.dim()
+    dtype = accumulator(promoted(x, parameters[0]))
+    stacked = torch.stack([plain.per_channel(g, dim, dtype) for g in parameters])
+    scale = plain.scale_of(stacked, spec, dim, dtype)
+    return scale, [None] * len(parameters) if scale is None else scale.unbind()
 
 
 def _evaluate_by_engine(
@@ -88,11 +118,16 @@ def _evaluate_by_engine(
     return values, engine.log_det_of_chain(sums, couplings, pixels)
 
 
+def _with_reflections(call: BlockCall, route: Route) -> BlockCall:
+    if isinstance(call.permutation, HouseholderPermutation):
+        return block.compute_reflections(call, call.permutation, route)
+    return call
+
+
 def with_scales(couplings: Sequence[Coupling], x: Tensor) -> list[Coupling]:
     """Return the couplings with their scales, computed for all of them at once."""
     parameters = [coupling.parameters[0].detach() for coupling in couplings]
-    dtype = accumulator(promoted(x, parameters[0]))
-    scales = plain.GlobalScales(parameters, couplings[0].spec).all(x.dim(), dtype)
+    _, scales = _scales_of(parameters, couplings[0].spec, x)
     return [c._replace(scale=scale) for c, scale in zip(couplings, scales, strict=True)]
 
 

@@ -17,8 +17,7 @@ The permutation of v follows: see :mod:`fastflow_kernels.permutations`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,93 +90,61 @@ def forward(
     Returns:
         v (B, C, *S) in the promoted dtype, and the log-determinant (B,) in nats.
     """
-    scales = GlobalScales([g], spec)
-    v, sum_s = transform(x1, x2, a, scales.affine(0, offset, x1, a), spec)
-    return v, scales.log_det(sum_s, v, 1.0)
+    dtype, dim = promoted(x1, a, g), x1.dim()
+    acc_dtype = accumulator(dtype)
+    scale, offset = scale_of(g, spec, dim, acc_dtype), per_channel(offset, dim, acc_dtype)
+    v, sum_s = transform(x1, x2, a, scale, offset, spec)
+    return cast(v, dtype), add_log_scale(sum_s, scale, count_pixels(v))
+
+
+def scale_of(g: Tensor, spec: CouplingSpec, dim: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the global scale, (1, C, 1, ...) with ``dim`` dimensions, or None for GIN.
+
+    Args:
+        g: The parameter, before its activation. C elements, or (K, 1, C, 1, ...) for K blocks.
+        spec: The constants.
+        dim: Number of dimensions of x.
+        dtype: The dtype of the computation.
+    """
+    return None if spec.gin else activated(per_channel(g, dim, dtype), spec.activation)
+
+
+def add_log_scale(sum_s: Tensor, scale: Tensor | None, pixels: int) -> Tensor:
+    """Return the log-determinant sum_s + pixels * sum(log(scale)), (B,) in nats.
+
+    Args:
+        sum_s: The sums of s per sample, (B,).
+        scale: The scales of a block, or of several blocks. None for GIN.
+        pixels: Number of pixels, negative for the inverse.
+    """
+    if scale is None:
+        return sum_s
+    return _add(sum_s, scale.log().sum(), pixels, may_write())
 
 
 def transform(
-    x1: Tensor, x2: Tensor, a: Tensor, affine: GlobalAffine, spec: CouplingSpec
+    x1: Tensor, x2: Tensor, a: Tensor, scale: Tensor | None, offset: Tensor, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor]:
     """Do :func:`forward` without the scale's part of the log-determinant.
 
+    Args:
+        x1, x2, a, spec: The arguments of :func:`forward`.
+        scale: The result of :func:`scale_of`.
+        offset: The offset, (1, C, 1, ...) in the dtype of the computation.
+
     Returns:
-        v, and the sum of s per sample, (B,).
+        v in the dtype of the computation, and the sum of s per sample, (B,).
     """
-    dtype = promoted(x1, a, affine.global_scale)
-    acc_dtype, in_place = accumulator(dtype), may_write()
+    acc_dtype, in_place = offset.dtype, may_write()
     u2, sum_s = couple(cast(x2, acc_dtype), cast(a, acc_dtype), spec, False, in_place)
     u = torch.cat((cast(x1, acc_dtype), u2), 1)
-    scale, offset = affine.scale, _per_channel(affine.offset, u.dim(), u.dtype)
     if scale is None:
-        v = u + offset
-    elif not in_place:
-        v = u * scale + offset  # the backward of addcmul takes one more pass over u
-    elif u.dim() == 2:
-        v = torch.addcmul(offset, u, scale)
-    else:
-        v = u.mul_(scale).add_(offset)
-    return cast(v, dtype), sum_s
-
-
-class GlobalAffine(NamedTuple):
-    """The global affine map u * scale + offset of a block.
-
-    Attributes:
-        global_scale: The parameter of the scale, before its activation, C elements.
-        offset: C elements.
-        scale: activation(global_scale) in the dtype of the computation, (1, C, 1, ...). None for
-            GIN, whose scale is 1.
-    """
-
-    global_scale: Tensor
-    offset: Tensor
-    scale: Tensor | None
-
-
-class GlobalScales:
-    """The global scales of a block, or of consecutive blocks of a chain, which it computes at once.
-
-    For 8 blocks that takes 5 operations instead of 40.
-
-    Args:
-        parameters: The parameter of each block's scale, before its activation, C elements.
-        spec: Constants of the blocks, whose activation is the same.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], spec: CouplingSpec) -> None:
-        self._parameters, self._spec = parameters, spec
-        self._scales: tuple[Tensor, ...] = ()
-        self._all: Tensor | None = None
-
-    def affine(self, k: int, offset: Tensor, *operands: Tensor) -> GlobalAffine:
-        """Return the affine map of block k, in the dtype of the computation with these operands."""
-        g = self._parameters[k]
-        if self._spec.gin:
-            return GlobalAffine(g, offset, None)
-        scales = self.all(operands[0].dim(), accumulator(promoted(*operands, g)))
-        return GlobalAffine(g, offset, scales[k])
-
-    def all(self, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return every block's scale, (1, C, 1, ...) with ``dim`` dimensions."""
-        # The dtype is another one if a subnet has widened it.
-        if self._all is None or self._all.dtype is not dtype:
-            g = [_per_channel(t, dim, dtype) for t in self._parameters]
-            self._all = activated(g[0] if len(g) == 1 else torch.stack(g), self._spec.activation)
-            self._scales = (self._all,) if len(g) == 1 else self._all.unbind()
-        return self._scales
-
-    def log_det(self, sum_s: Tensor, y: Tensor, sign: float) -> Tensor:
-        """Return sum_s + sign * P * sum(log(scale)), the log-determinant (B,) of all blocks.
-
-        Args:
-            sum_s: The sums of sign * s per sample, (B,).
-            y: A tensor (B, C, *S), which has P pixels.
-            sign: 1.0, or -1.0 for the inverse.
-        """
-        if self._all is None:  # GIN
-            return sum_s
-        return _add(sum_s, self._all.log().sum(), sign * _count_pixels(y), may_write())
+        return u + offset, sum_s
+    if not in_place:
+        return u * scale + offset, sum_s  # the backward of addcmul takes one more pass over u
+    if u.dim() == 2:
+        return torch.addcmul(offset, u, scale), sum_s
+    return u.mul_(scale).add_(offset), sum_s
 
 
 def may_write() -> bool:
@@ -188,16 +155,16 @@ def may_write() -> bool:
     return not torch.is_grad_enabled() and not torch_private.needs_plain()
 
 
-def invert_affine(v: Tensor, affine: GlobalAffine) -> Tensor:
+def invert_affine(v: Tensor, scale: Tensor | None, offset: Tensor) -> Tensor:
     """Return u = (v - offset) / scale, (B, C, *S) in the dtype of the computation.
 
     Args:
         v: The input of the inverse after the inverse permutation, (B, C, *S).
-        affine: The global affine map.
+        scale: The result of :func:`scale_of`.
+        offset: The offset, (1, C, 1, ...) in the dtype of the computation.
     """
-    v = cast(v, accumulator(promoted(v, affine.global_scale)))
-    u = v - _per_channel(affine.offset, v.dim(), v.dtype)
-    return u if affine.scale is None else u / affine.scale
+    u = cast(v, offset.dtype) - offset
+    return u if scale is None else u / scale
 
 
 def invert_coupling(u1: Tensor, u2: Tensor, a: Tensor, spec: CouplingSpec) -> tuple[Tensor, Tensor]:
@@ -280,12 +247,16 @@ def _log_factors(a_s: Tensor, spec: CouplingSpec, clamp: Any, in_place: bool) ->
     return s.mul_(constant(clamp, s.dtype)) if in_place else s * operand(clamp, s.dtype)
 
 
-def _per_channel(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """Return C elements as (1, C, 1, ...) with ``dim`` dimensions, to broadcast over (B, C, *S)."""
-    return cast(t if t.dim() == dim else t.view(1, -1, *[1] * (dim - 2)), dtype)
+def per_channel(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return C elements as (1, C, 1, ...) with ``dim`` dimensions, to broadcast over (B, C, *S).
+
+    Stacked parameters of several blocks have a dimension more, and keep it.
+    """
+    return cast(t if t.dim() >= dim else t.view(1, -1, *[1] * (dim - 2)), dtype)
 
 
-def _count_pixels(x: Tensor) -> int:
+def count_pixels(x: Tensor) -> int:
+    """Return the number of pixels of (B, C, *S)."""
     return 1 if x.dim() == 2 else math.prod(x.shape[2:])
 
 

@@ -31,10 +31,13 @@ def plain_forward(x: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Ten
 
 def plain_inverse(y: Tensor, a: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
     (g, offset), spec = coupling.parameters, coupling.spec
-    scales = plain.GlobalScales([g], spec)
-    u = plain.invert_affine(y[:, coupling.inv], scales.affine(0, offset, y))
+    acc_dtype = accumulator(promoted(y, g))
+    scale = plain.scale_of(g, spec, y.dim(), acc_dtype)
+    u = plain.invert_affine(
+        y[:, coupling.inv], scale, plain.per_channel(offset, y.dim(), acc_dtype)
+    )
     x, sum_s = plain.invert_coupling(*plain.split(u), a, spec)
-    log_det = scales.log_det(sum_s, x, -1.0)
+    log_det = plain.add_log_scale(sum_s, scale, -plain.count_pixels(x))
     x = x.to(promoted(y, g, a))
     return x[:, coupling.perm] if coupling.unpermutes_input else x, log_det
 
