@@ -64,17 +64,16 @@ class FusedChain:
             pairs.reverse()
         while pairs:
             calls = _calls_together(pairs, x, c, rev)
-            if len(calls) > 1:
-                y, log_det_of_module = evaluate_together(calls)
-                x = (y,)
+            if calls:
+                y, log_det_of_run = evaluate_together(calls)
+                x, pairs = (y,), pairs[len(calls) :]
             else:
-                (module, place), calls = pairs[0], [None]
+                (module, place), *pairs = pairs
                 arguments: dict[str, Any] = {"jac": jac, "rev": rev}
                 if place is not None:
                     arguments["c"] = [c[place]]  # type: ignore[index]
-                x, log_det_of_module = module(x, **arguments)
-            log_det = log_det_of_module + log_det
-            del pairs[: len(calls)]
+                x, log_det_of_run = module(x, **arguments)
+            log_det = log_det_of_run + log_det
         return x, log_det
 
 
@@ -84,13 +83,16 @@ def _calls_together(
     c: Sequence[Tensor] | None,
     rev: bool,
 ) -> list[BlockCall]:
-    """Return the checked calls of the first modules, as far as these can be evaluated together.
+    """Return the checked calls of the first modules that can be evaluated together, two or more.
 
     Args:
         pairs: Modules in the order in which they run, with the places of their conditions in c.
         x: The input.
         c: The conditions.
         rev: Whether to compute the inverse.
+
+    Returns:
+        The calls, or an empty list.
     """
     calls: list[BlockCall] = []
     if len(pairs) < 2 or not _is_one_tensor(x) or torch_private.are_calls_hooked():
@@ -103,7 +105,7 @@ def _calls_together(
         if not isinstance(call, BlockCall) or (calls and not is_alike(call, calls[0])):
             break
         calls.append(call)
-    return calls
+    return calls if len(calls) > 1 else []
 
 
 def _is_one_tensor(x: Sequence[Any]) -> bool:

@@ -144,6 +144,35 @@ def test_hooks_and_caches_of_others_are_seen() -> None:
     assert torch_private.is_compiled(layer)
 
 
+def test_what_comes_between_a_call_and_a_forward_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Calls(nn.Linear):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    assert not torch_private.are_calls_hooked()
+    assert torch_private.is_called_directly(nn.Linear(2, 2))
+    hooked, compiled, replaced, parametrized = (nn.Linear(2, 2) for _ in range(4))
+    hooked.register_forward_hook(lambda *_: None)
+    compiled.compile(backend="eager")
+    replaced.__dict__["_call_impl"] = lambda x: x
+    parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    for module in (hooked, compiled, replaced, parametrized, Calls(2, 2)):
+        assert not torch_private.is_called_directly(module)
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+        nn.modules.module.register_module_full_backward_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert torch_private.are_calls_hooked(), register
+        handle.remove()
+    for name in ("__call__", "_call_impl"):
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, name, lambda *_: None)
+            assert torch_private.are_calls_hooked()
+    assert not torch_private.are_calls_hooked()
+
+
 def test_a_write_in_place_counts_a_version() -> None:
     x = torch.zeros(2)
     before = torch_private.version_of(x)
