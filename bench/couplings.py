@@ -60,7 +60,9 @@ class Permuted(nn.Module):
         self.block, self.permutation = block, permutation
         self.conditional = block.conditional
 
-    def forward(self, x: Sequence[Tensor], c: Sequence[Tensor], rev: bool = False) -> Any:
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> Any:
         if rev:
             x, _ = self.permutation(x, rev=True)
             return self.block(x, c, rev=True)

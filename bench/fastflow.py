@@ -15,33 +15,49 @@ from torch import Tensor, nn
 from fastflow_kernels import ReversibleSequence
 
 
-class SequenceFlow(nn.Module):
-    """A chain of invertible blocks, whose log-determinants add up."""
+class SequenceINN(nn.Module):
+    """FrEIA's chain, where FrEIA is not installed. ``accelerate`` knows it by its name."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], conditions: Sequence[int | None]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.module_list = nn.ModuleList(modules)
+        self.conditions, self.force_tuple_output = list(conditions), False
 
     def forward(
-        self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self, x_or_z: Tensor, c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> tuple[Any, Any]:
         """Map features to the latent space, or back.
 
         Args:
-            x: Features (B, C, *S).
+            x_or_z: Features (B, C, *S), or with ``rev`` the latent variable.
             c: Conditions (B, C_c, *S), for the blocks that take them.
             rev: Compute the inverse.
+            jac: Ignored.
 
         Returns:
             The latent variable (B, C, *S), or the features if ``rev``. And the log-determinant of
             the whole chain (B,), in nats per sample.
         """
-        logdet = x.new_zeros(x.shape[0])
-        blocks: list[Any] = list(self.blocks)
-        for block in reversed(blocks) if rev else blocks:
-            (x,), block_logdet = block([x], list(c) if block.conditional else [], rev=rev)
-            logdet = logdet + block_logdet
-        return x, logdet
+        x: Any = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
+        log_det: Any = 0
+        pairs: list[Any] = list(zip(self.module_list, self.conditions, strict=True))
+        for module, place in reversed(pairs) if rev else pairs:
+            condition = {} if place is None else {"c": [c[place]]}
+            x, log_det_of_module = module(x, rev=rev, jac=jac, **condition)
+            log_det = log_det_of_module + log_det
+        return x[0], log_det
+
+
+class SequenceFlow(SequenceINN):
+    """A chain of invertible blocks, whose log-determinants add up."""
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        super().__init__(blocks, [0 if block.conditional else None for block in blocks])
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in the forward direction."""
+        return self.module_list
 
     def subnets(self) -> list[nn.Module]:
         """Return the subnets in the order of the blocks."""
@@ -64,11 +80,11 @@ class ReversibleFlow(SequenceFlow):
         self.__dict__["chain"] = chain
 
     def forward(
-        self, x: Tensor, c: Sequence[Tensor] = (), rev: bool = False
+        self, x_or_z: Tensor, c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Map as the plain chain does. The blocks must take no conditions."""
         chain: ReversibleSequence = self.__dict__["chain"]
-        z, logdet = chain(x, c, rev)
+        z, logdet = chain(x_or_z, c, rev, jac)
         return z, logdet
 
 

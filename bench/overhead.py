@@ -26,7 +26,6 @@ from fastflow_kernels.coupling import Coupling, CouplingSpec, OutputGrads
 from fastflow_kernels.engines import operator_constants
 from fastflow_kernels.engines.available import triton_engine
 from tests.support.blocks import Stored
-from tests.support.peers import freia
 
 pytest.importorskip("triton")
 
@@ -215,7 +214,7 @@ def test_operator(benchmark: Any, name: str, how: str) -> None:
 def test_chain_of_8(benchmark: Any, mode: str, how: str, dialect: str) -> None:
     """Time 8 blocks of (4, 64) with linear subnets. Divide by 8 for one block.
 
-    "together" is FrEIA's chain after ``accelerate``, "eager" calls one block after the other.
+    "together" is the chain after ``accelerate``, "eager" calls one block after the other.
     Dialect "freia" holds an index. That of "anomalib" holds a matrix, in which a graph looks for
     the index, here on the CPU.
     """
@@ -229,8 +228,6 @@ def test_chain_of_8(benchmark: Any, mode: str, how: str, dialect: str) -> None:
         ]
     )
     if how == "together":
-        blocks, chain = chain.blocks, freia().framework.SequenceINN(shape[1])
-        chain.module_list, chain.conditions = blocks, [None] * len(blocks)
         accelerate(chain)
     if how == "compiled":
         torch._dynamo.reset()
