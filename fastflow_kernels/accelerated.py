@@ -97,6 +97,7 @@ class AcceleratedModule(FusedForward, _Stock):
 class AcceleratedBlock(AcceleratedModule):
     """A mixin that makes a stock AllInOneBlock run fused."""
 
+    _is_all_in_one = True
     _fastflow: Held
 
     # the stock block's
@@ -139,7 +140,7 @@ class AcceleratedBlock(AcceleratedModule):
             rev,
             self.reverse_pre_permute,
             held.backend,
-            autocast_dtype(x) if held.half_output and not rev else None,
+            autocast_dtype(x, self.global_scale) if held.half_output and not rev else None,
         )
 
     def _describe(self) -> str:
@@ -302,7 +303,7 @@ def describe_chain(chain: Any) -> str:
     count, size = sum(map(is_reversible, chain.module_list)), len(chain.module_list)
     if isinstance(chain, ReversibleChain):
         return f"{count} of its {size} modules are reconstructed in the backward pass"
-    return "its blocks run together; accelerate(model, reversible=True) makes it reversible"
+    return "consecutive AllInOneBlocks run together"
 
 
 def class_before(part: Any) -> Any:

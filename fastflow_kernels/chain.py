@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastflow_kernels import torch_private
+from fastflow_kernels.block import evaluate
 from fastflow_kernels.call import BlockCall
 from fastflow_kernels.modules import FusedForward
 from fastflow_kernels.runs import evaluate_together, is_alike
@@ -64,9 +65,12 @@ class FusedChain:
             pairs.reverse()
         while pairs:
             calls = _calls_together(pairs, x, c, rev)
-            if calls:
+            if len(calls) > 1:
                 y, log_det_of_run = evaluate_together(calls)
                 x, pairs = (y,), pairs[len(calls) :]
+            elif calls:
+                y, log_det_of_run = evaluate(calls[0])
+                x, pairs = (y,), pairs[1:]
             else:
                 (module, place), *pairs = pairs
                 arguments: dict[str, Any] = {"jac": jac, "rev": rev}
@@ -83,19 +87,16 @@ def _calls_together(
     c: Sequence[Tensor] | None,
     rev: bool,
 ) -> list[BlockCall]:
-    """Return the checked calls of the first modules that can be evaluated together, two or more.
+    """Return the checked calls of the first modules, as far as these can be evaluated together.
 
     Args:
         pairs: Modules in the order in which they run, with the places of their conditions in c.
         x: The input.
         c: The conditions.
         rev: Whether to compute the inverse.
-
-    Returns:
-        The calls, or an empty list.
     """
     calls: list[BlockCall] = []
-    if len(pairs) < 2 or not _is_one_tensor(x) or torch_private.are_calls_hooked():
+    if not _is_one_tensor(x) or torch_private.are_calls_hooked():
         return calls
     for module, place in pairs:
         if not _is_called_directly(module):
@@ -105,7 +106,7 @@ def _calls_together(
         if not isinstance(call, BlockCall) or (calls and not is_alike(call, calls[0])):
             break
         calls.append(call)
-    return calls if len(calls) > 1 else []
+    return calls
 
 
 def _is_one_tensor(x: Sequence[Any]) -> bool:
@@ -119,9 +120,10 @@ def _is_one_tensor(x: Sequence[Any]) -> bool:
 
 
 def _is_called_directly(module: Any) -> bool:
-    """Return whether calling a module does nothing but run its fused ``forward``."""
+    """Return whether calling a module does nothing but run an AllInOneBlock's fused ``forward``."""
     return (
         issubclass(type(module), FusedForward)
+        and type(module)._is_all_in_one
         and type(module).forward is FusedForward.forward
         and "forward" not in module.__dict__
         and torch_private.is_called_directly(module)

@@ -1,7 +1,8 @@
 """The couplings of consecutive blocks of a chain, as autograd nodes.
 
 The next subnet and the next coupling read the same passive half. Each gets an output of its own, so
-that the node receives the two gradients apart. The engine adds them while it reads them.
+that the node receives the two gradients apart. The Triton kernels add them while they read them,
+the eager engine adds them in place.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def couple(
 
 
 def _couple(x: Tensor | Halves, a: Tensor, step: Step) -> tuple[Tensor | Halves, Tensor]:
-    first, halved = (x.passive, x.active) if isinstance(x, Halves) else (x, None)
-    channels = first.shape[1] + (0 if halved is None else halved.shape[1])
+    first, active = (x.passive, x.active) if isinstance(x, Halves) else (x, None)
+    channels = first.shape[1] + (0 if active is None else active.shape[1])
     batch, _, *spatial = first.shape
     dtype, device = step.dtype or promoted(first, a, step.coupling.global_scale), first.device
     y: Tensor | Halves

@@ -5,8 +5,6 @@ This module needs Lightning; importing ``fastflow_kernels`` does not.
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -49,8 +47,13 @@ class Accelerate(Callback):  # type: ignore[misc, unused-ignore]
         Lightning calls this in every stage. :func:`fastflow_kernels.accelerate` warns if no block
         runs fused.
         """
-        options: dict[str, Any] = {"reversible": self.reversible, "half_output": self.half_output}
-        result = report(accelerate(pl_module, backend=self.backend, **options))
+        model = accelerate(
+            pl_module,
+            backend=self.backend,
+            reversible=self.reversible,
+            half_output=self.half_output,
+        )
+        result = report(model)
         message = str(result) if result.left else str(result).splitlines()[0]
         if result.changed and message != self._last_message:
             rank_zero_info(f"fastflow_kernels: {message}")

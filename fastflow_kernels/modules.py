@@ -38,6 +38,7 @@ class FusedForward:
     """The ``forward`` of blocks that run fused: ours, and stock blocks that are accelerated."""
 
     subnet: Any  # of an AllInOneBlock
+    _is_all_in_one = False  # whether a checked call is a BlockCall
 
     def forward(
         self,
@@ -156,7 +157,8 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             set, "auto" follows it.
         half_output: Whether y has autocast's half precision where autocast is on, as in the stock
             blocks. Otherwise it is float32, as x is in the inverse. A chain then keeps two bytes
-            instead of four for each value, and rounds once a block.
+            instead of four for each value, and rounds once a block. While gradients are enabled a
+            reversible chain ignores it.
 
     Shape:
         ``block([x], c) -> ((y,), logdet)`` with x, y (B, C, *S) and logdet (B,) in nats per sample.
@@ -180,6 +182,9 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
         >>> y.shape, logdet.shape
         (torch.Size([2, 4, 8, 8]), torch.Size([2]))
     """
+
+    half_output: bool = False  # for pickles of earlier versions
+    _is_all_in_one = True
 
     def __init__(
         self,
@@ -290,7 +295,7 @@ class AllInOneBlock(StockSteps, FusedForward, InvertibleModule):
             rev,
             self.reverse_pre_permute,
             self.backend,
-            autocast_dtype(x) if self.half_output and not rev else None,
+            autocast_dtype(x, global_scale) if self.half_output and not rev else None,
         )
 
     def _stock_forward(

@@ -59,15 +59,16 @@ def accelerate(
             depth, as :class:`~fastflow_kernels.ReversibleSequence` does. The chain then has the
             attributes ``checkpoint_every``, ``debug`` and ``drift``, which can be set.
         half_output: Whether AllInOneBlock returns autocast's half precision where autocast is on,
-            as the stock block does. Otherwise, and in the inverse, it returns float32. A reversible
-            chain ignores it.
+            as the stock block of a hard or soft matrix does. Otherwise, and in the inverse, it
+            returns float32.
 
     Returns:
         ``model``, the same object.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``, or ``backend`` is not a string.
-        ValueError: ``backend`` is unknown.
+        ValueError: ``backend`` is unknown, or both ``reversible`` and ``half_output`` are set: an
+            activation cannot be reconstructed from half precision.
 
     Warns:
         UserWarning: No block of the model runs fused afterwards, or no chain is reversible although
@@ -82,6 +83,11 @@ def accelerate(
         fused
     """
     backends.validated(backend)
+    if reversible and half_output:
+        raise ValueError(
+            "expected at most one of reversible and half_output: activations are not reconstructed "
+            "from half precision. Choose one of them"
+        )
     parts = [part for _, part in modules_of(model)]
     for block in parts:
         if is_stock(block):

@@ -32,9 +32,14 @@ def is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the half precision of autocast if it is on for x, otherwise None."""
-    return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device) else None
+def autocast_dtype(x: Tensor, parameter: Tensor) -> torch.dtype | None:
+    """Return the half precision of autocast if it is on for x, otherwise None.
+
+    Autocast leaves float64 alone.
+    """
+    if torch.float64 in (x.dtype, parameter.dtype) or not is_autocast(x.device):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def is_capturing(x: Tensor) -> bool:

@@ -208,19 +208,19 @@ def choose_engine(call: BlockCall | SidesCall, backend: str) -> Route:
 
 
 def choose_chain_engine(call: BlockCall, route: Route) -> ChainEngine | None:
-    """Return the engine if consecutive blocks can hand it their activations in halves.
+    """Return the engine if it evaluates consecutive blocks together, otherwise None.
 
     Args:
         call: The first block's call.
         route: Its route.
     """
-    takes_halves = (
+    runs_together = (
         route.case is FUSED
         and isinstance(call.permutation, IndexPermutation)
         and not (call.rev or call.reverse_permutation or call.spec.gin)
         and is_packed(call.x)
     )
-    if not takes_halves:
+    if not runs_together:
         return None
     return eager if route.engine is eager else available.triton_engine()
 

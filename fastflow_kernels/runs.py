@@ -3,8 +3,8 @@
 Together they compute the same as one after the other, with less in between:
 
 - Global scales and their logarithms are computed once for all blocks.
-- Where a subnet would copy its half, activations travel from block to block in halves.
-- In the backward pass the engine adds the two gradients of the passive half while it reads them.
+- On a GPU activations travel from block to block in halves where a subnet would copy its half.
+- In the backward pass the Triton kernels add the two gradients of the passive half themselves.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ def _evaluate_by_engine(
     wants_halves = engine.wants_halves(x)
     values: Tensor | Halves
     passive, values = fork(x, couplings[0], route.with_gradients)
+    if wants_halves:  # a convolution would copy a view twice, for itself and for its weight
+        passive = passive.contiguous()
     for k, call in enumerate(calls):
         a = packed(coefficients(call, passive))
         couplings[k] = coupling = _fit(couplings[k], passive, a)

@@ -259,6 +259,7 @@ def are_calls_hooked() -> bool:
     """
     return (
         nn.Module.__call__ is not _module_call
+        or _module_call.__module__ != nn.Module.__module__  # replaced before this package came
         or nn.Module._call_impl is not _call_impl
         or nn.modules.module._has_any_global_hook()
     )

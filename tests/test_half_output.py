@@ -114,8 +114,32 @@ def test_the_option_survives_a_copy_and_can_be_taken_back() -> None:
     assert dtype(restore(chain)) is HALF  # the stock blocks'
 
 
+@plain_and_fused
+@pytest.mark.usefixtures("small")
+def test_autocast_leaves_float64_alone() -> None:
+    chain, x = accelerate(stock_chain().double(), half_output=True), torch.randn(SHAPE).double()
+    with torch.autocast("cpu", HALF):
+        z, log_det = chain(x)
+    assert z.dtype is log_det.dtype is torch.float64
+
+
+def test_reversible_chains_refuse_it() -> None:
+    chain = stock_chain()
+    before = type(chain)
+    with pytest.raises(ValueError, match="at most one of reversible and half_output"):
+        accelerate(chain, reversible=True, half_output=True)
+    assert type(chain) is before
+
+
+def test_a_block_of_an_earlier_version_has_no_such_attribute() -> None:
+    block = AllInOneBlock([SHAPE[1:]], subnet_constructor=make_subnet(2, 2.0))
+    del block.half_output
+    with torch.autocast("cpu", HALF):
+        assert block([torch.randn(SHAPE)])[0][0].dtype is torch.float32
+
+
 @pytest.mark.usefixtures("fused")
-def test_a_reversible_chain_ignores_it() -> None:
+def test_a_reversible_chain_ignores_it_while_it_reconstructs() -> None:
     chain = ReversibleSequence(*SHAPE[1:])
     for _ in range(3):
         chain.append(AllInOneBlock, subnet_constructor=make_subnet(2, 2.0), half_output=True)

@@ -100,7 +100,7 @@ def test_without_gradients(shape: tuple[int, ...]) -> None:
 
 
 @shapes((3, 7, 4, 5))
-def test_later_subnets_get_a_contiguous_half(shape: tuple[int, ...]) -> None:
+def test_subnets_get_a_contiguous_half(shape: tuple[int, ...]) -> None:
     """A convolution would copy another one."""
     chain = build(shape, BLOCKS, subnet_for(shape))
     contiguous: list[bool] = []
@@ -110,7 +110,7 @@ def test_later_subnets_get_a_contiguous_half(shape: tuple[int, ...]) -> None:
         contiguous.clear()
         with torch.set_grad_enabled(with_gradients):
             chain(torch.randn(shape))
-        assert contiguous == [False, True, True]
+        assert contiguous == [True, True, True]
 
 
 class _Moved(TorchDispatchMode):
@@ -169,7 +169,8 @@ def test_nothing_moves_between_the_kernels_and_the_subnets() -> None:
         apart = moved(lambda: torch.autograd.backward(one_by_one(x), [dz, dlog_det]))
     print(f"beside the subnets: together {together - of_subnets:.4f} N for each block and step")
     print(f"one by one {apart - of_subnets:.4f} N")
-    assert together - of_subnets <= 0.02
+    # The first passive half is copied, because it is a view of x.
+    assert together - of_subnets <= 1 / blocks + 0.02
     # One by one the two gradients of the passive half are added, which moves 1.5 N. The first block
     # has none.
     assert apart - of_subnets >= 1.5 * (blocks - 1) / blocks

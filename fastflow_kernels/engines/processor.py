@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 
 
-@lru_cache(maxsize=1)
+@cache
 def has_fast_tanh() -> bool:
     """Return whether torch.tanh and exp run in Intel's vector library at its full speed.
 

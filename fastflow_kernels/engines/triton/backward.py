@@ -210,7 +210,7 @@ def _coupling_bwd_kernel(
             tl.store(part_ptr + C1, dscale2, mask=is_active)
 
 
-# In the order of Operands.strides. Those behind stride_l are left out without halves.
+# In the order of Operands.strides. Those behind stride_l are left out but in a chain.
 _STRIDES = (
     "stride_xb", "stride_ab", "stride_dyb", "stride_dxb", "stride_l",
     "stride_x2b", "stride_dy2b", "stride_dsub",

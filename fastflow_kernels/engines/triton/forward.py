@@ -222,7 +222,7 @@ def _coupling_rows_fwd_kernel(
         tl.store(in_halves(y_ptrs, y2_ptr, j[:, None], C1, j[:, None]), y, mask=mask)
 
 
-# In the order of Operands.strides. Those of the active halves are left out without halves.
+# In the order of Operands.strides. Those of the active halves are left out but in a chain.
 _STRIDES = ("stride_xb", "stride_ab", "stride_yb", "stride_x2b", "stride_y2b")
 
 
@@ -232,14 +232,14 @@ def _prepare(*key: Any) -> Prepared:
     operands = Operands(*key)
     dtype, acc_dtype, pixels = operands.dtype, operands.acc_dtype, operands.pixels
     strides = dict(zip_longest(_STRIDES, operands.strides))
-    is_in_halves = len(operands.strides) == len(_STRIDES)
-    no_halves = {} if is_in_halves else {"x2_ptr": None, "y2_ptr": None}
+    is_in_chain = len(operands.strides) == len(_STRIDES)
+    no_halves = {} if is_in_chain else {"x2_ptr": None, "y2_ptr": None}
     gin_sums = prepare_gin_sums(operands, strides["stride_ab"])
     has_log_det = not operands.spec.gin
     if operands.is_rows:
         tiles = operands.plan(operands.channels, dtype.itemsize, plan.FORWARD_ROWS, plan.COLUMNS)
         values = values_of(operands, tiles, **strides) | no_halves
-        values["ADDS_LOG_SCALE"] = has_log_det and not is_in_halves
+        values["ADDS_LOG_SCALE"] = has_log_det and not is_in_chain
         launch = Launch(_coupling_rows_fwd_kernel, tiles.programs, tiles.warps, values)
         partials = (operands.batch,) if has_log_det else None
         return Prepared(dtype, acc_dtype, launch, gin_sums, partials)
