@@ -180,7 +180,7 @@ def _take_channels(x: Tensor, index: Tensor) -> Tensor:
     return x[:, index]
 
 
-class AcceleratedChain(FusedChain):
+class AcceleratedSequence(FusedChain):
     """A mixin that makes a SequenceINN evaluate consecutive blocks together."""
 
     _fastflow_prefix = "Accelerated"
@@ -206,7 +206,7 @@ class AcceleratedChain(FusedChain):
         return _new, (_mixin_of(self), self._fastflow_stock), self.__dict__.copy()
 
 
-class AcceleratedReversibleChain(AcceleratedChain, ReversibleChain):
+class AcceleratedChain(AcceleratedSequence, ReversibleChain):
     """A mixin that makes a SequenceINN reversible, too."""
 
     _fastflow_prefix = "Reversible"
@@ -267,14 +267,14 @@ def make_reversible(chain: Any) -> tuple[bool, str] | None:
     """
     if isinstance(chain, ReversibleChain):
         return False, "is reversible already"
-    return _change_chain(chain, AcceleratedReversibleChain)
+    return _change_chain(chain, AcceleratedChain)
 
 
 def make_fused(chain: Any) -> tuple[bool, str] | None:
     """Make a SequenceINN evaluate consecutive blocks together, as :func:`make_reversible` does."""
     if isinstance(chain, FusedChain):
         return False, "is fused already"
-    return _change_chain(chain, AcceleratedChain)
+    return _change_chain(chain, AcceleratedSequence)
 
 
 def _change_chain(chain: Any, mixin: Any) -> tuple[bool, str] | None:
@@ -308,7 +308,7 @@ def describe_chain(chain: Any) -> str:
 
 def class_before(part: Any) -> Any:
     """Return the class that a block or chain had before accelerate, or has if it is unchanged."""
-    is_changed = isinstance(part, AcceleratedModule | AcceleratedChain)
+    is_changed = isinstance(part, AcceleratedModule | AcceleratedSequence)
     return part._fastflow_stock if is_changed else type(part)
 
 

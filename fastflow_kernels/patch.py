@@ -19,7 +19,7 @@ from fastflow_kernels import (
     probe,
     probe_couplings,
 )
-from fastflow_kernels.accelerated import AcceleratedChain, AcceleratedModule
+from fastflow_kernels.accelerated import AcceleratedModule, AcceleratedSequence
 from fastflow_kernels.modules import FusedForward, why_not_fused
 from fastflow_kernels.reporting import is_stock, modules_of
 from fastflow_kernels.reversible import ReversibleChain
@@ -129,7 +129,7 @@ def restore(model: _Model) -> _Model:
     changed = [
         (name, part)
         for name, part in modules_of(model)
-        if isinstance(part, AcceleratedModule | AcceleratedChain)
+        if isinstance(part, AcceleratedModule | AcceleratedSequence)
     ]
     stuck = [
         name or "the model itself"

@@ -9,8 +9,8 @@ from torch import nn
 
 from fastflow_kernels import probe, probe_couplings, torch_private
 from fastflow_kernels.accelerated import (
-    AcceleratedChain,
     AcceleratedModule,
+    AcceleratedSequence,
     class_before,
     describe_chain,
     held_by,
@@ -155,9 +155,9 @@ def _entry_of_block(name: str, block: Any) -> Entry | None:
 def _entry_of_chain(name: str, chain: Any) -> Entry | None:
     kind = _kind(chain)
     if isinstance(chain, ReversibleChain):
-        is_changed = isinstance(chain, AcceleratedChain)
+        is_changed = isinstance(chain, AcceleratedSequence)
         return Entry(name, kind, "reversible", is_changed, describe_chain(chain))
-    if isinstance(chain, AcceleratedChain):
+    if isinstance(chain, AcceleratedSequence):
         return Entry(name, kind, "accelerated", True, describe_chain(chain))
     if is_named(type(chain), GRAPH) and any(map(is_stock, chain.modules())):
         reason = "a GraphINN cannot be made reversible; a SequenceINN of the same blocks can"

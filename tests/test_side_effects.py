@@ -14,7 +14,7 @@ from fastflow_kernels import AllInOneBlock, ReversibleSequence, accelerate, repo
 from fastflow_kernels.accelerated import (
     AcceleratedBlock,
     AcceleratedChain,
-    AcceleratedReversibleChain,
+    AcceleratedSequence,
 )
 from fastflow_kernels.chain import FusedChain
 from fastflow_kernels.reversible import ReversibleChain
@@ -42,8 +42,8 @@ def test_accelerated_classes_add_no_public_names() -> None:
     assert public_names(AcceleratedBlock) - public_names(nn.Module) == {
         name for name in AcceleratedBlock.__annotations__ if not name.startswith("_")
     } & public_names(AcceleratedBlock)
-    assert public_names(AcceleratedChain) == public_names(FusedChain) == {"forward"}
-    assert public_names(AcceleratedReversibleChain) == public_names(ReversibleChain)
+    assert public_names(AcceleratedSequence) == public_names(FusedChain) == {"forward"}
+    assert public_names(AcceleratedChain) == public_names(ReversibleChain)
 
 
 @pytest.mark.peers
