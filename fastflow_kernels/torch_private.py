@@ -249,6 +249,12 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+_GLOBAL_HOOKS = (
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+)
 _module_call, _call_impl = nn.Module.__call__, nn.Module._call_impl
 
 
@@ -261,7 +267,7 @@ def are_calls_hooked() -> bool:
         nn.Module.__call__ is not _module_call
         or _module_call.__module__ != nn.Module.__module__  # replaced before this package came
         or nn.Module._call_impl is not _call_impl
-        or nn.modules.module._has_any_global_hook()
+        or any(getattr(nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS)
     )
 
 
