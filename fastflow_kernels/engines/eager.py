@@ -131,6 +131,11 @@ def _transform(
         if not is_in_place:
             store_permuted(v, coupling.perm, out_i)
         sums += [] if total is None else [total]
+    return _joined(sums)
+
+
+def _joined(sums: list[Tensor]) -> Tensor:
+    """Return the sums of all chunks of samples, (B,)."""
     return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
@@ -253,7 +258,7 @@ def invert_active(y: Tensor, x: Tensor, a: Tensor, coupling: Coupling) -> Tensor
         if u2 is not x2:
             x2.copy_(u2)
         sums += [] if total is None else [total]
-    return _finish_log_det(torch.cat(sums), scale, pixels, clamp, -1.0)
+    return _finish_log_det(_joined(sums), scale, pixels, clamp, -1.0)
 
 
 def _compute_active_u(
