@@ -48,19 +48,21 @@ class FusedChain:
             per sample.
         """
         x: Sequence[Tensor] = (x_or_z,) if isinstance(x_or_z, Tensor) else x_or_z
-        x, log_det = self._evaluate(x, c, rev, jac, 0)
+        places = [self.conditions[i] for i in range(len(self.module_list))]
+        x, log_det = self._evaluate(x, c, places, rev, jac)
         return x if self.force_tuple_output else x[0], log_det
 
     def _evaluate(
         self,
         x: Sequence[Tensor],
         c: Sequence[Tensor] | None,
+        places: Sequence[int | None],
         rev: bool,
         jac: bool,
-        log_det: Any,
     ) -> tuple[Sequence[Tensor], Any]:
-        """Evaluate the chain from a first value of its log-determinant."""
-        pairs = [(module, self.conditions[i]) for i, module in enumerate(self.module_list)]
+        """Evaluate the modules, each with the condition at its place in c."""
+        log_det: Any = 0
+        pairs = list(zip(self.module_list, places, strict=True))
         if rev:
             pairs.reverse()
         while pairs:

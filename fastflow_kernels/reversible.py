@@ -88,8 +88,11 @@ class ReversibleChain(FusedChain):
         # FrEIA starts from zeros, too, which stay if no module has a log-determinant.
         log_det: Any = torch.zeros(len(x[0]), device=x[0].device) if _is_batch(x) else 0
         if not links:
-            x, log_det = self._evaluate(x, c, rev, jac, log_det)
-            return x if self.force_tuple_output else x[0], log_det
+            # Without conditions a block says what it expects.
+            count = len(self.module_list)
+            places = [None if c is None else self.conditions[i] for i in range(count)]
+            x, log_det_of_chain = self._evaluate(x, c, places, rev, jac)
+            return x if self.force_tuple_output else x[0], log_det_of_chain + log_det
         for i in range(len(self.module_list)):
             module, link, condition = self.module_list[i], links.get(i), self.conditions[i]
             if link is not None and x[0].is_floating_point() and is_autocast(x[0].device):

@@ -21,11 +21,13 @@ from fastflow_kernels import (
     report,
     restore,
 )
-from tests.support.cases import make_subnet
+from tests.support.cases import Case, make_subnet
 from tests.support.chains import (
     DEPTH,
+    SHAPE,
     assert_like_plain,
     assert_same,
+    chain_of,
     gradients,
     parameter_gradients,
     random_input,
@@ -504,3 +506,13 @@ def test_copies_and_files() -> None:
         copied.load_state_dict(chain.state_dict())
         copied.zero_grad()
         assert_same(gradients(copied, x), expected)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("rev", [False, True])
+def test_a_block_without_its_condition_says_what_it_expects(
+    rev: bool, with_gradients: bool
+) -> None:
+    chain = chain_of(Case(SHAPE, "cond"), depth=2)
+    with torch.set_grad_enabled(with_gradients), pytest.raises(ValueError, match="condition"):
+        chain(random_input(), rev=rev)
