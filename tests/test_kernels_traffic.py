@@ -38,6 +38,18 @@ pytestmark = on_this_machine
 FEW = {"g_ptr", "offset_ptr", "inv_ptr", "perm_ptr", "dlogdet_ptr", "sums_ptr"}
 
 
+planes_and_rows = pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 16, 32, 32), torch.float32),
+        ((1, 32, 28, 28), torch.bfloat16),
+        pytest.param((128, 512), torch.float32, marks=not_interpreted),
+        pytest.param((256, 100), torch.bfloat16, marks=not_interpreted),
+    ],
+    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
+)
+
+
 def traffic(launches: list[Launch]) -> float:
     """Return the bytes moved.
 
@@ -56,16 +68,7 @@ def traffic(launches: list[Launch]) -> float:
 @slow_when_executed
 @pytest.mark.parametrize("unpermutes_input", [False, True], ids=["", "reverse"])
 @both_kinds
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((2, 16, 32, 32), torch.float32),
-        ((1, 32, 28, 28), torch.bfloat16),
-        pytest.param((128, 512), torch.float32, marks=not_interpreted),
-        pytest.param((256, 100), torch.bfloat16, marks=not_interpreted),
-    ],
-    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
-)
+@planes_and_rows
 @pytest.mark.usefixtures("busy")
 def test_coupling_moves_little_more_than_the_minimum(
     shape: tuple[int, ...],
@@ -141,16 +144,7 @@ def in_halves(t: torch.Tensor) -> Halves:
 
 @without_a_gpu
 @slow_when_executed
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        ((2, 16, 32, 32), torch.float32),
-        ((1, 32, 28, 28), torch.bfloat16),
-        pytest.param((128, 512), torch.float32, marks=not_interpreted),
-        pytest.param((256, 100), torch.bfloat16, marks=not_interpreted),
-    ],
-    ids=["B2-C16-32x32-fp32", "B1-C32-28x28-bf16", "B128-C512-fp32", "B256-C100-bf16"],
-)
+@planes_and_rows
 @pytest.mark.usefixtures("busy")
 def test_a_block_between_halves_moves_little_more_than_the_minimum(
     shape: tuple[int, ...], dtype: torch.dtype
