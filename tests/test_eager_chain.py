@@ -102,12 +102,12 @@ def test_backward_is_the_ordinary_one_of_the_sum(
             assert t is None or (isinstance(t, Tensor) and e is not None and torch.equal(t, e))
 
 
-@pytest.mark.parametrize("clamps", [(1.9, 1.9, 1.9), (1.9, 3.0, 1.0)], ids=["alike", "different"])
-def test_log_det_of_a_chain_is_the_sum_of_its_blocks(clamps: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("clamp", [1.9, 3.0])
+def test_log_det_of_a_chain_is_the_sum_of_its_blocks(clamp: float) -> None:
     shape = (3, 6, 4, 4)
 
     def blocks(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Coupling]]:
-        return [make(shape, (dtype,) * 3, clamp) for clamp in clamps]
+        return [make(shape, (dtype,) * 3, clamp) for _ in range(3)]
 
     def one_by_one(dtype: torch.dtype) -> Tensor:
         return torch.stack([ENGINE.forward(*block)[1] for block in blocks(dtype)]).sum(0)
@@ -117,6 +117,6 @@ def test_log_det_of_a_chain_is_the_sum_of_its_blocks(clamps: tuple[float, ...]) 
     actual = ENGINE.log_det_of_chain(sums, couplings, 16)
     # Terms of both signs: those of s, and of the scales.
     scale = [plain.activated(c.parameters[0], "SOFTPLUS").log().abs().sum() for c in couplings]
-    magnitude = 16 * float(sum(scale)) + 16 * 3 * sum(clamps)
+    magnitude = 16 * float(sum(scale)) + 16 * 3 * 3 * clamp
     truth = one_by_one(torch.float64)
     assert_close(actual, truth, one_by_one(torch.float32), "log-det", magnitude=magnitude)

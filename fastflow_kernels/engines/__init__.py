@@ -155,6 +155,6 @@ class ChainEngine(Engine, Protocol):
 
         Args:
             sums: What :meth:`forward_in_chain` returned, for each block.
-            couplings: The blocks' couplings.
+            couplings: The blocks' couplings, of one spec and one dtype of the parameters.
             pixels: Pixels of a sample, P.
         """

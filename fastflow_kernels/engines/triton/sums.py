@@ -247,11 +247,8 @@ def log_det_of_chain(sums: Sequence[Tensor], couplings: Sequence[Coupling], pixe
     See :class:`~fastflow_kernels.engines.ChainEngine`.
     """
     scales = [coupling.parameters[0] for coupling in couplings]
-    activations = {coupling.spec.activation for coupling in couplings}
-    if len(activations) > 1 or len({scale.dtype for scale in scales}) > 1:
-        one_by_one = zip(sums, couplings, strict=True)
-        return torch.stack([log_det_of_chain((s,), (c,), pixels) for s, c in one_by_one]).sum(0)
-    return _finish_chain(torch.cat(tuple(sums), 1), torch.cat(scales), activations.pop(), pixels)
+    activation = couplings[0].spec.activation
+    return _finish_chain(torch.cat(tuple(sums), 1), torch.cat(scales), activation, pixels)
 
 
 @on_its_device
